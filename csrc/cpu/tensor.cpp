@@ -1,0 +1,74 @@
+#include "tensor.h"
+
+#include <torch/library.h>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace tlk {
+
+Scalar scalar_of(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kDouble:
+      return Scalar::f64;
+    case at::kFloat:
+      return Scalar::f32;
+    case at::kBFloat16:
+      return Scalar::bf16;
+    case at::kHalf:
+      return Scalar::f16;
+    default:
+      TORCH_CHECK_TYPE(false, "expected float64, float32, bfloat16 or float16, got ", dtype);
+  }
+}
+
+at::Tensor empty_gradient(const at::Tensor& like) {
+  at::Tensor result = at::empty_like(like);
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t huge = uintptr_t(2) << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(result.data_ptr()) + huge - 1) & ~(huge - 1);
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(result.data_ptr()) + result.nbytes()) & ~(huge - 1);
+  // Advice: where the kernel refuses it, the pages are small and the result the same.
+  if (begin < end) (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+  return result;
+}
+
+template <class A>
+static double sum_lanes(const A* p, int64_t n) {
+  constexpr int kLanes = 8;  // independent chains of additions; their number is part of the result
+  double lane[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    for (int k = 0; k < kLanes; ++k) lane[k] += double(p[i + k]);
+  for (; i < n; ++i) lane[i % kLanes] += double(p[i]);
+  double total = 0;
+  for (double part : lane) total += part;
+  return total;
+}
+
+double sum_in_order(const at::Tensor& values) {
+  return values.scalar_type() == at::kDouble ? sum_lanes(values.const_data_ptr<double>(), values.numel())
+                                             : sum_lanes(values.const_data_ptr<float>(), values.numel());
+}
+
+PerPosition per_position(at::Tensor& values) {
+  bool one = true;
+  for (int64_t axis = 0; axis < values.dim(); ++axis) one &= values.stride(axis) == 0 || values.size(axis) == 1;
+  if (!one) values = values.contiguous();
+  return {values.const_data_ptr(), one ? 0 : 1};
+}
+
+static at::Tensor take_memory(at::Tensor& tensor, std::string why) {
+  c10::StorageImpl* old = tensor.storage().unsafeGetStorageImpl();
+  if (size_t(tensor.nbytes()) != old->nbytes() || !tensor.is_non_overlapping_and_dense()) return at::alias(tensor);
+  c10::Storage taken(c10::Storage::use_byte_size_t(), old->nbytes(), std::move(old->_mutable_data_ptr_no_checks()),
+                     old->allocator(), /*resizable=*/false);
+  old->release_data_and_set_meta_custom_data_ptr_error_msg_(std::move(why));
+  return at::empty({0}, tensor.options()).set_(taken, 0, tensor.sizes(), tensor.strides());
+}
+
+TORCH_LIBRARY_IMPL(tlkernels, CPU, m) { m.impl("take_memory", take_memory); }
+
+}  // namespace tlk

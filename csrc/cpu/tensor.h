@@ -1,0 +1,26 @@
+// What the CPU ops share: memory for results, positions of a tensor, deterministic sums.
+#pragma once
+#include <ATen/ATen.h>
+
+#include <initializer_list>
+
+#include "kernels.h"
+
+namespace tlk {
+
+// The type that `dtype` is computed in.
+inline at::ScalarType compute_type(at::ScalarType dtype) { return dtype == at::kDouble ? at::kDouble : at::kFloat; }
+
+Scalar scalar_of(at::ScalarType dtype);
+
+// Uninitialised, of the sizes and (where they are dense) strides of `like`; large ones on huge pages, since touching a
+// fresh 500 MB page by page costs five times the arithmetic of a loss.
+at::Tensor empty_gradient(const at::Tensor& like);
+
+// The same bits at any number of threads.
+double sum_in_order(const at::Tensor& values);
+
+// One value for all positions where `values` is expanded from one, else one each. The tensor kept must outlive the call.
+PerPosition per_position(at::Tensor& values);
+
+}  // namespace tlk

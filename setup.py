@@ -1,0 +1,73 @@
+"""Builds tlkernels._C.
+
+Environment: TLKERNELS_BUILD=0 leaves it out (the package then has the `reference` and `triton` implementations);
+TLKERNELS_SANITIZE=1 builds it with AddressSanitizer and UBSan; CXX and MAX_JOBS as usual.
+"""
+
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+CPU = Path("csrc/cpu")
+
+# What each target may use; csrc/cpu/isa.cpp asks the CPU for the same features before it calls one.
+ISA_FLAGS = {"baseline": []}
+if platform.machine() in ("x86_64", "AMD64"):
+    ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
+    ISA_FLAGS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
+    ISA_FLAGS["avx512"] += ["-mprefer-vector-width=512"]
+
+SANITIZE = os.environ.get("TLKERNELS_SANITIZE") == "1"
+SANITIZE_FLAGS = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g"] if SANITIZE else []
+
+
+def switch(name: str, default: str) -> bool:
+    """Return an environment variable that is 0 or 1."""
+    value = os.environ.get(name, default)
+    if value not in ("0", "1"):
+        raise SystemExit(f"{name}: expected 0 or 1, got {value!r}")
+    return value == "1"
+
+
+def native_extension() -> dict:
+    """Return setup()'s arguments for the extension."""
+    import pybind11
+    import torch
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+    class Build(BuildExtension):
+        """Compiles csrc/cpu/targets/*.cpp first, each with the flags of its instruction set."""
+
+        def build_extension(self, ext) -> None:
+            compiler = os.environ.get("CXX", "c++")
+            folder = Path(self.build_temp) / "targets"
+            folder.mkdir(parents=True, exist_ok=True)
+            common = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
+            common += ["-fno-math-errno", "-fno-trapping-math", *SANITIZE_FLAGS]
+            # GCC 12 takes the undefined operand inside its own AVX-512 intrinsics for ours.
+            common += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+            for isa, flags in ISA_FLAGS.items():
+                source, built = CPU / "targets" / f"{isa}.cpp", folder / f"{isa}.o"
+                command = [compiler, *common, *flags, "-c", str(source), "-o", str(built)]
+                print(" ".join(command), flush=True)
+                subprocess.run(command, check=True)
+                ext.extra_objects.append(str(built))
+            super().build_extension(ext)
+
+    extension = CppExtension(
+        "tlkernels._C",
+        sources=["csrc/module.cpp", *(str(CPU / f"{name}.cpp") for name in ("isa", "tensor", "cross_entropy"))],
+        include_dirs=[pybind11.get_include()],
+        define_macros=[("TLK_BUILD_TORCH", f'"{torch.__version__}"'), ("TLK_BUILD_SANITIZE", f'"{int(SANITIZE)}"')],
+        extra_compile_args=["-O2", "-fopenmp", "-fvisibility=hidden", "-Wall", *SANITIZE_FLAGS],
+        extra_link_args=["-fopenmp", *SANITIZE_FLAGS],
+        depends=[str(path.relative_to(ROOT)) for path in (ROOT / CPU).rglob("*")],
+    )
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}
+
+
+setup(**(native_extension() if switch("TLKERNELS_BUILD", "1") else {}))

@@ -1,0 +1,11 @@
+"""tlkernels: the loss layer of fine-tuning.
+
+PyTorch losses as hand-written kernels. Each function and module replaces the PyTorch lines that its docstring shows.
+"""
+
+from tlkernels._core.dispatch import explain
+from tlkernels.losses.cross_entropy import CrossEntropyLoss, CrossEntropyOutput, cross_entropy, cross_entropy_stats
+
+__version__ = "0.1.0"
+
+__all__ = ["CrossEntropyLoss", "CrossEntropyOutput", "cross_entropy", "cross_entropy_stats", "explain"]

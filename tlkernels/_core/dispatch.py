@@ -1,0 +1,73 @@
+"""Which implementation serves a call, and why each other one does not."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+NAMES = ("native", "triton", "reference")
+
+
+class Implementation(NamedTuple):
+    """One way to compute a loss. `refuse` says in words why it cannot serve a call, or returns None."""
+
+    name: str
+    refuse: Callable[[Any], str | None]
+    run: Callable[[Any], Any]
+
+
+class _Explained(Exception):  # noqa: N818  (not an error: it carries the answer out of the loss function)
+    pass
+
+
+_explaining = False
+
+
+def resolve(loss: str, implementations: Sequence[Implementation], call: Any, impl: str) -> Implementation:
+    """Return the implementation for `call`: the one named by `impl`, or for "auto" the first that serves it.
+
+    Raises:
+        ValueError: `impl` is not one of the names.
+        NotImplementedError: the named one cannot serve the call, or none can; the message has every reason.
+    """
+    if impl != "auto" and impl not in NAMES:
+        raise ValueError(f"impl: expected 'auto' or one of {NAMES}, got {impl!r}")
+    if _explaining:
+        raise _Explained(_report(loss, implementations, call, impl))
+    for implementation in implementations:
+        if impl in ("auto", implementation.name) and implementation.refuse(call) is None:
+            return implementation
+    raise NotImplementedError(_report(loss, implementations, call, impl))
+
+
+def _report(loss: str, implementations: Sequence[Implementation], call: Any, impl: str) -> str:
+    here = {implementation.name: implementation for implementation in implementations}
+    reasons = {
+        name: here[name].refuse(call) if name in here else f"{loss} has no {name} implementation" for name in NAMES
+    }
+    order = [implementation.name for implementation in implementations]
+    serving = [name for name in order if reasons[name] is None]
+    chosen = next((name for name in serving if impl in ("auto", name)), None)
+    lines = [f"{loss}(impl={impl!r}): " + (f"served by {chosen}" if chosen else "cannot be served")]
+    for name in [*order, *(name for name in NAMES if name not in here)]:
+        if name != chosen:
+            why = reasons[name] or (f"could serve it; {chosen} comes first" if impl == "auto" else "not asked for")
+            lines.append(f"  {name}: {why}")
+    return "\n".join(lines)
+
+
+def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
+    """Return which implementation `fn(*args, **kwargs)` takes, and why each other one does not.
+
+    `fn` is a loss function or module of this package. Its arguments are checked as in a call; nothing is computed.
+
+    Raises:
+        TypeError: `fn` is not a loss of this package.
+    """
+    global _explaining
+    _explaining = True
+    try:
+        fn(*args, **kwargs)
+    except _Explained as answer:
+        return str(answer)
+    finally:
+        _explaining = False
+    raise TypeError(f"fn: expected a loss of tlkernels, got {fn!r}")

@@ -1,0 +1,23 @@
+"""Definition of torch ops. C++ and Triton implement; schemas and fakes are Python, so the package imports without _C."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_library = torch.library.Library("tlkernels", "DEF")
+
+
+def define(schema: str, fake: Callable[..., Any]) -> Any:
+    """Define `tlkernels::<schema>` and return its overload; `fake` gives results of the right kind without data."""
+    name = _library.define(schema)
+    torch.library.register_fake(f"tlkernels::{name}", fake, lib=_library)
+    return getattr(torch.ops.tlkernels, name).default
+
+
+take_memory = define("take_memory(Tensor(a!) tensor, str why) -> Tensor", lambda tensor, why: torch.empty_like(tensor))
+"""A tensor that owns `tensor`'s memory from now on; reading `tensor` or a view of it raises RuntimeError saying `why`.
+
+Where `tensor` is only a part of its storage, the rest of which may be in use, the result shares the memory instead.
+Not a function of values, so neither differentiable nor compilable.
+"""

@@ -1,0 +1,67 @@
+"""The C++ extension: whether it is here, and which instruction set it uses."""
+
+import os
+from types import ModuleType
+
+import torch  # noqa: F401  (its libraries must be loaded before the extension's)
+
+_ENVIRONMENT = "TLKERNELS_ISA"
+
+
+def _load() -> tuple[ModuleType | None, str]:
+    try:
+        from tlkernels import _C
+    except ImportError as error:
+        return None, f"the extension tlkernels._C does not load ({error}); build it with `pip install -e .`"
+    return _C, ""
+
+
+_extension, _reason = _load()
+
+
+def available() -> bool:
+    """Return whether the extension is loaded."""
+    return _extension is not None
+
+
+def why_not() -> str:
+    """Return why the extension is not loaded, or an empty string."""
+    return _reason
+
+
+def _loaded() -> ModuleType:
+    if _extension is None:
+        raise RuntimeError(_reason)
+    return _extension
+
+
+def isas() -> tuple[str, ...]:
+    """Return the instruction sets that this machine can run, best first; empty without the extension."""
+    return tuple(_extension.isa_list()) if _extension else ()
+
+
+def isa() -> str:
+    """Return the instruction set in use; empty without the extension."""
+    return str(_extension.isa_get()) if _extension else ""
+
+
+def force_isa(name: str) -> None:
+    """Use instruction set `name` from the next call on.
+
+    Raises:
+        ValueError: the name is unknown or this machine cannot run it; the message names the choices.
+        RuntimeError: the extension is not loaded.
+    """
+    _loaded().isa_force(name)
+
+
+def build_info() -> dict[str, str]:
+    """Return what the extension was built with; empty without it."""
+    return dict(_extension.build_info()) if _extension else {}
+
+
+if _ENVIRONMENT in os.environ:
+    try:
+        force_isa(os.environ[_ENVIRONMENT])
+    except (ValueError, RuntimeError) as error:
+        raise type(error)(f"{_ENVIRONMENT}: {error}") from None

@@ -1,0 +1,24 @@
+"""Reduction of a loss per row."""
+
+import torch
+from torch import Tensor
+
+REDUCTIONS = ("none", "mean", "sum")
+
+_BLOCK = 4096  # below torch's threshold for splitting one sum over threads
+
+
+def sum_in_order(values: Tensor) -> Tensor:
+    """Return the sum of all elements: the same bits at any number of threads, differentiable to any order."""
+    values = values.reshape(-1)
+    while values.numel() > _BLOCK:
+        values = torch.nn.functional.pad(values, (0, -values.numel() % _BLOCK)).view(-1, _BLOCK).sum(1)
+    return values.sum()
+
+
+def reduce(rows: Tensor, denominator: Tensor | float, reduction: str) -> Tensor:
+    """Return `rows`, their sum, or their sum over `denominator`."""
+    if reduction == "none":
+        return rows
+    total = sum_in_order(rows)
+    return total / denominator if reduction == "mean" else total

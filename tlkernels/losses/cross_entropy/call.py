@@ -1,0 +1,166 @@
+"""What a call of cross entropy is: its tensors and options, checked."""
+
+from numbers import Real
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tlkernels._core.reduction import REDUCTIONS, sum_in_order
+
+_FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
+
+
+class CrossEntropyOutput(NamedTuple):
+    """What `cross_entropy_stats` returns; all but `loss` have one value per position, whether ignored or not."""
+
+    loss: Tensor
+    """As of `cross_entropy`."""
+    lse: Tensor
+    """Log of the sum of exp of the logits after softcap and temperature, float32 (float64 for float64);
+    differentiable."""
+    entropy: Tensor
+    """Of the softmax, in nats, float32 (float64 for float64); not differentiable."""
+    correct: Tensor
+    """Whether the (first) largest logit is the target's class, bool; False where ignored."""
+
+
+class Options(NamedTuple):
+    """The options that change a position's loss, in the order in which the ops take them."""
+
+    weight: Tensor | None
+    ignore_index: int
+    label_smoothing: float
+    temperature: float
+    softcap: float | None
+    z_loss: float
+
+
+class Call(NamedTuple):
+    """One checked call."""
+
+    input: Tensor
+    target: Tensor
+    options: Options
+    reduction: str
+    inplace_grad: bool
+    stats: bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the loss: the input's; under autocast float32, which torch gives to losses there."""
+        if torch.is_autocast_enabled(self.input.device.type):
+            return torch.promote_types(self.input.dtype, torch.float32)
+        return self.input.dtype
+
+    def denominator(self) -> Tensor | float:
+        """Return what `mean` divides by: rows that count, or the weights of their targets; all rows of probabilities."""
+        if self.target.is_floating_point():
+            return self.input.numel() / self.input.shape[class_axis(self.input)]
+        counted = self.target != self.options.ignore_index
+        if self.options.weight is None:
+            return counted.sum()
+        weight = self.options.weight.to(compute_dtype(self.input))
+        return sum_in_order(weight[self.target.long().masked_fill(~counted, 0)] * counted)
+
+
+def class_axis(input: Tensor) -> int:
+    """Return the axis of the classes."""
+    return 0 if input.dim() == 1 else 1
+
+
+def compute_dtype(input: Tensor) -> torch.dtype:
+    """Return the dtype that a loss of `input` is computed in."""
+    return torch.float64 if input.dtype == torch.float64 else torch.float32
+
+
+def check(call: Call) -> Call:
+    """Return `call` if it makes sense.
+
+    Raises:
+        TypeError: an argument of a wrong kind or dtype.
+        ValueError: a shape, device or option value that does not fit. (A class index out of range is found by the
+            implementation, which has to read the targets anyway.)
+    """
+    input, target, options = call.input, call.target, call.options
+    for name, tensor in (("input", input), ("target", target)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
+    if input.dtype not in _FLOATING:
+        raise TypeError(f"input: expected float64, float32, bfloat16 or float16, got {input.dtype}")
+    if input.dim() == 0:
+        raise ValueError("input: expected shape (C,), (N, C) or (N, C, d1, ...), got a 0-d tensor")
+    if target.device != input.device:
+        raise ValueError(f"target: expected it on the input's device {input.device}, got {target.device}")
+    shape = input.shape
+    if target.dtype in _INTEGER:
+        expected = shape[:0] if len(shape) == 1 else shape[:1] + shape[2:]
+        if target.shape != expected:
+            raise ValueError(
+                f"target: expected class indices of shape {tuple(expected)} for an input of shape {tuple(shape)}, "
+                f"got {tuple(target.shape)}"
+            )
+    elif target.dtype in _FLOATING:
+        if target.shape != shape:
+            raise ValueError(
+                f"target: expected probabilities of the input's shape {tuple(shape)}, got {tuple(target.shape)}; "
+                "class indices have an integer dtype"
+            )
+        if options.ignore_index >= 0:
+            raise ValueError(
+                f"ignore_index: expected a negative number with probabilities as target, got {options.ignore_index}"
+            )
+    else:
+        raise TypeError(f"target: expected class indices or floating-point probabilities, got {target.dtype}")
+    if call.reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: expected one of {REDUCTIONS}, got {call.reduction!r}")
+    if options.weight is not None:
+        _check_weight(options.weight, input)
+    _check_numbers(options)
+    if call.inplace_grad:
+        _check_inplace(call)
+    return call
+
+
+def _check_weight(weight: Tensor, input: Tensor) -> None:
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight: expected a Tensor or None, got {type(weight).__name__}")
+    if weight.dtype not in _FLOATING:
+        raise TypeError(f"weight: expected a floating-point dtype, got {weight.dtype}")
+    classes = input.shape[class_axis(input)]
+    if weight.shape != (classes,):
+        raise ValueError(f"weight: expected shape ({classes},), one number per class, got {tuple(weight.shape)}")
+    if weight.device != input.device:
+        raise ValueError(f"weight: expected it on the input's device {input.device}, got {weight.device}")
+
+
+def _check_numbers(options: Options) -> None:
+    _, ignore_index, label_smoothing, temperature, softcap, z_loss = options
+    if type(ignore_index) is not int:
+        raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
+    numbers = (("label_smoothing", label_smoothing), ("temperature", temperature), ("z_loss", z_loss))
+    for name, value in numbers if softcap is None else (*numbers, ("softcap", softcap)):
+        if type(value) is not float and not (isinstance(value, Real) and not isinstance(value, bool)):
+            raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature: expected a finite number above 0, got {temperature}")
+    if softcap is not None and not 0 < softcap < float("inf"):
+        raise ValueError(f"softcap: expected None or a finite number above 0, got {softcap}")
+    if not 0 <= z_loss < float("inf"):
+        raise ValueError(f"z_loss: expected a finite number of at least 0, got {z_loss}")
+
+
+def _check_inplace(call: Call) -> None:
+    input = call.input
+    if input.requires_grad and input.is_leaf:
+        raise ValueError(
+            "inplace_grad: expected an input that is the result of an operation, got a leaf that requires grad, "
+            "whose values would be lost"
+        )
+    if any(stride == 0 and size > 1 for size, stride in zip(input.shape, input.stride(), strict=True)):
+        raise ValueError(
+            f"inplace_grad: expected an input with memory of its own for each element, got strides {input.stride()}"
+        )

@@ -1,0 +1,332 @@
+"""Cross entropy's ops: schemas, fakes, autograd, and the list of implementations.
+
+The native path has two forms. Where nothing but a first gradient can be asked for, one op gives the loss and that
+gradient in one sweep over the logits (`_Step`). Everywhere else an op gives the loss of each row, another its gradient,
+both with autograd of their own (`_Rows`, `_Gradient`), and the reduction is plain PyTorch.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function, forward_ad
+
+from tlkernels._core import native
+from tlkernels._core.dispatch import Implementation
+from tlkernels._core.library import define, take_memory
+from tlkernels._core.reduction import reduce
+from tlkernels.losses.cross_entropy import reference
+from tlkernels.losses.cross_entropy.call import Call, CrossEntropyOutput, Options, class_axis, compute_dtype
+from tlkernels.losses.cross_entropy.second_order import directional, target_gradient
+
+_OPTIONS = (
+    "Tensor? weight, int ignore_index, float label_smoothing, float temperature, float? softcap, float z_loss"
+)
+
+
+def _fake_row(input: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    shape = input.shape[:0] if input.dim() == 1 else input.shape[:1] + input.shape[2:]
+    return input.new_empty(shape, dtype=dtype or compute_dtype(input))
+
+
+def _fake_forward(input: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, ...]:
+    return tuple(_fake_row(input) for _ in range(3))
+
+
+def _fake_stats(input: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, ...]:
+    return *(_fake_row(input) for _ in range(4)), _fake_row(input, torch.bool)
+
+
+# Losses of rows, and the two parts of their lse: peak / temperature + log_sum.
+forward = define(
+    f"cross_entropy_fwd(Tensor input, Tensor target, {_OPTIONS}) -> (Tensor loss, Tensor peak, Tensor log_sum)",
+    _fake_forward,
+)
+forward_stats = define(
+    f"cross_entropy_fwd_stats(Tensor input, Tensor target, {_OPTIONS})"
+    " -> (Tensor loss, Tensor peak, Tensor log_sum, Tensor entropy, Tensor correct)",
+    _fake_stats,
+)
+_BACKWARD = (
+    f"Tensor grad_loss, Tensor? grad_lse, {{input}}, Tensor target, Tensor peak, Tensor log_sum, {_OPTIONS}"
+)
+backward = define(
+    f"cross_entropy_bwd({_BACKWARD.format(input='Tensor input')}) -> Tensor",
+    lambda grad_loss, grad_lse, input, *rest: torch.empty_like(input),
+)
+# Writes the gradient over `input`.
+backward_ = define(
+    f"cross_entropy_bwd_({_BACKWARD.format(input='Tensor(a!) input')}) -> ()",
+    lambda *args: None,
+)
+# The reduced loss, and its gradient.
+step = define(
+    f"cross_entropy_step(Tensor input, Tensor target, {_OPTIONS}, bool mean) -> (Tensor loss, Tensor grad)",
+    lambda input, *rest: (input.new_empty((), dtype=compute_dtype(input)), torch.empty_like(input)),
+)
+
+_OVERWRITTEN = (
+    "This tensor was the input of tlkernels.cross_entropy(inplace_grad=True), and its memory now belongs to its gradient."
+)
+
+
+def _apply(function: Any, *args: Any) -> Any:
+    # Dynamo does not trace a Function that has a jvp, and has no use for one.
+    return (function if torch.compiler.is_compiling() else function.WithJvp).apply(*args)
+
+
+def _fold(tensor: Tensor, axis: int | None, batch: int, rows: bool) -> Tensor:
+    """Put vmap's batch axis in front, or where the tensor has rows make it part of them."""
+    tensor = tensor.expand(batch, *tensor.shape) if axis is None else tensor.movedim(axis, 0)
+    return tensor.flatten(0, 1) if rows else tensor
+
+
+def _has_rows(input: Tensor, axis: int | None) -> bool:
+    return input.dim() - (axis is not None) > 1
+
+
+def _unfold(tensor: Tensor, batch: int, rows: bool) -> Tensor:
+    return tensor.unflatten(0, (batch, -1)) if rows else tensor
+
+
+def _over_batch(function: Any, info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> tuple[Any, Any]:
+    """Vmap by a loop, for the rare operand that the op cannot take in a batch."""
+    results = [
+        _apply(function, *(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)))
+        for i in range(info.batch_size)
+    ]
+    if isinstance(results[0], Tensor):
+        return torch.stack(results), 0
+    return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * len(results[0])
+
+
+class _Rows(Function):
+    """(input, target, weight, options without weight, stats, inplace) -> loss, peak, log_sum[, lse, entropy, correct]."""
+
+    @staticmethod
+    def forward(input: Tensor, target: Tensor, weight: Tensor | None, numbers: Any, stats: bool, inplace: bool) -> Any:
+        if not stats:
+            return forward(input, target, weight, *numbers)
+        loss, peak, log_sum, entropy, correct = forward_stats(input, target, weight, *numbers)
+        return loss, peak, log_sum, peak / numbers[2] + log_sum, entropy, correct
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        input, target, weight, ctx.numbers, ctx.stats, ctx.inplace = inputs
+        ctx.mark_non_differentiable(*output[1:3], *output[4:])
+        ctx.save_for_backward(input, target, weight, *output[1:3])
+        ctx.save_for_forward(input, target, weight)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None, *grads: Tensor | None) -> Any:
+        input, target, weight, peak, log_sum = ctx.saved_tensors
+        grad_lse = grads[2] if len(grads) > 2 else None
+        if grad_loss is None:
+            grad_loss = torch.zeros_like(peak)
+        needs_input, needs_target, needs_weight = ctx.needs_input_grad[:3]
+        if needs_weight:
+            raise NotImplementedError("weight: cross_entropy(impl='native') gives no gradient for it")
+        grad_input = grad_target = None
+        if needs_input and ctx.inplace:
+            grad_input = _overwrite(grad_loss, grad_lse, input, target, peak, log_sum, weight, ctx.numbers)
+        elif needs_input:
+            grad_input = _apply(
+                _Gradient, grad_loss, grad_lse, input, target, weight, peak.detach(), log_sum.detach(), ctx.numbers
+            )
+        if needs_target:
+            grad_target = target_gradient(grad_loss, input, target, weight, ctx.numbers)
+        return grad_input, grad_target, None, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        input, target, weight, numbers, stats, inplace = args
+        if in_dims[2] is not None:
+            return _over_batch(_Rows, info, in_dims, args)
+        rows = _has_rows(input, in_dims[0])
+        folded = (_fold(t, d, info.batch_size, rows) for t, d in zip((input, target), in_dims, strict=False))
+        output = _apply(_Rows, *folded, weight, numbers, stats, inplace)
+        return tuple(_unfold(t, info.batch_size, rows) for t in output), (0,) * len(output)
+
+
+class _RowsWithJvp(_Rows):
+    @staticmethod
+    def jvp(ctx: Any, input_t: Tensor | None, target_t: Tensor | None, weight_t: Tensor | None, *_: Any) -> Any:
+        input, target, weight = ctx.saved_tensors
+        if weight_t is not None:
+            raise NotImplementedError("weight: cross_entropy(impl='native') gives no derivative for it")
+        ones = torch.ones_like(input.select(class_axis(input), 0), dtype=compute_dtype(input))
+        loss_t = lse_t = torch.zeros_like(ones)
+        if input_t is not None:
+            loss_t, lse_t, *_ = directional(input_t, ones, None, input, target, weight, ctx.numbers)
+        if target_t is not None:
+            slope = target_gradient(ones, input, target, weight, ctx.numbers)
+            loss_t = loss_t + (slope * target_t).sum(class_axis(input))
+        return (loss_t, None, None, lse_t, None, None) if ctx.stats else (loss_t, None, None)
+
+
+class _Gradient(Function):
+    """(grad_loss, grad_lse, input, target, weight, peak, log_sum, options without weight) -> gradient of the input."""
+
+    @staticmethod
+    def forward(
+        grad_loss: Tensor,
+        grad_lse: Tensor | None,
+        input: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        peak: Tensor,
+        log_sum: Tensor,
+        numbers: Any,
+    ) -> Tensor:
+        return backward(grad_loss, grad_lse, input, target, peak, log_sum, weight, *numbers)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        *tensors, ctx.numbers = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, direction: Tensor) -> Any:
+        v_loss, v_lse, v_input, v_target = directional(direction, *ctx.saved_tensors, ctx.numbers)
+        if ctx.needs_input_grad[4]:
+            raise NotImplementedError("weight: cross_entropy(impl='native') gives no gradient for it")
+        return (
+            v_loss,
+            v_lse if ctx.needs_input_grad[1] else None,
+            v_input,
+            v_target if ctx.needs_input_grad[3] else None,
+            *(None,) * 4,
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        if in_dims[4] is not None:
+            return _over_batch(_Gradient, info, in_dims, args)
+        rows = _has_rows(args[2], in_dims[2])
+        folded = [
+            t if t is None or position == 4 else _fold(t, d, info.batch_size, rows)
+            for position, (t, d) in enumerate(zip(args[:7], in_dims, strict=False))
+        ]
+        return _unfold(_apply(_Gradient, *folded, args[7]), info.batch_size, rows), 0
+
+
+class _GradientWithJvp(_Gradient):
+    @staticmethod
+    def jvp(ctx: Any, loss_t: Any, lse_t: Any, input_t: Any, target_t: Any, weight_t: Any, *_: Any) -> Any:
+        grad_loss, grad_lse, input, target, weight, peak, log_sum = ctx.saved_tensors
+        if target_t is not None or weight_t is not None:
+            raise NotImplementedError(
+                "target, weight: cross_entropy(impl='native') gives no forward derivative of its gradient for them"
+            )
+        total = torch.zeros_like(input)
+        if input_t is not None:  # the second derivative is symmetric
+            total = total + directional(input_t, grad_loss, grad_lse, input, target, weight, ctx.numbers)[2]
+        if loss_t is not None or lse_t is not None:
+            loss_t = torch.zeros_like(grad_loss) if loss_t is None else loss_t
+            total = total + _apply(_Gradient, loss_t, lse_t, input, target, weight, peak, log_sum, ctx.numbers)
+        return total
+
+
+_Rows.WithJvp = _RowsWithJvp
+_Gradient.WithJvp = _GradientWithJvp
+
+
+def _overwrite(
+    grad_loss: Tensor, grad_lse: Tensor | None, input: Tensor, target: Tensor, peak: Tensor, log_sum: Tensor, *rest: Any
+) -> Tensor:
+    """Return the input's gradient in the input's memory, and make every later use of the input an error."""
+    if torch.is_grad_enabled():
+        raise RuntimeError("inplace_grad=True: the gradient overwrites the input, so it cannot be differentiated again")
+    weight, numbers = rest
+    input = input.detach()
+    backward_(grad_loss, grad_lse, input, target, peak, log_sum, weight, *numbers)
+    torch.autograd.graph.increment_version(input)  # shared with the tensor that autograd knows
+    return take_memory(input, _OVERWRITTEN)
+
+
+class _Step(Function):
+    """(input, target, weight, mean, options without weight) -> reduced loss, its gradient computed along with it.
+
+    The first backward gives that gradient away, so that its memory is the only one; a second one, or one that is to be
+    differentiated, computes it again from the input.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, target: Tensor, weight: Tensor | None, mean: bool, numbers: Any) -> Tensor:
+        loss, ctx.grad = step(input, target, weight, *numbers, mean)
+        ctx.save_for_backward(input, target, weight)
+        ctx.mean, ctx.numbers = mean, numbers
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> Any:
+        grad, ctx.grad = ctx.grad, None
+        if grad is None or torch.is_grad_enabled():
+            grad = _Step.again(ctx, grad_loss)
+        elif (factor := grad_loss.item()) != 1:
+            grad.mul_(factor)
+        return grad, None, None, None, None
+
+    @staticmethod
+    def again(ctx: Any, grad_loss: Tensor) -> Tensor:
+        input, target, weight = ctx.saved_tensors
+        with torch.no_grad():
+            rows, peak, log_sum = forward(input, target, weight, *ctx.numbers)
+        if ctx.mean:
+            grad_loss = grad_loss / _call(input, target, weight, ctx.numbers).denominator()
+        return _apply(_Gradient, grad_loss.expand(rows.shape), None, input, target, weight, peak, log_sum, ctx.numbers)
+
+
+def _call(input: Tensor, target: Tensor, weight: Tensor | None, numbers: Any) -> Call:
+    return Call(input, target, Options(weight, *numbers), "mean", False, False)
+
+
+def _only_first_gradient(call: Call) -> bool:
+    """Whether one sweep serves: a first gradient of the input will be asked for, by nothing but plain autograd."""
+    input = call.input
+    return (
+        not torch.compiler.is_compiling()
+        and input.requires_grad
+        and torch.is_grad_enabled()
+        and call.reduction != "none"
+        and not (call.stats or call.inplace_grad or call.target.requires_grad)
+        and input.dtype != torch.float16  # a loss scale comes with the upstream: before it, small gradients would be 0
+        and type(input) in (Tensor, torch.nn.Parameter)
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and torch._C._autograd._top_saved_tensors_default_hooks(False) is None  # such as activation checkpointing
+    )
+
+
+def _run_native(call: Call) -> Tensor | CrossEntropyOutput:
+    input, target, (weight, *numbers) = call.input, call.target, call.options
+    if _only_first_gradient(call):
+        loss = _Step.apply(input, target, weight, call.reduction == "mean", numbers)
+        return loss if loss.dtype == call.dtype else loss.to(call.dtype)
+    rows, _, _, *stats = _apply(_Rows, input, target, weight, numbers, call.stats, call.inplace_grad)
+    loss = reduce(rows, call.denominator() if call.reduction == "mean" else 1, call.reduction).to(call.dtype)
+    return CrossEntropyOutput(loss, *stats) if call.stats else loss
+
+
+def _refuse_native(call: Call) -> str | None:
+    if not native.available():
+        return native.why_not()
+    if call.input.device.type != "cpu":
+        return f"it serves CPU tensors; input is on {call.input.device}"
+    if call.options.weight is not None and call.options.weight.requires_grad:
+        return "it gives no gradient for weight, which requires one"
+    if call.inplace_grad and (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
+        return "inplace_grad=True needs plain autograd, not torch.compile or a torch.func transform"
+    return None
+
+
+def _refuse_reference(call: Call) -> str | None:
+    return "it never overwrites its input, as inplace_grad=True asks" if call.inplace_grad else None
+
+
+IMPLEMENTATIONS = (
+    Implementation("native", _refuse_native, _run_native),
+    Implementation("reference", _refuse_reference, reference.cross_entropy),
+)
