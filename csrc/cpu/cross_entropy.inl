@@ -99,17 +99,16 @@ struct Kernel {
     static_cast<A*>(c.loss)[row] = value;
   }
 
+  // dx_c = (e_c * p - q * q_c + e_c * rest) * f'(x_c), e_c = 2^((f_c - peak) * to_exp2). The share of the z-loss and of
+  // lse stays apart: rounded into p it would not cancel against q_c where p_c is 1.
   struct Coefficients {
-    A p, q;  // dx_c = (p * 2^((f_c - peak) * to_exp2) - q * q_c) * f'(x_c)
+    A p, q, rest;
   };
   Coefficients coefficients(int64_t row, bool counted, A peak, A log_sum, A inv_sum, A q) const {
-    A g = counted ? per_position(c.grad_loss, row) : A(0);
-    A a = per_position(c.grad_lse, row);
-    if (counted) {
-      a += g * q;
-      if (c.z_loss != 0) a += g * A(2 * c.z_loss) * (peak * inv_t + log_sum);
-    }
-    return {a * inv_t * inv_sum, g * inv_t};
+    const A g = counted ? per_position(c.grad_loss, row) * inv_t : A(0);
+    A rest = per_position(c.grad_lse, row) * inv_t;
+    if (counted && c.z_loss != 0) rest += g * A(2 * c.z_loss) * (peak * inv_t + log_sum);
+    return {g * q * inv_sum, g, rest * inv_sum};
   }
 
   // The first largest element; a NaN counts as the largest, as torch.argmax has it.
@@ -222,7 +221,7 @@ struct Kernel {
       }
       V f = cap(load_some(x + k, n, A(0)));
       V e = exp2<A>((f - peak) * to_exp2);
-      V d = e * co.p - (kDense ? co.q * q_at(q, k, n) : constant);
+      V d = e * co.p - (kDense ? co.q * q_at(q, k, n) : constant) + e * co.rest;
       if constexpr (kCap) d *= slope(f);
       store_some(grad + k, n, d);
     });
@@ -271,7 +270,7 @@ struct Kernel {
     for (int v = 0; v < r.vectors; ++v) {
       V at = kDense ? q_at(q, v * L, count(v)) : set1(spread);
       at += iota<A>() == int(y - v * L) ? set1(own_q) : V{};
-      V d = r.e[v] * co.p - at * co.q;
+      V d = r.e[v] * co.p - at * co.q + r.e[v] * co.rest;
       if constexpr (kCap) d *= slope(r.f[v]);
       store_some(grad + v * L, count(v), d);
     }
@@ -335,7 +334,8 @@ struct Kernel {
       V own{};  // computed before the sweep, which may overwrite x
       if (c.indices && counted) {
         const V f = cap(set1(own_x));
-        own = exp2<A>((f - peak) * to_exp2) * co.p - co.q * (own_q + spread * weight_at(c.indices[i]));
+        const V e = exp2<A>((f - peak) * to_exp2);
+        own = e * co.p - co.q * (own_q + spread * weight_at(c.indices[i])) + e * co.rest;
         if constexpr (kCap) own *= slope(f);
       }
       per_class ? row_grad<true>(x, q, grad, peak, co) : row_grad<false>(x, q, grad, peak, co);
@@ -450,15 +450,18 @@ struct Kernel {
     }
   }
 
-  void grad_tile(const Tile& t, const A* peak, const A* p, const A* g, const A* own_q, bool any_ignored) const {
+  void grad_tile(const Tile& t, const A* peak, const A* p, const A* g, const A* rest, const A* own_q,
+                 bool any_ignored) const {
     for (int64_t k = 0; k < c.classes; ++k)
       for (int v = 0; v < t.vectors; ++v) {
         A* at = t.scratch + k * t.width + v * L;
         const V f = load(at);
-        V d = exp2<A>((f - load(peak + v * L)) * to_exp2) * load(p + v * L);
+        const V e = exp2<A>((f - load(peak + v * L)) * to_exp2);
+        V d = e * load(p + v * L);
         if (dense) d -= load(g + v * L) * tile_q(t, k, v);
+        d += e * load(rest + v * L);
         if constexpr (kCap) d *= slope(f);
-        if (any_ignored) d = load(p + v * L) == A(0) ? V{} : d;  // even where its logits are NaN
+        if (any_ignored) d = load(g + v * L) == A(0) && load(rest + v * L) == A(0) ? V{} : d;  // even where its logits are NaN
         store(at, d);
       }
     if (c.indices)
@@ -473,7 +476,7 @@ struct Kernel {
 
   void tile(const Tile& t) const {
     A peak[kMaxTileWidth], sum[kMaxTileWidth], q_sum[kMaxTileWidth], q_distance[kMaxTileWidth], ex[kMaxTileWidth];
-    A p[kMaxTileWidth] = {}, g[kMaxTileWidth] = {}, own_q[kMaxTileWidth];
+    A p[kMaxTileWidth] = {}, g[kMaxTileWidth] = {}, rest[kMaxTileWidth] = {}, own_q[kMaxTileWidth];
     load_tile(t, peak);
     if (c.normaliser_given) {
       for (int i = 0; i < t.n; ++i) peak[i] = peak_[t.row + i], q_sum[i] = spread * A(c.weight_sum);
@@ -523,11 +526,11 @@ struct Kernel {
       if (c.correct) write_correct(row, t.x + i * c.x.stride[inner], t.q ? t.q + i * c.probabilities.stride[inner] : t.q);
       if (t.grad) {
         const Coefficients co = coefficients(row, counted, peak[i], sum[i], ex[i], target.q);
-        p[i] = co.p, g[i] = co.q, own_q[i] *= co.q;
+        p[i] = co.p, g[i] = co.q, rest[i] = co.rest, own_q[i] *= co.q;
         if constexpr (kCap) own_q[i] *= slope(set1(f))[0];
       }
     }
-    if (t.grad) grad_tile(t, peak, p, g, own_q, any_ignored);
+    if (t.grad) grad_tile(t, peak, p, g, rest, own_q, any_ignored);
   }
 };
 

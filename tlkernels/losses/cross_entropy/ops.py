@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.autograd import Function, forward_ad
 
 from tlkernels._core import native
@@ -92,7 +94,7 @@ def _unfold(tensor: Tensor, batch: int, rows: bool) -> Tensor:
 def _over_batch(function: Any, info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> tuple[Any, Any]:
     """Vmap by a loop, for the rare operand that the op cannot take in a batch."""
     results = [
-        _apply(function, *(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)))
+        _apply(function, *(a.select(d, i) if type(d) is int else a for a, d in zip(args, in_dims, strict=True)))
         for i in range(info.batch_size)
     ]
     if isinstance(results[0], Tensor):
@@ -186,9 +188,12 @@ class _Gradient(Function):
         *tensors, ctx.numbers = inputs
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, direction: Tensor) -> Any:
+    def backward(ctx: Any, direction: Tensor | None) -> Any:
+        if direction is None:
+            return (None,) * 8
         v_loss, v_lse, v_input, v_target = directional(direction, *ctx.saved_tensors, ctx.numbers)
         if ctx.needs_input_grad[4]:
             raise NotImplementedError("weight: cross_entropy(impl='native') gives no gradient for it")
@@ -317,8 +322,12 @@ def _refuse_native(call: Call) -> str | None:
         return f"it serves CPU tensors; input is on {call.input.device}"
     if call.options.weight is not None and call.options.weight.requires_grad:
         return "it gives no gradient for weight, which requires one"
-    if call.inplace_grad and (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
+    compiling = torch.compiler.is_compiling()
+    transformed = not compiling and torch._C._are_functorch_transforms_active()
+    if call.inplace_grad and (compiling or transformed):
         return "inplace_grad=True needs plain autograd, not torch.compile or a torch.func transform"
+    if transformed and sum(i.key() == TransformType.Jvp for i in retrieve_all_functorch_interpreters()) > 1:
+        return "forward-mode differentiation within another gives an autograd.Function zeros"
     return None
 
 

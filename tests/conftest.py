@@ -1,0 +1,25 @@
+"""Fixtures of all tests."""
+
+import pytest
+import torch
+
+from tlkernels._core import native
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned_memory():
+    """Fill what torch allocates without initialising it with NaN, so that an unwritten result is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def needs_native():
+    if not native.available():
+        pytest.skip(native.why_not())

@@ -1,0 +1,128 @@
+"""Cases of cross entropy, and the PyTorch lines that it replaces, which in float64 are the oracle."""
+
+import itertools
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+import tlkernels as tlk
+from tlkernels import testing
+
+
+def pytorch(input, target, weight=None, *, ignore_index=-100, reduction="mean", label_smoothing=0.0,
+            temperature=1.0, softcap=None, z_loss=0.0):  # fmt: skip
+    """The lines of the docstring, in the dtype of the input."""
+    axis = min(input.dim() - 1, 1)
+    x = input if softcap is None else softcap * torch.tanh(input / softcap)
+    x = x / temperature
+    smoothing = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
+    if not z_loss:
+        return F.cross_entropy(x, target, weight, reduction=reduction, **smoothing)
+    rows = F.cross_entropy(x, target, weight, reduction="none", **smoothing)
+    penalty = z_loss * torch.logsumexp(x, axis).square()
+    if target.is_floating_point():
+        count = rows.numel()
+    else:
+        counted = target != ignore_index
+        penalty = torch.where(counted, penalty, torch.zeros_like(penalty))
+        count = counted.sum() if weight is None else weight[target[counted]].sum()
+    rows = rows + penalty
+    return {"none": lambda: rows, "sum": rows.sum, "mean": lambda: rows.sum() / count}[reduction]()
+
+
+class Case(NamedTuple):
+    """One call, but for its random numbers."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+    target: str = "indices"  # or "probabilities", "probabilities32": float32 whatever the input
+    weighted: bool = False
+    layout: str = "contiguous"
+    options: tuple[tuple[str, object], ...] = ()
+
+    def __str__(self) -> str:
+        words = ["x".join(map(str, self.shape)), str(self.dtype).removeprefix("torch."), self.target]
+        words += ["weighted"] * self.weighted + [self.layout] * (self.layout != "contiguous")
+        return "-".join(words + [f"{name}={value}" for name, value in self.options])
+
+    def make(self, seed):
+        """Return input, target, weight and the options."""
+        generator = torch.Generator().manual_seed(seed)
+        axis = min(len(self.shape) - 1, 1)
+        positions = self.shape[:axis] + self.shape[axis + 1 :]
+        dense = testing.logits(self.shape, self.dtype, generator)
+        if self.target == "indices":
+            target = torch.randint(0, self.shape[axis], positions, generator=generator)
+            ignored = torch.rand(positions, generator=generator) < 0.2
+            if target.numel() > 2 and not ignored.all():
+                target = target.masked_fill(ignored, dict(self.options).get("ignore_index", -100))
+        else:
+            dtype = torch.float32 if self.target == "probabilities32" else self.dtype
+            target = torch.randn(self.shape, generator=generator, dtype=torch.float64).mul(2).softmax(axis).to(dtype)
+            target = testing.lay_out(target, self.layout)
+        weight = torch.rand(self.shape[axis], generator=generator).to(self.dtype) if self.weighted else None
+        return testing.lay_out(dense, self.layout), target, weight, dict(self.options)
+
+    def functions(self, target, weight, options, impl):
+        """Return the loss as a function of the input: ours, eager's, the oracle's."""
+
+        def to(tensor, dtype):
+            return tensor.to(dtype) if tensor is not None and tensor.is_floating_point() else tensor
+
+        return (
+            lambda x: tlk.cross_entropy(x, target, weight, impl=impl, **options),
+            lambda x: pytorch(x, to(target, self.dtype), weight, **options),
+            lambda x: pytorch(x, to(target, torch.float64), to(weight, torch.float64), **options),
+        )
+
+
+F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+
+# Every combination of options, on a shape with a full vector, a tail, and both row kernels' neighbours.
+OPTIONS = [
+    Case((6, 37), dtype, target, weighted, "contiguous", tuple(options.items()))
+    for dtype in (F64, F32)
+    for target in ("indices", "probabilities")
+    for weighted in (False, True)
+    for values in itertools.product((0.0, 0.1), (1.0, 2.5), (None, 5.0), (0.0, 0.01), ("mean", "none"))
+    if (
+        options := {
+            name: value
+            for name, value, default in zip(
+                ("label_smoothing", "temperature", "softcap", "z_loss", "reduction"),
+                values,
+                (0.0, 1.0, None, 0.0, "mean"),
+                strict=True,
+            )
+            if value != default
+        }
+    )
+    is not None
+]
+
+# One class; fewer than a vector; whole vectors; the end of the in-register rows and one past it; odd; prime; a block of
+# the long-row kernel and one past it; several blocks. Then positions behind the classes: one vector and less, odd lines,
+# several tiles, a class axis longer than a partial sum, more than two merged axes.
+SHAPES = [
+    (5,), (1, 1), (7, 1), (3, 2), (5, 16), (4, 64), (4, 65), (9, 129), (3, 4096), (3, 4097), (2, 12289), (300, 45),
+    (2, 3, 1), (3, 1, 5), (2, 5, 16), (2, 21, 7, 41), (1, 4, 600), (2, 300, 3), (2, 3, 2, 3, 2),
+]  # fmt: skip
+MIXED = (("label_smoothing", 0.1), ("softcap", 8.0), ("temperature", 1.5), ("z_loss", 1e-3), ("reduction", "none"))
+GRID = [
+    Case(shape, dtype, target, weighted, "contiguous", options)
+    for shape in SHAPES
+    for dtype in (F64, F32, BF16, F16)
+    for target, weighted, options in (
+        ("indices", False, ()),
+        ("indices", True, MIXED),
+        ("probabilities", False, (("reduction", "sum"),)),
+    )
+]
+LAID_OUT = [
+    Case(shape, dtype, target, False, layout, (("label_smoothing", 0.1),))
+    for layout in testing.LAYOUTS[1:]
+    for shape in ((6, 37), (3, 5, 4, 18))
+    for dtype in (F32, BF16)
+    for target in ("indices", "probabilities", "probabilities32")
+]

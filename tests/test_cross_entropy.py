@@ -1,0 +1,175 @@
+"""Value, gradient and second gradient of cross entropy against float64, over options, dtypes, shapes, layouts."""
+
+import pytest
+import torch
+from cross_entropy_cases import BF16, F16, F32, F64, GRID, LAID_OUT, MIXED, OPTIONS, Case, pytorch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tlkernels as tlk
+from tlkernels import testing
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+TARGETS = testing.targets()
+
+
+def check(case, target, seeds=3):
+    value_budget, grad_budget = testing.Budget(case.dtype), testing.Budget(case.dtype)
+    for seed in range(seeds):
+        input, classes, weight, options = case.make(seed)
+        with testing.forced(target) as impl:
+            ours, eager, oracle = case.functions(classes, weight, options, impl)
+            value = oracle(input.double())
+            upstream = 0.5 + torch.rand(value.shape)
+            result, grad = testing.gradients(ours, input, upstream)
+        assert result.dtype == input.dtype
+        assert grad.dtype == input.dtype
+        eager_result, eager_grad = testing.gradients(eager, input, upstream)
+        right, right_grad = testing.gradients(oracle, input.double(), upstream.to(result.dtype).double())
+        value_budget.add(result, eager_result, right)
+        grad_budget.add(grad, eager_grad, right_grad)
+    value_budget.check("loss")
+    grad_budget.check("gradient")
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+@pytest.mark.parametrize("case", GRID, ids=str)
+def test_shapes_and_dtypes(case, target):
+    check(case, target)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+@pytest.mark.parametrize("case", LAID_OUT, ids=str)
+def test_strides(case, target):
+    check(case, target)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_every_combination_of_options(target):
+    for case in OPTIONS:
+        try:
+            check(case, target)
+        except AssertionError as error:
+            raise AssertionError(f"{case}: {error}") from None
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_every_combination_of_options_on_tiles(target):
+    for case in OPTIONS[::3]:
+        check(case._replace(shape=(2, 5, 19)), target, seeds=2)
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("case", [
+    Case((6, 37)), Case((6, 37), target="probabilities"), Case((6, 37), weighted=True, options=MIXED[:4]),
+    Case((6, 37), target="probabilities", weighted=True, options=MIXED[:4]), Case((2, 5, 7), options=MIXED[:4]),
+    Case((9,), options=MIXED[:4]),
+], ids=str)  # fmt: skip
+def test_second_gradient(case, reduction, target):
+    budgets = {}
+    for seed in range(3):
+        input, classes, weight, options = case.make(seed)
+        options["reduction"] = reduction
+        direction = torch.randn(input.shape)
+        with testing.forced(target) as impl:
+            functions = case.functions(classes, weight, options, impl)
+            upstream = 0.5 + torch.rand(functions[2](input.double()).shape)
+            ours = testing.second_gradients(functions[0], input, upstream, direction)
+        eager = testing.second_gradients(functions[1], input, upstream, direction)
+        right = testing.second_gradients(functions[2], input.double(), upstream.double(), direction.double())
+        for name, *values in zip(("by input", "by upstream"), ours, eager, right, strict=True):
+            budgets.setdefault(name, testing.Budget(torch.float32)).add(*values)
+    for name, budget in budgets.items():
+        budget.check(name)
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+@pytest.mark.parametrize("case", [
+    Case((4, 5), F64), Case((4, 5), F64, weighted=True, options=MIXED), Case((3, 5), F64, "probabilities", True, options=MIXED),
+    Case((2, 3, 4), F64, options=MIXED), Case((5,), F64, options=MIXED[:4]),
+], ids=str)  # fmt: skip
+def test_gradcheck(case, target):
+    input, classes, weight, options = case.make(0)
+    input = (input / 20).requires_grad_()
+    inputs = (input, classes.requires_grad_()) if classes.is_floating_point() else (input,)
+    with testing.forced(target) as impl:
+
+        def loss(x, t=classes):
+            return tlk.cross_entropy(x, t, weight, impl=impl, **options)
+
+        def lse(x, t=classes):
+            return tlk.cross_entropy_stats(x, t, weight, impl=impl, **options).lse
+
+        assert torch.autograd.gradcheck(loss, inputs)
+        assert torch.autograd.gradgradcheck(loss, inputs)
+        assert torch.autograd.gradcheck(lse, inputs[:1])
+        assert torch.autograd.gradgradcheck(lse, inputs[:1])
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+@pytest.mark.parametrize("dtype", [F64, F32, BF16, F16], ids=str)
+def test_pytorch_samples(dtype, target):
+    """PyTorch's own samples of the function."""
+    from torch.testing._internal.common_methods_invocations import op_db
+
+    (op,) = (op for op in op_db if op.name == "nn.functional.cross_entropy")
+    count = 0
+    for sample in op.sample_inputs("cpu", dtype, requires_grad=True):
+        classes, *rest = sample.args
+        kwargs = {**dict(zip(("weight",), rest, strict=False)), **sample.kwargs}
+        budgets = testing.Budget(dtype), testing.Budget(dtype)
+
+        def wide(tensor):
+            return tensor.double() if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() else tensor
+
+        with testing.forced(target) as impl:
+            ours = testing.gradients(lambda x: _as_graph(tlk.cross_entropy(x, classes, **kwargs, impl=impl), x),
+                                     sample.input, torch.tensor(1.5))  # fmt: skip
+        eager = testing.gradients(lambda x: _as_graph(pytorch(x, classes, **kwargs), x), sample.input, torch.tensor(1.5))
+        right = testing.gradients(
+            lambda x: _as_graph(pytorch(x, wide(classes), **{k: wide(v) for k, v in kwargs.items()}), x),
+            sample.input.double(),
+            torch.tensor(1.5),
+        )
+        for budget, *values in zip(budgets, ours, eager, right, strict=True):
+            budget.add(*values)
+            budget.check(f"{tuple(sample.input.shape)} {kwargs}")
+        count += 1
+    assert count > 20
+
+
+def _as_graph(loss, x):
+    """A sum, so that one upstream value serves every reduction; NaN losses (no position counts) keep a zero gradient."""
+    return loss.sum()
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(data=st.data())
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_any_options_and_shapes(target, data):
+    shape = data.draw(st.one_of(
+        st.tuples(st.integers(1, 300)), st.tuples(st.integers(1, 9), st.integers(1, 300)),
+        st.tuples(st.integers(1, 3), st.integers(1, 40), st.integers(1, 40)),
+        st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 5), st.integers(1, 20)),
+    ))  # fmt: skip
+    options = data.draw(st.fixed_dictionaries({}, optional={
+        "label_smoothing": st.sampled_from([0.1, 0.5, 1.0]), "temperature": st.sampled_from([0.3, 4.0]),
+        "softcap": st.sampled_from([1.0, 30.0]), "z_loss": st.sampled_from([1e-4, 0.1]),
+        "reduction": st.sampled_from(["mean", "sum", "none"]), "ignore_index": st.sampled_from([-1, -100]),
+    }))  # fmt: skip
+    check(
+        Case(
+            shape,
+            data.draw(st.sampled_from([F64, F32])),
+            data.draw(st.sampled_from(["indices", "probabilities"])),
+            data.draw(st.booleans()),
+            data.draw(st.sampled_from(testing.LAYOUTS)),
+            tuple(options.items()),
+        ),
+        target,
+        seeds=8,  # a small case has few values for eager to be wrong in
+    )

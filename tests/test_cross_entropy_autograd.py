@@ -1,0 +1,343 @@
+"""Cross entropy under torch.func, torch.compile, opcheck, checkpointing, and with inplace_grad."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import tlkernels as tlk
+from tlkernels import testing
+from tlkernels.losses.cross_entropy import ops
+
+IMPLEMENTATIONS = sorted({target.impl for target in testing.targets()})
+OPTIONS = {"label_smoothing": 0.1, "temperature": 1.5}
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def impl(request):
+    return request.param
+
+
+def ours(x, y, impl, **options):
+    return tlk.cross_entropy(x, y, impl=impl, **OPTIONS, **options)
+
+
+def right(x, y, **options):
+    return F.cross_entropy(x / OPTIONS["temperature"], y, label_smoothing=OPTIONS["label_smoothing"], **options)
+
+
+def same(result, expected):
+    torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("probabilities", [False, True])
+@pytest.mark.parametrize("shape", [(4, 5), (3, 5, 2), (5,)], ids=str)
+class TestFunc:
+    """torch.func gives PyTorch's values (a Function registered with custom_op fails, or gives zeros under jvp)."""
+
+    def make(self, shape, probabilities, *batch):
+        axis = min(len(shape) - 1, 1)
+        x = torch.randn(*batch, *shape, dtype=torch.float64)
+        if probabilities:
+            return x, torch.randn(*batch, *shape, dtype=torch.float64).softmax(len(batch) + axis)
+        return x, torch.randint(0, 5, (*batch, *shape[:axis], *shape[axis + 1 :]))
+
+    @pytest.mark.parametrize("transform", [
+        lambda f: torch.func.grad(f), lambda f: torch.func.grad_and_value(f), lambda f: torch.func.jacrev(f),
+        lambda f: torch.func.jacfwd(f), lambda f: torch.func.hessian(f), lambda f: torch.func.jacrev(torch.func.grad(f)),
+        lambda f: torch.func.jacrev(torch.func.jacfwd(f)),
+        lambda f: lambda x, y: torch.func.vjp(lambda x: f(x, y), x)[1](torch.tensor(2.0, dtype=x.dtype)),
+    ], ids=["grad", "grad_and_value", "jacrev", "jacfwd", "hessian", "jacrev(grad)", "jacrev(jacfwd)", "vjp"])  # fmt: skip
+    def test_transforms(self, impl, shape, probabilities, transform):
+        x, y = self.make(shape, probabilities)
+        result = transform(lambda x, y: ours(x, y, impl))(x, y)
+        same(result, transform(lambda x, y: right(x, y))(x, y))
+
+    @pytest.mark.parametrize("reduction", ["mean", "none"])
+    @pytest.mark.parametrize("in_dims", [(0, 0), (1, 0), (0, None), (None, 0)], ids=str)
+    def test_vmap(self, impl, shape, probabilities, in_dims, reduction):
+        x, y = self.make(shape, probabilities, 3)
+        x = x if in_dims[0] == 0 else x.movedim(0, 1) if in_dims[0] == 1 else x[0]
+        y = y if in_dims[1] == 0 else y[0]
+        batch = lambda t, d, i: t if d is None else t.select(d, i)  # noqa: E731
+        expected = [right(batch(x, in_dims[0], i), batch(y, in_dims[1], i), reduction=reduction) for i in range(3)]
+        if impl == "reference" and in_dims[0] is None and not probabilities:
+            with pytest.raises(RuntimeError, match="vmap"):  # PyTorch's own refusal
+                torch.func.vmap(lambda x, y: ours(x, y, impl, reduction=reduction), in_dims)(x, y)
+            return
+        same(torch.func.vmap(lambda x, y: ours(x, y, impl, reduction=reduction), in_dims)(x, y), torch.stack(expected))
+
+    @pytest.mark.parametrize("of", [torch.func.grad, torch.func.hessian], ids=["grad", "hessian"])
+    def test_vmap_of_derivatives(self, impl, shape, probabilities, of):
+        x, y = self.make(shape, probabilities, 3)
+        same(torch.func.vmap(of(lambda x, y: ours(x, y, impl)))(x, y), torch.func.vmap(of(right))(x, y))
+
+    def test_jvp(self, impl, shape, probabilities):
+        x, y = self.make(shape, probabilities)
+        v = torch.randn_like(x)
+        same(torch.func.jvp(lambda x: ours(x, y, impl), (x,), (v,)), torch.func.jvp(lambda x: right(x, y), (x,), (v,)))
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x, v)
+            tangent = torch.autograd.forward_ad.unpack_dual(ours(dual, y, impl)).tangent
+        same(tangent, torch.func.jvp(lambda x: right(x, y), (x,), (v,))[1])
+
+    def test_jvp_of_jvp(self, impl, shape, probabilities):
+        """Forward over forward gives an autograd.Function zeros: native refuses, auto takes the reference."""
+        x, y = self.make(shape, probabilities)
+        twice = lambda f: torch.func.jacfwd(torch.func.jacfwd(f))(x, y)  # noqa: E731
+        if impl == "native":
+            with pytest.raises(NotImplementedError, match="forward-mode"):
+                twice(lambda x, y: ours(x, y, impl))
+            impl = "auto"
+        same(twice(lambda x, y: ours(x, y, impl)), twice(right))
+
+    def test_gradient_of_probabilities(self, impl, shape, probabilities):
+        if not probabilities:
+            return
+        x, y = self.make(shape, probabilities)
+        for transform in (torch.func.grad, torch.func.hessian, torch.func.jacfwd):
+            try:
+                result = transform(lambda x, y: ours(x, y, impl), argnums=1)(x, y)
+            except NotImplementedError:  # may raise, may not be wrong
+                assert impl != "reference"
+                continue
+            same(result, transform(right, argnums=1)(x, y))
+
+
+def test_vmap_over_weights(impl):
+    x, y, w = torch.randn(3, 4, 5, dtype=torch.float64), torch.randint(0, 5, (3, 4)), torch.rand(3, 5, dtype=torch.float64)
+    same(torch.func.vmap(lambda x, y, w: tlk.cross_entropy(x, y, w, impl=impl))(x, y, w), torch.func.vmap(F.cross_entropy)(x, y, w))
+    grad = torch.func.grad
+    same(torch.func.vmap(grad(lambda x, y, w: tlk.cross_entropy(x, y, w, impl=impl)))(x, y, w), torch.func.vmap(grad(F.cross_entropy))(x, y, w))
+
+
+def test_third_derivative(impl):
+    x, y = torch.randn(2, 3, dtype=torch.float64), torch.tensor([0, 2])
+    cube = lambda f: torch.func.jacrev(torch.func.jacrev(torch.func.grad(f)))  # noqa: E731
+    same(cube(lambda x: tlk.cross_entropy(x, y, softcap=2.0, impl=impl))(x),
+         cube(lambda x: F.cross_entropy(2.0 * torch.tanh(x / 2.0), y))(x))  # fmt: skip
+
+
+def test_mixed_second_gradient_of_probabilities(impl):
+    """create_graph=True silently partial (Liger, CCE, QuACK, flash-attn)."""
+    results = []
+    x0, y0 = torch.randn(4, 5, dtype=torch.float64), torch.randn(4, 5, dtype=torch.float64).softmax(1)
+    for loss in (lambda x, y: ours(x, y, impl), right):
+        x, y = x0.clone().requires_grad_(), y0.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(loss(x, y), x, create_graph=True)
+        results.append(torch.autograd.grad(grad.square().sum(), (x, y)))
+    same(*results)
+
+
+def test_maml_step(impl):
+    """The outer gradient goes through an inner step of gradient descent."""
+    x, y = torch.randn(8, 6, dtype=torch.float64), torch.randint(0, 4, (8,))
+    results = []
+    for loss in (lambda z, y: tlk.cross_entropy(z, y, impl=impl), F.cross_entropy):
+        torch.manual_seed(1)
+        w = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+        (inner,) = torch.autograd.grad(loss(x @ w, y), w, create_graph=True)
+        results.append(torch.autograd.grad(loss(x @ (w - 0.5 * inner), y), w)[0])
+    same(*results)
+
+
+def test_gradient_of_weight_is_never_silent(impl):
+    """PyTorch has it for probabilities; native refuses, auto goes to the reference."""
+    x, y = torch.randn(4, 5, dtype=torch.float64), torch.randn(4, 5, dtype=torch.float64).softmax(1)
+    w = torch.rand(5, dtype=torch.float64, requires_grad=True)
+    if impl == "native":
+        with pytest.raises(NotImplementedError, match="no gradient for weight"):
+            tlk.cross_entropy(x, y, w, impl=impl)
+        with pytest.raises(NotImplementedError, match="weight"):
+            torch.func.grad(lambda w: tlk.cross_entropy(x, y, w, impl=impl))(w.detach())
+    (expected,) = torch.autograd.grad(F.cross_entropy(x, y, w), w)
+    same(torch.autograd.grad(tlk.cross_entropy(x, y, w), w)[0], expected)
+
+
+def test_activation_checkpoint(impl):
+    from torch.utils.checkpoint import checkpoint
+
+    x, y = torch.randn(4, 5, dtype=torch.float64, requires_grad=True), torch.randint(0, 5, (4,))
+    for reentrant in (False, True):
+        loss = checkpoint(lambda x: ours(x * 2, y, impl), x, use_reentrant=reentrant)
+        same(torch.autograd.grad(loss, x)[0] if not reentrant else _backward(loss, x),
+             torch.autograd.grad(right(x * 2, y), x)[0])  # fmt: skip
+
+
+def _backward(loss, leaf):
+    leaf.grad = None
+    loss.backward()
+    return leaf.grad
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"reduction": "none"}, {"reduction": "sum", "softcap": 3.0, "z_loss": 0.01, "label_smoothing": 0.1},
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("probabilities", [False, True])
+def test_compile(impl, probabilities, options):
+    x = torch.randn(6, 50, requires_grad=True)
+    y = torch.randn(6, 50).softmax(1) if probabilities else torch.randint(0, 50, (6,))
+
+    def loss(x, y):
+        return tlk.cross_entropy(x * 2, y, impl=impl, **options).sum() * 3
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True)(x, y)
+    torch.testing.assert_close(compiled, loss(x, y))
+    torch.testing.assert_close(torch.autograd.grad(compiled, x), torch.autograd.grad(loss(x, y), x))
+
+
+def test_compile_with_dynamic_shapes(impl):
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x, y: tlk.cross_entropy(x, y, impl=impl), fullgraph=True, dynamic=True, backend="aot_eager")
+    for rows in (3, 5, 9):
+        x, y = torch.randn(rows, 50), torch.randint(0, 50, (rows,))
+        torch.testing.assert_close(compiled(x, y), F.cross_entropy(x, y))
+
+
+@pytest.mark.usefixtures("needs_native")
+class TestOpcheck:
+    def arguments(self, probabilities):
+        x = torch.randn(4, 5, 3)
+        y = torch.randn(4, 5, 3).softmax(1) if probabilities else torch.randint(0, 5, (4, 3))
+        return x, y, (torch.rand(5), -100, 0.1, 2.0, 3.0, 0.01)
+
+    @pytest.mark.parametrize("requires_grad", [False, True])
+    @pytest.mark.parametrize("probabilities", [False, True])
+    def test_every_op(self, probabilities, requires_grad):
+        x, y, options = self.arguments(probabilities)
+        _, peak, log_sum = ops.forward(x, y, *options)
+        x.requires_grad_(requires_grad)
+        g = torch.rand(4, 3)
+        for op, arguments in (
+            (ops.forward, (x, y, *options)),
+            (ops.forward_stats, (x, y, *options)),
+            (ops.backward, (g, g, x, y, peak, log_sum, *options)),
+            (ops.backward_, (g, None, x.detach(), y, peak, log_sum, *options)),
+            (ops.step, (x, y, *options, True)),
+        ):
+            torch.library.opcheck(op, arguments)
+
+
+@pytest.mark.usefixtures("needs_native")
+class TestInplaceGrad:
+    def loss(self, input, target, **options):
+        return tlk.cross_entropy(input, target, inplace_grad=True, **options)
+
+    @pytest.mark.parametrize("shape", [(6, 50), (3, 5000), (2, 21, 30)], ids=str)
+    @pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"softcap": 3.0, "label_smoothing": 0.1, "z_loss": 0.1}], ids=str)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+    def test_same_gradient_in_the_same_memory(self, shape, options, dtype):
+        y = torch.randint(0, shape[1], shape[:1] + shape[2:])
+        y[0] = -100
+        leaf = torch.randn(shape).to(dtype).requires_grad_()
+        input = leaf * 1
+        pointer, seen = input.data_ptr(), []
+        input.register_hook(lambda grad: seen.append(grad.data_ptr()))
+        loss = self.loss(input, y, **options)
+        upstream = torch.rand(loss.shape).to(dtype)
+        (grad,) = torch.autograd.grad(loss, leaf, upstream)
+        assert seen == [pointer]
+        other = (leaf * 1).detach().requires_grad_()
+        (expected,) = torch.autograd.grad(tlk.cross_entropy(other, y, impl="native", reduction="none"
+                                          if options.get("reduction") == "none" else "mean",
+                                          **{k: v for k, v in options.items() if k != "reduction"}), other, upstream)  # fmt: skip
+        torch.testing.assert_close(grad, expected)
+
+    def test_any_later_use_raises(self):
+        """In-place gradients corrupt an upstream tensor silently (Liger #343, #272; unsloth #5002)."""
+        leaf = torch.randn(4, 50, requires_grad=True)
+        input = leaf * 1
+        view = input.view(2, 2, 50)
+        self.loss(view.view(4, 50), torch.arange(4)).backward()
+        for tensor in (input, view):
+            with pytest.raises(RuntimeError, match="inplace_grad=True"):
+                tensor + 1
+
+    def test_upstream_that_saved_it_raises(self):
+        leaf = torch.randn(4, 50, requires_grad=True)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            self.loss(torch.tanh(leaf), torch.arange(4)).backward()
+
+    def test_later_users_in_the_graph_see_the_values(self):
+        leaf = torch.randn(4, 50, requires_grad=True)
+        results = []
+        for inplace in (False, True):
+            input = leaf * 1
+            loss = tlk.cross_entropy(input, torch.arange(4), inplace_grad=inplace)
+            results.append(torch.autograd.grad(loss + input.square().sum(), leaf)[0])
+        torch.testing.assert_close(*results)
+
+    def test_second_backward_and_create_graph_raise(self):
+        leaf = torch.randn(4, 50, requires_grad=True)
+        loss = self.loss(leaf * 1, torch.arange(4))
+        loss.backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+        with pytest.raises(RuntimeError, match="inplace_grad=True"):
+            torch.autograd.grad(self.loss(leaf * 1, torch.arange(4)), leaf, create_graph=True)
+
+    def test_part_of_a_larger_tensor(self):
+        leaf = torch.randn(4, 60, requires_grad=True)
+        input = leaf * 1
+        loss = self.loss(input[:, :50], torch.arange(4))
+        (grad,) = torch.autograd.grad(loss, leaf)
+        other = leaf[:, :50].detach().requires_grad_()
+        torch.testing.assert_close(grad[:, :50], torch.autograd.grad(F.cross_entropy(other, torch.arange(4)), other)[0])
+        assert torch.equal(input.detach()[:, 50:], leaf.detach()[:, 50:])
+
+    def test_without_a_gradient_the_input_stays(self):
+        input = torch.randn(4, 50)
+        before = input.clone()
+        self.loss(input, torch.arange(4))
+        assert torch.equal(input, before)
+
+    def test_stats(self):
+        leaf = torch.randn(4, 50, requires_grad=True)
+        output = tlk.cross_entropy_stats(leaf * 1, torch.arange(4), inplace_grad=True)
+        (grad,) = torch.autograd.grad(output.loss + output.lse.sum(), leaf)
+        (expected,) = torch.autograd.grad(F.cross_entropy(leaf, torch.arange(4)) + leaf.logsumexp(1).sum(), leaf)
+        torch.testing.assert_close(grad, expected)
+
+    def test_leaf_and_expanded_are_refused(self):
+        with pytest.raises(ValueError, match="inplace_grad: expected an input that is the result"):
+            self.loss(torch.randn(4, 50, requires_grad=True), torch.arange(4))
+        with pytest.raises(ValueError, match="inplace_grad: expected an input with memory"):
+            self.loss(torch.randn(50, requires_grad=True).expand(4, 50), torch.arange(4))
+
+    def test_compile_and_func_are_refused(self):
+        with pytest.raises(NotImplementedError, match="plain autograd"):
+            torch.func.grad(lambda x: self.loss(x * 1, torch.arange(4)))(torch.randn(4, 50))
+        with pytest.raises(NotImplementedError, match="never overwrites"):
+            self.loss(torch.randn(4, 50), torch.arange(4), impl="reference")
+
+
+MEMORY = """
+import sys, torch, tlkernels as tlk
+inplace, dtype = sys.argv[1] == "True", getattr(torch, sys.argv[2])
+logits = torch.zeros(512, 100_000, dtype=dtype).requires_grad_()
+y = torch.zeros(512, dtype=torch.long)
+small = torch.zeros(2, 10, requires_grad=True) * 1
+tlk.cross_entropy(small, y[:2], inplace_grad=inplace).backward()   # what a first call loads
+x = logits.view_as(logits)
+
+def status(key):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
+
+open("/proc/self/clear_refs", "w").write("5")  # the peak starts from here
+before = status("VmRSS")
+tlk.cross_entropy(x, y, inplace_grad=inplace).backward()
+print((status("VmHWM") - before) / (logits.numel() * logits.element_size()))
+"""
+
+
+@pytest.mark.usefixtures("needs_native")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("inplace", "buffers"), [(False, 1), (True, 0)])
+def test_peak_memory(inplace, buffers, dtype):
+    """One gradient buffer above the input; with inplace_grad none."""
+    command = [sys.executable, "-c", MEMORY, str(inplace), dtype]
+    used = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert buffers - 0.02 < used < buffers + 0.05

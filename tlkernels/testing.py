@@ -1,0 +1,125 @@
+"""For tests of losses: implementations and instruction sets of this machine, inputs that are able to fail, error budget.
+
+A new loss takes part by giving its eager PyTorch lines, which, run in float64, are also its oracle.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tlkernels._core import native
+
+
+class Target(NamedTuple):
+    """An implementation to test, and for `native` on CPU the instruction set."""
+
+    impl: str
+    isa: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.impl}-{self.isa}" if self.isa else self.impl
+
+
+def targets() -> list[Target]:
+    """Return what can run here on CPU tensors."""
+    return [Target("reference"), *(Target("native", isa) for isa in native.isas())]
+
+
+@contextmanager
+def forced(target: Target) -> Iterator[str]:
+    """Force the target's instruction set meanwhile; gives the name for `impl=`."""
+    before = native.isa()
+    if target.isa:
+        native.force_isa(target.isa)
+    try:
+        yield target.impl
+    finally:
+        if target.isa:
+            native.force_isa(before)
+
+
+LAYOUTS = ("contiguous", "transposed", "sliced", "channels_last")
+
+
+def lay_out(dense: Tensor, layout: str) -> Tensor:
+    """Return the same values with other strides."""
+    if layout == "transposed" and dense.dim() > 1:
+        return dense.transpose(0, 1).contiguous().transpose(0, 1)
+    if layout == "sliced":  # every second element of a larger tensor, at an unaligned start
+        wide = torch.full((*dense.shape[:-1], 2 * dense.shape[-1] + 1), float("nan"), dtype=dense.dtype)
+        wide[..., 1::2] = dense
+        return wide[..., 1::2]
+    if layout == "channels_last" and dense.dim() == 4:
+        return dense.contiguous(memory_format=torch.channels_last)
+    return dense.contiguous()
+
+
+def logits(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator, class_axis: int = 1) -> Tensor:
+    """Return logits with rows of every kind: plain, nearly equal, one far ahead, one far behind, large offset."""
+    axis = min(class_axis, len(shape) - 1)
+    rows = torch.randn(shape, generator=generator, dtype=torch.float64).movedim(axis, -1)
+    flat = rows.reshape(-1, shape[axis]).clone()
+    flat[1::5] *= 1e-3
+    flat[2::5, 0] += 30
+    flat[3::5, -1] -= 40
+    flat[4::5] += 50
+    return (2 * flat).reshape(rows.shape).movedim(-1, axis).to(dtype)
+
+
+class Budget:
+    """The error that an implementation may have: twice eager's in the same dtype, plus one rounding of the result.
+
+    Errors are largest differences from the oracle, pooled over draws, so that a lucky draw of eager does not decide.
+    In float64, where eager is the oracle itself, the error may be 1e-13 of the largest value there, or of 1.
+    """
+
+    def __init__(self, dtype: torch.dtype):
+        """For results of `dtype`."""
+        self.dtype = dtype
+        self.eager = self.ours = self.scale = 0.0
+
+    def add(self, ours: Tensor, eager: Tensor, oracle: Tensor) -> None:
+        """Add a draw: what the implementation and eager give for the oracle's float64 values.
+
+        Raises:
+            AssertionError: a NaN or an infinity where the oracle has none, or the reverse; a wrong shape.
+        """
+        assert ours.shape == oracle.shape, f"shape {tuple(ours.shape)}, expected {tuple(oracle.shape)}"
+        ours, eager, oracle = ours.detach().double(), eager.detach().double(), oracle.detach()
+        finite = oracle.isfinite()
+        assert torch.equal(ours[~finite].nan_to_num(7), oracle[~finite].nan_to_num(7)), "NaN or infinity differ"
+        assert bool(ours[finite].isfinite().all()), "NaN or infinity where the oracle is finite"
+        if finite.any():
+            self.ours = max(self.ours, float((ours - oracle)[finite].abs().max()))
+            self.eager = max(self.eager, float((eager - oracle)[finite].nan_to_num(0).abs().max()))
+            self.scale = max(self.scale, float(oracle[finite].abs().max()))
+
+    def check(self, what: str) -> None:
+        """Raise AssertionError if the implementation's error is over the budget."""
+        allowed = 2 * self.eager + torch.finfo(self.dtype).eps * self.scale
+        if self.dtype == torch.float64:
+            allowed = 1e-13 * max(1.0, self.scale)
+        assert self.ours <= allowed, f"{what}: error {self.ours:.3g}, eager's {self.eager:.3g}, allowed {allowed:.3g}"
+
+
+def gradients(loss: Callable[[Tensor], Tensor], input: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the loss and the input's gradient for `upstream`, of the loss's shape."""
+    leaf = input.detach().requires_grad_()
+    value = loss(leaf)
+    (grad,) = torch.autograd.grad(value, leaf, upstream.to(value.dtype))
+    return value.detach(), grad
+
+
+def second_gradients(
+    loss: Callable[[Tensor], Tensor], input: Tensor, upstream: Tensor, direction: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the derivatives of <direction, gradient> by the input and by the upstream value."""
+    leaf = input.detach().requires_grad_()
+    value = loss(leaf)
+    factor = upstream.to(value.dtype).requires_grad_()
+    (grad,) = torch.autograd.grad(value, leaf, factor, create_graph=True)
+    by_input, by_upstream = torch.autograd.grad((grad * direction.to(grad.dtype)).sum(), (leaf, factor))
+    return by_input, by_upstream
