@@ -7,6 +7,7 @@ TLKERNELS_SANITIZE=1 builds it with AddressSanitizer and UBSan; CXX and MAX_JOBS
 import os
 import platform
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import setup
@@ -33,6 +34,12 @@ def switch(name: str, default: str) -> bool:
     return value == "1"
 
 
+def run(command: list[str]) -> None:
+    """Run a compiler command, showing it."""
+    print(" ".join(command), flush=True)
+    subprocess.run(command, check=True)
+
+
 def native_extension() -> dict:
     """Return setup()'s arguments for the extension."""
     import pybind11
@@ -50,17 +57,18 @@ def native_extension() -> dict:
             common += ["-fno-math-errno", "-fno-trapping-math", *SANITIZE_FLAGS]
             # GCC 12 takes the undefined operand inside its own AVX-512 intrinsics for ours.
             common += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+            commands = []
             for isa, flags in ISA_FLAGS.items():
                 source, built = CPU / "targets" / f"{isa}.cpp", folder / f"{isa}.o"
-                command = [compiler, *common, *flags, "-c", str(source), "-o", str(built)]
-                print(" ".join(command), flush=True)
-                subprocess.run(command, check=True)
+                commands.append([compiler, *common, *flags, "-c", str(source), "-o", str(built)])
                 ext.extra_objects.append(str(built))
+            with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
+                list(pool.map(run, commands))
             super().build_extension(ext)
 
     extension = CppExtension(
         "tlkernels._C",
-        sources=["csrc/module.cpp", *(str(CPU / f"{name}.cpp") for name in ("isa", "tensor", "cross_entropy"))],
+        sources=["csrc/module.cpp", *(str(CPU / f"{name}.cpp") for name in ("isa", "pool", "tensor", "cross_entropy"))],
         include_dirs=[pybind11.get_include()],
         define_macros=[("TLK_BUILD_TORCH", f'"{torch.__version__}"'), ("TLK_BUILD_SANITIZE", f'"{int(SANITIZE)}"')],
         extra_compile_args=["-O2", "-fopenmp", "-fvisibility=hidden", "-Wall", *SANITIZE_FLAGS],

@@ -2,9 +2,9 @@
 
 #include <torch/library.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
+#include <limits>
+
+#include "pool.h"
 
 namespace tlk {
 
@@ -24,14 +24,15 @@ Scalar scalar_of(at::ScalarType dtype) {
 }
 
 at::Tensor empty_gradient(const at::Tensor& like) {
-  at::Tensor result = at::empty_like(like);
-#if defined(MADV_HUGEPAGE)
-  constexpr uintptr_t huge = uintptr_t(2) << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(result.data_ptr()) + huge - 1) & ~(huge - 1);
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(result.data_ptr()) + result.nbytes()) & ~(huge - 1);
-  // Advice: where the kernel refuses it, the pages are small and the result the same.
-  if (begin < end) (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
+  constexpr size_t kPooled = 4 << 20;  // bytes: below this malloc itself reuses memory
+  if (like.nbytes() < kPooled) return at::empty_like(like);
+  const at::Tensor shaped = at::empty_like(like, like.options().device(at::kMeta));  // for the strides
+  c10::Storage storage(c10::Storage::use_byte_size_t(), shaped.nbytes(), pooled_memory(shaped.nbytes()),
+                       c10::GetAllocator(at::kCPU), /*resizable=*/true);
+  at::Tensor result = at::empty({0}, like.options()).set_(storage, 0, shaped.sizes(), shaped.strides());
+  const at::Context& context = at::globalContext();
+  if (context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory())
+    result.fill_(std::numeric_limits<double>::quiet_NaN());  // as at::empty does
   return result;
 }
 

@@ -13,8 +13,7 @@ inline at::ScalarType compute_type(at::ScalarType dtype) { return dtype == at::k
 
 Scalar scalar_of(at::ScalarType dtype);
 
-// Uninitialised, of the sizes and (where they are dense) strides of `like`; large ones on huge pages, since touching a
-// fresh 500 MB page by page costs five times the arithmetic of a loss.
+// Uninitialised, of the sizes and (where they are dense) strides of `like`; a large one in pooled memory (pool.h).
 at::Tensor empty_gradient(const at::Tensor& like);
 
 // The same bits at any number of threads.

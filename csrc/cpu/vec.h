@@ -16,6 +16,9 @@
 #define TLK_VEC_BYTES 16
 #endif
 
+// A target is one large translation unit, in which the compiler would stop inlining long before these few instructions.
+#define TLK_INLINE inline __attribute__((always_inline))
+
 extern "C" double tanh(double) noexcept;
 extern "C" double log(double) noexcept;
 
@@ -69,7 +72,7 @@ template <class A>
 constexpr int lanes = TLK_VEC_BYTES / int(sizeof(A));
 
 template <class To, class From>
-inline To bitcast(From x) {
+TLK_INLINE To bitcast(From x) {
   static_assert(sizeof(To) == sizeof(From), "bitcast keeps the size");
   To y;
   __builtin_memcpy(&y, &x, sizeof(To));
@@ -77,12 +80,12 @@ inline To bitcast(From x) {
 }
 
 template <class A>
-inline Vec<A> set1(A x) {
+TLK_INLINE Vec<A> set1(A x) {
   return x - Vec<A>{};
 }
 
 template <class A>
-inline typename Simd<A>::I iota() {
+TLK_INLINE typename Simd<A>::I iota() {
   typename Simd<A>::I v{};
   for (int i = 0; i < lanes<A>; ++i) v[i] = i;
   return v;
@@ -90,12 +93,12 @@ inline typename Simd<A>::I iota() {
 
 // Returns b where either is NaN, as the x86 instruction does.
 template <class V>
-inline V vmax(V a, V b) {
+TLK_INLINE V vmax(V a, V b) {
   return a > b ? a : b;
 }
 
 template <class A, class F>
-inline A reduce(Vec<A> v, F combine) {
+TLK_INLINE A reduce(Vec<A> v, F combine) {
   for (int step = lanes<A> / 2; step > 0; step /= 2) {
     auto other = iota<A>() ^ step;
     v = combine(v, __builtin_shuffle(v, other));
@@ -103,38 +106,38 @@ inline A reduce(Vec<A> v, F combine) {
   return v[0];
 }
 template <class A>
-inline A reduce_max(Vec<A> v) {
+TLK_INLINE A reduce_max(Vec<A> v) {
   return reduce<A>(v, [](Vec<A> a, Vec<A> b) { return vmax(a, b); });
 }
 template <class A>
-inline A reduce_sum(Vec<A> v) {
+TLK_INLINE A reduce_sum(Vec<A> v) {
   return reduce<A>(v, [](Vec<A> a, Vec<A> b) { return a + b; });
 }
 
 // ---- loads and stores: `load` and `store` move a whole vector, the `_n` forms its first n lanes (0 < n < lanes) ----
 
-inline f32v load(const float* p) {
+TLK_INLINE f32v load(const float* p) {
   f32v v;
   __builtin_memcpy(&v, p, sizeof v);
   return v;
 }
-inline f64v load(const double* p) {
+TLK_INLINE f64v load(const double* p) {
   f64v v;
   __builtin_memcpy(&v, p, sizeof v);
   return v;
 }
-inline void store(float* p, f32v v) { __builtin_memcpy(p, &v, sizeof v); }
-inline void store(double* p, f64v v) { __builtin_memcpy(p, &v, sizeof v); }
+TLK_INLINE void store(float* p, f32v v) { __builtin_memcpy(p, &v, sizeof v); }
+TLK_INLINE void store(double* p, f64v v) { __builtin_memcpy(p, &v, sizeof v); }
 
-inline f32v widen_bf16(u16h half) { return bitcast<f32v>(__builtin_convertvector(half, u32v) << 16); }
-inline u16h narrow_bf16(f32v v) {
+TLK_INLINE f32v widen_bf16(u16h half) { return bitcast<f32v>(__builtin_convertvector(half, u32v) << 16); }
+TLK_INLINE u16h narrow_bf16(f32v v) {
   u32v bits = bitcast<u32v>(v);
   u32v nearest_even = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   u32v nan = u32v{} + 0x7fc0u;
   return __builtin_convertvector((v == v) ? nearest_even : nan, u16h);
 }
 
-inline f32v widen_f16(u16h half) {
+TLK_INLINE f32v widen_f16(u16h half) {
 #if defined(__AVX512F__)
   return bitcast<f32v>(_mm512_cvtph_ps(bitcast<__m256i>(half)));
 #elif defined(__F16C__)
@@ -145,7 +148,7 @@ inline f32v widen_f16(u16h half) {
   return v;
 #endif
 }
-inline u16h narrow_f16(f32v v) {
+TLK_INLINE u16h narrow_f16(f32v v) {
 #if defined(__AVX512F__)
   return bitcast<u16h>(_mm512_cvtps_ph(bitcast<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__F16C__)
@@ -157,25 +160,25 @@ inline u16h narrow_f16(f32v v) {
 #endif
 }
 
-inline u16h load_bits(const void* p) {
+TLK_INLINE u16h load_bits(const void* p) {
   u16h half;
   __builtin_memcpy(&half, p, sizeof half);
   return half;
 }
-inline f32v load(const bf16* p) { return widen_bf16(load_bits(p)); }
-inline f32v load(const f16* p) { return widen_f16(load_bits(p)); }
-inline void store(bf16* p, f32v v) {
+TLK_INLINE f32v load(const bf16* p) { return widen_bf16(load_bits(p)); }
+TLK_INLINE f32v load(const f16* p) { return widen_f16(load_bits(p)); }
+TLK_INLINE void store(bf16* p, f32v v) {
   u16h half = narrow_bf16(v);
   __builtin_memcpy(p, &half, sizeof half);
 }
-inline void store(f16* p, f32v v) {
+TLK_INLINE void store(f16* p, f32v v) {
   u16h half = narrow_f16(v);
   __builtin_memcpy(p, &half, sizeof half);
 }
 
 // The lanes past the n-th hold `fill`.
 template <class T, class V>
-inline V load_n(const T* p, int n, V fill) {
+TLK_INLINE V load_n(const T* p, int n, V fill) {
   constexpr int L = int(sizeof(V) / sizeof(fill[0]));
   T buffer[L] = {};
   for (int i = 0; i < n; ++i) buffer[i] = p[i];
@@ -183,7 +186,7 @@ inline V load_n(const T* p, int n, V fill) {
   return iota<A>() < n ? load(buffer) : fill;
 }
 template <class T, class V>
-inline void store_n(T* p, int n, V v) {
+TLK_INLINE void store_n(T* p, int n, V v) {
   T buffer[sizeof(V) / sizeof(v[0])];
   store(buffer, v);
   for (int i = 0; i < n; ++i) p[i] = buffer[i];
@@ -191,41 +194,41 @@ inline void store_n(T* p, int n, V v) {
 
 #if defined(__AVX512F__)
 // A masked move reads and writes no memory of the lanes that it leaves out, and is many times faster than the buffer.
-inline uint32_t first(int n) { return (1u << n) - 1u; }
-inline f32v load_n(const float* p, int n, f32v fill) {
+TLK_INLINE uint32_t first(int n) { return (1u << n) - 1u; }
+TLK_INLINE f32v load_n(const float* p, int n, f32v fill) {
   return bitcast<f32v>(_mm512_mask_loadu_ps(bitcast<__m512>(fill), __mmask16(first(n)), p));
 }
-inline f64v load_n(const double* p, int n, f64v fill) {
+TLK_INLINE f64v load_n(const double* p, int n, f64v fill) {
   return bitcast<f64v>(_mm512_mask_loadu_pd(bitcast<__m512d>(fill), __mmask8(first(n)), p));
 }
-inline u16h load_bits_n(const void* p, int n) { return bitcast<u16h>(_mm256_maskz_loadu_epi16(__mmask16(first(n)), p)); }
-inline f32v load_n(const bf16* p, int n, f32v fill) {
+TLK_INLINE u16h load_bits_n(const void* p, int n) { return bitcast<u16h>(_mm256_maskz_loadu_epi16(__mmask16(first(n)), p)); }
+TLK_INLINE f32v load_n(const bf16* p, int n, f32v fill) {
   return iota<float>() < n ? widen_bf16(load_bits_n(p, n)) : fill;
 }
-inline f32v load_n(const f16* p, int n, f32v fill) { return iota<float>() < n ? widen_f16(load_bits_n(p, n)) : fill; }
-inline void store_n(float* p, int n, f32v v) { _mm512_mask_storeu_ps(p, __mmask16(first(n)), bitcast<__m512>(v)); }
-inline void store_n(double* p, int n, f64v v) { _mm512_mask_storeu_pd(p, __mmask8(first(n)), bitcast<__m512d>(v)); }
-inline void store_n(bf16* p, int n, f32v v) {
+TLK_INLINE f32v load_n(const f16* p, int n, f32v fill) { return iota<float>() < n ? widen_f16(load_bits_n(p, n)) : fill; }
+TLK_INLINE void store_n(float* p, int n, f32v v) { _mm512_mask_storeu_ps(p, __mmask16(first(n)), bitcast<__m512>(v)); }
+TLK_INLINE void store_n(double* p, int n, f64v v) { _mm512_mask_storeu_pd(p, __mmask8(first(n)), bitcast<__m512d>(v)); }
+TLK_INLINE void store_n(bf16* p, int n, f32v v) {
   _mm256_mask_storeu_epi16(p, __mmask16(first(n)), bitcast<__m256i>(narrow_bf16(v)));
 }
-inline void store_n(f16* p, int n, f32v v) {
+TLK_INLINE void store_n(f16* p, int n, f32v v) {
   _mm256_mask_storeu_epi16(p, __mmask16(first(n)), bitcast<__m256i>(narrow_f16(v)));
 }
 #endif
 
 template <class T>
-inline typename Compute<T>::type load1(const T* p) {
+TLK_INLINE typename Compute<T>::type load1(const T* p) {
   using A = typename Compute<T>::type;
   return load_n(p, 1, Vec<A>{})[0];
 }
 template <class T>
-inline void store1(T* p, typename Compute<T>::type x) {
+TLK_INLINE void store1(T* p, typename Compute<T>::type x) {
   store_n(p, 1, set1(x));
 }
 
 // ---- functions: each is within 2 units in the last place over the range that it says, and keeps NaN ----
 
-inline f32v polynomial_exp2(f32v r) {
+TLK_INLINE f32v polynomial_exp2(f32v r) {
   f32v p = r * 0.000154614446986f + 0.00134004281776f;
   p = p * r + 0.00961805667852f;
   p = p * r + 0.0555032722667f;
@@ -233,7 +236,7 @@ inline f32v polynomial_exp2(f32v r) {
   p = p * r + 0.693147206703f;
   return p * r + 1.0f;
 }
-inline f64v polynomial_exp2(f64v r) {
+TLK_INLINE f64v polynomial_exp2(f64v r) {
   f64v p = r * 4.455817908336064493e-10 + 7.0741942972885210056e-9;
   p = p * r + 1.0178057087733941105e-7;
   p = p * r + 1.3215432535912376166e-6;
@@ -250,7 +253,7 @@ inline f64v polynomial_exp2(f64v r) {
 // 2^t for t up to the largest exponent; results below the smallest normal number are 0. Adding 1.5 * 2^mantissa_bits
 // rounds t to an integer in the low bits of the sum, and the bias added with it makes those bits an exponent field.
 template <class A>
-inline Vec<A> exp2(Vec<A> t) {
+TLK_INLINE Vec<A> exp2(Vec<A> t) {
   using S = Simd<A>;
   constexpr A magic = A(3ull << (S::mantissa_bits - 1)) + S::exponent_bias;
   Vec<A> lowest = Vec<A>{} - A(S::exponent_bias);
@@ -262,7 +265,7 @@ inline Vec<A> exp2(Vec<A> t) {
 }
 
 // Natural logarithm of normal numbers from 1 up.
-inline f32v log_from_one(f32v x) {
+TLK_INLINE f32v log_from_one(f32v x) {
   u32v bits = bitcast<u32v>(x);
   u32v shifted = bits - 0x3f3504f3u;  // sqrt(1/2): the mantissa lies in [sqrt(1/2), sqrt(2))
   i32v exponent = bitcast<i32v>(shifted) >> 23;
@@ -275,12 +278,12 @@ inline f32v log_from_one(f32v x) {
   f32v y = e * 0.693359375f + (s * t * p + (s * 2.0f + e * -2.12194440e-4f));
   return (x == x) ? y : x;
 }
-inline f64v log_from_one(f64v x) {
+TLK_INLINE f64v log_from_one(f64v x) {
   for (int i = 0; i < lanes<double>; ++i) x[i] = ::log(x[i]);
   return x;
 }
 
-inline f32v tanh(f32v u) {
+TLK_INLINE f32v tanh(f32v u) {
   f32v a = u < 0.0f ? -u : u, t = u * u;
   f32v p = t * 0.00229274481618f - 0.00834394551584f;
   p = p * t + 0.021768918651f;
@@ -293,7 +296,7 @@ inline f32v tanh(f32v u) {
   f32v large = 1.0f - 2.0f / (e + 1.0f);
   return a < 0.625f ? small : (u < 0.0f ? -large : large);
 }
-inline f64v tanh(f64v u) {
+TLK_INLINE f64v tanh(f64v u) {
   for (int i = 0; i < lanes<double>; ++i) u[i] = ::tanh(u[i]);
   return u;
 }

@@ -1,0 +1,80 @@
+# Every target sets up what it needs; a second call re-does nothing. PYTHON=python3.12 chooses another interpreter.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PY := $(BIN)/python
+PIP := $(PY) -m pip --disable-pip-version-check -q
+EXTRAS := train,hf,vision,bench,dev
+CSRC := $(shell find csrc -type f 2>/dev/null)
+
+DEMO_ARGS ?=
+TEST_ARGS ?=
+BENCH_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint bench sanitize clean FORCE
+
+help:  ## this list
+	@sed -nE 's/^([a-z]+):.*##/\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+setup: $(VENV)/built  ## virtual environment, pinned dependencies, the extension built in place
+
+demo: setup  ## fine-tune a pretrained model on docstrings (DEMO_ARGS='--help' tells the options)
+	$(BIN)/tlkernels finetune $(DEMO_ARGS)
+
+test: setup  ## the test suite (TEST_ARGS='-k softcap')
+	$(PY) -m pytest $(TEST_ARGS)
+
+lint: setup  ## ruff, mypy, clang-format; changes nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p tlkernels -p bench
+	$(BIN)/clang-format --dry-run --Werror $(filter %.h %.inl %.cpp %.cu %.cuh,$(CSRC))
+
+bench: setup  ## ratios to eager, torch.compile and copy_, written to bench/results (BENCH_ARGS=--quick)
+	$(PY) -m pytest bench --benchmark-quiet $(BENCH_ARGS)
+
+# A build of its own, beside the one in the source tree. The runtimes have to come before everything else in the
+# process, and libstdc++ with them, or they do not find the functions that they wrap.
+RUNTIME = $$($${CXX:-c++} -print-file-name=$(1))
+SANITIZED = LD_PRELOAD="$(call RUNTIME,libasan.so) $(call RUNTIME,libubsan.so) $(call RUNTIME,libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH=$(CURDIR)/build/sanitize/lib
+sanitize: setup  ## the kernels' core tests under AddressSanitizer and UBSan
+	TLKERNELS_SANITIZE=1 TLKERNELS_CUDA=0 $(PY) setup.py -q build -b build/sanitize --build-lib build/sanitize/lib
+	$(SANITIZED) $(PY) -P -c 'import torch; from tlkernels import _C; assert _C.build_info()["sanitize"] == "1", _C'
+	$(SANITIZED) $(BIN)/pytest -m core tests/test_cross_entropy*.py $(TEST_ARGS)
+
+clean:  ## what was built, not the virtual environment
+	rm -rf build *.egg-info tlkernels/_C*.so .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache $(VENV)/built
+	find bench csrc tests tlkernels -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON): Python 3.11 or newer is needed; make PYTHON=... names one" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || \
+		{ echo "$(PYTHON) cannot make virtual environments: install its venv module (apt: python3-venv)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# torch comes first: the extension is built against the very one that it will run with, not in an isolated environment.
+$(VENV)/base: constraints.txt | $(VENV)/created
+	@echo "installing into $(VENV); the first time it takes some minutes"
+	$(PIP) install -c constraints.txt torch setuptools wheel pybind11 ninja numpy
+	@touch $@
+
+# The environment that decides what is built: its file changes when it does, and then the extension is built anew.
+$(VENV)/settings: FORCE | $(VENV)/created
+	@env | grep -E '^(TLKERNELS_(BUILD|CUDA)|CC|CXX|CFLAGS|CXXFLAGS)=' | sort > $@.new
+	@cmp -s $@.new $@ || cp $@.new $@
+
+$(VENV)/built: $(VENV)/base $(VENV)/settings pyproject.toml setup.py $(CSRC)
+ifeq ($(TLKERNELS_BUILD),0)
+	rm -f tlkernels/_C*.so
+else
+	@command -v $${CXX:-c++} >/dev/null || \
+		{ echo "no C++ compiler: install one (apt: g++), or set TLKERNELS_BUILD=0 to do without" >&2; exit 1; }
+	@$(PY) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || \
+		{ echo "no Python.h: install it (apt: python3-dev), or set TLKERNELS_BUILD=0 to do without" >&2; exit 1; }
+endif
+	$(PIP) install --no-build-isolation -c constraints.txt -e '.[$(EXTRAS)]'
+	@touch $@

@@ -1,0 +1,274 @@
+// Cross entropy where the class axis is contiguous: the classes of a row are the vector lanes. A row of few classes stays
+// in registers; of a longer one each block is in the first-level cache for both its sweeps, and the gradient's sweep finds
+// the row in the cache behind it.
+#include "cross_entropy_call.inl"
+
+namespace tlk {
+namespace TLK_ISA {
+
+template <class T, class P, bool kCap>
+struct Rows : CallOf<T, P, kCap> {
+  using K = CallOf<T, P, kCap>;
+  using typename K::A;
+  using typename K::Coefficients;
+  using typename K::Target;
+  using typename K::V;
+  using K::c, K::cap, K::coefficients, K::dense, K::ignored, K::inner, K::inv_t, K::keep, K::kLog2E, K::L, K::load_some;
+  using K::log_sum_, K::offset, K::peak_, K::per_position, K::slope, K::spread, K::store_some, K::to_exp2, K::weight;
+  using K::weight_at, K::write_correct, K::write_loss;
+  using K::cap1;
+
+  static constexpr int64_t kBlock = 4096;  // classes per block: at most half the first-level cache, summed before rounding
+                                           // errors add up
+  static constexpr int64_t kAhead = 2048;  // bytes fetched ahead of a long row's gradient sweep: half a page
+  static constexpr int kShort = 4;         // a row of up to this many vectors stays in registers
+
+  explicit Rows(const CrossEntropy& call) : K(call) {}
+
+  // Calls body(first class, unroll slot, vector count of classes or L) over [begin, end).
+  template <class Body>
+  static TLK_INLINE void sweep(int64_t begin, int64_t end, Body body) {
+    int64_t k = begin;
+    for (; k + 4 * L <= end; k += 4 * L) {
+      body(k, 0, L);
+      body(k + L, 1, L);
+      body(k + 2 * L, 2, L);
+      body(k + 3 * L, 3, L);
+    }
+    for (; k + L <= end; k += L) body(k, 0, L);
+    if (k < end) body(k, 0, int(end - k));
+  }
+
+  static TLK_INLINE A block_max(const T* x, int64_t begin, int64_t end) {
+    const A lowest = -A(__builtin_inf());
+    V m[4] = {set1(lowest), set1(lowest), set1(lowest), set1(lowest)};
+    sweep(begin, end, [&](int64_t k, int slot, int n) __attribute__((always_inline)) { m[slot] = vmax(load_some(x + k, n, lowest), m[slot]); });
+    return reduce_max<A>(vmax(vmax(m[0], m[1]), vmax(m[2], m[3])));
+  }
+
+  TLK_INLINE V q_at(const P* q, int64_t k, int n) const {
+    V v = q ? load_some(q + k, n, A(0)) * keep + spread : set1(spread);
+    return weight ? v * load_some(weight + k, n, A(0)) : v;
+  }
+
+  // Peak and sum of exponentials, block by block so that each is in the first-level cache for both its sweeps; with
+  // kDense also the target's terms over all classes. What comes next is fetched meanwhile: the following block, or from
+  // the last one the gradient's memory and the next row. The hardware does not look past a page of 4 KiB.
+  template <bool kDense>
+  A row_sum(const T* x, const P* q, const T* grad, const T* next_row, A& peak, Target& target) const {
+    double sum = 0, q_sum = 0, q_distance = 0;
+    peak = -A(__builtin_inf());
+    for (int64_t begin = 0; begin < c.classes; begin += kBlock) {
+      const bool last = begin + kBlock >= c.classes;
+      const int64_t end = last ? c.classes : begin + kBlock;
+      const T* ahead = last ? next_row : x + begin + kBlock;
+      const T* written = grad ? grad : ahead;
+      const A top = cap1(block_max(x, begin, end));
+      if (top > peak) {
+        if (sum != 0) sum *= double(exp2<A>(set1(A((peak - top) * to_exp2)))[0]);
+        if (q_sum != 0) q_distance += q_sum * (double(top) - double(peak));
+        peak = top;
+      }
+      const A from = peak == -A(__builtin_inf()) ? A(0) : peak;  // so far -inf alone: their exponentials are 0
+      V s[4] = {}, qs[4] = {}, qd[4] = {};
+      sweep(begin, end, [&](int64_t k, int slot, int n) __attribute__((always_inline)) {
+        __builtin_prefetch(ahead + (k - begin), 0, 3);
+        if (last) __builtin_prefetch(written + (k - begin), 1, 3);
+        V distance = cap(load_some(x + k, n, A(0))) - from;
+        V e = exp2<A>(distance * to_exp2);
+        s[slot] += n == L || iota<A>() < n ? e : V{};
+        if constexpr (kDense) {
+          V at = q_at(q, k, n);
+          qs[slot] += n == L || iota<A>() < n ? at : V{};
+          qd[slot] -= n == L || iota<A>() < n ? at * distance : V{};
+        }
+      });
+      sum += double(reduce_sum<A>((s[0] + s[1]) + (s[2] + s[3])));
+      if constexpr (kDense) {
+        q_sum += double(reduce_sum<A>((qs[0] + qs[1]) + (qs[2] + qs[3])));
+        q_distance += double(reduce_sum<A>((qd[0] + qd[1]) + (qd[2] + qd[3])));
+      }
+    }
+    target = {A(q_sum), A(q_distance)};
+    return peak == -A(__builtin_inf()) ? A(__builtin_nan("")) : A(sum);
+  }
+
+  // The dense part of a gradient; q_c is `spread` for every class unless kDense.
+  template <bool kDense>
+  void row_grad(const T* x, const P* q, T* grad, A peak, Coefficients co) const {
+    const V constant = set1(A(co.q * spread));
+    const int64_t ahead = c.classes > kBlock ? kAhead / int64_t(sizeof(T)) : 0;
+    sweep(0, c.classes, [&](int64_t k, int, int n) __attribute__((always_inline)) {
+      if (ahead) {
+        __builtin_prefetch(x + k + ahead, 0, 3);
+        __builtin_prefetch(grad + k + ahead, 1, 3);
+      }
+      V f = cap(load_some(x + k, n, A(0)));
+      V e = exp2<A>((f - peak) * to_exp2);
+      V d = e * co.p - (kDense ? co.q * q_at(q, k, n) : constant) + e * co.rest;
+      if constexpr (kCap) d *= slope(f);
+      store_some(grad + k, n, d);
+    });
+  }
+
+  // A short row between its two uses: the capped logits and their exponentials from the peak.
+  struct InRegisters {
+    V f[kShort], e[kShort];
+    int vectors;
+  };
+  TLK_INLINE int count(int v) const { return v * L + L <= c.classes ? L : int(c.classes - v * L); }
+  static TLK_INLINE typename Simd<A>::I in_row(int n) { return iota<A>() < n; }
+
+  TLK_INLINE void load_short(const T* x, InRegisters& r) const {
+    r.vectors = int((c.classes + L - 1) / L);
+    for (int v = 0; v < r.vectors; ++v) r.f[v] = load_some(x + v * L, count(v), -A(__builtin_inf()));
+  }
+  TLK_INLINE A max_short(const InRegisters& r) const {
+    V m = set1(-A(__builtin_inf()));
+    for (int v = 0; v < r.vectors; ++v) m = vmax(r.f[v], m);
+    return reduce_max<A>(m);
+  }
+  TLK_INLINE void exp_short(InRegisters& r, A peak) const {
+    for (int v = 0; v < r.vectors; ++v) {
+      if constexpr (kCap) r.f[v] = cap(r.f[v]);
+      r.e[v] = exp2<A>((r.f[v] - peak) * to_exp2);
+      if constexpr (kCap) r.e[v] = in_row(count(v)) ? r.e[v] : V{};
+    }
+  }
+  TLK_INLINE A sum_short(const InRegisters& r, const P* q, A peak, Target& target) const {
+    V s{};
+    for (int v = 0; v < r.vectors; ++v) s += r.e[v];
+    if (dense) {
+      V qs{}, qd{};
+      for (int v = 0; v < r.vectors; ++v) {
+        V at = q_at(q, v * L, count(v));
+        qs += in_row(count(v)) ? at : V{};
+        qd -= in_row(count(v)) ? at * (r.f[v] - peak) : V{};
+      }
+      target = {reduce_sum<A>(qs), reduce_sum<A>(qd)};
+    }
+    return reduce_sum<A>(s);
+  }
+  template <bool kDense>
+  TLK_INLINE void grad_short(const InRegisters& r, const P* q, T* grad, Coefficients co, int64_t y, A own_q) const {
+    for (int v = 0; v < r.vectors; ++v) {
+      V at = kDense ? q_at(q, v * L, count(v)) : set1(spread);
+      at += iota<A>() == int(y - v * L) ? set1(own_q) : V{};
+      V d = r.e[v] * co.p - at * co.q + r.e[v] * co.rest;
+      if constexpr (kCap) d *= slope(r.f[v]);
+      store_some(grad + v * L, count(v), d);
+    }
+  }
+
+  template <bool kIsShort>
+  void row(int64_t i) const {
+    const T* x = static_cast<const T*>(c.x.data) + offset(c.x, i);
+    const P* q = c.indices ? nullptr : static_cast<const P*>(c.probabilities.data) + offset(c.probabilities, i);
+    T* grad = c.grad.data ? static_cast<T*>(c.grad.data) + offset(c.grad, i) : nullptr;
+    const bool counted = !ignored(i);
+
+    if (!counted && c.skip_ignored && per_position(c.grad_lse, i) == 0) {
+      if (peak_ && !c.normaliser_given) peak_[i] = log_sum_[i] = 0;
+      write_loss(i, false, 0, 0, {});
+      if (grad) sweep(0, c.classes, [&](int64_t k, int, int n) __attribute__((always_inline)) { store_some(grad + k, n, V{}); });
+      return;
+    }
+
+    InRegisters r;
+    if constexpr (kIsShort) load_short(x, r);
+
+    A peak, log_sum, inv_sum;
+    Target target;
+    if (c.normaliser_given) {
+      peak = peak_[i], log_sum = log_sum_[i], inv_sum = exp2<A>(set1(A(log_sum * -kLog2E)))[0];
+      if (dense) target.q = q ? q_total(q) : spread * A(c.weight_sum);
+      if constexpr (kIsShort) exp_short(r, peak);
+    } else {
+      A sum;
+      if constexpr (kIsShort) {
+        peak = cap1(max_short(r));
+        exp_short(r, peak);
+        sum = sum_short(r, q, peak, target);
+      } else {
+        const T* next = i + 1 < c.rows ? static_cast<const T*>(c.x.data) + offset(c.x, i + 1) : x;
+        sum = dense ? row_sum<true>(x, q, grad, next, peak, target) : row_sum<false>(x, q, grad, next, peak, target);
+      }
+      log_sum = log_from_one(set1(sum))[0], inv_sum = 1 / sum;
+      if (peak_) peak_[i] = peak, log_sum_[i] = log_sum;
+    }
+
+    A own_q = 0, own_x = 0;  // the term of a class index
+    if (c.indices && counted) {
+      own_x = load1(x + c.indices[i]);
+      own_q = keep * weight_at(c.indices[i]);
+      target.q += own_q;
+      target.q_distance += own_q * (peak - cap1(own_x));
+    }
+    write_loss(i, counted, peak, log_sum, target);
+    if (c.entropy) static_cast<A*>(c.entropy)[i] = log_sum - row_expectation(x, peak) * inv_t * inv_sum;
+    if (c.correct) write_correct(i, x, q);
+    if (!grad) return;
+
+    const Coefficients co = coefficients(i, counted, peak, log_sum, inv_sum, target.q);
+    const bool per_class = q || (dense && weight);
+    if constexpr (kIsShort) {
+      const int64_t y = c.indices && counted ? c.indices[i] : -1;
+      per_class ? grad_short<true>(r, q, grad, co, y, own_q) : grad_short<false>(r, q, grad, co, y, own_q);
+    } else {
+      V own{};  // computed before the sweep, which may overwrite x
+      if (c.indices && counted) {
+        const V f = cap(set1(own_x));
+        const V e = exp2<A>((f - peak) * to_exp2);
+        own = e * co.p - co.q * (own_q + spread * weight_at(c.indices[i])) + e * co.rest;
+        if constexpr (kCap) own *= slope(f);
+      }
+      per_class ? row_grad<true>(x, q, grad, peak, co) : row_grad<false>(x, q, grad, peak, co);
+      if (c.indices && counted) store1(grad + c.indices[i], own[0]);
+    }
+  }
+
+  A q_total(const P* q) const {
+    double total = 0;
+    for (int64_t begin = 0; begin < c.classes; begin += kBlock) {
+      const int64_t end = begin + kBlock < c.classes ? begin + kBlock : c.classes;
+      V s[4] = {};
+      sweep(begin, end, [&](int64_t k, int slot, int n) __attribute__((always_inline)) {
+        V at = q_at(q, k, n);
+        s[slot] += n == L || iota<A>() < n ? at : V{};
+      });
+      total += double(reduce_sum<A>((s[0] + s[1]) + (s[2] + s[3])));
+    }
+    return A(total);
+  }
+
+  // sum of 2^((f - peak) * to_exp2) * (f - peak), where 0 * -inf = 0
+  A row_expectation(const T* x, A peak) const {
+    double total = 0;
+    for (int64_t begin = 0; begin < c.classes; begin += kBlock) {
+      const int64_t end = begin + kBlock < c.classes ? begin + kBlock : c.classes;
+      V s[4] = {};
+      sweep(begin, end, [&](int64_t k, int slot, int n) __attribute__((always_inline)) {
+        V distance = cap(load_some(x + k, n, A(0))) - peak;
+        V e = exp2<A>(distance * to_exp2);
+        e = n == L || iota<A>() < n ? e : V{};
+        s[slot] += e == A(0) ? V{} : e * distance;
+      });
+      total += double(reduce_sum<A>((s[0] + s[1]) + (s[2] + s[3])));
+    }
+    return A(total);
+  }
+};
+
+
+template <class T, class P, bool kCap>
+void rows(const CrossEntropy& call, int64_t begin, int64_t end) {
+  using R = Rows<T, P, kCap>;
+  const R kernel(call);
+  if (call.classes <= R::kShort * R::L)
+    for (int64_t i = begin; i < end; ++i) kernel.template row<true>(i);
+  else
+    for (int64_t i = begin; i < end; ++i) kernel.template row<false>(i);
+}
+
+}  // namespace TLK_ISA
+}  // namespace tlk

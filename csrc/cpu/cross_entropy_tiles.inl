@@ -1,0 +1,202 @@
+// Cross entropy where the class axis is not contiguous (segmentation: (N, C, H, W)): positions are the vector lanes. A
+// tile's logits, capped, lie in scratch as classes x width, so that memory is read once and no transposed copy is made.
+#include "cross_entropy_call.inl"
+
+namespace tlk {
+namespace TLK_ISA {
+
+template <class T, class P, bool kCap>
+struct Tiles : CallOf<T, P, kCap> {
+  using K = CallOf<T, P, kCap>;
+  using typename K::A;
+  using typename K::Coefficients;
+  using typename K::Target;
+  using typename K::V;
+  using K::c, K::cap, K::coefficients, K::dense, K::ignored, K::inner, K::inv_t, K::keep, K::kLog2E, K::L, K::load_some;
+  using K::log_sum_, K::offset, K::peak_, K::per_position, K::slope, K::spread, K::store_some, K::to_exp2, K::weight;
+  using K::weight_at, K::write_correct, K::write_loss;
+
+  explicit Tiles(const CrossEntropy& call) : K(call) {}
+
+  static constexpr int64_t kSumBlock = 256;  // classes per partial sum, as kBlock is for rows
+
+  struct Tile {
+    int64_t row;      // of the first position
+    int n, width;     // positions; those that scratch has room for
+    int vectors;      // that hold the positions
+    A* scratch;
+    const T* x;
+    const P* q;
+    T* grad;
+  };
+
+  template <class E>
+  static TLK_INLINE V load_positions(const E* p, int64_t stride, int n) {
+    if (stride == 1) return load_some(p, n, A(0));
+    V v{};
+    for (int i = 0; i < n; ++i) v[i] = load1(p + i * stride);
+    return v;
+  }
+  template <class E>
+  static TLK_INLINE void store_positions(E* p, int64_t stride, int n, V v) {
+    if (stride == 1) return store_some(p, n, v);
+    for (int i = 0; i < n; ++i) store1(p + i * stride, v[i]);
+  }
+  static TLK_INLINE int count(const Tile& t, int v) { return t.n - v * L < L ? t.n - v * L : L; }
+
+  // q_c at the positions of vector v
+  TLK_INLINE V tile_q(const Tile& t, int64_t k, int v) const {
+    V at = set1(spread);
+    if (t.q) {
+      const int64_t stride = c.probabilities.stride[inner];
+      at += keep * load_positions(t.q + k * c.probabilities.class_stride + v * L * stride, stride, count(t, v));
+    }
+    return at * weight_at(k);
+  }
+
+  void load_tile(const Tile& t, A* peak) const {
+    const int64_t stride = c.x.stride[inner];
+    for (int v = 0; v < t.vectors; ++v) store(peak + v * L, set1(-A(__builtin_inf())));
+    for (int64_t k = 0; k < c.classes; ++k)
+      for (int v = 0; v < t.vectors; ++v) {
+        V f = cap(load_positions(t.x + k * c.x.class_stride + v * L * stride, stride, count(t, v)));
+        store(t.scratch + k * t.width + v * L, f);
+        store(peak + v * L, vmax(f, load(peak + v * L)));
+      }
+  }
+
+  void sum_tile(const Tile& t, const A* peak, A* sum, A* q_sum, A* q_distance, A* expectation) const {
+    for (int v = 0; v < t.vectors; ++v) {
+      const V top = load(peak + v * L);
+      V s{}, qs{}, qd{}, ex{};
+      for (int64_t begin = 0; begin < c.classes; begin += kSumBlock) {
+        const int64_t end = begin + kSumBlock < c.classes ? begin + kSumBlock : c.classes;
+        V bs{}, bqs{}, bqd{}, bex{};
+        for (int64_t k = begin; k < end; ++k) {
+          V distance = load(t.scratch + k * t.width + v * L) - top;
+          V e = exp2<A>(distance * to_exp2);
+          bs += e;
+          if (dense) {
+            V at = tile_q(t, k, v);
+            bqs += at;
+            bqd -= at * distance;
+          }
+          if (c.entropy) bex += e == A(0) ? V{} : e * distance;
+        }
+        s += bs, qs += bqs, qd += bqd, ex += bex;
+      }
+      store(sum + v * L, s);
+      store(q_sum + v * L, qs);
+      store(q_distance + v * L, qd);
+      store(expectation + v * L, ex);
+    }
+  }
+
+  void grad_tile(const Tile& t, const A* peak, const A* p, const A* g, const A* rest, const A* own_q,
+                 bool any_ignored) const {
+    for (int64_t k = 0; k < c.classes; ++k)
+      for (int v = 0; v < t.vectors; ++v) {
+        A* at = t.scratch + k * t.width + v * L;
+        const V f = load(at);
+        const V e = exp2<A>((f - load(peak + v * L)) * to_exp2);
+        V d = e * load(p + v * L);
+        if (dense) d -= load(g + v * L) * tile_q(t, k, v);
+        d += e * load(rest + v * L);
+        if constexpr (kCap) d *= slope(f);
+        if (any_ignored) d = load(g + v * L) == A(0) && load(rest + v * L) == A(0) ? V{} : d;  // even where its logits are NaN
+        store(at, d);
+      }
+    if (c.indices)
+      for (int i = 0; i < t.n; ++i)
+        if (!ignored(t.row + i)) t.scratch[c.indices[t.row + i] * t.width + i] -= own_q[i];
+    const int64_t stride = c.grad.stride[inner];
+    for (int64_t k = 0; k < c.classes; ++k)
+      for (int v = 0; v < t.vectors; ++v)
+        store_positions(t.grad + k * c.grad.class_stride + v * L * stride, stride, count(t, v),
+                        load(t.scratch + k * t.width + v * L));
+  }
+
+  void tile(const Tile& t) const {
+    A peak[kMaxTileWidth], sum[kMaxTileWidth], q_sum[kMaxTileWidth], q_distance[kMaxTileWidth], ex[kMaxTileWidth];
+    A p[kMaxTileWidth] = {}, g[kMaxTileWidth] = {}, rest[kMaxTileWidth] = {}, own_q[kMaxTileWidth];
+    load_tile(t, peak);
+    if (c.normaliser_given) {
+      for (int i = 0; i < t.n; ++i) peak[i] = peak_[t.row + i], q_sum[i] = spread * A(c.weight_sum);
+      if (t.q)
+        for (int v = 0; v < t.vectors; ++v) {
+          V total{};
+          for (int64_t k = 0; k < c.classes; ++k) total += tile_q(t, k, v);
+          store(q_sum + v * L, total);
+        }
+    } else {
+      sum_tile(t, peak, sum, q_sum, q_distance, ex);
+    }
+
+    for (int v = 0; v < t.vectors; ++v) {  // log_sum in place of sum; its inverse in ex, which the entropy has used
+      V log_sum{}, inverse{};
+      const int n = count(t, v);
+      if (c.normaliser_given) {
+        log_sum = load_some(log_sum_ + t.row + v * L, n, A(0));
+        inverse = exp2<A>(log_sum * -kLog2E);
+      } else {
+        const V s = load(sum + v * L);
+        log_sum = log_from_one(s), inverse = A(1) / s;
+        if (c.entropy)
+          store_some(static_cast<A*>(c.entropy) + t.row + v * L, n, log_sum - load(ex + v * L) * inv_t * inverse);
+      }
+      store(sum + v * L, log_sum);
+      store(ex + v * L, inverse);
+    }
+
+    bool any_ignored = false;
+    for (int i = 0; i < t.n; ++i) {
+      const int64_t row = t.row + i;
+      const bool counted = !ignored(row);
+      any_ignored |= !counted;
+      if (peak_ && !c.normaliser_given) peak_[row] = peak[i], log_sum_[row] = sum[i];
+      Target target;
+      if (dense) target = {q_sum[i], c.normaliser_given ? A(0) : q_distance[i]};
+      A f = 0;
+      own_q[i] = 0;
+      if (c.indices && counted) {
+        f = t.scratch[c.indices[row] * t.width + i];
+        own_q[i] = keep * weight_at(c.indices[row]);
+        target.q += own_q[i];
+        target.q_distance += own_q[i] * (peak[i] - f);
+      }
+      write_loss(row, counted, peak[i], sum[i], target);
+      if (c.correct) write_correct(row, t.x + i * c.x.stride[inner], t.q ? t.q + i * c.probabilities.stride[inner] : t.q);
+      if (t.grad) {
+        const Coefficients co = coefficients(row, counted, peak[i], sum[i], ex[i], target.q);
+        p[i] = co.p, g[i] = co.q, rest[i] = co.rest, own_q[i] *= co.q;
+        if constexpr (kCap) own_q[i] *= slope(set1(f))[0];
+      }
+    }
+    if (t.grad) grad_tile(t, peak, p, g, rest, own_q, any_ignored);
+  }
+};
+
+template <class T, class P, bool kCap>
+void tiles(const CrossEntropy& call, int64_t begin, int64_t end, int width, void* scratch) {
+  using K = Tiles<T, P, kCap>;
+  const K kernel(call);
+  const int64_t line = call.size[kernel.inner], per_line = (line + width - 1) / width;
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t start = i % per_line * width, row = i / per_line * line + start;
+    const int n = int(line - start < width ? line - start : width);
+    typename K::Tile t{row,
+                       n,
+                       width,
+                       (n + K::L - 1) / K::L,
+                       static_cast<typename K::A*>(scratch),
+                       static_cast<const T*>(call.x.data) + kernel.offset(call.x, row),
+                       nullptr,
+                       nullptr};
+    if (!call.indices) t.q = static_cast<const P*>(call.probabilities.data) + kernel.offset(call.probabilities, row);
+    if (call.grad.data) t.grad = static_cast<T*>(call.grad.data) + kernel.offset(call.grad, row);
+    kernel.tile(t);
+  }
+}
+
+}  // namespace TLK_ISA
+}  // namespace tlk
