@@ -102,7 +102,7 @@ OPTIONS = [
 ]
 
 # One class; fewer than a vector; whole vectors; the end of the in-register rows and one past it; odd; prime; a block of
-# the long-row kernel and one past it; several blocks. Then positions behind the classes: one vector and less, odd lines,
+# the long-row kernel and one past it; several blocks. Then positions behind the classes: one vector, less, odd lines,
 # several tiles, a class axis longer than a partial sum, more than two merged axes.
 SHAPES = [
     (5,), (1, 1), (7, 1), (3, 2), (5, 16), (4, 64), (4, 65), (9, 129), (3, 4096), (3, 4097), (2, 12289), (300, 45),

@@ -89,7 +89,8 @@ def test_second_gradient(case, reduction, target):
 
 @pytest.mark.parametrize("target", TARGETS, ids=str)
 @pytest.mark.parametrize("case", [
-    Case((4, 5), F64), Case((4, 5), F64, weighted=True, options=MIXED), Case((3, 5), F64, "probabilities", True, options=MIXED),
+    Case((4, 5), F64), Case((4, 5), F64, weighted=True, options=MIXED),
+    Case((3, 5), F64, "probabilities", True, options=MIXED),
     Case((2, 3, 4), F64, options=MIXED), Case((5,), F64, options=MIXED[:4]),
 ], ids=str)  # fmt: skip
 def test_gradcheck(case, target):
@@ -117,34 +118,28 @@ def test_pytorch_samples(dtype, target):
     from torch.testing._internal.common_methods_invocations import op_db
 
     (op,) = (op for op in op_db if op.name == "nn.functional.cross_entropy")
-    count = 0
-    for sample in op.sample_inputs("cpu", dtype, requires_grad=True):
+    samples = list(op.sample_inputs("cpu", dtype, requires_grad=True))
+    assert len(samples) > 20
+    for sample in samples:
         classes, *rest = sample.args
-        kwargs = {**dict(zip(("weight",), rest, strict=False)), **sample.kwargs}
-        budgets = testing.Budget(dtype), testing.Budget(dtype)
-
-        def wide(tensor):
-            return tensor.double() if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() else tensor
-
-        with testing.forced(target) as impl:
-            ours = testing.gradients(lambda x: _as_graph(tlk.cross_entropy(x, classes, **kwargs, impl=impl), x),
-                                     sample.input, torch.tensor(1.5))  # fmt: skip
-        eager = testing.gradients(lambda x: _as_graph(pytorch(x, classes, **kwargs), x), sample.input, torch.tensor(1.5))
-        right = testing.gradients(
-            lambda x: _as_graph(pytorch(x, wide(classes), **{k: wide(v) for k, v in kwargs.items()}), x),
-            sample.input.double(),
-            torch.tensor(1.5),
-        )
-        for budget, *values in zip(budgets, ours, eager, right, strict=True):
-            budget.add(*values)
-            budget.check(f"{tuple(sample.input.shape)} {kwargs}")
-        count += 1
-    assert count > 20
+        check_sample(sample.input, classes, {**dict(zip(("weight",), rest, strict=False)), **sample.kwargs}, target)
 
 
-def _as_graph(loss, x):
-    """A sum, so that one upstream value serves every reduction; NaN losses (no position counts) keep a zero gradient."""
-    return loss.sum()
+def check_sample(input, classes, kwargs, target):
+    def wide(value):
+        return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+    def run(loss, input, classes, kwargs):  # a sum, so that one upstream value serves every reduction
+        return testing.gradients(lambda x: loss(x, classes, **kwargs).sum(), input, torch.tensor(1.5))
+
+    with testing.forced(target) as impl:
+        ours = run(tlk.cross_entropy, input, classes, {**kwargs, "impl": impl})
+    eager = run(pytorch, input, classes, kwargs)
+    right = run(pytorch, input.double(), wide(classes), {name: wide(value) for name, value in kwargs.items()})
+    for values in zip(ours, eager, right, strict=True):
+        budget = testing.Budget(input.dtype)
+        budget.add(*values)
+        budget.check(f"{tuple(input.shape)} {kwargs}")
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)

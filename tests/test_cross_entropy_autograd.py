@@ -46,10 +46,12 @@ class TestFunc:
 
     @pytest.mark.parametrize("transform", [
         lambda f: torch.func.grad(f), lambda f: torch.func.grad_and_value(f), lambda f: torch.func.jacrev(f),
-        lambda f: torch.func.jacfwd(f), lambda f: torch.func.hessian(f), lambda f: torch.func.jacrev(torch.func.grad(f)),
+        lambda f: torch.func.jacfwd(f), lambda f: torch.func.hessian(f),
+        lambda f: torch.func.jacrev(torch.func.grad(f)),
         lambda f: torch.func.jacrev(torch.func.jacfwd(f)),
         lambda f: lambda x, y: torch.func.vjp(lambda x: f(x, y), x)[1](torch.tensor(2.0, dtype=x.dtype)),
-    ], ids=["grad", "grad_and_value", "jacrev", "jacfwd", "hessian", "jacrev(grad)", "jacrev(jacfwd)", "vjp"])  # fmt: skip
+    ], ids=["grad", "grad_and_value", "jacrev", "jacfwd", "hessian",
+    "jacrev(grad)", "jacrev(jacfwd)", "vjp"])  # fmt: skip
     def test_transforms(self, impl, shape, probabilities, transform):
         x, y = self.make(shape, probabilities)
         result = transform(lambda x, y: ours(x, y, impl))(x, y)
@@ -107,10 +109,20 @@ class TestFunc:
 
 
 def test_vmap_over_weights(impl):
-    x, y, w = torch.randn(3, 4, 5, dtype=torch.float64), torch.randint(0, 5, (3, 4)), torch.rand(3, 5, dtype=torch.float64)
-    same(torch.func.vmap(lambda x, y, w: tlk.cross_entropy(x, y, w, impl=impl))(x, y, w), torch.func.vmap(F.cross_entropy)(x, y, w))
+    x, y, w = (
+        torch.randn(3, 4, 5, dtype=torch.float64),
+        torch.randint(0, 5, (3, 4)),
+        torch.rand(3, 5, dtype=torch.float64),
+    )
+    same(
+        torch.func.vmap(lambda x, y, w: tlk.cross_entropy(x, y, w, impl=impl))(x, y, w),
+        torch.func.vmap(F.cross_entropy)(x, y, w),
+    )
     grad = torch.func.grad
-    same(torch.func.vmap(grad(lambda x, y, w: tlk.cross_entropy(x, y, w, impl=impl)))(x, y, w), torch.func.vmap(grad(F.cross_entropy))(x, y, w))
+    same(
+        torch.func.vmap(grad(lambda x, y, w: tlk.cross_entropy(x, y, w, impl=impl)))(x, y, w),
+        torch.func.vmap(grad(F.cross_entropy))(x, y, w),
+    )
 
 
 def test_third_derivative(impl):
@@ -191,7 +203,9 @@ def test_compile(impl, probabilities, options):
 
 def test_compile_with_dynamic_shapes(impl):
     torch._dynamo.reset()
-    compiled = torch.compile(lambda x, y: tlk.cross_entropy(x, y, impl=impl), fullgraph=True, dynamic=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda x, y: tlk.cross_entropy(x, y, impl=impl), fullgraph=True, dynamic=True, backend="aot_eager"
+    )
     for rows in (3, 5, 9):
         x, y = torch.randn(rows, 50), torch.randint(0, 50, (rows,))
         torch.testing.assert_close(compiled(x, y), F.cross_entropy(x, y))
@@ -216,6 +230,7 @@ class TestOpcheck:
             (ops.forward_stats, (x, y, *options)),
             (ops.backward, (g, g, x, y, peak, log_sum, *options)),
             (ops.backward_, (g, None, x.detach(), y, peak, log_sum, *options)),
+            (ops.total, (x, y, *options, True)),
             (ops.step, (x, y, *options, True)),
         ):
             torch.library.opcheck(op, arguments)
@@ -227,7 +242,9 @@ class TestInplaceGrad:
         return tlk.cross_entropy(input, target, inplace_grad=True, **options)
 
     @pytest.mark.parametrize("shape", [(6, 50), (3, 5000), (2, 21, 30)], ids=str)
-    @pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"softcap": 3.0, "label_smoothing": 0.1, "z_loss": 0.1}], ids=str)
+    @pytest.mark.parametrize(
+        "options", [{}, {"reduction": "none"}, {"softcap": 3.0, "label_smoothing": 0.1, "z_loss": 0.1}], ids=str
+    )
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
     def test_same_gradient_in_the_same_memory(self, shape, options, dtype):
         y = torch.randint(0, shape[1], shape[:1] + shape[2:])

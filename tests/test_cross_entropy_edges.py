@@ -290,12 +290,24 @@ def test_stats(impl, shape, probabilities, dtype):
     lse = torch.logsumexp(x, axis)
     assert output.loss.dtype == dtype
     assert output.lse.dtype == output.entropy.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    same(output.loss, tlk.cross_entropy(input, target, impl=impl, **options), rtol=1e-2 if dtype == torch.bfloat16 else 1e-6, atol=0)
+    same(
+        output.loss,
+        tlk.cross_entropy(input, target, impl=impl, **options),
+        rtol=1e-2 if dtype == torch.bfloat16 else 1e-6,
+        atol=0,
+    )
     same(output.lse.detach(), lse.detach(), rtol=1e-6, atol=1e-6)
-    same(output.entropy, torch.distributions.Categorical(logits=x.detach().movedim(axis, -1)).entropy(), rtol=1e-5, atol=1e-5)
+    same(
+        output.entropy,
+        torch.distributions.Categorical(logits=x.detach().movedim(axis, -1)).entropy(),
+        rtol=1e-5,
+        atol=1e-5,
+    )
     assert not output.entropy.requires_grad
     best = input.argmax(axis)
-    assert torch.equal(output.correct, best == target.argmax(axis) if probabilities else (best == target) & (target != -100))
+    assert torch.equal(
+        output.correct, best == target.argmax(axis) if probabilities else (best == target) & (target != -100)
+    )
     upstream = torch.randn(positions)
     (grad,) = torch.autograd.grad(output.lse, input, upstream.to(output.lse.dtype))
     (right,) = torch.autograd.grad(lse, wide, upstream.double())
@@ -317,7 +329,12 @@ def test_autocast_gives_float32(impl, dtype):
         for reduction in ("mean", "none"):
             loss = tlk.cross_entropy(input, target, reduction=reduction, impl=impl)
             assert loss.dtype == torch.float32
-            same(loss.detach(), F.cross_entropy(input.detach().double(), target, reduction=reduction), rtol=1e-5, atol=1e-6)
+            same(
+                loss.detach(),
+                F.cross_entropy(input.detach().double(), target, reduction=reduction),
+                rtol=1e-5,
+                atol=1e-6,
+            )
     (grad,) = torch.autograd.grad(loss.sum(), input)
     assert grad.dtype == dtype
 

@@ -21,7 +21,12 @@ ERRORS = [
     (ValueError, "target: expected it on the input's device cpu, got meta", (X, Y.to("meta")), {}),
     (TypeError, "weight: expected a Tensor or None, got list", (X, Y, [1.0] * 5), {}),
     (ValueError, r"weight: expected shape \(5,\), .* got \(4,\)", (X, Y, torch.ones(4)), {}),
-    (TypeError, "weight: expected a floating-point dtype, got torch.int64", (X, Y, torch.ones(5, dtype=torch.int64)), {}),
+    (
+        TypeError,
+        "weight: expected a floating-point dtype, got torch.int64",
+        (X, Y, torch.ones(5, dtype=torch.int64)),
+        {},
+    ),
     (ValueError, "reduction: expected one of .* got 'batchmean'", (X, Y), {"reduction": "batchmean"}),
     (ValueError, r"label_smoothing: expected a number in \[0, 1\], got 1.5", (X, Y), {"label_smoothing": 1.5}),
     (ValueError, "label_smoothing: .* got nan", (X, Y), {"label_smoothing": float("nan")}),
@@ -36,7 +41,9 @@ ERRORS = [
 ]
 
 
-@pytest.mark.parametrize(("error", "message", "args", "kwargs"), ERRORS, ids=[f"{e[0].__name__}-{e[1][:24]}" for e in ERRORS])
+@pytest.mark.parametrize(
+    ("error", "message", "args", "kwargs"), ERRORS, ids=[f"{e[0].__name__}-{e[1][:24]}" for e in ERRORS]
+)
 @pytest.mark.parametrize("function", [tlk.cross_entropy, tlk.cross_entropy_stats])
 def test_bad_arguments(function, error, message, args, kwargs):
     with pytest.raises(error, match=message):

@@ -56,7 +56,7 @@ class TestIsa:
 
     def test_unknown_name(self):
         before = native.isa()
-        with pytest.raises(ValueError, match=f"'sse9' is unknown or not supported.*{', '.join(native.isas())}"):
+        with pytest.raises(ValueError, match=rf"'sse9' is unknown or not supported.*{', '.join(native.isas())}"):
             native.force_isa("sse9")
         assert native.isa() == before
 
@@ -94,7 +94,9 @@ class TestIsa:
 class TestDispatch:
     def test_explain(self):
         text = tlk.explain(tlk.cross_entropy, X, Y)
-        assert text.startswith(f"cross_entropy(impl='auto'): served by {'native' if native.available() else 'reference'}")
+        assert text.startswith(
+            f"cross_entropy(impl='auto'): served by {'native' if native.available() else 'reference'}"
+        )
         assert "triton: cross_entropy has no triton implementation" in text
         assert "served by reference" in tlk.explain(tlk.cross_entropy, X, Y, impl="reference")
         assert "cannot be served" in tlk.explain(tlk.cross_entropy, X, Y, impl="triton")
@@ -114,7 +116,7 @@ class TestDispatch:
     def test_a_named_implementation_is_never_replaced(self):
         with pytest.raises(NotImplementedError, match="cross_entropy has no triton implementation"):
             tlk.cross_entropy(X, Y, impl="triton")
-        with pytest.raises(NotImplementedError, match="it serves CPU tensors; input is on meta|does not load"):
+        with pytest.raises(NotImplementedError, match=r"it serves CPU tensors; input is on meta|does not load"):
             tlk.cross_entropy(X.to("meta"), Y.to("meta"), impl="native")
 
     def test_without_the_extension(self):

@@ -1,4 +1,4 @@
-"""For tests of losses: implementations and instruction sets of this machine, inputs that are able to fail, error budget.
+"""For tests of losses: implementations and ISAs of this machine, inputs that are able to fail, error budget.
 
 A new loss takes part by giving its eager PyTorch lines, which, run in float64, are also its oracle.
 """

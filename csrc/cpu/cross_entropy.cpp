@@ -1,5 +1,5 @@
-// Cross entropy on CPU tensors: checks that the kernels rely on, memory, layout, threads. The schemas and what they mean
-// are in tlkernels/losses/cross_entropy/ops.py.
+// Cross entropy on CPU tensors: checks that the kernels rely on, memory, layout, threads. The schemas and what they
+// mean are in tlkernels/losses/cross_entropy/ops.py.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -8,7 +8,6 @@
 #include <memory>
 #include <optional>
 #include <tuple>
-#include <vector>
 
 #include "tensor.h"
 
@@ -17,13 +16,14 @@ namespace {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+using Sizes = c10::SmallVector<int64_t, 6>;
 
 // A call and the tensors that it points into.
 struct Call : CrossEntropy {
   Tensor input, target, weight_;
   at::ScalarType compute;
-  std::vector<int64_t> shape;  // of a value per position
-  double denominator = 0;      // of the mean
+  Sizes shape;             // of a value per position
+  double denominator = 0;  // of the mean
 
   Call(const Tensor& input_, const Tensor& target_, const OptionalTensor& weight_in, int64_t ignore, double smoothing_,
        double temperature, std::optional<double> softcap_, double z_loss_)
@@ -74,8 +74,8 @@ struct Call : CrossEntropy {
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t y = indices[i];
       if (y == ignore_index) continue;
-      TORCH_CHECK_INDEX(y >= 0 && y < classes, "target: expected class indices in [0, ", classes,
-                        ") or ignore_index (", ignore_index, "), got ", y, " at position ", i);
+      TORCH_CHECK_INDEX(y >= 0 && y < classes, "target: expected class indices in [0, ", classes, ") or ignore_index (",
+                        ignore_index, "), got ", y, " at position ", i);
       denominator += w ? double(w[y]) : 1.0;
     }
   }
@@ -95,7 +95,7 @@ struct Call : CrossEntropy {
 };
 
 template <class Pointer>
-void place(Strided<Pointer>& to, const Tensor& t, Pointer data, const std::vector<int64_t>& axes, int64_t class_axis) {
+void place(Strided<Pointer>& to, const Tensor& t, Pointer data, const Sizes& axes, int64_t class_axis) {
   to.data = data;
   for (size_t i = 0; i < axes.size(); ++i) to.stride[i] = t.stride(axes[i]);
   to.class_stride = t.stride(class_axis);
@@ -104,15 +104,15 @@ void place(Strided<Pointer>& to, const Tensor& t, Pointer data, const std::vecto
 // Merges neighbouring axes that every tensor steps through as one. False if more than kMaxAxes are left.
 bool Call::lay_out(const Tensor& grad_out) {
   const int64_t class_axis = input.dim() == 1 ? 0 : 1;
-  std::vector<Tensor> tensors = {input};
-  if (!indices) tensors.push_back(target);
-  if (grad_out.defined()) tensors.push_back(grad_out);
-  std::vector<int64_t> last;  // the innermost axis of each merged one: it has the stride
-  std::vector<int64_t> sizes;
+  c10::SmallVector<const Tensor*, 3> tensors = {&input};
+  if (!indices) tensors.push_back(&target);
+  if (grad_out.defined()) tensors.push_back(&grad_out);
+  Sizes last;  // the innermost axis of each merged one: it has the stride
+  Sizes sizes;
   for (int64_t axis = 0; axis < input.dim(); ++axis) {
     if (axis == class_axis || input.size(axis) == 1) continue;
-    const bool merges = !last.empty() && std::all_of(tensors.begin(), tensors.end(), [&](const Tensor& t) {
-      return t.stride(last.back()) == t.stride(axis) * t.size(axis);
+    const bool merges = !last.empty() && std::all_of(tensors.begin(), tensors.end(), [&](const Tensor* t) {
+      return t->stride(last.back()) == t->stride(axis) * t->size(axis);
     });
     if (merges) {
       last.back() = axis;
@@ -150,14 +150,18 @@ void Call::run(const Tensor& grad_out) {
       kernels().cross_entropy(type, indices ? type : scalar_of(target.scalar_type()), softcap != 0);
   const bool class_contiguous = classes == 1 || (x.class_stride == 1 && (indices || probabilities.class_stride == 1) &&
                                                  (!grad.data || grad.class_stride == 1));
+  const int64_t bytes = classes * int64_t(c10::elementSize(compute));  // of a row in the compute type
   constexpr int64_t kGrain = 1 << 14;  // elements for which a second thread is worth its start
   if (class_contiguous) {
-    at::parallel_for(0, rows, std::max<int64_t>(1, kGrain / classes),
-                     [&](int64_t begin, int64_t end) { kernel.rows(*this, begin, end); });
+    const bool stash =
+        grad.data && !normaliser_given && classes <= kMaxStash && c10::elementSize(input.scalar_type()) == 2;
+    at::parallel_for(0, rows, std::max<int64_t>(1, kGrain / classes), [&](int64_t begin, int64_t end) {
+      std::unique_ptr<char[]> scratch(stash ? new char[size_t(bytes)] : nullptr);
+      kernel.rows(*this, begin, end, scratch.get());
+    });
     return;
   }
   constexpr int64_t kScratch = 256 << 10;  // bytes: a quarter of a second-level cache, beside what streams through it
-  const int64_t bytes = classes * int64_t(c10::elementSize(compute));
   const int64_t width = std::clamp<int64_t>(kScratch / bytes / 16 * 16, 16, kMaxTileWidth);
   const int64_t line = size[axes - 1], tiles = (line + width - 1) / width * (rows / line);
   at::parallel_for(0, tiles, std::max<int64_t>(1, kGrain / (classes * std::min(width, line))),
@@ -227,17 +231,36 @@ void backward_(const Tensor& grad_loss, const OptionalTensor& grad_lse, Tensor& 
                 temperature, softcap, z_loss);
 }
 
+Tensor reduced(const Tensor& losses, double denominator) {
+  Tensor loss = at::empty({}, losses.options());
+  const double value = sum_in_order(losses) / denominator;
+  if (losses.scalar_type() == at::kDouble)
+    *loss.mutable_data_ptr<double>() = value;
+  else
+    *loss.mutable_data_ptr<float>() = float(value);
+  return loss;
+}
+
+Tensor total(const Tensor& input, const Tensor& target, const OptionalTensor& weight, int64_t ignore_index,
+             double label_smoothing, double temperature, std::optional<double> softcap, double z_loss, bool mean) {
+  Call call(input, target, weight, ignore_index, label_smoothing, temperature, softcap, z_loss);
+  const Tensor losses = call.output(call.loss, call.compute);
+  call.run({});
+  return reduced(losses, mean ? call.denominator : 1);
+}
+
 std::tuple<Tensor, Tensor> step(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                                 int64_t ignore_index, double label_smoothing, double temperature,
                                 std::optional<double> softcap, double z_loss, bool mean) {
   Call call(input, target, weight, ignore_index, label_smoothing, temperature, softcap, z_loss);
   const double denominator = mean ? call.denominator : 1;
-  Tensor upstream = at::full({}, 1 / denominator, input.options().dtype(call.compute));
-  call.grad_loss = per_position(upstream);
-  Tensor losses = call.output(call.loss, call.compute);
+  const double wide = 1 / denominator;
+  const float narrow = float(wide);
+  call.grad_loss.data = call.compute == at::kDouble ? static_cast<const void*>(&wide) : &narrow;
+  const Tensor losses = call.output(call.loss, call.compute);
   Tensor grad = empty_gradient(input);
   call.run(grad);
-  return {at::full({}, sum_in_order(losses) / denominator, losses.options()), grad};
+  return {reduced(losses, denominator), grad};
 }
 
 }  // namespace
@@ -247,6 +270,7 @@ TORCH_LIBRARY_IMPL(tlkernels, CPU, m) {
   m.impl("cross_entropy_fwd_stats", forward_stats);
   m.impl("cross_entropy_bwd", backward);
   m.impl("cross_entropy_bwd_", backward_);
+  m.impl("cross_entropy_total", total);
   m.impl("cross_entropy_step", step);
 }
 

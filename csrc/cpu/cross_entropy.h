@@ -48,17 +48,18 @@ struct CrossEntropy {
   void* loss = nullptr;
   void* entropy = nullptr;
   bool* correct = nullptr;
-  Strided<void*> grad;   // of the logits, in their type; may be the logits' own memory
+  Strided<void*> grad;    // of the logits, in their type; may be the logits' own memory
   PerPosition grad_loss;  // upstream, compute type
   PerPosition grad_lse;   // upstream of lse = peak / temperature + log_sum; may be null
 };
 
 enum class Scalar { f64, f32, bf16, f16 };
 
-// Class axis contiguous in every tensor: `begin` and `end` are rows.
+// Class axis contiguous in every tensor: `begin` and `end` are rows, and `scratch`, which may be null, has room for a
+// number of the compute type for each class.
 // Otherwise positions are the vector lanes: `begin` and `end` are tiles of `width` positions of the last axis, and
 // `scratch` holds classes * width numbers of the compute type.
-using CrossEntropyRows = void (*)(const CrossEntropy&, int64_t begin, int64_t end);
+using CrossEntropyRows = void (*)(const CrossEntropy&, int64_t begin, int64_t end, void* scratch);
 using CrossEntropyTiles = void (*)(const CrossEntropy&, int64_t begin, int64_t end, int width, void* scratch);
 
 struct CrossEntropyKernels {
@@ -70,5 +71,8 @@ struct CrossEntropyKernels {
 using CrossEntropyTable = CrossEntropyKernels (*)(Scalar logits, Scalar probabilities, bool softcap);
 
 constexpr int kMaxTileWidth = 256;
+
+// Rows whose exponentials are worth keeping for the gradient: longer ones would leave the second-level cache.
+constexpr int64_t kMaxStash = 1 << 16;
 
 }  // namespace tlk

@@ -1,5 +1,5 @@
-// What the kernels of cross entropy share: loss, normaliser, statistics and gradient, in any combination, for one instruction
-// set. With f(x) = softcap * tanh(x / softcap) (or x), z = f(x) / T, p = softmax(z):
+// What the kernels of cross entropy share: loss, normaliser, statistics and gradient, in any combination, for one
+// instruction set. With f(x) = softcap * tanh(x / softcap) (or x), z = f(x) / T, p = softmax(z):
 //
 //   q_c   = w_c * ((1 - smoothing) * t_c + smoothing / C)      t: probabilities; for a class index y, w_y stands
 //                                                              before its term and w_c before the smoothing's
@@ -24,10 +24,10 @@ struct CallOf {
   const CrossEntropy& c;
   const A* weight;
   const A inv_t, softcap, inv_softcap;
-  const A to_exp2;               // exp(f / T) = 2^(f * to_exp2)
-  const A keep, spread;          // 1 - smoothing; smoothing / C
-  const bool dense;              // q has a term for every class
-  const int inner;               // last axis
+  const A to_exp2;       // exp(f / T) = 2^(f * to_exp2)
+  const A keep, spread;  // 1 - smoothing; smoothing / C
+  const bool dense;      // q has a term for every class
+  const int inner;       // last axis
   A* const peak_;
   A* const log_sum_;
 

@@ -1,6 +1,6 @@
-// Cross entropy where the class axis is contiguous: the classes of a row are the vector lanes. A row of few classes stays
-// in registers; of a longer one each block is in the first-level cache for both its sweeps, and the gradient's sweep finds
-// the row in the cache behind it.
+// Cross entropy where the class axis is contiguous: the classes of a row are the vector lanes. A row of few classes
+// stays in registers; of a longer one each block is in the first-level cache for both its sweeps, and the gradient's
+// sweep finds the row in the cache behind it.
 #include "cross_entropy_call.inl"
 
 namespace tlk {
@@ -9,21 +9,38 @@ namespace TLK_ISA {
 template <class T, class P, bool kCap>
 struct Rows : CallOf<T, P, kCap> {
   using K = CallOf<T, P, kCap>;
+  using K::c, K::cap, K::coefficients, K::dense, K::ignored, K::inner, K::inv_t, K::keep, K::kLog2E, K::L, K::load_some;
+  using K::cap1;
+  using K::log_sum_, K::offset, K::peak_, K::per_position, K::slope, K::spread, K::store_some, K::to_exp2, K::weight;
+  using K::weight_at, K::write_correct, K::write_loss;
   using typename K::A;
   using typename K::Coefficients;
   using typename K::Target;
   using typename K::V;
-  using K::c, K::cap, K::coefficients, K::dense, K::ignored, K::inner, K::inv_t, K::keep, K::kLog2E, K::L, K::load_some;
-  using K::log_sum_, K::offset, K::peak_, K::per_position, K::slope, K::spread, K::store_some, K::to_exp2, K::weight;
-  using K::weight_at, K::write_correct, K::write_loss;
-  using K::cap1;
 
-  static constexpr int64_t kBlock = 4096;  // classes per block: at most half the first-level cache, summed before rounding
-                                           // errors add up
+  static constexpr int64_t kBlock = 4096;  // classes per block: at most half the first-level cache, summed before
+                                           // rounding errors add up
   static constexpr int64_t kAhead = 2048;  // bytes fetched ahead of a long row's gradient sweep: half a page
   static constexpr int kShort = 4;         // a row of up to this many vectors stays in registers
 
-  explicit Rows(const CrossEntropy& call) : K(call) {}
+  // The exponentials of a row that is not too long are kept from the sum to the gradient, each block's from the peak so
+  // far: in the gradient's own memory, or for a 16-bit type in scratch. Twice the exponentials cost more than that.
+  static constexpr bool kWide = sizeof(T) == sizeof(A);
+  static constexpr int kStashed = int(kMaxStash / kBlock);
+  A* const scratch;
+  const bool stashes;
+
+  Rows(const CrossEntropy& call, void* memory)
+      : K(call),
+        scratch(static_cast<A*>(memory)),
+        stashes(!kCap && call.grad.data && !call.normaliser_given && call.classes <= kMaxStash && (kWide || memory)) {}
+
+  A* stash_of(T* grad) const {
+    if constexpr (kWide)
+      return grad;
+    else
+      return scratch;
+  }
 
   // Calls body(first class, unroll slot, vector count of classes or L) over [begin, end).
   template <class Body>
@@ -42,7 +59,9 @@ struct Rows : CallOf<T, P, kCap> {
   static TLK_INLINE A block_max(const T* x, int64_t begin, int64_t end) {
     const A lowest = -A(__builtin_inf());
     V m[4] = {set1(lowest), set1(lowest), set1(lowest), set1(lowest)};
-    sweep(begin, end, [&](int64_t k, int slot, int n) __attribute__((always_inline)) { m[slot] = vmax(load_some(x + k, n, lowest), m[slot]); });
+    sweep(begin, end, [&](int64_t k, int slot, int n) __attribute__((always_inline)) {
+      m[slot] = vmax(load_some(x + k, n, lowest), m[slot]);
+    });
     return reduce_max<A>(vmax(vmax(m[0], m[1]), vmax(m[2], m[3])));
   }
 
@@ -53,16 +72,17 @@ struct Rows : CallOf<T, P, kCap> {
 
   // Peak and sum of exponentials, block by block so that each is in the first-level cache for both its sweeps; with
   // kDense also the target's terms over all classes. What comes next is fetched meanwhile: the following block, or from
-  // the last one the gradient's memory and the next row. The hardware does not look past a page of 4 KiB.
+  // the last one the gradient's memory, or without a gradient the next row. The hardware does not look past a page.
   template <bool kDense>
-  A row_sum(const T* x, const P* q, const T* grad, const T* next_row, A& peak, Target& target) const {
+  A row_sum(const T* x, const P* q, T* grad, const T* next_row, A& peak, A* from_peak, Target& target) const {
+    A* const stash = stashes ? stash_of(grad) : nullptr;
     double sum = 0, q_sum = 0, q_distance = 0;
     peak = -A(__builtin_inf());
     for (int64_t begin = 0; begin < c.classes; begin += kBlock) {
       const bool last = begin + kBlock >= c.classes;
       const int64_t end = last ? c.classes : begin + kBlock;
+      const bool fetch_grad = last && grad;
       const T* ahead = last ? next_row : x + begin + kBlock;
-      const T* written = grad ? grad : ahead;
       const A top = cap1(block_max(x, begin, end));
       if (top > peak) {
         if (sum != 0) sum *= double(exp2<A>(set1(A((peak - top) * to_exp2)))[0]);
@@ -70,13 +90,17 @@ struct Rows : CallOf<T, P, kCap> {
         peak = top;
       }
       const A from = peak == -A(__builtin_inf()) ? A(0) : peak;  // so far -inf alone: their exponentials are 0
+      if (stash) from_peak[begin / kBlock] = from;
       V s[4] = {}, qs[4] = {}, qd[4] = {};
       sweep(begin, end, [&](int64_t k, int slot, int n) __attribute__((always_inline)) {
-        __builtin_prefetch(ahead + (k - begin), 0, 3);
-        if (last) __builtin_prefetch(written + (k - begin), 1, 3);
+        if (fetch_grad)
+          __builtin_prefetch(grad + (k - begin), 1, 3);
+        else
+          __builtin_prefetch(ahead + (k - begin), 0, 3);
         V distance = cap(load_some(x + k, n, A(0))) - from;
         V e = exp2<A>(distance * to_exp2);
         s[slot] += n == L || iota<A>() < n ? e : V{};
+        if (stash) store_some(stash + k, n, e);
         if constexpr (kDense) {
           V at = q_at(q, k, n);
           qs[slot] += n == L || iota<A>() < n ? at : V{};
@@ -93,22 +117,51 @@ struct Rows : CallOf<T, P, kCap> {
     return peak == -A(__builtin_inf()) ? A(__builtin_nan("")) : A(sum);
   }
 
+  // What a gradient's sweep fetches: a long row's own next elements, where the hardware stops at each page; beside a
+  // row of one block, whose gradient is here already, the next row.
+  struct Ahead {
+    const T* x;
+    int64_t grad;
+  };
+  Ahead fetched_ahead(const T* x, const T* next_row) const {
+    constexpr int64_t distance = kAhead / int64_t(sizeof(T));
+    return c.classes > kBlock ? Ahead{x + distance, distance} : Ahead{next_row, 0};
+  }
+
   // The dense part of a gradient; q_c is `spread` for every class unless kDense.
   template <bool kDense>
-  void row_grad(const T* x, const P* q, T* grad, A peak, Coefficients co) const {
+  void row_grad(const T* x, const P* q, T* grad, const T* next_row, A peak, Coefficients co) const {
     const V constant = set1(A(co.q * spread));
-    const int64_t ahead = c.classes > kBlock ? kAhead / int64_t(sizeof(T)) : 0;
+    const Ahead ahead = fetched_ahead(x, next_row);
     sweep(0, c.classes, [&](int64_t k, int, int n) __attribute__((always_inline)) {
-      if (ahead) {
-        __builtin_prefetch(x + k + ahead, 0, 3);
-        __builtin_prefetch(grad + k + ahead, 1, 3);
-      }
+      __builtin_prefetch(ahead.x + k, 0, 3);
+      __builtin_prefetch(grad + k + ahead.grad, 1, 3);
       V f = cap(load_some(x + k, n, A(0)));
       V e = exp2<A>((f - peak) * to_exp2);
       V d = e * co.p - (kDense ? co.q * q_at(q, k, n) : constant) + e * co.rest;
       if constexpr (kCap) d *= slope(f);
       store_some(grad + k, n, d);
     });
+  }
+
+  // The same from the exponentials kept, where each block has its own scale.
+  template <bool kDense>
+  void row_grad_stashed(const T* x, const P* q, T* grad, const T* next_row, A peak, const A* from_peak,
+                        Coefficients co) const {
+    const V constant = set1(A(co.q * spread));
+    const Ahead ahead = fetched_ahead(x, next_row);
+    const A* const stash = stash_of(grad);
+    for (int64_t begin = 0; begin < c.classes; begin += kBlock) {
+      const int64_t end = begin + kBlock < c.classes ? begin + kBlock : c.classes;
+      const A scale = exp2<A>(set1(A((from_peak[begin / kBlock] - peak) * to_exp2)))[0];
+      const A p = co.p * scale, rest = co.rest * scale;
+      sweep(begin, end, [&](int64_t k, int, int n) __attribute__((always_inline)) {
+        __builtin_prefetch(ahead.x + k, 0, 3);
+        __builtin_prefetch(grad + k + ahead.grad, 1, 3);
+        V e = load_some(stash + k, n, A(0));
+        store_some(grad + k, n, e * p - (kDense ? co.q * q_at(q, k, n) : constant) + e * rest);
+      });
+    }
   }
 
   // A short row between its two uses: the capped logits and their exponentials from the peak.
@@ -170,14 +223,17 @@ struct Rows : CallOf<T, P, kCap> {
     if (!counted && c.skip_ignored && per_position(c.grad_lse, i) == 0) {
       if (peak_ && !c.normaliser_given) peak_[i] = log_sum_[i] = 0;
       write_loss(i, false, 0, 0, {});
-      if (grad) sweep(0, c.classes, [&](int64_t k, int, int n) __attribute__((always_inline)) { store_some(grad + k, n, V{}); });
+      if (grad)
+        sweep(0, c.classes,
+              [&](int64_t k, int, int n) __attribute__((always_inline)) { store_some(grad + k, n, V{}); });
       return;
     }
 
+    const T* next = kIsShort || i + 1 == c.rows ? x : static_cast<const T*>(c.x.data) + offset(c.x, i + 1);
     InRegisters r;
     if constexpr (kIsShort) load_short(x, r);
 
-    A peak, log_sum, inv_sum;
+    A peak, log_sum, inv_sum, from_peak[kStashed];
     Target target;
     if (c.normaliser_given) {
       peak = peak_[i], log_sum = log_sum_[i], inv_sum = exp2<A>(set1(A(log_sum * -kLog2E)))[0];
@@ -190,8 +246,8 @@ struct Rows : CallOf<T, P, kCap> {
         exp_short(r, peak);
         sum = sum_short(r, q, peak, target);
       } else {
-        const T* next = i + 1 < c.rows ? static_cast<const T*>(c.x.data) + offset(c.x, i + 1) : x;
-        sum = dense ? row_sum<true>(x, q, grad, next, peak, target) : row_sum<false>(x, q, grad, next, peak, target);
+        sum = dense ? row_sum<true>(x, q, grad, next, peak, from_peak, target)
+                    : row_sum<false>(x, q, grad, next, peak, from_peak, target);
       }
       log_sum = log_from_one(set1(sum))[0], inv_sum = 1 / sum;
       if (peak_) peak_[i] = peak, log_sum_[i] = log_sum;
@@ -222,7 +278,11 @@ struct Rows : CallOf<T, P, kCap> {
         own = e * co.p - co.q * (own_q + spread * weight_at(c.indices[i])) + e * co.rest;
         if constexpr (kCap) own *= slope(f);
       }
-      per_class ? row_grad<true>(x, q, grad, peak, co) : row_grad<false>(x, q, grad, peak, co);
+      if (stashes)
+        per_class ? row_grad_stashed<true>(x, q, grad, next, peak, from_peak, co)
+                  : row_grad_stashed<false>(x, q, grad, next, peak, from_peak, co);
+      else
+        per_class ? row_grad<true>(x, q, grad, next, peak, co) : row_grad<false>(x, q, grad, next, peak, co);
       if (c.indices && counted) store1(grad + c.indices[i], own[0]);
     }
   }
@@ -259,11 +319,10 @@ struct Rows : CallOf<T, P, kCap> {
   }
 };
 
-
 template <class T, class P, bool kCap>
-void rows(const CrossEntropy& call, int64_t begin, int64_t end) {
+void rows(const CrossEntropy& call, int64_t begin, int64_t end, void* scratch) {
   using R = Rows<T, P, kCap>;
-  const R kernel(call);
+  const R kernel(call, scratch);
   if (call.classes <= R::kShort * R::L)
     for (int64_t i = begin; i < end; ++i) kernel.template row<true>(i);
   else

@@ -8,22 +8,25 @@ namespace TLK_ISA {
 template <class T, class P, bool kCap>
 struct Tiles : CallOf<T, P, kCap> {
   using K = CallOf<T, P, kCap>;
+  using K::c, K::cap, K::coefficients, K::dense, K::ignored, K::inner, K::inv_t, K::keep, K::kLog2E, K::L, K::load_some;
+  using K::cap1, K::weight_at, K::write_correct, K::write_loss;
+  using K::log_sum_, K::offset, K::peak_, K::per_position, K::slope, K::spread, K::store_some, K::to_exp2, K::weight;
   using typename K::A;
   using typename K::Coefficients;
   using typename K::Target;
   using typename K::V;
-  using K::c, K::cap, K::coefficients, K::dense, K::ignored, K::inner, K::inv_t, K::keep, K::kLog2E, K::L, K::load_some;
-  using K::log_sum_, K::offset, K::peak_, K::per_position, K::slope, K::spread, K::store_some, K::to_exp2, K::weight;
-  using K::weight_at, K::write_correct, K::write_loss;
 
-  explicit Tiles(const CrossEntropy& call) : K(call) {}
+  // The exponentials take the place of the logits in scratch, unless the gradient needs both.
+  const bool stashes;
+
+  explicit Tiles(const CrossEntropy& call) : K(call), stashes(!kCap && call.grad.data && !call.normaliser_given) {}
 
   static constexpr int64_t kSumBlock = 256;  // classes per partial sum, as kBlock is for rows
 
   struct Tile {
-    int64_t row;      // of the first position
-    int n, width;     // positions; those that scratch has room for
-    int vectors;      // that hold the positions
+    int64_t row;   // of the first position
+    int n, width;  // positions; those that scratch has room for
+    int vectors;   // that hold the positions
     A* scratch;
     const T* x;
     const P* q;
@@ -62,6 +65,8 @@ struct Tiles : CallOf<T, P, kCap> {
         V f = cap(load_positions(t.x + k * c.x.class_stride + v * L * stride, stride, count(t, v)));
         store(t.scratch + k * t.width + v * L, f);
         store(peak + v * L, vmax(f, load(peak + v * L)));
+        // The lines of a tile lie far apart, where the hardware fetches nothing ahead.
+        if (t.grad) __builtin_prefetch(t.grad + k * c.grad.class_stride + v * L * c.grad.stride[inner], 1, 3);
       }
   }
 
@@ -75,6 +80,7 @@ struct Tiles : CallOf<T, P, kCap> {
         for (int64_t k = begin; k < end; ++k) {
           V distance = load(t.scratch + k * t.width + v * L) - top;
           V e = exp2<A>(distance * to_exp2);
+          if (stashes) store(t.scratch + k * t.width + v * L, e);
           bs += e;
           if (dense) {
             V at = tile_q(t, k, v);
@@ -98,12 +104,13 @@ struct Tiles : CallOf<T, P, kCap> {
       for (int v = 0; v < t.vectors; ++v) {
         A* at = t.scratch + k * t.width + v * L;
         const V f = load(at);
-        const V e = exp2<A>((f - load(peak + v * L)) * to_exp2);
+        const V e = stashes ? f : exp2<A>((f - load(peak + v * L)) * to_exp2);
         V d = e * load(p + v * L);
         if (dense) d -= load(g + v * L) * tile_q(t, k, v);
         d += e * load(rest + v * L);
         if constexpr (kCap) d *= slope(f);
-        if (any_ignored) d = load(g + v * L) == A(0) && load(rest + v * L) == A(0) ? V{} : d;  // even where its logits are NaN
+        if (any_ignored)
+          d = load(g + v * L) == A(0) && load(rest + v * L) == A(0) ? V{} : d;  // even where its logits are NaN
         store(at, d);
       }
     if (c.indices)
@@ -159,13 +166,14 @@ struct Tiles : CallOf<T, P, kCap> {
       A f = 0;
       own_q[i] = 0;
       if (c.indices && counted) {
-        f = t.scratch[c.indices[row] * t.width + i];
+        f = cap1(load1(t.x + c.indices[row] * c.x.class_stride + i * c.x.stride[inner]));
         own_q[i] = keep * weight_at(c.indices[row]);
         target.q += own_q[i];
         target.q_distance += own_q[i] * (peak[i] - f);
       }
       write_loss(row, counted, peak[i], sum[i], target);
-      if (c.correct) write_correct(row, t.x + i * c.x.stride[inner], t.q ? t.q + i * c.probabilities.stride[inner] : t.q);
+      if (c.correct)
+        write_correct(row, t.x + i * c.x.stride[inner], t.q ? t.q + i * c.probabilities.stride[inner] : t.q);
       if (t.grad) {
         const Coefficients co = coefficients(row, counted, peak[i], sum[i], ex[i], target.q);
         p[i] = co.p, g[i] = co.q, rest[i] = co.rest, own_q[i] *= co.q;

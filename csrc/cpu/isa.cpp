@@ -69,7 +69,8 @@ void isa_force(const std::string& name) {
     }
     choices += choices.empty() ? isa.name : std::string(", ") + isa.name;
   }
-  throw std::invalid_argument("ISA '" + name + "' is unknown or not supported by this machine; choose one of: " + choices);
+  throw std::invalid_argument("ISA '" + name +
+                              "' is unknown or not supported by this machine; choose one of: " + choices);
 }
 
 }  // namespace tlk

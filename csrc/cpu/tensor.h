@@ -19,7 +19,8 @@ at::Tensor empty_gradient(const at::Tensor& like);
 // The same bits at any number of threads.
 double sum_in_order(const at::Tensor& values);
 
-// One value for all positions where `values` is expanded from one, else one each. The tensor kept must outlive the call.
+// One value for all positions where `values` is expanded from one, else one each. The tensor kept must outlive the
+// call.
 PerPosition per_position(at::Tensor& values);
 
 }  // namespace tlk

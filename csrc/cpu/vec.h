@@ -129,12 +129,31 @@ TLK_INLINE f64v load(const double* p) {
 TLK_INLINE void store(float* p, f32v v) { __builtin_memcpy(p, &v, sizeof v); }
 TLK_INLINE void store(double* p, f64v v) { __builtin_memcpy(p, &v, sizeof v); }
 
-TLK_INLINE f32v widen_bf16(u16h half) { return bitcast<f32v>(__builtin_convertvector(half, u32v) << 16); }
+TLK_INLINE u32v widen(u16h half) {
+#if defined(__AVX512F__)
+  return bitcast<u32v>(_mm512_cvtepu16_epi32(bitcast<__m256i>(half)));
+#elif defined(__AVX2__)
+  return bitcast<u32v>(_mm256_cvtepu16_epi32(bitcast<__m128i>(half)));
+#else
+  return __builtin_convertvector(half, u32v);
+#endif
+}
+// The upper half of each element.
+TLK_INLINE u16h upper(u32v v) {
+#if defined(__AVX512BW__)
+  typedef uint16_t u16v __attribute__((vector_size(64)));
+  constexpr u16v odd = {1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
+  return bitcast<u16h>(_mm512_castsi512_si256(_mm512_permutexvar_epi16(bitcast<__m512i>(odd), bitcast<__m512i>(v))));
+#else
+  return __builtin_convertvector(v >> 16, u16h);
+#endif
+}
+
+TLK_INLINE f32v widen_bf16(u16h half) { return bitcast<f32v>(widen(half) << 16); }
 TLK_INLINE u16h narrow_bf16(f32v v) {
-  u32v bits = bitcast<u32v>(v);
-  u32v nearest_even = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  u32v nan = u32v{} + 0x7fc0u;
-  return __builtin_convertvector((v == v) ? nearest_even : nan, u16h);
+  const u32v bits = bitcast<u32v>(v);
+  const u32v nearest_even = bits + (0x7fffu + ((bits >> 16) & 1u));
+  return upper((v == v) ? nearest_even : bits);  // a NaN that an operation gave stays one in its upper half
 }
 
 TLK_INLINE f32v widen_f16(u16h half) {
@@ -201,11 +220,15 @@ TLK_INLINE f32v load_n(const float* p, int n, f32v fill) {
 TLK_INLINE f64v load_n(const double* p, int n, f64v fill) {
   return bitcast<f64v>(_mm512_mask_loadu_pd(bitcast<__m512d>(fill), __mmask8(first(n)), p));
 }
-TLK_INLINE u16h load_bits_n(const void* p, int n) { return bitcast<u16h>(_mm256_maskz_loadu_epi16(__mmask16(first(n)), p)); }
+TLK_INLINE u16h load_bits_n(const void* p, int n) {
+  return bitcast<u16h>(_mm256_maskz_loadu_epi16(__mmask16(first(n)), p));
+}
 TLK_INLINE f32v load_n(const bf16* p, int n, f32v fill) {
   return iota<float>() < n ? widen_bf16(load_bits_n(p, n)) : fill;
 }
-TLK_INLINE f32v load_n(const f16* p, int n, f32v fill) { return iota<float>() < n ? widen_f16(load_bits_n(p, n)) : fill; }
+TLK_INLINE f32v load_n(const f16* p, int n, f32v fill) {
+  return iota<float>() < n ? widen_f16(load_bits_n(p, n)) : fill;
+}
 TLK_INLINE void store_n(float* p, int n, f32v v) { _mm512_mask_storeu_ps(p, __mmask16(first(n)), bitcast<__m512>(v)); }
 TLK_INLINE void store_n(double* p, int n, f64v v) { _mm512_mask_storeu_pd(p, __mmask8(first(n)), bitcast<__m512d>(v)); }
 TLK_INLINE void store_n(bf16* p, int n, f32v v) {

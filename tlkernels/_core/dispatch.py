@@ -14,8 +14,8 @@ class Implementation(NamedTuple):
     run: Callable[[Any], Any]
 
 
-class _Explained(Exception):  # noqa: N818  (not an error: it carries the answer out of the loss function)
-    pass
+class _Explained(Exception):
+    """Not an error: it carries the answer out of the loss function."""
 
 
 _explaining = False

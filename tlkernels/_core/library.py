@@ -1,4 +1,4 @@
-"""Definition of torch ops. C++ and Triton implement; schemas and fakes are Python, so the package imports without _C."""
+"""Definition of torch ops: schemas and fakes in Python, so the package imports without _C; C++ and Triton implement."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,5 +1,6 @@
 """The C++ extension: whether it is here, and which instruction set it uses."""
 
+import importlib
 import os
 from types import ModuleType
 
@@ -10,10 +11,10 @@ _ENVIRONMENT = "TLKERNELS_ISA"
 
 def _load() -> tuple[ModuleType | None, str]:
     try:
-        from tlkernels import _C
+        extension = importlib.import_module("tlkernels._C")
     except ImportError as error:
         return None, f"the extension tlkernels._C does not load ({error}); build it with `pip install -e .`"
-    return _C, ""
+    return extension, ""
 
 
 _extension, _reason = _load()

@@ -37,6 +37,9 @@ class Options(NamedTuple):
     z_loss: float
 
 
+_DEFAULTS = (-100, 0.0, 1.0, None, 0.0)
+
+
 class Call(NamedTuple):
     """One checked call."""
 
@@ -55,7 +58,7 @@ class Call(NamedTuple):
         return self.input.dtype
 
     def denominator(self) -> Tensor | float:
-        """Return what `mean` divides by: rows that count, or the weights of their targets; all rows of probabilities."""
+        """Return what `mean` divides by: rows that count, or their targets' weights; all rows of probabilities."""
         if self.target.is_floating_point():
             return self.input.numel() / self.input.shape[class_axis(self.input)]
         counted = self.target != self.options.ignore_index
@@ -117,7 +120,8 @@ def check(call: Call) -> Call:
         raise ValueError(f"reduction: expected one of {REDUCTIONS}, got {call.reduction!r}")
     if options.weight is not None:
         _check_weight(options.weight, input)
-    _check_numbers(options)
+    if options[1:] != _DEFAULTS:
+        _check_numbers(options)
     if call.inplace_grad:
         _check_inplace(call)
     return call

@@ -1,8 +1,8 @@
 """Cross entropy's ops: schemas, fakes, autograd, and the list of implementations.
 
-The native path has two forms. Where nothing but a first gradient can be asked for, one op gives the loss and that
-gradient in one sweep over the logits (`_Step`). Everywhere else an op gives the loss of each row, another its gradient,
-both with autograd of their own (`_Rows`, `_Gradient`), and the reduction is plain PyTorch.
+The native path has two forms. Where nothing but a first gradient can be asked for, one op gives the reduced loss and
+that gradient in one sweep over the logits (`_Step`), or the loss alone. Everywhere else an op gives the loss of each
+row, another its gradient, both with autograd of their own (`_Rows`, `_Gradient`), and the reduction is plain PyTorch.
 """
 
 from typing import Any
@@ -21,9 +21,7 @@ from tlkernels.losses.cross_entropy import reference
 from tlkernels.losses.cross_entropy.call import Call, CrossEntropyOutput, Options, class_axis, compute_dtype
 from tlkernels.losses.cross_entropy.second_order import directional, target_gradient
 
-_OPTIONS = (
-    "Tensor? weight, int ignore_index, float label_smoothing, float temperature, float? softcap, float z_loss"
-)
+_OPTIONS = "Tensor? weight, int ignore_index, float label_smoothing, float temperature, float? softcap, float z_loss"
 
 
 def _fake_row(input: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -49,9 +47,7 @@ forward_stats = define(
     " -> (Tensor loss, Tensor peak, Tensor log_sum, Tensor entropy, Tensor correct)",
     _fake_stats,
 )
-_BACKWARD = (
-    f"Tensor grad_loss, Tensor? grad_lse, {{input}}, Tensor target, Tensor peak, Tensor log_sum, {_OPTIONS}"
-)
+_BACKWARD = f"Tensor grad_loss, Tensor? grad_lse, {{input}}, Tensor target, Tensor peak, Tensor log_sum, {_OPTIONS}"
 backward = define(
     f"cross_entropy_bwd({_BACKWARD.format(input='Tensor input')}) -> Tensor",
     lambda grad_loss, grad_lse, input, *rest: torch.empty_like(input),
@@ -61,20 +57,25 @@ backward_ = define(
     f"cross_entropy_bwd_({_BACKWARD.format(input='Tensor(a!) input')}) -> ()",
     lambda *args: None,
 )
-# The reduced loss, and its gradient.
+# The reduced loss; and with its gradient.
+total = define(
+    f"cross_entropy_total(Tensor input, Tensor target, {_OPTIONS}, bool mean) -> Tensor",
+    lambda input, *rest: input.new_empty((), dtype=compute_dtype(input)),
+)
 step = define(
     f"cross_entropy_step(Tensor input, Tensor target, {_OPTIONS}, bool mean) -> (Tensor loss, Tensor grad)",
     lambda input, *rest: (input.new_empty((), dtype=compute_dtype(input)), torch.empty_like(input)),
 )
 
 _OVERWRITTEN = (
-    "This tensor was the input of tlkernels.cross_entropy(inplace_grad=True), and its memory now belongs to its gradient."
+    "This tensor was the input of tlkernels.cross_entropy(inplace_grad=True),"
+    " whose backward has given its memory to the gradient."
 )
 
 
 def _apply(function: Any, *args: Any) -> Any:
     # Dynamo does not trace a Function that has a jvp, and has no use for one.
-    return (function if torch.compiler.is_compiling() else function.WithJvp).apply(*args)
+    return (function if torch.compiler.is_compiling() else _WITH_JVP[function]).apply(*args)
 
 
 def _fold(tensor: Tensor, axis: int | None, batch: int, rows: bool) -> Tensor:
@@ -88,7 +89,7 @@ def _has_rows(input: Tensor, axis: int | None) -> bool:
 
 
 def _unfold(tensor: Tensor, batch: int, rows: bool) -> Tensor:
-    return tensor.unflatten(0, (batch, -1)) if rows else tensor
+    return tensor.reshape(batch, -1, *tensor.shape[1:]) if rows else tensor
 
 
 def _over_batch(function: Any, info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> tuple[Any, Any]:
@@ -103,7 +104,7 @@ def _over_batch(function: Any, info: Any, in_dims: tuple[Any, ...], args: tuple[
 
 
 class _Rows(Function):
-    """(input, target, weight, options without weight, stats, inplace) -> loss, peak, log_sum[, lse, entropy, correct]."""
+    """(input, target, weight, other options, stats, inplace) -> loss, peak, log_sum[, lse, entropy, correct]."""
 
     @staticmethod
     def forward(input: Tensor, target: Tensor, weight: Tensor | None, numbers: Any, stats: bool, inplace: bool) -> Any:
@@ -160,7 +161,7 @@ class _RowsWithJvp(_Rows):
         ones = torch.ones_like(input.select(class_axis(input), 0), dtype=compute_dtype(input))
         loss_t = lse_t = torch.zeros_like(ones)
         if input_t is not None:
-            loss_t, lse_t, *_ = directional(input_t, ones, None, input, target, weight, ctx.numbers)
+            loss_t, lse_t, _, _ = directional(input_t, ones, None, input, target, weight, ctx.numbers)
         if target_t is not None:
             slope = target_gradient(ones, input, target, weight, ctx.numbers)
             loss_t = loss_t + (slope * target_t).sum(class_axis(input))
@@ -181,7 +182,8 @@ class _Gradient(Function):
         log_sum: Tensor,
         numbers: Any,
     ) -> Tensor:
-        return backward(grad_loss, grad_lse, input, target, peak, log_sum, weight, *numbers)
+        grad: Tensor = backward(grad_loss, grad_lse, input, target, peak, log_sum, weight, *numbers)
+        return grad
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -210,11 +212,11 @@ class _Gradient(Function):
         if in_dims[4] is not None:
             return _over_batch(_Gradient, info, in_dims, args)
         rows = _has_rows(args[2], in_dims[2])
-        folded = [
+        folded_tensors = [
             t if t is None or position == 4 else _fold(t, d, info.batch_size, rows)
             for position, (t, d) in enumerate(zip(args[:7], in_dims, strict=False))
         ]
-        return _unfold(_apply(_Gradient, *folded, args[7]), info.batch_size, rows), 0
+        return _unfold(_apply(_Gradient, *folded_tensors, args[7]), info.batch_size, rows), 0
 
 
 class _GradientWithJvp(_Gradient):
@@ -234,8 +236,7 @@ class _GradientWithJvp(_Gradient):
         return total
 
 
-_Rows.WithJvp = _RowsWithJvp
-_Gradient.WithJvp = _GradientWithJvp
+_WITH_JVP: dict[Any, Any] = {_Rows: _RowsWithJvp, _Gradient: _GradientWithJvp}
 
 
 def _overwrite(
@@ -248,7 +249,8 @@ def _overwrite(
     input = input.detach()
     backward_(grad_loss, grad_lse, input, target, peak, log_sum, weight, *numbers)
     torch.autograd.graph.increment_version(input)  # shared with the tensor that autograd knows
-    return take_memory(input, _OVERWRITTEN)
+    grad: Tensor = take_memory(input, _OVERWRITTEN)
+    return grad
 
 
 class _Step(Function):
@@ -260,6 +262,7 @@ class _Step(Function):
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, target: Tensor, weight: Tensor | None, mean: bool, numbers: Any) -> Tensor:
+        loss: Tensor
         loss, ctx.grad = step(input, target, weight, *numbers, mean)
         ctx.save_for_backward(input, target, weight)
         ctx.mean, ctx.numbers = mean, numbers
@@ -281,7 +284,9 @@ class _Step(Function):
             rows, peak, log_sum = forward(input, target, weight, *ctx.numbers)
         if ctx.mean:
             grad_loss = grad_loss / _call(input, target, weight, ctx.numbers).denominator()
-        return _apply(_Gradient, grad_loss.expand(rows.shape), None, input, target, weight, peak, log_sum, ctx.numbers)
+        grad_rows = grad_loss.expand(rows.shape)
+        grad: Tensor = _apply(_Gradient, grad_rows, None, input, target, weight, peak, log_sum, ctx.numbers)
+        return grad
 
 
 def _call(input: Tensor, target: Tensor, weight: Tensor | None, numbers: Any) -> Call:
@@ -289,12 +294,10 @@ def _call(input: Tensor, target: Tensor, weight: Tensor | None, numbers: Any) ->
 
 
 def _only_first_gradient(call: Call) -> bool:
-    """Whether one sweep serves: a first gradient of the input will be asked for, by nothing but plain autograd."""
+    """Whether one op serves: at most a first gradient of the input will be asked for, by nothing but plain autograd."""
     input = call.input
     return (
         not torch.compiler.is_compiling()
-        and input.requires_grad
-        and torch.is_grad_enabled()
         and call.reduction != "none"
         and not (call.stats or call.inplace_grad or call.target.requires_grad)
         and input.dtype != torch.float16  # a loss scale comes with the upstream: before it, small gradients would be 0
@@ -308,7 +311,11 @@ def _only_first_gradient(call: Call) -> bool:
 def _run_native(call: Call) -> Tensor | CrossEntropyOutput:
     input, target, (weight, *numbers) = call.input, call.target, call.options
     if _only_first_gradient(call):
-        loss = _Step.apply(input, target, weight, call.reduction == "mean", numbers)
+        loss: Tensor
+        if input.requires_grad and torch.is_grad_enabled():
+            loss = _Step.apply(input, target, weight, call.reduction == "mean", numbers)
+        else:
+            loss = total(input, target, weight, *numbers, call.reduction == "mean")
         return loss if loss.dtype == call.dtype else loss.to(call.dtype)
     rows, _, _, *stats = _apply(_Rows, input, target, weight, numbers, call.stats, call.inplace_grad)
     loss = reduce(rows, call.denominator() if call.reduction == "mean" else 1, call.reduction).to(call.dtype)

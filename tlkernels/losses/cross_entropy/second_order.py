@@ -24,14 +24,15 @@ def _target_terms(target: Tensor, weight: Tensor | None, like: Tensor, axis: int
     ignore_index, smoothing = numbers[:2]
     spread = smoothing / like.shape[axis]
     if target.is_floating_point():
-        q = target.to(like.dtype) * (1 - smoothing) + spread
+        q: Tensor = target.to(like.dtype) * (1 - smoothing) + spread
         return q if weight is None else q * _along(weight, like, axis)
     counted = (target != ignore_index).unsqueeze(axis)
     y = target.long().unsqueeze(axis).masked_fill(~counted, 0)
-    own = torch.zeros_like(like).scatter(axis, y, 1 - smoothing) + spread
+    own: Tensor = torch.zeros_like(like).scatter(axis, y, 1 - smoothing) + spread
     if weight is not None:
         own = own * _along(weight, like, axis)
-    return own * counted
+    own = own * counted
+    return own
 
 
 def _along(weight: Tensor, like: Tensor, axis: int) -> Tensor:
@@ -94,5 +95,5 @@ def target_gradient(grad_loss: Tensor, input: Tensor, target: Tensor, weight: Te
     """Return the gradient of target probabilities: -(1 - label_smoothing) * weight * log p, times the upstream."""
     axis = class_axis(input)
     z, _, _ = _logits(input, numbers)
-    grad = grad_loss.to(z.dtype).unsqueeze(axis) * (numbers[1] - 1) * z.log_softmax(axis)
+    grad: Tensor = grad_loss.to(z.dtype).unsqueeze(axis) * (numbers[1] - 1) * z.log_softmax(axis)
     return (grad if weight is None else grad * _along(weight, z, axis)).to(target.dtype)
