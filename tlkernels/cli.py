@@ -1,0 +1,102 @@
+"""The command `tlkernels`: `finetune` trains, `doctor` says what this machine can do.
+
+Exit codes: 0; 1 where a run could not go on; 2 where something in the call is wrong; 130 after Ctrl-C.
+An error is one line.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from tlkernels.train.errors import RunError, UserError, need_extras, one_line
+
+USAGE = """\
+usage: tlkernels finetune [--config FILE] [--data.path FILE] [--model.path FOLDER] ...   (--help lists every option)
+       tlkernels finetune --resume RUN_FOLDER
+       tlkernels doctor
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    commands: dict[str, Callable[[list[str]], int]] = {"finetune": _finetune, "doctor": _doctor}
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(USAGE, end="")
+        return 0
+    try:
+        if not arguments or arguments[0] not in commands:
+            got = f"unknown command {arguments[0]!r}" if arguments else "no command"
+            raise UserError(f"{got}; there are: {', '.join(commands)}")
+        return commands[arguments[0]](arguments[1:])
+    except KeyboardInterrupt:
+        return _fail("interrupted; go on with: tlkernels finetune --resume RUN_FOLDER", 130)
+    except Exception as error:
+        if os.environ.get("TLKERNELS_TRACEBACK"):
+            raise
+        foreseen = isinstance(error, (UserError, RunError, OSError))
+        text = one_line(error) if foreseen else f"{one_line(error)} (TLKERNELS_TRACEBACK=1 shows where)"
+        return _fail(text, 2 if isinstance(error, UserError) else 1)
+
+
+def _finetune(arguments: list[str]) -> int:
+    need_extras()
+    import jsonargparse
+
+    from tlkernels.train.config import Config
+
+    parser = jsonargparse.ArgumentParser(
+        prog="tlkernels finetune",
+        description="Fine-tune a pretrained encoder with a linear head. Without options: a demonstration.",
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action="config", help="A YAML or JSON file with options; the command line wins.")
+    parser.add_argument(
+        "--resume", metavar="RUN_FOLDER", help="Go on with a run that was stopped; takes no other option."
+    )
+    parser.add_argument(
+        "--stop_after", type=int, metavar="STEP", help="Stop the fine-tuning after this step, with a checkpoint."
+    )
+    default = Config()
+    for part in vars(default):
+        parser.add_class_arguments(type(getattr(default, part)), part)
+    try:
+        parsed = parser.parse_args(arguments)
+    except Exception as error:  # argparse.ArgumentError, and what a broken file makes of the parser
+        raise UserError(f"{' '.join(str(error).split())} (tlkernels finetune --help)") from error
+    given = parser.instantiate(parsed)
+    config = Config(**{part: given[part] for part in vars(default)})
+    if given.resume is not None and config != default:
+        raise UserError("--resume goes on with the options of its run; it takes no others")
+    if given.stop_after is not None and given.stop_after < 1:
+        raise UserError(f"--stop_after must be 1 or more, got {given.stop_after}")
+    config.check()
+
+    from tlkernels.train.pipeline import finetune, resume
+
+    if given.resume is not None:
+        resume(given.resume, given.stop_after)
+    else:
+        finetune(config, given.stop_after)
+    return 0
+
+
+def _doctor(arguments: list[str]) -> int:
+    if arguments:
+        raise UserError(f"doctor takes no options, got {' '.join(arguments)}")
+    from tlkernels.train.doctor import doctor
+
+    print(doctor())
+    return 0
+
+
+def _fail(message: str, code: int) -> int:
+    if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
+        print(f"tlkernels: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,31 @@
+"""The trainer behind `tlkernels finetune`. Importing it loads neither transformers, accelerate nor datasets.
+
+from tlkernels.train import Config, finetune, load
+
+config = Config()
+config.data.path = "mine.csv"
+folder = finetune(config)
+answers = load(folder).predict(["a text"])
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from tlkernels.train.config import Config
+from tlkernels.train.errors import RunError, UserError, need_extras
+
+if TYPE_CHECKING:
+    from tlkernels.train.model import load
+    from tlkernels.train.pipeline import finetune, resume
+
+__all__ = ["Config", "RunError", "UserError", "finetune", "load", "resume"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in ("finetune", "resume", "load"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    need_extras()
+    from tlkernels.train import model, pipeline
+
+    return getattr(model if name == "load" else pipeline, name)

@@ -1,0 +1,129 @@
+"""Saving so that a kill or a full disk at any moment leaves the last checkpoint whole.
+
+A folder is written beside the old one, brought to the disk, and only then renamed. Files are treated alike.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tlkernels.train.errors import RunError, UserError, one_line
+from tlkernels.train.metrics import Scores
+from tlkernels.train.model import Classifier, load_model, save_model
+
+
+@dataclass
+class Progress:
+    """Where a run stands: everything that the next step depends on, besides the weights and the optimiser.
+
+    The order of the rows, dropout and the learning rate are functions of the seed and the step.
+    """
+
+    step: int = 0  # steps done
+    best: Scores | None = None
+    best_step: int = 0
+    evaluations_since_best: int = 0
+    seconds: float = 0.0  # spent in steps, without evaluations and checkpoints
+    fingerprint: str = ""  # of the training rows
+
+
+def save_checkpoint(
+    folder: Path,
+    model: Classifier,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    preprocessor: Any,
+    about: dict[str, Any],
+) -> None:
+    """Replace the checkpoint in `folder`. Raises `RunError` where that fails; the old one is then still whole."""
+
+    def fill(place: Path) -> None:
+        save_model(place, model, preprocessor, about)
+        torch.save(optimizer.state_dict(), place / "optimizer.pt")
+        (place / "progress.json").write_text(json.dumps(asdict(progress)) + "\n", encoding="utf-8")
+
+    write_folder(folder, fill)
+
+
+def load_checkpoint(folder: Path) -> tuple[Classifier, dict[str, Any], Progress] | None:
+    """Return the model, the optimiser's state and the progress; None where there is no checkpoint yet.
+
+    Raises:
+        UserError: the checkpoint is not whole.
+    """
+    settle(folder)
+    if not folder.exists():
+        return None
+    model, _ = load_model(folder)
+    try:
+        state: dict[str, Any] = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+        saved = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
+        best = saved.pop("best")
+        progress = Progress(**saved, best=None if best is None else Scores(**best))
+    except Exception as error:  # torch.load has many ways to say that a file is not its own
+        raise UserError(f"{folder} holds no whole checkpoint: {one_line(error)}") from error
+    return model, state, progress
+
+
+def write_folder(final: Path, fill: Callable[[Path], None]) -> None:
+    """Let `fill(place)` write into an empty folder beside `final`, which then takes its place.
+
+    Raises:
+        RunError: that failed; `final` is as it was.
+    """
+    new, old = _beside(final)
+    settle(final)
+    try:
+        new.mkdir(parents=True)
+        fill(new)
+        for file in [*new.rglob("*"), new]:
+            _to_disk(file)
+        if final.exists():
+            final.rename(old)  # a folder cannot be renamed over another; `settle` mends a kill between these two lines
+        new.rename(final)
+        _to_disk(final.parent)
+    except Exception as error:  # of a full disk torch, safetensors and tokenizers each make an exception of their own
+        settle(final)
+        kept = "the one before it is whole" if final.exists() else "there is none before it"
+        raise RunError(f"cannot write {final} ({one_line(error)}); {kept}") from error
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def settle(final: Path) -> None:
+    """Put the old folder back where a kill fell between the two renames, and clear what a kill left over."""
+    new, old = _beside(final)
+    if not final.exists() and old.exists():
+        old.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(new, ignore_errors=True)
+
+
+def write_file(final: Path, text: str) -> None:
+    """Replace a file. Raises `RunError` where that fails; the old one is then still whole."""
+    new = final.with_name(final.name + ".new")
+    try:
+        new.write_text(text, encoding="utf-8")
+        _to_disk(new)
+        new.replace(final)
+    except OSError as error:
+        raise RunError(f"cannot write {final}: {one_line(error)}") from error
+
+
+def _beside(final: Path) -> tuple[Path, Path]:
+    return final.with_name(final.name + ".new"), final.with_name(final.name + ".old")
+
+
+def _to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

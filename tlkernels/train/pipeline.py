@@ -1,0 +1,177 @@
+"""The whole job: read the data, train, compare, report. What is done is on disk, and is not done again."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import datasets
+import transformers
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import broadcast_object_list
+from torch import nn
+
+import tlkernels as tlk
+from tlkernels.train import report
+from tlkernels.train.checkpoint import write_file
+from tlkernels.train.config import Config
+from tlkernels.train.data import IGNORE, Table, load_data
+from tlkernels.train.errors import UserError
+from tlkernels.train.loop import Job, train
+from tlkernels.train.metrics import evaluate
+from tlkernels.train.model import load_model, load_preprocessor, new_classifier, source
+from tlkernels.train.probe import linear_probe
+from tlkernels.train.rows import ImageRows, Rows, TextRows
+
+
+def finetune(config: Config, until: int | None = None) -> Path:
+    """Run the job of `config` and return its run folder.
+
+    The folder then holds results.json, curves.png, and for each training its metrics.jsonl, best model and last
+    checkpoint. `until` is the step after which to stop the fine-tuning with a checkpoint, as if killed there.
+
+    Raises:
+        UserError: something in the call, the data or the model folder is wrong.
+        RunError: the run could not go on; `resume` goes on from the last checkpoint.
+    """
+    config.check()
+    accelerator = start(config)
+    folder = _new_folder(config, accelerator)
+    job, name = prepare(config, accelerator)
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_file(folder / "config.json", config.to_json())
+    return _run(job, name, folder, until)
+
+
+def resume(folder: str | Path, until: int | None = None) -> Path:
+    """Go on with the run in `folder`, with its own options, and return it. Raises as `finetune` does."""
+    file = Path(folder) / "config.json"
+    if not file.is_file():
+        raise UserError(f"{folder} is no run folder: it has no config.json")
+    config = Config.load(file)
+    config.check()
+    job, name = prepare(config, start(config))
+    return _run(job, name, Path(folder), until)
+
+
+def start(config: Config) -> Accelerator:
+    """Return the Accelerate object for `config`, with the libraries' own bars and remarks turned off."""
+    for library in (transformers, datasets):
+        logs: Any = library.utils.logging
+        logs.set_verbosity_error()
+        logs.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    return Accelerator(
+        mixed_precision="bf16" if config.run.precision == "bf16" else "no",
+        cpu=config.run.device == "cpu",
+        # Mean pooling leaves a pooler without a gradient. The processes' numbers of micro-batches may differ.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)],
+    )
+
+
+def prepare(config: Config, accelerator: Accelerator) -> tuple[Job, str]:
+    """Return the job: its rows as the model takes them, its loss; and the model's folder or hub name."""
+    if config.run.batch_size < accelerator.num_processes:
+        raise UserError(f"--run.batch_size must be at least the number of processes, {accelerator.num_processes}")
+    name = source(config.model)
+    with accelerator.main_process_first():  # it may download what the others then find
+        data = load_data(config.data, config.run.seed)
+        preprocessor = load_preprocessor(name, data.images)
+
+    max_length = config.data.max_length or (32 if config.data.path is None else 128)
+
+    def rows(table: Table) -> Rows:
+        classes = len(data.classes)
+        if data.images:
+            return ImageRows(table, preprocessor, classes)
+        return TextRows(table, preprocessor, min(max_length, preprocessor.model_max_length), classes)
+
+    sides = {"train": rows(data.train), "eval": rows(data.eval)}
+    sides["test"] = rows(data.test) if data.test is not None else sides["eval"]
+    criterion = tlk.CrossEntropyLoss(
+        ignore_index=IGNORE, reduction="sum", label_smoothing=config.loss.label_smoothing, impl=config.loss.impl
+    )
+    about = {"classes": data.classes, "images": data.images, "max_length": max_length}
+    return Job(config, accelerator, sides, criterion, preprocessor, about), name
+
+
+def _run(job: Job, name: str, folder: Path, until: int | None) -> Path:
+    """Every part that is not done yet, and the report."""
+    started, accelerator, config = time.perf_counter(), job.accelerator, job.config
+    accelerator.wait_for_everyone()
+    _say(job, f"run folder {folder}\n{report.describe(job)}")
+    compare = config.run.compare if config.run.compare is not None else config.data.path is None
+    results: list[dict[str, Any]] = []
+    for stage in ("frozen", "finetuned", "random") if compare else ("finetuned",):
+        result = _done(folder / stage) or _run_stage(stage, job, name, folder / stage, until)
+        if result is None:
+            _say(job, f"stopped after step {until}; go on with: tlkernels finetune --resume {folder}")
+            break
+        results.append(result)
+    else:
+        if accelerator.is_main_process:
+            report.write(folder, job, results, time.perf_counter() - started)
+    accelerator.end_training()
+    return folder
+
+
+def _run_stage(stage: str, job: Job, name: str, folder: Path, until: int | None) -> dict[str, Any] | None:
+    """One line of the final table, or None where `until` came first."""
+    seed, classes = job.config.run.seed, len(job.about["classes"])
+    started, result = time.perf_counter(), dict[str, Any]()
+    if stage == "frozen":
+        if job.accelerator.is_main_process:
+            network = new_classifier(name, classes, random_weights=False, seed=seed)
+            network.head = nn.Identity()
+            result = report.probe_result(job, linear_probe(job, network))
+    else:
+        progress = train(job, folder, lambda: new_classifier(name, classes, stage == "random", seed), until)
+        if until is not None and progress.step == until < job.steps:
+            return None
+        best, _ = load_model(folder / "best")
+        best = job.accelerator.prepare_model(best, evaluation_mode=True)
+        scores = evaluate(best, job.rows["test"], job.criterion, job.accelerator)
+        result = report.training_result(job, stage, progress, scores, best)
+    if job.accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_file(folder / "result.json", json.dumps(result, indent=2) + "\n")
+        _say(job, f"{report.NAMES[stage]}: accuracy {result['accuracy']:.3f}, {time.perf_counter() - started:.0f} s")
+    job.accelerator.wait_for_everyone()
+    job.accelerator.free_memory()
+    return result
+
+
+def _done(folder: Path) -> dict[str, Any] | None:
+    file = folder / "result.json"
+    if not file.is_file():
+        return None
+    result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return result
+
+
+def _new_folder(config: Config, accelerator: Accelerator) -> Path:
+    """The run folder, chosen by the main process; paths in `config` become absolute, so that `resume` finds them."""
+    chosen = [config.run.folder or f"runs/{datetime.now():%Y%m%d-%H%M%S}", ""]
+    if accelerator.is_main_process:
+        folder = Path(chosen[0])
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            chosen[1] = f"{folder} is not empty: give another --run.folder, or go on with it by --resume {folder}"
+    broadcast_object_list(chosen)
+    if chosen[1]:
+        raise UserError(chosen[1])
+    config.run.folder = chosen[0]
+    for part, option in ((config.model, "path"), (config.data, "path"), (config.data, "eval"), (config.data, "test")):
+        value = getattr(part, option)
+        if value is not None and Path(value).expanduser().exists():
+            setattr(part, option, str(Path(value).expanduser().resolve()))
+    return Path(chosen[0])
+
+
+def _say(job: Job, text: str) -> None:
+    if job.accelerator.is_main_process:
+        print(text, flush=True)

@@ -1,0 +1,99 @@
+"""Rows as the model takes them: tokenised texts, or decoded images."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from tlkernels.train.data import Table
+from tlkernels.train.errors import UserError, one_line
+
+
+class Rows(Protocol):
+    """Rows as a model takes them.
+
+    Attributes:
+        labels: of each row, its class, or `IGNORE`.
+        lengths: of each row; rows of like length are put together.
+        classes: the number of classes.
+    """
+
+    labels: Tensor
+    lengths: Tensor
+    classes: int
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        ...
+
+    def inputs(self, numbers: Tensor, device: torch.device | str) -> dict[str, Tensor]:
+        """Return what the model is called with for the rows of these numbers."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Return a digest by which a resumed run knows its rows again."""
+        ...
+
+
+class TextRows(Rows):
+    """Texts, tokenised once, padded for each batch to its longest row."""
+
+    def __init__(self, table: Table, tokenizer: Any, max_length: int, classes: int) -> None:
+        """Tokenise `table`; a text is cut to `max_length` tokens. Raises `UserError` for a row without a text."""
+        self.labels, self.classes, self.tokenizer = torch.tensor(table.labels), classes, tokenizer
+        texts = list(table.rows[table.column])
+        for row, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise UserError(f"row {row} has no text in column {table.column!r} but {text!r}")
+        encoded = tokenizer(texts, truncation=True, max_length=max_length, return_attention_mask=False)
+        self.ids: list[list[int]] = encoded["input_ids"]
+        self.lengths = torch.tensor([len(ids) for ids in self.ids])
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.ids)
+
+    def inputs(self, numbers: Tensor, device: torch.device | str) -> dict[str, Tensor]:
+        """Return token numbers and the mask of those that are no padding."""
+        chosen = {"input_ids": [self.ids[number] for number in numbers.tolist()]}
+        padded = self.tokenizer.pad(chosen, return_tensors="pt")
+        return {"input_ids": padded["input_ids"].to(device), "attention_mask": padded["attention_mask"].to(device)}
+
+    def fingerprint(self) -> str:
+        """Return a digest of the labels and the token numbers."""
+        digest = hashlib.blake2b(self.labels.numpy().tobytes(), digest_size=16)
+        for ids in self.ids:
+            digest.update(torch.tensor(ids).numpy().tobytes())
+        return digest.hexdigest()
+
+
+class ImageRows(Rows):
+    """Images, decoded and scaled for each batch. One that cannot be read is a `UserError` then."""
+
+    def __init__(self, table: Table, processor: Any, classes: int) -> None:
+        """Take the rows of `table` as they are."""
+        self.table, self.processor, self.classes = table, processor, classes
+        self.labels = torch.tensor(table.labels)
+        self.lengths = torch.zeros(len(table.labels), dtype=torch.int64)
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.labels)
+
+    def inputs(self, numbers: Tensor, device: torch.device | str) -> dict[str, Tensor]:
+        """Return pixel values. Raises `UserError` for an image that cannot be read."""
+        images = [self._image(number) for number in numbers.tolist()]
+        return {"pixel_values": self.processor(images=images, return_tensors="pt")["pixel_values"].to(device)}
+
+    def _image(self, number: int) -> Any:
+        try:
+            return self.table.rows[number][self.table.column].convert("RGB")
+        except (OSError, AttributeError) as error:  # PIL: cut short, or not an image; None where there is none
+            raise UserError(f"the image of row {number} cannot be read: {one_line(error)}") from error
+
+    def fingerprint(self) -> str:
+        """Return a digest of the labels."""
+        return hashlib.blake2b(self.labels.numpy().tobytes(), digest_size=16).hexdigest()

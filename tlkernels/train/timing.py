@@ -1,0 +1,33 @@
+"""Comparing the speed of two ways to do the same: in turns, since a machine's speed changes while one measures."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+
+
+def interleaved(ways: Mapping[str, Callable[[], object]], seconds: float, least: int = 5) -> dict[str, float]:
+    """Return the median seconds of one call of each way, measured in turns for `seconds`, and at least `least` turns.
+
+    On an accelerator a call counts until the device is done.
+    """
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for way in ways.values():
+        way()
+    end = time.perf_counter() + seconds
+    while len(next(iter(times.values()))) < least or time.perf_counter() < end:
+        for name, way in ways.items():
+            _wait()
+            started = time.perf_counter()
+            way()
+            _wait()
+            times[name].append(time.perf_counter() - started)
+    return {name: statistics.median(measured) for name, measured in times.items()}
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
