@@ -26,4 +26,5 @@ if __name__ == "__main__":
     before = losses(nn.CrossEntropyLoss(label_smoothing=0.1))
     after = losses(tlk.CrossEntropyLoss(label_smoothing=0.1))  # the line
     print(f"loss {after[0]:.4f} -> {after[-1]:.4f}")
-    print(f"largest difference to PyTorch over {len(after)} steps: {max(abs(a - b) for a, b in zip(after, before)):.1e}")
+    largest = max(abs(a - b) for a, b in zip(after, before, strict=True))
+    print(f"largest difference to PyTorch over {len(after)} steps: {largest:.1e}")

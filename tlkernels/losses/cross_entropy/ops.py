@@ -161,7 +161,7 @@ class _RowsWithJvp(_Rows):
         ones = torch.ones_like(input.select(class_axis(input), 0), dtype=compute_dtype(input))
         loss_t = lse_t = torch.zeros_like(ones)
         if input_t is not None:
-            loss_t, lse_t, _, _ = directional(input_t, ones, None, input, target, weight, ctx.numbers)
+            loss_t, lse_t = directional(input_t, ones, None, input, target, weight, ctx.numbers)[:2]
         if target_t is not None:
             slope = target_gradient(ones, input, target, weight, ctx.numbers)
             loss_t = loss_t + (slope * target_t).sum(class_axis(input))
@@ -313,7 +313,7 @@ def _run_native(call: Call) -> Tensor | CrossEntropyOutput:
     if _only_first_gradient(call):
         loss: Tensor
         if input.requires_grad and torch.is_grad_enabled():
-            loss = _Step.apply(input, target, weight, call.reduction == "mean", numbers)
+            loss = _Step.apply(input, target, weight, call.reduction == "mean", numbers)  # type: ignore[no-untyped-call]
         else:
             loss = total(input, target, weight, *numbers, call.reduction == "mean")
         return loss if loss.dtype == call.dtype else loss.to(call.dtype)
