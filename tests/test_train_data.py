@@ -16,6 +16,7 @@ from tlkernels.train.rows import TextRows
 pytestmark = pytest.mark.usefixtures(quick.__name__)
 
 ROWS = made_rows(30)
+ROWS0 = [{"text": "x", "label": number % 3} for number in range(20)]
 
 
 def write_tsv(path, rows):
@@ -132,7 +133,12 @@ def csv_of(rows):
         ("rows.csv", csv_of(ROWS), {"split": "validation"}, "no split 'validation', only train"),
         ("rows.csv", csv_of(ROWS), {"eval": "gone.csv"}, "no such file or folder: gone.csv"),
         ("rows.csv", csv_of(ROWS[:2]), {}, "too few"),
-        ("rows.csv", csv_of([{"text": "x", "label": -1}] * 20), {}, "label -1 in row 0 of the train rows is none of"),
+        (
+            "rows.csv",
+            csv_of([*ROWS0[:5], {"text": "x", "label": -1}, *ROWS0]),
+            {},
+            "label -1 in row 5 of the train rows is none",
+        ),
         ("rows.csv", csv_of([{"text": "x", "label": 3}] * 20), {"num_labels": 3}, "label 3 in row 0"),
         ("rows.csv", csv_of([{"text": "x", "label": 5000}] * 20), {}, "label 5000 among .*--data.num_labels"),
         ("rows.csv", csv_of([{"text": "x", "label": 0.5}] * 20), {}, "label 0.5 in row 0"),
@@ -154,11 +160,26 @@ def test_a_label_that_training_does_not_know(tmp_path):
 
 def test_a_row_without_a_text(tmp_path):
     write_jsonl(tmp_path / "rows.jsonl", [*ROWS, {"text": None, "label": "oven"}])
+    with pytest.raises(UserError, match="row 30 of the train rows has no text in column 'text' but None"):
+        load_data(DataConfig(path=str(tmp_path / "rows.jsonl")), seed=0)
+
+
+def test_a_class_with_a_single_row_may_fall_to_any_side(tmp_path):
+    path = write_csv(tmp_path / "rows.csv", [*ROWS, {"text": "a key", "label": "piano"}])
+    sides = set()
+    for seed in range(12):
+        data = load_data(DataConfig(path=path, eval_fraction=0.3, test_fraction=0.3), seed=seed)
+        assert data.classes == ["chess", "oven", "piano", "river"]
+        sides |= {side for side in ("train", "eval", "test") if 2 in getattr(data, side).labels}
+    assert sides == {"train", "eval", "test"}
+
+
+def test_empty_strings_are_no_labels(tmp_path):
+    write_jsonl(tmp_path / "rows.jsonl", [{"text": row["text"], "label": ""} for row in ROWS[:9]] + ROWS[9:])
     data = load_data(DataConfig(path=str(tmp_path / "rows.jsonl")), seed=0)
-    tokenizer = load_preprocessor(tiny_model(tmp_path / "model"), images=False)
-    with pytest.raises(UserError, match="has no text in column 'text'"):
-        for table in (data.train, data.eval, data.test):
-            TextRows(table, tokenizer, 9, 3)
+    assert data.classes == ["chess", "oven", "river"]
+    labels = data.train.labels + data.eval.labels + data.test.labels
+    assert labels.count(IGNORE) == 9
 
 
 def test_a_hub_name_without_a_network():

@@ -298,6 +298,22 @@ def test_every_optimiser_makes_torchs_step(name):
     assert torch.allclose(ours.bias, theirs.bias, atol=1e-6)
 
 
+def test_the_schedule_reaches_the_optimiser(plain_model, data, tmp_path):
+    """The first of two warm-up steps is half as long as one without a warm-up."""
+    change = {}
+    for warmup in (0.0, 0.5):
+        config = tiny_config(tmp_path, plain_model, data, steps=4, eval_every=4)
+        config.optim = OptimConfig(name="sgd", lr=1.0, weight_decay=0.0, clip_norm=None)
+        config.schedule = ScheduleConfig(name="constant", warmup=warmup)
+        job, name = job_of(config)
+        network = new_classifier(name, 3, False, 0).double()
+        before = torch.cat([p.detach().flatten().clone() for p in network.parameters()])
+        train(job, tmp_path / str(warmup), lambda network=network: network, until=1)
+        change[warmup] = torch.cat([p.detach().flatten() for p in network.parameters()]) - before
+    assert torch.allclose(change[0.5], change[0.0] / 2, rtol=1e-9, atol=1e-12)
+    assert change[0.0].abs().max() > 1e-3
+
+
 def test_schedules():
     def rates(name, warmup=0.2):
         return [learning_rate(step, 10, 1.0, ScheduleConfig(name=name, warmup=warmup)) for step in range(10)]

@@ -79,10 +79,19 @@ def test_three_trainings_end_in_one_table(tmp_path, capsys):
     steps = [json.loads(line) for line in (tmp_path / "run/random/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in steps if "loss" in line] == [2, 4, 6]
 
+    losses = [
+        json.loads(line)["loss"]
+        for stage in ("finetuned", "random")
+        for line in (tmp_path / "run" / stage / "metrics.jsonl").read_text().splitlines()
+        if "eval_loss" not in line
+    ]
+    assert len(set(losses)) == len(losses) == 6, "both trainings started from the same weights"
+
     # Everything that is done stays done: resuming a finished run only prints the table again.
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*.safetensors")}
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("*/**/*") if path.is_file()}
     pipeline.resume(tmp_path / "run")
-    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*.safetensors")}
+    assert len(before) > 20
+    assert before == {path: path.stat().st_mtime_ns for path in before}
     assert results["verdict"] in capsys.readouterr().out
 
 

@@ -152,7 +152,9 @@ void Call::run(const Tensor& grad_out) {
                                                  (!grad.data || grad.class_stride == 1));
   const int64_t bytes = classes * int64_t(c10::elementSize(compute));  // of a row in the compute type
   constexpr int64_t kGrain = 1 << 14;  // elements for which a second thread is worth its start
-  if (class_contiguous) {
+  // Of so few classes a vector would be mostly empty: positions fill it, though they have to be gathered.
+  constexpr int64_t kNarrow = 8;
+  if (class_contiguous && classes > kNarrow) {
     const bool stash =
         grad.data && !normaliser_given && classes <= kMaxStash && c10::elementSize(input.scalar_type()) == 2;
     at::parallel_for(0, rows, std::max<int64_t>(1, kGrain / classes), [&](int64_t begin, int64_t end) {

@@ -1,11 +1,10 @@
 """The trainer behind `tlkernels finetune`. Importing it loads neither transformers, accelerate nor datasets.
 
-from tlkernels.train import Config, finetune, load
-
-config = Config()
-config.data.path = "mine.csv"
-folder = finetune(config)
-answers = load(folder).predict(["a text"])
+Example:
+    config = Config()
+    config.data.path = "mine.csv"
+    folder = finetune(config)
+    answers = load(folder).predict(["a text"])
 """
 
 from __future__ import annotations

@@ -1,5 +1,8 @@
-"""Which rows go into which step, process and micro-batch: functions of (seed, step) alone, so a resumed run has no
-data order to restore, and the number of processes does not change what a step learns from."""
+"""Which rows go into which step, process and micro-batch.
+
+These are functions of the seed and the step alone: a resumed run has no data order to restore, and the number of
+processes does not change what a step learns from.
+"""
 
 from __future__ import annotations
 

@@ -26,6 +26,11 @@ class Table:
     column: str
     labels: list[int]
 
+    def select(self, numbers: list[int]) -> Table:
+        """Return the rows of these numbers, in the table's order."""
+        chosen = sorted(numbers)
+        return Table(self.rows.select(chosen), self.column, [self.labels[number] for number in chosen])
+
 
 @dataclass(frozen=True)
 class Data:
@@ -47,30 +52,39 @@ def load_data(config: DataConfig, seed: int) -> Data:
     if config.path is None:
         return _built_in(config)
     named = _read(config.path, config)
-    train = _split(named, config.split, config.path)
-    sides = {side: _side(getattr(config, side), named, config) for side in ("eval", "test")}
-    column, images = _column(train, config)
-    for side, rows in sides.items():
-        if rows is not None and column not in rows.column_names:
-            raise UserError(f"the {side} rows have no column {column!r}, only {', '.join(rows.column_names)}")
-    shares = {"eval": config.eval_fraction, "test": config.test_fraction}
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).tolist()
-    cut = 0
-    for side, share in shares.items():
-        if sides[side] is None and share > 0:
-            count = max(1, round(share * len(train)))
-            sides[side] = train.select(sorted(order[cut : cut + count]))
-            cut += count
-    if cut >= len(train):
-        raise UserError(f"{config.path} has {len(train)} rows, too few to train, evaluate and test on")
-    train = train.select(sorted(order[cut:]))
-    classes = _Classes(train, config)
-    tables = {
-        side: None if rows is None else Table(rows, column, classes.numbers(rows, side))
-        for side, rows in {"train": train, **sides}.items()
-    }
-    assert tables["train"] is not None and tables["eval"] is not None
-    return Data(tables["train"], tables["eval"], tables["test"], classes.names, images)
+    rows = {"train": _split(named, config.split, config.path)}
+    for side, value in (("eval", config.eval), ("test", config.test)):
+        if value is not None:
+            own = value in named
+            rows[side] = _split(named, value, config.path) if own else _split(_read(value, config), "train", value)
+    column, images = _column(rows["train"], config)
+    # Over all rows of the file, before it is split: a rare class is one too, and an error names the file's own row.
+    classes = _Classes(rows["train"], config)
+    tables = {side: _table(table, side, column, images, classes) for side, table in rows.items()}
+    return _with_shares(tables, config, seed, classes.names, images)
+
+
+def _table(rows: Any, side: str, column: str, images: bool, classes: _Classes) -> Table:
+    if column not in rows.column_names:
+        raise UserError(f"the {side} rows have no column {column!r}, only {', '.join(rows.column_names)}")
+    for number, text in enumerate(() if images else rows[column]):
+        if not isinstance(text, str):
+            raise UserError(f"row {number} of the {side} rows has no text in column {column!r} but {text!r}")
+    return Table(rows, column, classes.numbers(rows, side))
+
+
+def _with_shares(tables: dict[str, Table], config: DataConfig, seed: int, classes: list[str], images: bool) -> Data:
+    """Cuts the sides that were not named out of the training rows, by chance."""
+    whole = tables["train"]
+    order = torch.randperm(len(whole.labels), generator=torch.Generator().manual_seed(seed)).tolist()
+    for side, share in (("eval", config.eval_fraction), ("test", config.test_fraction)):
+        if side not in tables and share > 0:
+            count = max(1, round(share * len(whole.labels)))
+            tables[side], order = whole.select(order[:count]), order[count:]
+    tables["train"] = whole.select(order)
+    if all(label == IGNORE for label in tables["train"].labels):
+        raise UserError(f"{config.path} has {len(whole.labels)} rows, too few to train, evaluate and test on")
+    return Data(tables["train"], tables["eval"], tables.get("test"), classes, images)
 
 
 def _built_in(config: DataConfig) -> Data:
@@ -117,12 +131,6 @@ def _split(named: Any, split: str, path: str) -> Any:
     return named[split]
 
 
-def _side(value: str | None, named: Any, config: DataConfig) -> Any:
-    if value is None:
-        return None
-    return _split(named, value, str(config.path)) if value in named else _split(_read(value, config), "train", value)
-
-
 def _column(rows: Any, config: DataConfig) -> tuple[str, bool]:
     names = rows.column_names
     if config.label_column not in names:
@@ -140,8 +148,8 @@ class _Classes:
     def __init__(self, train: Any, config: DataConfig) -> None:
         self.column = config.label_column
         feature = train.features[self.column]
-        values = {value for value in self._values(train, "train") if value is not None}
-        if not values - {IGNORE}:
+        values = set(self._values(train, "train")) - {None, IGNORE}
+        if not values:
             raise UserError(f"no training row has a label in column {self.column!r}")
         if isinstance(feature, datasets.ClassLabel):
             self.names = list(feature.names)
@@ -179,13 +187,9 @@ class _Classes:
     def _values(self, rows: Any, side: str) -> Iterable[Any]:
         """Strings, integers, or None where there is none. A missing integer turns a whole CSV column into floats."""
         for row, value in enumerate(rows[self.column]):
-            if isinstance(value, float):
-                if value != value:
-                    value = None
-                elif value != int(value):
-                    raise UserError(f"label {value} in row {row} of the {side} rows is neither a string nor an integer")
-                else:
-                    value = int(value)
-            if value is not None and not isinstance(value, (str, int)):
+            if value is None or value == "" or value != value:  # None, an empty string, NaN
+                yield None
+            elif isinstance(value, (str, int)) or (isinstance(value, float) and value.is_integer()):
+                yield value if isinstance(value, str) else int(value)
+            else:
                 raise UserError(f"label {value!r} in row {row} of the {side} rows is neither a string nor an integer")
-            yield value

@@ -57,6 +57,7 @@ class Tally:
 @torch.no_grad()
 def evaluate(model: nn.Module, rows: Rows, criterion: nn.Module, accelerator: Accelerator, piece: int = 64) -> Scores:
     """Score `model` on `rows`; each process sees its share, and all get the same answer. `criterion` must sum."""
+    training = model.training
     model.eval()
     tally = Tally(rows.classes, accelerator.device)
     everything = torch.arange(len(rows))
@@ -66,5 +67,5 @@ def evaluate(model: nn.Module, rows: Rows, criterion: nn.Module, accelerator: Ac
         tally.add(logits, target, criterion(logits, target))
     tally.counts = accelerator.reduce(tally.counts, "sum")
     tally.loss = accelerator.reduce(tally.loss, "sum")
-    model.train()
+    model.train(training)
     return tally.scores()

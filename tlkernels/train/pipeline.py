@@ -134,7 +134,7 @@ def _run_stage(stage: str, job: Job, name: str, folder: Path, until: int | None)
         if until is not None and progress.step == until < job.steps:
             return None
         best, _ = load_model(folder / "best")
-        best = job.accelerator.prepare_model(best, evaluation_mode=True)
+        best = job.accelerator.prepare_model(best.eval(), evaluation_mode=True)
         scores = evaluate(best, job.rows["test"], job.criterion, job.accelerator)
         result = report.training_result(job, stage, progress, scores, best)
     if job.accelerator.is_main_process:

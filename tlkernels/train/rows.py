@@ -42,12 +42,9 @@ class TextRows(Rows):
     """Texts, tokenised once, padded for each batch to its longest row."""
 
     def __init__(self, table: Table, tokenizer: Any, max_length: int, classes: int) -> None:
-        """Tokenise `table`; a text is cut to `max_length` tokens. Raises `UserError` for a row without a text."""
+        """Tokenise `table`; a text is cut to `max_length` tokens."""
         self.labels, self.classes, self.tokenizer = torch.tensor(table.labels), classes, tokenizer
         texts = list(table.rows[table.column])
-        for row, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise UserError(f"row {row} has no text in column {table.column!r} but {text!r}")
         encoded = tokenizer(texts, truncation=True, max_length=max_length, return_attention_mask=False)
         self.ids: list[list[int]] = encoded["input_ids"]
         self.lengths = torch.tensor([len(ids) for ids in self.ids])

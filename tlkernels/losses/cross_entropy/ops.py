@@ -1,8 +1,8 @@
 """Cross entropy's ops: schemas, fakes, autograd, and the list of implementations.
 
-The native path has two forms. Where nothing but a first gradient can be asked for, one op gives the reduced loss and
-that gradient in one sweep over the logits (`_Step`), or the loss alone. Everywhere else an op gives the loss of each
-row, another its gradient, both with autograd of their own (`_Rows`, `_Gradient`), and the reduction is plain PyTorch.
+The native path has two forms. Under plain autograd one Function does it all (`_Direct`), where it can in one sweep over
+the logits. Everywhere else an op gives the loss of each row, another its gradient, both with autograd of their own
+(`_Rows`, `_Gradient`), and the reduction is plain PyTorch.
 """
 
 from typing import Any
@@ -253,55 +253,63 @@ def _overwrite(
     return grad
 
 
-class _Step(Function):
-    """(input, target, weight, mean, options without weight) -> reduced loss, its gradient computed along with it.
+class _Direct(Function):
+    """(input, target, weight, reduction, options without weight) -> loss, under nothing but plain autograd.
 
-    The first backward gives that gradient away, so that its memory is the only one; a second one, or one that is to be
-    differentiated, computes it again from the input.
+    With `one_sweep` the gradient is computed along with the loss. The first backward gives it away, so that its memory
+    is the only one; a second one, or one that is to be differentiated, computes it again from the input.
     """
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, target: Tensor, weight: Tensor | None, mean: bool, numbers: Any) -> Tensor:
+    def forward(
+        ctx: Any, input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, one_sweep: bool, numbers: Any
+    ) -> Tensor:
+        ctx.reduction, ctx.numbers, ctx.grad = reduction, numbers, None
         loss: Tensor
-        loss, ctx.grad = step(input, target, weight, *numbers, mean)
-        ctx.save_for_backward(input, target, weight)
-        ctx.mean, ctx.numbers = mean, numbers
-        return loss
+        if one_sweep:
+            loss, ctx.grad = step(input, target, weight, *numbers, reduction == "mean")
+            ctx.save_for_backward(input, target, weight)
+            return loss
+        loss, peak, log_sum = forward(input, target, weight, *numbers)
+        ctx.save_for_backward(input, target, weight, peak, log_sum)
+        return reduce(loss, _denominator(input, target, weight, numbers) if reduction == "mean" else 1, reduction)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> Any:
         grad, ctx.grad = ctx.grad, None
         if grad is None or torch.is_grad_enabled():
-            grad = _Step.again(ctx, grad_loss)
+            grad = _Direct.compute(ctx, grad_loss)
         elif (factor := grad_loss.item()) != 1:
             grad.mul_(factor)
-        return grad, None, None, None, None
+        return grad, None, None, None, None, None
 
     @staticmethod
-    def again(ctx: Any, grad_loss: Tensor) -> Tensor:
-        input, target, weight = ctx.saved_tensors
-        with torch.no_grad():
-            rows, peak, log_sum = forward(input, target, weight, *ctx.numbers)
-        if ctx.mean:
-            grad_loss = grad_loss / _call(input, target, weight, ctx.numbers).denominator()
-        grad_rows = grad_loss.expand(rows.shape)
-        grad: Tensor = _apply(_Gradient, grad_rows, None, input, target, weight, peak, log_sum, ctx.numbers)
+    def compute(ctx: Any, grad_loss: Tensor) -> Tensor:
+        input, target, weight, *normaliser = ctx.saved_tensors
+        if not normaliser:
+            with torch.no_grad():
+                _, *normaliser = forward(input, target, weight, *ctx.numbers)
+        if ctx.reduction == "mean":
+            grad_loss = grad_loss / _denominator(input, target, weight, ctx.numbers)
+        grad_rows = grad_loss.expand(normaliser[0].shape)
+        grad: Tensor
+        if torch.is_grad_enabled():
+            grad = _apply(_Gradient, grad_rows, None, input, target, weight, *normaliser, ctx.numbers)
+        else:
+            grad = backward(grad_rows, None, input, target, *normaliser, weight, *ctx.numbers)
         return grad
 
 
-def _call(input: Tensor, target: Tensor, weight: Tensor | None, numbers: Any) -> Call:
-    return Call(input, target, Options(weight, *numbers), "mean", False, False)
+def _denominator(input: Tensor, target: Tensor, weight: Tensor | None, numbers: Any) -> Tensor | float:
+    return Call(input, target, Options(weight, *numbers), "mean", False, False).denominator()
 
 
-def _only_first_gradient(call: Call) -> bool:
-    """Whether one op serves: at most a first gradient of the input will be asked for, by nothing but plain autograd."""
-    input = call.input
+def _plain(call: Call) -> bool:
+    """Whether nothing but plain autograd will ask for derivatives of the loss, and of the input alone."""
     return (
         not torch.compiler.is_compiling()
-        and call.reduction != "none"
         and not (call.stats or call.inplace_grad or call.target.requires_grad)
-        and input.dtype != torch.float16  # a loss scale comes with the upstream: before it, small gradients would be 0
-        and type(input) in (Tensor, torch.nn.Parameter)
+        and type(call.input) in (Tensor, torch.nn.Parameter)
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
         and torch._C._autograd._top_saved_tensors_default_hooks(False) is None  # such as activation checkpointing
@@ -309,16 +317,18 @@ def _only_first_gradient(call: Call) -> bool:
 
 
 def _run_native(call: Call) -> Tensor | CrossEntropyOutput:
-    input, target, (weight, *numbers) = call.input, call.target, call.options
-    if _only_first_gradient(call):
+    input, target, (weight, *numbers), reduction = call.input, call.target, call.options, call.reduction
+    if _plain(call):
         loss: Tensor
-        if input.requires_grad and torch.is_grad_enabled():
-            loss = _Step.apply(input, target, weight, call.reduction == "mean", numbers)  # type: ignore[no-untyped-call]
+        if reduction != "none" and not (input.requires_grad and torch.is_grad_enabled()):
+            loss = total(input, target, weight, *numbers, reduction == "mean")
         else:
-            loss = total(input, target, weight, *numbers, call.reduction == "mean")
+            # A float16 gradient waits for the loss scale that comes with its upstream: before, small values would be 0.
+            one_sweep = reduction != "none" and input.dtype != torch.float16
+            loss = _Direct.apply(input, target, weight, reduction, one_sweep, numbers)  # type: ignore[no-untyped-call]
         return loss if loss.dtype == call.dtype else loss.to(call.dtype)
     rows, _, _, *stats = _apply(_Rows, input, target, weight, numbers, call.stats, call.inplace_grad)
-    loss = reduce(rows, call.denominator() if call.reduction == "mean" else 1, call.reduction).to(call.dtype)
+    loss = reduce(rows, call.denominator() if reduction == "mean" else 1, reduction).to(call.dtype)
     return CrossEntropyOutput(loss, *stats) if call.stats else loss
 
 
