@@ -72,6 +72,10 @@ def _row(case: Json) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def _shape(case: Json) -> str:
+    return str(case["id"]).removeprefix("grid-").partition("-")[0]
+
+
 def _grid(cases: Sequence[Json]) -> str:
     ordered = sorted(cases, key=lambda case: case["speedup"]["eager"][1])
     missed = [case for case in ordered if verdicts(case)["eager"] == "missed"]
@@ -82,7 +86,12 @@ def _grid(cases: Sequence[Json]) -> str:
         f"{median:.3g} times as long (median). Slower than eager by more than 5 %: {len(missed)}, "
         f"and {len(unclear)} whose spread reaches that bar."
     )
-    return "\n".join([head, *(f"- `{case['id']}`: {_ratio(case, 'eager', inverse=True)}" for case in missed + unclear)])
+    lines = []
+    for shape in dict.fromkeys(_shape(case) for case in missed + unclear):
+        here = [case for case in missed + unclear if _shape(case) == shape]
+        worst = here[0]
+        lines.append(f"- {shape}: {len(here)}, at worst `{worst['id']}` {_ratio(worst, 'eager', inverse=True)}")
+    return "\n".join([head, *lines])
 
 
 def table(result: Json) -> str:
