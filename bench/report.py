@@ -90,7 +90,7 @@ def _grid(cases: Sequence[Json]) -> str:
     for shape in dict.fromkeys(_shape(case) for case in missed + unclear):
         here = [case for case in missed + unclear if _shape(case) == shape]
         worst = here[0]
-        lines.append(f"- {shape}: {len(here)}, at worst `{worst['id']}` {_ratio(worst, 'eager', inverse=True)}")
+        lines.append(f"- {shape}: {len(here)}, at worst `{worst['id']}`: {_ratio(worst, 'eager', inverse=True)}")
     return "\n".join([head, *lines])
 
 

@@ -38,6 +38,7 @@ def finetune(config: Config, until: int | None = None) -> Path:
         UserError: something in the call, the data or the model folder is wrong.
         RunError: the run could not go on; `resume` goes on from the last checkpoint.
     """
+    started = time.perf_counter()
     config.check()
     accelerator = start(config)
     folder = _new_folder(config, accelerator)
@@ -45,18 +46,19 @@ def finetune(config: Config, until: int | None = None) -> Path:
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         write_file(folder / "config.json", config.to_json())
-    return _run(job, name, folder, until)
+    return _run(job, name, folder, until, started)
 
 
 def resume(folder: str | Path, until: int | None = None) -> Path:
     """Go on with the run in `folder`, with its own options, and return it. Raises as `finetune` does."""
+    started = time.perf_counter()
     file = Path(folder) / "config.json"
     if not file.is_file():
         raise UserError(f"{folder} is no run folder: it has no config.json")
     config = Config.load(file)
     config.check()
     job, name = prepare(config, start(config))
-    return _run(job, name, Path(folder), until)
+    return _run(job, name, Path(folder), until, started)
 
 
 def start(config: Config) -> Accelerator:
@@ -100,9 +102,9 @@ def prepare(config: Config, accelerator: Accelerator) -> tuple[Job, str]:
     return Job(config, accelerator, sides, criterion, preprocessor, about), name
 
 
-def _run(job: Job, name: str, folder: Path, until: int | None) -> Path:
+def _run(job: Job, name: str, folder: Path, until: int | None, started: float) -> Path:
     """Every part that is not done yet, and the report."""
-    started, accelerator, config = time.perf_counter(), job.accelerator, job.config
+    accelerator, config = job.accelerator, job.config
     accelerator.wait_for_everyone()
     _say(job, f"run folder {folder}\n{report.describe(job)}")
     compare = config.run.compare if config.run.compare is not None else config.data.path is None
