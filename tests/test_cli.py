@@ -163,6 +163,16 @@ def test_print_config_is_read_again(tmp_path, capsys):
     assert "lr: 0.5" in again and "eval: x.csv" in again and "seed: 7" in again
 
 
+def test_the_examples(tmp_path, capsys):
+    with pytest.raises(SystemExit) as done:
+        cli.main(["finetune", "--config", str(HERE / "examples/finetune_csv.yaml"), "--print_config"])
+    assert done.value.code == 0
+    assert "text_column: message" in capsys.readouterr().out
+    script = python(str(HERE / "examples/one_line_swap.py"))
+    assert script.returncode == 0, script.stderr
+    assert float(script.stdout.split()[-1]) < 1e-4
+
+
 def test_every_option_has_its_help(capsys):
     with pytest.raises(SystemExit):
         cli.main(["finetune", "--help"])

@@ -20,7 +20,7 @@ def check(case, target, seeds=3):
         with testing.forced(target) as impl:
             ours, eager, oracle = case.functions(classes, weight, options, impl)
             value = oracle(input.double())
-            upstream = 0.5 + torch.rand(value.shape)
+            upstream = 0.5 + torch.rand(value.shape, generator=torch.Generator().manual_seed(seed))
             result, grad = testing.gradients(ours, input, upstream)
         assert result.dtype == input.dtype
         assert grad.dtype == input.dtype
@@ -142,7 +142,7 @@ def check_sample(input, classes, kwargs, target):
         budget.check(f"{tuple(input.shape)} {kwargs}")
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(data=st.data())
 @pytest.mark.parametrize("target", TARGETS, ids=str)
 def test_any_options_and_shapes(target, data):
@@ -166,5 +166,5 @@ def test_any_options_and_shapes(target, data):
             tuple(options.items()),
         ),
         target,
-        seeds=8 if len(shape) > 1 and shape[0] > 2 else 48,  # eager is rarely at its worst in a few values
+        seeds=32,  # a small case has few values for eager to be wrong in
     )

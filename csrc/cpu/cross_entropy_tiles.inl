@@ -21,6 +21,13 @@ struct Tiles : CallOf<T, P, kCap> {
 
   explicit Tiles(const CrossEntropy& call) : K(call), stashes(!kCap && call.grad.data && !call.normaliser_given) {}
 
+  using Index = typename Simd<A>::Index;
+  static TLK_INLINE typename Simd<A>::I load_indices(const Index* p) {
+    typename Simd<A>::I v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+  }
+
   static constexpr int64_t kSumBlock = 256;  // classes per partial sum, as kBlock is for rows
 
   struct Tile {
@@ -98,24 +105,21 @@ struct Tiles : CallOf<T, P, kCap> {
     }
   }
 
-  void grad_tile(const Tile& t, const A* peak, const A* p, const A* g, const A* rest, const A* own_q,
-                 bool any_ignored) const {
+  // `own_y` is the class index of a position that counts and has one, else -1; `own_q` that class's own term.
+  void grad_tile(const Tile& t, const A* peak, const A* p, const A* g, const A* rest, const Index* own_y,
+                 const A* own_q, bool any_ignored) const {
     for (int64_t k = 0; k < c.classes; ++k)
       for (int v = 0; v < t.vectors; ++v) {
         A* at = t.scratch + k * t.width + v * L;
         const V f = load(at);
         const V e = stashes ? f : exp2<A>((f - load(peak + v * L)) * to_exp2);
-        V d = e * load(p + v * L);
-        if (dense) d -= load(g + v * L) * tile_q(t, k, v);
-        d += e * load(rest + v * L);
+        V q = dense ? tile_q(t, k, v) : V{};
+        q += load_indices(own_y + v * L) == Index(k) ? load(own_q + v * L) : V{};
+        V d = e * load(p + v * L) - load(g + v * L) * q + e * load(rest + v * L);
         if constexpr (kCap) d *= slope(f);
-        if (any_ignored)
-          d = load(g + v * L) == A(0) && load(rest + v * L) == A(0) ? V{} : d;  // even where its logits are NaN
+        if (any_ignored) d = load(g + v * L) == A(0) && load(rest + v * L) == A(0) ? V{} : d;  // even of NaN logits
         store(at, d);
       }
-    if (c.indices)
-      for (int i = 0; i < t.n; ++i)
-        if (!ignored(t.row + i)) t.scratch[c.indices[t.row + i] * t.width + i] -= own_q[i];
     const int64_t stride = c.grad.stride[inner];
     for (int64_t k = 0; k < c.classes; ++k)
       for (int v = 0; v < t.vectors; ++v)
@@ -125,7 +129,9 @@ struct Tiles : CallOf<T, P, kCap> {
 
   void tile(const Tile& t) const {
     A peak[kMaxTileWidth], sum[kMaxTileWidth], q_sum[kMaxTileWidth], q_distance[kMaxTileWidth], ex[kMaxTileWidth];
-    A p[kMaxTileWidth] = {}, g[kMaxTileWidth] = {}, rest[kMaxTileWidth] = {}, own_q[kMaxTileWidth];
+    A p[kMaxTileWidth] = {}, g[kMaxTileWidth] = {}, rest[kMaxTileWidth] = {}, own_q[kMaxTileWidth] = {};
+    Index own_y[kMaxTileWidth];
+    for (int i = 0; i < t.vectors * L; ++i) own_y[i] = -1;
     load_tile(t, peak);
     if (c.normaliser_given) {
       for (int i = 0; i < t.n; ++i) peak[i] = peak_[t.row + i], q_sum[i] = spread * A(c.weight_sum);
@@ -163,10 +169,9 @@ struct Tiles : CallOf<T, P, kCap> {
       if (peak_ && !c.normaliser_given) peak_[row] = peak[i], log_sum_[row] = sum[i];
       Target target;
       if (dense) target = {q_sum[i], c.normaliser_given ? A(0) : q_distance[i]};
-      A f = 0;
-      own_q[i] = 0;
       if (c.indices && counted) {
-        f = cap1(load1(t.x + c.indices[row] * c.x.class_stride + i * c.x.stride[inner]));
+        const A f = cap1(load1(t.x + c.indices[row] * c.x.class_stride + i * c.x.stride[inner]));
+        own_y[i] = Index(c.indices[row]);
         own_q[i] = keep * weight_at(c.indices[row]);
         target.q += own_q[i];
         target.q_distance += own_q[i] * (peak[i] - f);
@@ -176,11 +181,10 @@ struct Tiles : CallOf<T, P, kCap> {
         write_correct(row, t.x + i * c.x.stride[inner], t.q ? t.q + i * c.probabilities.stride[inner] : t.q);
       if (t.grad) {
         const Coefficients co = coefficients(row, counted, peak[i], sum[i], ex[i], target.q);
-        p[i] = co.p, g[i] = co.q, rest[i] = co.rest, own_q[i] *= co.q;
-        if constexpr (kCap) own_q[i] *= slope(set1(f))[0];
+        p[i] = co.p, g[i] = co.q, rest[i] = co.rest;
       }
     }
-    if (t.grad) grad_tile(t, peak, p, g, rest, own_q, any_ignored);
+    if (t.grad) grad_tile(t, peak, p, g, rest, own_y, own_q, any_ignored);
   }
 };
 

@@ -57,6 +57,7 @@ struct Simd<float> {
   using V = f32v;
   using U = u32v;
   using I = i32v;
+  using Index = int32_t;
   static constexpr int mantissa_bits = 23, exponent_bias = 127;
 };
 template <>
@@ -64,6 +65,7 @@ struct Simd<double> {
   using V = f64v;
   using U = u64v;
   using I = i64v;
+  using Index = int64_t;
   static constexpr int mantissa_bits = 52, exponent_bias = 1023;
 };
 template <class A>

@@ -46,7 +46,7 @@ SIMILAR = 0.5  # Jaccard similarity from which on two documents are near-duplica
 TELLING = 0.8  # a submodule's name is masked where at least this share of the documents that hold it are its package's
 PER_MODULE = 5  # documents of one file: more would let a few files decide what a side of the split is like
 MIN_WORDS, MAX_CHARS = 8, 480  # 480 characters are about 100 tokens
-MAX_BYTES = 400_000  # larger files are generated code or tables
+LARGE = 60_000  # bytes; a larger file takes long to parse and gives no more than PER_MODULE documents either
 
 _SKIP = {
     "_vendor",
@@ -145,16 +145,14 @@ def _packages() -> Iterator[tuple[str, Path]]:
 
 
 def _sources(folder: Path) -> list[Path]:
-    """The package's files in an order that depends on their names alone and mixes its parts."""
-    files = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*.py")}
-    own = [name for name in files if not _SKIP.intersection(name.split("/"))]
-    return [files[name] for name in sorted(own, key=_digest)]
+    """The package's files, its parts mixed, in an order that follows from names and sizes; large ones are last."""
+    files = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*.py") if file.is_file()}
+    own = {name: file.stat().st_size > LARGE for name, file in files.items() if not _SKIP.intersection(name.split("/"))}
+    return [files[name] for name in sorted(own, key=lambda name: (own[name], _digest(name)))]
 
 
 def _read(file: Path, package: str, folder: Path) -> list[Document]:
     try:
-        if file.stat().st_size > MAX_BYTES:
-            return []
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # old escapes in other people's sources
             tree = ast.parse(file.read_text(encoding="utf-8"))
