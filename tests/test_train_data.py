@@ -174,6 +174,13 @@ def test_a_class_with_a_single_row_may_fall_to_any_side(tmp_path):
     assert sides == {"train", "eval", "test"}
 
 
+def test_a_side_without_any_label(tmp_path):
+    path = write_csv(tmp_path / "rows.csv", ROWS)
+    write_jsonl(tmp_path / "eval.jsonl", [{"text": "x", "label": ""}] * 4)
+    with pytest.raises(UserError, match="none of the 4 eval rows has a label in column 'label'"):
+        load_data(DataConfig(path=path, eval=str(tmp_path / "eval.jsonl")), seed=0)
+
+
 def test_empty_strings_are_no_labels(tmp_path):
     write_jsonl(tmp_path / "rows.jsonl", [{"text": row["text"], "label": ""} for row in ROWS[:9]] + ROWS[9:])
     data = load_data(DataConfig(path=str(tmp_path / "rows.jsonl")), seed=0)

@@ -82,8 +82,13 @@ def _with_shares(tables: dict[str, Table], config: DataConfig, seed: int, classe
             count = max(1, round(share * len(whole.labels)))
             tables[side], order = whole.select(order[:count]), order[count:]
     tables["train"] = whole.select(order)
-    if all(label == IGNORE for label in tables["train"].labels):
+    if not order:
         raise UserError(f"{config.path} has {len(whole.labels)} rows, too few to train, evaluate and test on")
+    for side, table in tables.items():
+        if all(label == IGNORE for label in table.labels):
+            raise UserError(
+                f"none of the {len(table.labels)} {side} rows has a label in column {config.label_column!r}"
+            )
     return Data(tables["train"], tables["eval"], tables.get("test"), classes, images)
 
 

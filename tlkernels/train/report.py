@@ -152,7 +152,7 @@ def verdict(results: list[dict[str, Any]]) -> str:
         return ""
     ours, random = rows["finetuned"]["accuracy"], rows["random"]["accuracy"]
     n = rows["finetuned"]["rows"]
-    # Two shares of n rows, taken as independent; that they are of the same rows makes the true interval narrower.
+    # Two shares of n rows, as if of different rows, which widens the interval, and as if no two rows were related.
     margin = 1.96 * math.sqrt((ours * (1 - ours) + random * (1 - random)) / n)
     difference = ours - random
     figures = (
