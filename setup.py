@@ -4,8 +4,10 @@ Environment: TLKERNELS_BUILD=0 leaves it out (the package then has the `referenc
 TLKERNELS_SANITIZE=1 builds it with AddressSanitizer and UBSan; CXX and MAX_JOBS as usual.
 """
 
+import itertools
 import os
 import platform
+import shlex
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +17,9 @@ from setuptools import setup
 ROOT = Path(__file__).parent
 CPU = Path("csrc/cpu")
 
-# What each target may use; csrc/cpu/isa.cpp asks the CPU for the same features before it calls one.
+LOSSES = ["cross_entropy"]  # csrc/cpu/<loss>.inl is compiled for each instruction set, <loss>.cpp once
+
+# What each instruction set may use; csrc/cpu/isa.cpp asks the CPU for the same features before it calls one.
 ISA_FLAGS = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
     ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
@@ -36,10 +40,20 @@ def switch(name: str, default: str) -> bool:
     return value == "1"
 
 
-def run(command: list[str]) -> None:
+def fresh(built: Path, command: list[str]) -> bool:
+    """Return whether `built` was made by this very command from files that have not changed since."""
+    made_by = built.with_suffix(".command")
+    if not (built.exists() and made_by.exists() and made_by.read_text() == shlex.join(command)):
+        return False
+    sources = built.with_suffix(".d").read_text().replace("\\\n", " ").partition(":")[2].split()
+    return all(Path(source).exists() and os.path.getmtime(source) < os.path.getmtime(built) for source in sources)
+
+
+def compile_kernels(built: Path, command: list[str]) -> None:
     """Run a compiler command, showing it."""
-    print(" ".join(command), flush=True)
+    print(shlex.join(command), flush=True)
     subprocess.run(command, check=True)
+    built.with_suffix(".command").write_text(shlex.join(command))
 
 
 def native_extension() -> dict:
@@ -49,28 +63,31 @@ def native_extension() -> dict:
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
     class Build(BuildExtension):
-        """Compiles csrc/cpu/targets/*.cpp first, each with the flags of its instruction set."""
+        """Compiles csrc/cpu/<loss>.inl first, each for every instruction set with its flags."""
 
         def build_extension(self, ext) -> None:
             compiler = os.environ.get("CXX", "c++")
-            folder = Path(self.build_temp) / "targets"
+            folder = Path(self.build_temp) / "kernels"
             folder.mkdir(parents=True, exist_ok=True)
             common = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
             common += ["-fno-math-errno", "-fno-trapping-math", *SANITIZE_FLAGS]
             # GCC 12 takes the undefined operand inside its own AVX-512 intrinsics for ours.
             common += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
             commands = []
-            for isa, flags in ISA_FLAGS.items():
-                source, built = CPU / "targets" / f"{isa}.cpp", folder / f"{isa}.o"
-                commands.append([compiler, *common, *flags, "-c", str(source), "-o", str(built)])
+            for loss, (isa, flags) in itertools.product(LOSSES, ISA_FLAGS.items()):
+                built = folder / f"{loss}-{isa}.o"
+                source = ["-x", "c++", "-c", str(CPU / f"{loss}.inl")]
+                command = [compiler, *common, *flags, f"-DTLK_ISA={isa}", *source, "-MD", "-o", str(built)]
                 ext.extra_objects.append(str(built))
+                if not fresh(built, command):
+                    commands.append((built, command))
             with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
-                list(pool.map(run, commands))
+                list(pool.map(lambda args: compile_kernels(*args), commands))
             super().build_extension(ext)
 
     extension = CppExtension(
         "tlkernels._C",
-        sources=["csrc/module.cpp", *(str(CPU / f"{name}.cpp") for name in ("isa", "pool", "tensor", "cross_entropy"))],
+        sources=["csrc/module.cpp", *(str(CPU / f"{name}.cpp") for name in ("isa", "pool", "tensor", *LOSSES))],
         include_dirs=[pybind11.get_include()],
         define_macros=[("TLK_BUILD_TORCH", f'"{torch.__version__}"'), ("TLK_BUILD_SANITIZE", f'"{int(SANITIZE)}"')],
         extra_compile_args=["-O2", "-fopenmp", "-fvisibility=hidden", "-Wall", *SANITIZE_FLAGS],

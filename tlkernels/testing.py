@@ -3,9 +3,10 @@
 A new loss takes part by giving its eager PyTorch lines, which, run in float64, are also its oracle.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,6 +42,55 @@ def forced(target: Target) -> Iterator[str]:
             native.force_isa(before)
 
 
+@dataclass(frozen=True)
+class LossCase:
+    """One call of a loss, but for its random numbers."""
+
+    id: str
+    dtype: torch.dtype
+    make: Callable[[int], dict[str, Any]]
+    """Seed -> the arguments by name, options among them, tensors in the dtypes of the call."""
+    wants_grad: tuple[str, ...]
+    """The arguments that get a gradient."""
+    small: bool = False
+    """Small and smooth enough for gradcheck, Hessians and vmap; in float64."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss as the battery of tests/test_every_loss.py takes it."""
+
+    function: Callable[..., Tensor]
+    pytorch: Callable[..., Tensor]
+    """The PyTorch lines that it replaces, of the same arguments without `impl`. In float64 they are the oracle."""
+    cases: Sequence[LossCase]
+    module: Callable[..., tuple[torch.nn.Module, tuple[Any, ...]]]
+    """(the arguments by name) -> the module, and the arguments of its forward, that make the same call."""
+    ops: Callable[[], Sequence[tuple[Any, tuple[Any, ...]]]] = tuple
+    """The registered ops, each with arguments for opcheck."""
+    twice: bool = True
+    """Whether double backward is promised."""
+    rowwise: bool = True
+    """Whether the bits do not depend on the number of threads."""
+
+
+def split(arguments: dict[str, Any], names: Sequence[str]) -> tuple[tuple[Tensor, ...], Callable[..., dict[str, Any]]]:
+    """Return the named arguments, and a function that puts others in their place."""
+
+    def put(*tensors: Tensor) -> dict[str, Any]:
+        return {**arguments, **dict(zip(names, tensors, strict=True))}
+
+    return tuple(arguments[name] for name in names), put
+
+
+def widened(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments with floating-point tensors in float64."""
+    return {
+        name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in arguments.items()
+    }
+
+
 LAYOUTS = ("contiguous", "transposed", "sliced", "channels_last")
 
 
@@ -72,9 +122,8 @@ def logits(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generato
 class Budget:
     """The error that an implementation may have: twice eager's in the same dtype, plus one rounding of the result.
 
-    Errors are 2-norms of the difference from the oracle over all values of all draws, so that no lucky value of eager's
-    decides. No single difference may exceed eight times the same budget in the maximum norm.
-    In float64, where eager is the oracle itself, a difference may be 1e-13 of the largest value there, or of 1.
+    Errors are the largest difference from the oracle over all values of all draws, so that no lucky value of eager's
+    decides. In float64, where eager is the oracle itself, a difference may be 1e-13 of the largest value, or of 1.
     """
 
     def __init__(self, dtype: torch.dtype):
@@ -102,12 +151,13 @@ class Budget:
     def check(self, what: str) -> None:
         """Raise AssertionError if the implementation's error is over the budget."""
         ours, eager, oracle = (torch.cat(parts) for parts in (self.ours, self.eager, self.oracle))
-        for order, slack in ((2.0, 1.0), (float("inf"), 8.0)) if oracle.numel() else ():
-            error, eagers, scale = (float(torch.linalg.vector_norm(t, order)) for t in (ours, eager, oracle))
-            allowed = slack * (2 * eagers + torch.finfo(self.dtype).eps * scale)
-            if self.dtype == torch.float64:
-                allowed = 1e-13 * max(1.0, scale) * oracle.numel() ** 0.5
-            assert error <= allowed, f"{what}: error {error:.3g}, eager's {eagers:.3g}, allowed {allowed:.3g}"
+        if not oracle.numel():
+            return
+        error, eagers, scale = (float(t.abs().max()) for t in (ours, eager, oracle))
+        allowed = 2 * eagers + torch.finfo(self.dtype).eps * scale
+        if self.dtype == torch.float64:
+            allowed = 1e-13 * max(1.0, scale)
+        assert error <= allowed, f"{what}: error {error:.3g}, eager's {eagers:.3g}, allowed {allowed:.3g}"
 
 
 def gradients(loss: Callable[[Tensor], Tensor], input: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:

@@ -68,7 +68,7 @@ struct CrossEntropyKernels {
 };
 
 // `probabilities` is the type of such a target: the logits' own or float.
-using CrossEntropyTable = CrossEntropyKernels (*)(Scalar logits, Scalar probabilities, bool softcap);
+using CrossEntropyTable = CrossEntropyKernels(Scalar logits, Scalar probabilities, bool softcap);
 
 constexpr int kMaxTileWidth = 256;
 

@@ -1,4 +1,4 @@
-// Cross entropy's table of kernels for one instruction set.
+// Cross entropy's table of kernels for one instruction set. setup.py compiles this file once for each (see isa.cpp). setup.py compiles this file once for each (see isa.cpp).
 #include "cross_entropy_rows.inl"
 #include "cross_entropy_tiles.inl"
 
@@ -11,7 +11,7 @@ CrossEntropyKernels select(bool softcap) {
                  : CrossEntropyKernels{rows<T, P, false>, tiles<T, P, false>};
 }
 
-inline CrossEntropyKernels cross_entropy(Scalar logits, Scalar probabilities, bool softcap) {
+CrossEntropyKernels cross_entropy(Scalar logits, Scalar probabilities, bool softcap) {
   const bool wide = probabilities == Scalar::f32;
   switch (logits) {
     case Scalar::f64:

@@ -9,7 +9,7 @@
 // A row is read from memory once: its later sweeps find it in cache.
 #pragma once
 #include "cross_entropy.h"
-#include "vec.h"
+#include "sweep.h"
 
 namespace tlk {
 namespace TLK_ISA {
@@ -75,19 +75,6 @@ struct CallOf {
 
   bool ignored(int64_t row) const { return c.indices && c.indices[row] == c.ignore_index; }
   TLK_INLINE A weight_at(int64_t k) const { return weight ? weight[k] : A(1); }
-
-  // A vector, or its first n lanes.
-  template <class E>
-  static TLK_INLINE V load_some(const E* p, int n, A fill) {
-    return n == L ? load(p) : load_n(p, n, set1(fill));
-  }
-  template <class E>
-  static TLK_INLINE void store_some(E* p, int n, V v) {
-    if (n == L)
-      store(p, v);
-    else
-      store_n(p, n, v);
-  }
 
   // What a row's q adds up to, and its product with the distance of the logits from the peak.
   struct Target {

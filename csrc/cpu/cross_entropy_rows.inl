@@ -9,9 +9,9 @@ namespace TLK_ISA {
 template <class T, class P, bool kCap>
 struct Rows : CallOf<T, P, kCap> {
   using K = CallOf<T, P, kCap>;
-  using K::c, K::cap, K::coefficients, K::dense, K::ignored, K::inner, K::inv_t, K::keep, K::kLog2E, K::L, K::load_some;
+  using K::c, K::cap, K::coefficients, K::dense, K::ignored, K::inner, K::inv_t, K::keep, K::kLog2E, K::L;
   using K::cap1;
-  using K::log_sum_, K::offset, K::peak_, K::per_position, K::slope, K::spread, K::store_some, K::to_exp2, K::weight;
+  using K::log_sum_, K::offset, K::peak_, K::per_position, K::slope, K::spread, K::to_exp2, K::weight;
   using K::weight_at, K::write_correct, K::write_loss;
   using typename K::A;
   using typename K::Coefficients;
@@ -42,24 +42,10 @@ struct Rows : CallOf<T, P, kCap> {
       return scratch;
   }
 
-  // Calls body(first class, unroll slot, vector count of classes or L) over [begin, end).
-  template <class Body>
-  static TLK_INLINE void sweep(int64_t begin, int64_t end, Body body) {
-    int64_t k = begin;
-    for (; k + 4 * L <= end; k += 4 * L) {
-      body(k, 0, L);
-      body(k + L, 1, L);
-      body(k + 2 * L, 2, L);
-      body(k + 3 * L, 3, L);
-    }
-    for (; k + L <= end; k += L) body(k, 0, L);
-    if (k < end) body(k, 0, int(end - k));
-  }
-
   static TLK_INLINE A block_max(const T* x, int64_t begin, int64_t end) {
     const A lowest = -A(__builtin_inf());
     V m[4] = {set1(lowest), set1(lowest), set1(lowest), set1(lowest)};
-    sweep(begin, end, [&](int64_t k, int slot, int n) __attribute__((always_inline)) {
+    sweep<A>(begin, end, [&](int64_t k, int slot, int n) __attribute__((always_inline)) {
       m[slot] = vmax(load_some(x + k, n, lowest), m[slot]);
     });
     return reduce_max<A>(vmax(vmax(m[0], m[1]), vmax(m[2], m[3])));
@@ -91,26 +77,26 @@ struct Rows : CallOf<T, P, kCap> {
       }
       const A from = peak == -A(__builtin_inf()) ? A(0) : peak;  // so far -inf alone: their exponentials are 0
       if (stash) from_peak[begin / kBlock] = from;
-      V s[4] = {}, qs[4] = {}, qd[4] = {};
-      sweep(begin, end, [&](int64_t k, int slot, int n) __attribute__((always_inline)) {
+      Chains<A> s, qs, qd;
+      sweep<A>(begin, end, [&](int64_t k, int slot, int n) __attribute__((always_inline)) {
         if (fetch_grad)
           __builtin_prefetch(grad + (k - begin), 1, 3);
         else
           __builtin_prefetch(ahead + (k - begin), 0, 3);
         V distance = cap(load_some(x + k, n, A(0))) - from;
         V e = exp2<A>(distance * to_exp2);
-        s[slot] += n == L || iota<A>() < n ? e : V{};
+        s.part[slot] += only<A>(e, n);
         if (stash) store_some(stash + k, n, e);
         if constexpr (kDense) {
           V at = q_at(q, k, n);
-          qs[slot] += n == L || iota<A>() < n ? at : V{};
-          qd[slot] -= n == L || iota<A>() < n ? at * distance : V{};
+          qs.part[slot] += only<A>(at, n);
+          qd.part[slot] -= only<A>(at * distance, n);
         }
       });
-      sum += double(reduce_sum<A>((s[0] + s[1]) + (s[2] + s[3])));
+      sum += double(s.sum());
       if constexpr (kDense) {
-        q_sum += double(reduce_sum<A>((qs[0] + qs[1]) + (qs[2] + qs[3])));
-        q_distance += double(reduce_sum<A>((qd[0] + qd[1]) + (qd[2] + qd[3])));
+        q_sum += double(qs.sum());
+        q_distance += double(qd.sum());
       }
     }
     target = {A(q_sum), A(q_distance)};
@@ -133,7 +119,7 @@ struct Rows : CallOf<T, P, kCap> {
   void row_grad(const T* x, const P* q, T* grad, const T* next_row, A peak, Coefficients co) const {
     const V constant = set1(A(co.q * spread));
     const Ahead ahead = fetched_ahead(x, next_row);
-    sweep(0, c.classes, [&](int64_t k, int, int n) __attribute__((always_inline)) {
+    sweep<A>(0, c.classes, [&](int64_t k, int, int n) __attribute__((always_inline)) {
       __builtin_prefetch(ahead.x + k, 0, 3);
       __builtin_prefetch(grad + k + ahead.grad, 1, 3);
       V f = cap(load_some(x + k, n, A(0)));
@@ -155,7 +141,7 @@ struct Rows : CallOf<T, P, kCap> {
       const int64_t end = begin + kBlock < c.classes ? begin + kBlock : c.classes;
       const A scale = exp2<A>(set1(A((from_peak[begin / kBlock] - peak) * to_exp2)))[0];
       const A p = co.p * scale, rest = co.rest * scale;
-      sweep(begin, end, [&](int64_t k, int, int n) __attribute__((always_inline)) {
+      sweep<A>(begin, end, [&](int64_t k, int, int n) __attribute__((always_inline)) {
         __builtin_prefetch(ahead.x + k, 0, 3);
         __builtin_prefetch(grad + k + ahead.grad, 1, 3);
         V e = load_some(stash + k, n, A(0));
@@ -170,7 +156,6 @@ struct Rows : CallOf<T, P, kCap> {
     int vectors;
   };
   TLK_INLINE int count(int v) const { return v * L + L <= c.classes ? L : int(c.classes - v * L); }
-  static TLK_INLINE typename Simd<A>::I in_row(int n) { return iota<A>() < n; }
 
   TLK_INLINE void load_short(const T* x, InRegisters& r) const {
     r.vectors = int((c.classes + L - 1) / L);
@@ -185,7 +170,7 @@ struct Rows : CallOf<T, P, kCap> {
     for (int v = 0; v < r.vectors; ++v) {
       if constexpr (kCap) r.f[v] = cap(r.f[v]);
       r.e[v] = exp2<A>((r.f[v] - peak) * to_exp2);
-      if constexpr (kCap) r.e[v] = in_row(count(v)) ? r.e[v] : V{};
+      if constexpr (kCap) r.e[v] = only<A>(r.e[v], count(v));
     }
   }
   TLK_INLINE A sum_short(const InRegisters& r, const P* q, A peak, Target& target) const {
@@ -195,8 +180,8 @@ struct Rows : CallOf<T, P, kCap> {
       V qs{}, qd{};
       for (int v = 0; v < r.vectors; ++v) {
         V at = q_at(q, v * L, count(v));
-        qs += in_row(count(v)) ? at : V{};
-        qd -= in_row(count(v)) ? at * (r.f[v] - peak) : V{};
+        qs += only<A>(at, count(v));
+        qd -= only<A>(at * (r.f[v] - peak), count(v));
       }
       target = {reduce_sum<A>(qs), reduce_sum<A>(qd)};
     }
@@ -224,7 +209,7 @@ struct Rows : CallOf<T, P, kCap> {
       if (peak_ && !c.normaliser_given) peak_[i] = log_sum_[i] = 0;
       write_loss(i, false, 0, 0, {});
       if (grad)
-        sweep(0, c.classes,
+        sweep<A>(0, c.classes,
               [&](int64_t k, int, int n) __attribute__((always_inline)) { store_some(grad + k, n, V{}); });
       return;
     }
@@ -291,12 +276,12 @@ struct Rows : CallOf<T, P, kCap> {
     double total = 0;
     for (int64_t begin = 0; begin < c.classes; begin += kBlock) {
       const int64_t end = begin + kBlock < c.classes ? begin + kBlock : c.classes;
-      V s[4] = {};
-      sweep(begin, end, [&](int64_t k, int slot, int n) __attribute__((always_inline)) {
+      Chains<A> s;
+      sweep<A>(begin, end, [&](int64_t k, int slot, int n) __attribute__((always_inline)) {
         V at = q_at(q, k, n);
-        s[slot] += n == L || iota<A>() < n ? at : V{};
+        s.part[slot] += only<A>(at, n);
       });
-      total += double(reduce_sum<A>((s[0] + s[1]) + (s[2] + s[3])));
+      total += double(s.sum());
     }
     return A(total);
   }
@@ -306,14 +291,14 @@ struct Rows : CallOf<T, P, kCap> {
     double total = 0;
     for (int64_t begin = 0; begin < c.classes; begin += kBlock) {
       const int64_t end = begin + kBlock < c.classes ? begin + kBlock : c.classes;
-      V s[4] = {};
-      sweep(begin, end, [&](int64_t k, int slot, int n) __attribute__((always_inline)) {
+      Chains<A> s;
+      sweep<A>(begin, end, [&](int64_t k, int slot, int n) __attribute__((always_inline)) {
         V distance = cap(load_some(x + k, n, A(0))) - peak;
         V e = exp2<A>(distance * to_exp2);
-        e = n == L || iota<A>() < n ? e : V{};
-        s[slot] += e == A(0) ? V{} : e * distance;
+        e = only<A>(e, n);
+        s.part[slot] += e == A(0) ? V{} : e * distance;
       });
-      total += double(reduce_sum<A>((s[0] + s[1]) + (s[2] + s[3])));
+      total += double(s.sum());
     }
     return A(total);
   }

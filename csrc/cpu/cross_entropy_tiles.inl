@@ -8,9 +8,9 @@ namespace TLK_ISA {
 template <class T, class P, bool kCap>
 struct Tiles : CallOf<T, P, kCap> {
   using K = CallOf<T, P, kCap>;
-  using K::c, K::cap, K::coefficients, K::dense, K::ignored, K::inner, K::inv_t, K::keep, K::kLog2E, K::L, K::load_some;
+  using K::c, K::cap, K::coefficients, K::dense, K::ignored, K::inner, K::inv_t, K::keep, K::kLog2E, K::L;
   using K::cap1, K::weight_at, K::write_correct, K::write_loss;
-  using K::log_sum_, K::offset, K::peak_, K::per_position, K::slope, K::spread, K::store_some, K::to_exp2, K::weight;
+  using K::log_sum_, K::offset, K::peak_, K::per_position, K::slope, K::spread, K::to_exp2, K::weight;
   using typename K::A;
   using typename K::Coefficients;
   using typename K::Target;

@@ -7,10 +7,16 @@
 
 namespace tlk {
 
-extern const Kernels kernels_baseline;
+// setup.py compiles each loss's .inl once for every instruction set, into that namespace.
+#define TLK_DECLARE(isa)                 \
+  namespace isa {                        \
+  CrossEntropyTable cross_entropy;       \
+  const Kernels table = {cross_entropy}; \
+  }
+TLK_DECLARE(baseline)
 #if defined(__x86_64__)
-extern const Kernels kernels_avx2;
-extern const Kernels kernels_avx512;
+TLK_DECLARE(avx2)
+TLK_DECLARE(avx512)
 #endif
 
 namespace {
@@ -24,15 +30,15 @@ struct Isa {
 // Best first; the flags in setup.py are what `supported` asks for.
 const Isa kIsas[] = {
 #if defined(__x86_64__)
-    {"avx512", &kernels_avx512,
+    {"avx512", &avx512::table,
      [] {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
      }},
-    {"avx2", &kernels_avx2,
+    {"avx2", &avx2::table,
      [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }},
 #endif
-    {"baseline", &kernels_baseline, [] { return true; }},
+    {"baseline", &baseline::table, [] { return true; }},
 };
 
 const Isa* best() {

@@ -1,11 +1,11 @@
-// Every loss's kernels for one instruction set, and the table in use.
+// Every loss's table of kernels for the instruction set in use.
 #pragma once
 #include "cross_entropy.h"
 
 namespace tlk {
 
 struct Kernels {
-  CrossEntropyTable cross_entropy;
+  CrossEntropyTable* cross_entropy;
 };
 
 const Kernels& kernels();

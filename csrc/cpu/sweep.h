@@ -1,0 +1,52 @@
+// How kernels walk along contiguous memory: whole vectors, unrolled, and a last one of which only some lanes count.
+#pragma once
+#include "vec.h"
+
+namespace tlk {
+namespace TLK_ISA {
+
+// The first n lanes of a vector, or all of them.
+template <class E>
+TLK_INLINE Vec<typename Compute<E>::type> load_some(const E* p, int n, typename Compute<E>::type fill) {
+  using A = typename Compute<E>::type;
+  return n == lanes<A> ? load(p) : load_n(p, n, set1(fill));
+}
+template <class E>
+TLK_INLINE void store_some(E* p, int n, Vec<typename Compute<E>::type> v) {
+  if (n == lanes<typename Compute<E>::type>)
+    store(p, v);
+  else
+    store_n(p, n, v);
+}
+
+// v with zeros past its first n lanes, whatever was there.
+template <class A>
+TLK_INLINE Vec<A> only(Vec<A> v, int n) {
+  return n == lanes<A> || iota<A>() < n ? v : Vec<A>{};
+}
+
+// Calls body(first element, unroll slot below kSlots, number of elements: lanes, or fewer at the end) over [begin, end).
+constexpr int kSlots = 4;
+template <class A, class Body>
+TLK_INLINE void sweep(int64_t begin, int64_t end, Body body) {
+  constexpr int L = lanes<A>;
+  int64_t k = begin;
+  for (; k + kSlots * L <= end; k += kSlots * L) {
+    body(k, 0, L);
+    body(k + L, 1, L);
+    body(k + 2 * L, 2, L);
+    body(k + 3 * L, 3, L);
+  }
+  for (; k + L <= end; k += L) body(k, 0, L);
+  if (k < end) body(k, 0, int(end - k));
+}
+
+// A sum in `kSlots` chains.
+template <class A>
+struct Chains {
+  Vec<A> part[kSlots] = {};
+  TLK_INLINE A sum() const { return reduce_sum<A>((part[0] + part[1]) + (part[2] + part[3])); }
+};
+
+}  // namespace TLK_ISA
+}  // namespace tlk
