@@ -142,14 +142,9 @@ def check_sample(input, classes, kwargs, target):
         budget.check(f"{tuple(input.shape)} {kwargs}")
 
 
-OPEN = pytest.mark.xfail(reason="native is over the error budget at C = 1 with softcap and z_loss; open", strict=False)
-
-
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(data=st.data())
-@pytest.mark.parametrize(
-    "target", [pytest.param(t, marks=OPEN, id=str(t)) if t.impl == "native" else t for t in TARGETS], ids=str
-)
+@pytest.mark.parametrize("target", TARGETS, ids=str)
 def test_any_options_and_shapes(target, data):
     shape = data.draw(st.one_of(
         st.tuples(st.integers(1, 300)), st.tuples(st.integers(1, 9), st.integers(1, 300)),

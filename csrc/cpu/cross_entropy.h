@@ -37,8 +37,9 @@ struct CrossEntropy {
   double smoothing = 0, inv_temperature = 1, softcap = 0, z_loss = 0;  // softcap 0: none
   double weight_sum = 0;                                               // over the classes; their number without weight
 
-  // Normaliser, compute type: `peak` is the largest logit of a row after softcap and before temperature, `log_sum` the
-  // logarithm of the sum of exponentials taken from there. Their sum in one number would lose log_sum at logits of 1e4.
+  // Normaliser, compute type: `peak` is the largest logit of a row (with a softcap, tanh of logit / softcap), `log_sum`
+  // the logarithm of the sum of exponentials taken from there. Their sum in one number would lose log_sum at logits of
+  // 1e4.
   void* peak = nullptr;
   void* log_sum = nullptr;
   bool normaliser_given = false;  // read it instead of computing it
@@ -50,7 +51,7 @@ struct CrossEntropy {
   bool* correct = nullptr;
   Strided<void*> grad;    // of the logits, in their type; may be the logits' own memory
   PerPosition grad_loss;  // upstream, compute type
-  PerPosition grad_lse;   // upstream of lse = peak / temperature + log_sum; may be null
+  PerPosition grad_lse;   // upstream of lse = peak * softcap / temperature + log_sum; may be null
 };
 
 enum class Scalar { f64, f32, bf16, f16 };

@@ -1,4 +1,5 @@
-// Cross entropy's table of kernels for one instruction set. setup.py compiles this file once for each (see isa.cpp). setup.py compiles this file once for each (see isa.cpp).
+// Cross entropy's table of kernels for one instruction set. setup.py compiles this file once for each (see isa.cpp).
+// setup.py compiles this file once for each (see isa.cpp).
 #include "cross_entropy_rows.inl"
 #include "cross_entropy_tiles.inl"
 

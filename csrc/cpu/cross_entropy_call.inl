@@ -1,5 +1,5 @@
 // What the kernels of cross entropy share: loss, normaliser, statistics and gradient, in any combination, for one
-// instruction set. With f(x) = softcap * tanh(x / softcap) (or x), z = f(x) / T, p = softmax(z):
+// instruction set. With f(x) = tanh(x / softcap) (or x), z = f(x) * softcap / T, p = softmax(z):
 //
 //   q_c   = w_c * ((1 - smoothing) * t_c + smoothing / C)      t: probabilities; for a class index y, w_y stands
 //                                                              before its term and w_c before the smoothing's
@@ -23,11 +23,11 @@ struct CallOf {
 
   const CrossEntropy& c;
   const A* weight;
-  const A inv_t, softcap, inv_softcap;
-  const A to_exp2;       // exp(f / T) = 2^(f * to_exp2)
-  const A keep, spread;  // 1 - smoothing; smoothing / C
-  const bool dense;      // q has a term for every class
-  const int inner;       // last axis
+  const A inv_t, softcap;
+  const A to_z, to_exp2;  // z = f * to_z, exp(z) = 2^(f * to_exp2)
+  const A keep, spread;   // 1 - smoothing; smoothing / C
+  const bool dense;       // q has a term for every class
+  const int inner;        // last axis
   A* const peak_;
   A* const log_sum_;
 
@@ -36,8 +36,8 @@ struct CallOf {
         weight(static_cast<const A*>(call.weight)),
         inv_t(A(call.inv_temperature)),
         softcap(A(call.softcap)),
-        inv_softcap(kCap ? A(1 / call.softcap) : A(0)),
-        to_exp2(A(call.inv_temperature * 1.4426950408889634074)),
+        to_z(A(call.inv_temperature * (kCap ? call.softcap : 1))),
+        to_exp2(A(call.inv_temperature * (kCap ? call.softcap : 1) * 1.4426950408889634074)),
         keep(A(1 - call.smoothing)),
         spread(A(call.smoothing / double(call.classes))),
         dense(!call.indices || call.smoothing != 0),
@@ -61,17 +61,14 @@ struct CallOf {
 
   TLK_INLINE V cap(V x) const {
     if constexpr (kCap)
-      return softcap * tanh(x * inv_softcap);
+      return tanh(x / softcap);
     else
       return x;
   }
   TLK_INLINE A cap1(A x) const { return cap(set1(x))[0]; }
 
-  // d f / d x, from f
-  TLK_INLINE V slope(V f) const {
-    V t = f * inv_softcap;
-    return A(1) - t * t;
-  }
+  // T * dz / dx, from f. Near a cap it is small, so f is kept as it is, without the factor that would round it again.
+  static TLK_INLINE V slope(V f) { return (A(1) - f) * (A(1) + f); }
 
   bool ignored(int64_t row) const { return c.indices && c.indices[row] == c.ignore_index; }
   TLK_INLINE A weight_at(int64_t k) const { return weight ? weight[k] : A(1); }
@@ -85,9 +82,9 @@ struct CallOf {
     if (!c.loss) return;
     A value = 0;
     if (counted) {
-      value = t.q_distance * inv_t + t.q * log_sum;
+      value = t.q_distance * to_z + t.q * log_sum;
       if (c.z_loss != 0) {
-        A lse = peak * inv_t + log_sum;
+        A lse = peak * to_z + log_sum;
         value += A(c.z_loss) * lse * lse;
       }
     }
@@ -102,7 +99,7 @@ struct CallOf {
   Coefficients coefficients(int64_t row, bool counted, A peak, A log_sum, A inv_sum, A q) const {
     const A g = counted ? per_position(c.grad_loss, row) * inv_t : A(0);
     A rest = per_position(c.grad_lse, row) * inv_t;
-    if (counted && c.z_loss != 0) rest += g * A(2 * c.z_loss) * (peak * inv_t + log_sum);
+    if (counted && c.z_loss != 0) rest += g * A(2 * c.z_loss) * (peak * to_z + log_sum);
     return {g * q * inv_sum, g, rest * inv_sum};
   }
 

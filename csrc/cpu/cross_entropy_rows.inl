@@ -9,9 +9,9 @@ namespace TLK_ISA {
 template <class T, class P, bool kCap>
 struct Rows : CallOf<T, P, kCap> {
   using K = CallOf<T, P, kCap>;
-  using K::c, K::cap, K::coefficients, K::dense, K::ignored, K::inner, K::inv_t, K::keep, K::kLog2E, K::L;
+  using K::c, K::cap, K::coefficients, K::dense, K::ignored, K::inner, K::keep, K::kLog2E, K::L;
   using K::cap1;
-  using K::log_sum_, K::offset, K::peak_, K::per_position, K::slope, K::spread, K::to_exp2, K::weight;
+  using K::log_sum_, K::offset, K::peak_, K::per_position, K::slope, K::spread, K::to_exp2, K::to_z, K::weight;
   using K::weight_at, K::write_correct, K::write_loss;
   using typename K::A;
   using typename K::Coefficients;
@@ -210,7 +210,7 @@ struct Rows : CallOf<T, P, kCap> {
       write_loss(i, false, 0, 0, {});
       if (grad)
         sweep<A>(0, c.classes,
-              [&](int64_t k, int, int n) __attribute__((always_inline)) { store_some(grad + k, n, V{}); });
+                 [&](int64_t k, int, int n) __attribute__((always_inline)) { store_some(grad + k, n, V{}); });
       return;
     }
 
@@ -246,7 +246,7 @@ struct Rows : CallOf<T, P, kCap> {
       target.q_distance += own_q * (peak - cap1(own_x));
     }
     write_loss(i, counted, peak, log_sum, target);
-    if (c.entropy) static_cast<A*>(c.entropy)[i] = log_sum - row_expectation(x, peak) * inv_t * inv_sum;
+    if (c.entropy) static_cast<A*>(c.entropy)[i] = log_sum - row_expectation(x, peak) * to_z * inv_sum;
     if (c.correct) write_correct(i, x, q);
     if (!grad) return;
 

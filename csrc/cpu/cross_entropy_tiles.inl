@@ -8,9 +8,9 @@ namespace TLK_ISA {
 template <class T, class P, bool kCap>
 struct Tiles : CallOf<T, P, kCap> {
   using K = CallOf<T, P, kCap>;
-  using K::c, K::cap, K::coefficients, K::dense, K::ignored, K::inner, K::inv_t, K::keep, K::kLog2E, K::L;
+  using K::c, K::cap, K::coefficients, K::dense, K::ignored, K::inner, K::keep, K::kLog2E, K::L;
   using K::cap1, K::weight_at, K::write_correct, K::write_loss;
-  using K::log_sum_, K::offset, K::peak_, K::per_position, K::slope, K::spread, K::to_exp2, K::weight;
+  using K::log_sum_, K::offset, K::peak_, K::per_position, K::slope, K::spread, K::to_exp2, K::to_z, K::weight;
   using typename K::A;
   using typename K::Coefficients;
   using typename K::Target;
@@ -28,7 +28,18 @@ struct Tiles : CallOf<T, P, kCap> {
     return v;
   }
 
-  static constexpr int64_t kSumBlock = 256;  // classes per partial sum, as kBlock is for rows
+  static constexpr int64_t kSumBlock = 8;  // classes per partial sum: one chain of additions to a lane
+
+  // A sum of many parts that loses next to nothing (Kahan 1965).
+  struct Compensated {
+    V total{}, lost{};
+    TLK_INLINE void add(V part) {
+      const V y = part - lost, t = total + y;
+      const V less = (t - total) - y;
+      lost = less - less == A(0) ? less : V{};  // beside an infinity nothing is lost
+      total = t;
+    }
+  };
 
   struct Tile {
     int64_t row;   // of the first position
@@ -80,7 +91,7 @@ struct Tiles : CallOf<T, P, kCap> {
   void sum_tile(const Tile& t, const A* peak, A* sum, A* q_sum, A* q_distance, A* expectation) const {
     for (int v = 0; v < t.vectors; ++v) {
       const V top = load(peak + v * L);
-      V s{}, qs{}, qd{}, ex{};
+      Compensated s, qs, qd, ex;
       for (int64_t begin = 0; begin < c.classes; begin += kSumBlock) {
         const int64_t end = begin + kSumBlock < c.classes ? begin + kSumBlock : c.classes;
         V bs{}, bqs{}, bqd{}, bex{};
@@ -96,12 +107,14 @@ struct Tiles : CallOf<T, P, kCap> {
           }
           if (c.entropy) bex += e == A(0) ? V{} : e * distance;
         }
-        s += bs, qs += bqs, qd += bqd, ex += bex;
+        s.add(bs);
+        if (dense) qs.add(bqs), qd.add(bqd);
+        if (c.entropy) ex.add(bex);
       }
-      store(sum + v * L, s);
-      store(q_sum + v * L, qs);
-      store(q_distance + v * L, qd);
-      store(expectation + v * L, ex);
+      store(sum + v * L, s.total);
+      store(q_sum + v * L, qs.total);
+      store(q_distance + v * L, qd.total);
+      store(expectation + v * L, ex.total);
     }
   }
 
@@ -137,9 +150,9 @@ struct Tiles : CallOf<T, P, kCap> {
       for (int i = 0; i < t.n; ++i) peak[i] = peak_[t.row + i], q_sum[i] = spread * A(c.weight_sum);
       if (t.q)
         for (int v = 0; v < t.vectors; ++v) {
-          V total{};
-          for (int64_t k = 0; k < c.classes; ++k) total += tile_q(t, k, v);
-          store(q_sum + v * L, total);
+          Compensated q;
+          for (int64_t k = 0; k < c.classes; ++k) q.add(tile_q(t, k, v));
+          store(q_sum + v * L, q.total);
         }
     } else {
       sum_tile(t, peak, sum, q_sum, q_distance, ex);
@@ -155,7 +168,7 @@ struct Tiles : CallOf<T, P, kCap> {
         const V s = load(sum + v * L);
         log_sum = log_from_one(s), inverse = A(1) / s;
         if (c.entropy)
-          store_some(static_cast<A*>(c.entropy) + t.row + v * L, n, log_sum - load(ex + v * L) * inv_t * inverse);
+          store_some(static_cast<A*>(c.entropy) + t.row + v * L, n, log_sum - load(ex + v * L) * to_z * inverse);
       }
       store(sum + v * L, log_sum);
       store(ex + v * L, inverse);

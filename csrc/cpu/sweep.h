@@ -25,7 +25,8 @@ TLK_INLINE Vec<A> only(Vec<A> v, int n) {
   return n == lanes<A> || iota<A>() < n ? v : Vec<A>{};
 }
 
-// Calls body(first element, unroll slot below kSlots, number of elements: lanes, or fewer at the end) over [begin, end).
+// Calls body(first element, unroll slot below kSlots, number of elements: lanes, or fewer at the end) over [begin,
+// end).
 constexpr int kSlots = 4;
 template <class A, class Body>
 TLK_INLINE void sweep(int64_t begin, int64_t end, Body body) {

@@ -37,7 +37,7 @@ def _fake_stats(input: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, .
     return *(_fake_row(input) for _ in range(4)), _fake_row(input, torch.bool)
 
 
-# Losses of rows, and the two parts of their lse: peak / temperature + log_sum.
+# Losses of rows, and the two parts of their lse: peak * softcap (or 1) / temperature + log_sum.
 forward = define(
     f"cross_entropy_fwd(Tensor input, Tensor target, {_OPTIONS}) -> (Tensor loss, Tensor peak, Tensor log_sum)",
     _fake_forward,
@@ -111,7 +111,8 @@ class _Rows(Function):
         if not stats:
             return forward(input, target, weight, *numbers)
         loss, peak, log_sum, entropy, correct = forward_stats(input, target, weight, *numbers)
-        return loss, peak, log_sum, peak / numbers[2] + log_sum, entropy, correct
+        _, _, temperature, softcap, _ = numbers
+        return loss, peak, log_sum, peak * ((softcap or 1) / temperature) + log_sum, entropy, correct
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
