@@ -59,7 +59,7 @@ def test_every_combination_of_options(target):
 @pytest.mark.parametrize("target", TARGETS, ids=str)
 def test_every_combination_of_options_on_tiles(target):
     for case in OPTIONS[::3]:
-        check(case._replace(shape=(2, 5, 19)), target, seeds=2)
+        check(case._replace(shape=(2, 5, 19)), target, seeds=8)  # eager is lucky in fewer
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=str)
