@@ -87,12 +87,16 @@ def native_extension() -> dict:
 
     extension = CppExtension(
         "tlkernels._C",
-        sources=["csrc/module.cpp", *(str(CPU / f"{name}.cpp") for name in ("isa", "pool", "tensor", *LOSSES))],
+        sources=[
+            "csrc/module.cpp",
+            "csrc/autograd.cpp",
+            *(str(CPU / f"{name}.cpp") for name in ("isa", "pool", "tensor", *LOSSES)),
+        ],
         include_dirs=[pybind11.get_include()],
         define_macros=[("TLK_BUILD_TORCH", f'"{torch.__version__}"'), ("TLK_BUILD_SANITIZE", f'"{int(SANITIZE)}"')],
         extra_compile_args=["-O2", "-fopenmp", "-fvisibility=hidden", "-Wall", *SANITIZE_FLAGS],
         extra_link_args=["-fopenmp", *SANITIZE_FLAGS],
-        depends=[str(path.relative_to(ROOT)) for path in (ROOT / CPU).rglob("*")],
+        depends=[str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*")],
     )
     return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}
 

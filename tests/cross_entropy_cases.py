@@ -14,6 +14,8 @@ def pytorch(input, target, weight=None, *, ignore_index=-100, reduction="mean", 
             temperature=1.0, softcap=None, z_loss=0.0):  # fmt: skip
     """The lines of the docstring, in the dtype of the input."""
     axis = min(input.dim() - 1, 1)
+    if target.is_floating_point():
+        target = target.to(input.dtype)
     x = input if softcap is None else softcap * torch.tanh(input / softcap)
     x = x / temperature
     smoothing = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
@@ -67,14 +69,21 @@ class Case(NamedTuple):
     def functions(self, target, weight, options, impl):
         """Return the loss as a function of the input: ours, eager's, the oracle's."""
 
-        def to(tensor, dtype):
-            return tensor.to(dtype) if tensor is not None and tensor.is_floating_point() else tensor
-
+        wide = weight if weight is None else weight.double()
         return (
             lambda x: tlk.cross_entropy(x, target, weight, impl=impl, **options),
-            lambda x: pytorch(x, to(target, self.dtype), weight, **options),
-            lambda x: pytorch(x, to(target, torch.float64), to(weight, torch.float64), **options),
+            lambda x: pytorch(x, target, weight, **options),
+            lambda x: pytorch(x, target, wide, **options),
         )
+
+    def for_battery(self, small=False):
+        def make(seed):
+            input, target, weight, options = self.make(seed)
+            input = input / 20 if small else input  # smooth
+            return {"input": input, "target": target, "weight": weight, **options}
+
+        grads = ("input", "target") if small and self.target == "probabilities" else ("input",)
+        return testing.LossCase(f"small-{self}" if small else str(self), self.dtype, make, grads, small)
 
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
@@ -126,3 +135,39 @@ LAID_OUT = [
     for dtype in (F32, BF16)
     for target in ("indices", "probabilities", "probabilities32")
 ]
+
+SMALL = [
+    Case((4, 5), F64), Case((4, 5), F64, options=(*MIXED[:4], ("reduction", "none"))), Case((5,), F64, "probabilities"),
+    Case((2, 3, 2), F64, weighted=True, options=(("reduction", "sum"),)),
+    Case((3, 4), F64, "probabilities", True, options=MIXED[:4]),
+]  # fmt: skip
+
+
+def module(input, target, weight=None, **options):
+    return tlk.CrossEntropyLoss(weight, **options), (input, target)
+
+
+def ops():
+    from tlkernels.losses.cross_entropy import ops
+
+    options = (torch.rand(5), -100, 0.1, 2.0, 3.0, 0.01)
+    for requires_grad in (False, True):
+        for y in (torch.randint(0, 5, (4, 3)), torch.randn(4, 5, 3).softmax(1)):
+            x, g = torch.randn(4, 5, 3), torch.rand(4, 3)
+            _, peak, log_sum = ops.forward(x, y, *options)
+            yield ops.backward_, (g, None, x.clone(), y, peak, log_sum, *options)
+            x.requires_grad_(requires_grad)
+            yield ops.forward, (x, y, *options)
+            yield ops.forward_stats, (x, y, *options)
+            yield ops.backward, (g, g, x, y, peak, log_sum, *options)
+            yield ops.total, (x, y, *options, True)
+            yield ops.step, (x, y, *options, True)
+
+
+LOSS = testing.Loss(
+    tlk.cross_entropy,
+    pytorch,
+    [*(case.for_battery() for case in (*GRID, *LAID_OUT)), *(case.for_battery(small=True) for case in SMALL)],
+    module,
+    ops,
+)

@@ -1,8 +1,8 @@
-"""Value, gradient and second gradient of cross entropy against float64, over options, dtypes, shapes, layouts."""
+"""Cross entropy against float64 over every combination of its options, PyTorch's samples, and what hypothesis finds."""
 
 import pytest
 import torch
-from cross_entropy_cases import BF16, F16, F32, F64, GRID, LAID_OUT, MIXED, OPTIONS, Case, pytorch
+from cross_entropy_cases import BF16, F16, F32, F64, MIXED, OPTIONS, Case, pytorch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -30,20 +30,6 @@ def check(case, target, seeds=3):
         grad_budget.add(grad, eager_grad, right_grad)
     value_budget.check("loss")
     grad_budget.check("gradient")
-
-
-@pytest.mark.core
-@pytest.mark.parametrize("target", TARGETS, ids=str)
-@pytest.mark.parametrize("case", GRID, ids=str)
-def test_shapes_and_dtypes(case, target):
-    check(case, target)
-
-
-@pytest.mark.core
-@pytest.mark.parametrize("target", TARGETS, ids=str)
-@pytest.mark.parametrize("case", LAID_OUT, ids=str)
-def test_strides(case, target):
-    check(case, target)
 
 
 @pytest.mark.core

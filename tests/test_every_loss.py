@@ -1,11 +1,13 @@
 """The battery that every loss goes through: it takes part by a `LOSS` in tests/<loss>_cases.py."""
 
 import importlib
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+import tlkernels as tlk
 from tlkernels import testing
 
 LOSSES = {}
@@ -18,44 +20,255 @@ TARGETS = testing.targets()
 IMPLEMENTATIONS = sorted({target.impl for target in TARGETS})
 
 
-def cases(small=False):
-    return [
+def over(which=lambda loss, case: True):
+    """Parametrise by the cases that `which` lets through."""
+    chosen = [
         pytest.param(loss, case, id=f"{name}-{case.id}")
         for name, loss in LOSSES.items()
         for case in loss.cases
-        if case.small or not small
+        if which(loss, case)
     ]
+    return pytest.mark.parametrize(("loss", "case"), chosen)
+
+
+def one_each(loss, case):
+    return case is loss.cases[0]
+
+
+def small(loss, case):
+    return case.small
+
+
+def small_and_twice(loss, case):
+    return case.small and loss.twice
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def impl(request):
+    return request.param
+
+
+class Call:
+    """A case with numbers: `ours`, `eager` and `right` are functions of the tensors that get a gradient."""
+
+    def __init__(self, loss, case, impl, seed=0):
+        self.arguments = case.make(seed)
+        self.tensors, put = testing.split(self.arguments, case.wants_grad)
+        wide_tensors, wide_put = testing.split(testing.widened(self.arguments), case.wants_grad)
+        self.wide_tensors = wide_tensors
+        self.ours = lambda *tensors: loss.function(**put(*tensors), impl=impl)
+        self.eager = lambda *tensors: loss.pytorch(**put(*tensors))
+        self.right = lambda *tensors: loss.pytorch(**wide_put(*tensors))
+
+
+def leaves(tensors):
+    return [tensor.detach().requires_grad_() for tensor in tensors]
+
+
+def upstream_of(value, seed=0):
+    """Not 1, and the same number in every dtype."""
+    upstream = 0.5 + torch.rand(value.shape, generator=torch.Generator().manual_seed(seed))
+    return upstream.to(torch.bfloat16).to(value.dtype)
+
+
+def gradients(function, tensors, seed=0):
+    inputs = leaves(tensors)
+    value = function(*inputs)
+    return value.detach(), torch.autograd.grad(value, inputs, upstream_of(value, seed))
+
+
+def same(result, expected):
+    torch.testing.assert_close(result, expected, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.core
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("target", TARGETS, ids=str)
-@pytest.mark.parametrize(("loss", "case"), cases())
+@over()
 def test_value_and_gradients(loss, case, target):
     budgets = {}
     for seed in range(3):
-        arguments = case.make(seed)
-        tensors, put = testing.split(arguments, case.wants_grad)
-        wide_tensors, wide_put = testing.split(testing.widened(arguments), case.wants_grad)
         with testing.forced(target) as impl:
-            value, grads = run(lambda *t: loss.function(**put(*t), impl=impl), tensors, seed)
+            call = Call(loss, case, impl, seed)
+            before = [tensor.clone() for tensor in call.tensors]
+            value, grads = gradients(call.ours, call.tensors, seed)
+        assert all(map(torch.equal, call.tensors, before)), "an input was changed"
         assert value.dtype == case.dtype
-        for name, grad, tensor in zip(case.wants_grad, grads, tensors, strict=True):
-            assert grad.dtype == tensor.dtype, name
-        eager = run(lambda *t: loss.pytorch(**put(*t)), tensors, seed)
-        right = run(lambda *t: loss.pytorch(**wide_put(*t)), wide_tensors, seed)
-        triples = [("loss", value, eager[0], right[0])]
-        triples += zip(case.wants_grad, grads, eager[1], right[1], strict=True)
+        for name, grad, tensor in zip(case.wants_grad, grads, call.tensors, strict=True):
+            assert (grad.dtype, grad.shape) == (tensor.dtype, tensor.shape), name
+        eager_value, eager_grads = gradients(call.eager, call.tensors, seed)
+        right_value, right_grads = gradients(call.right, call.wide_tensors, seed)
+        triples = [("loss", value, eager_value, right_value)]
+        triples += zip(case.wants_grad, grads, eager_grads, right_grads, strict=True)
         for name, *values in triples:
             budgets.setdefault(name, testing.Budget(case.dtype)).add(*values)
     for name, budget in budgets.items():
         budget.check(name)
 
 
-def run(function, tensors, seed, create_graph=False):
-    """Return the value and the gradients for an upstream that is not 1."""
-    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
-    value = function(*leaves)
-    upstream = 0.5 + torch.rand(value.shape, generator=torch.Generator().manual_seed(seed))
-    upstream = upstream.to(torch.bfloat16).to(value.dtype)  # the same number in every dtype
-    return value.detach(), torch.autograd.grad(value, leaves, upstream, create_graph=create_graph)
+@pytest.mark.core
+@pytest.mark.usefixtures("poisoned_memory")
+@over(lambda loss, case: case.small or case is loss.cases[0])
+def test_only_the_gradients_that_are_asked_for(loss, case, impl):
+    call = Call(loss, case, impl)
+    _, all_of_them = gradients(call.ours, call.tensors)
+    for k, whole in enumerate(all_of_them):
+        inputs = [tensor.detach().requires_grad_(i == k) for i, tensor in enumerate(call.tensors)]
+        value = call.ours(*inputs)
+        (grad,) = torch.autograd.grad(value, inputs[k], upstream_of(value))
+        torch.testing.assert_close(grad, whole)
+    assert not call.ours(*(tensor.detach() for tensor in call.tensors)).requires_grad
+
+
+@over(lambda loss, case: case.small or case is loss.cases[0])
+def test_two_backwards_and_a_third_that_is_too_much(loss, case, impl):
+    """A second backward fails or doubles (QuACK #209); one's owner changing it does not change the next."""
+    call = Call(loss, case, impl)
+    inputs = leaves(call.tensors)
+    value = call.ours(*inputs)
+    first = torch.autograd.grad(value, inputs, upstream_of(value), retain_graph=True)
+    kept = [grad.clone() for grad in first]
+    for grad in first:
+        grad.zero_()
+    torch.testing.assert_close(list(torch.autograd.grad(value, inputs, upstream_of(value))), kept)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(value, inputs, upstream_of(value))
+
+
+@over(one_each)
+def test_same_bits_run_after_run(loss, case, impl):
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (threads, threads, 1) if loss.rowwise else (threads, threads):
+            torch.set_num_threads(count)
+            call = Call(loss, case, impl)
+            value, grads = gradients(call.ours, call.tensors)
+            results.append((value, *grads))
+    finally:
+        torch.set_num_threads(threads)
+    if impl == "reference":  # eager's own sums depend on the number of threads
+        results = results[:2]
+    for result in results[1:]:
+        assert all(map(torch.equal, results[0], result))
+
+
+@over(small)
+def test_gradcheck(loss, case, impl):
+    call = Call(loss, case, impl)
+    assert torch.autograd.gradcheck(call.ours, leaves(call.tensors))
+    if loss.twice:
+        assert torch.autograd.gradgradcheck(call.ours, leaves(call.tensors))
+
+
+@over(small_and_twice)
+def test_second_gradient(loss, case, impl):
+    """create_graph=True silently partial (Liger, CCE, QuACK, flash-attn): by every input and by the upstream."""
+    results = []
+    call = Call(loss, case, impl)
+    for function in (call.ours, call.right):
+        inputs = leaves(call.wide_tensors)
+        value = function(*inputs)
+        upstream = upstream_of(value).requires_grad_()
+        grads = torch.autograd.grad(value, inputs, upstream, create_graph=True)
+        mixed = sum((grad.square() * torch.arange(1, grad.numel() + 1).view(grad.shape)).sum() for grad in grads)
+        results.append(torch.autograd.grad(mixed, [*inputs, upstream], allow_unused=True, materialize_grads=True))
+    same(*results)
+
+
+@pytest.mark.parametrize("impl", [*IMPLEMENTATIONS, "auto"])
+@over(small)
+class TestFunc:
+    """torch.func gives PyTorch's values, or raises; `auto` gives them."""
+
+    def compare(self, impl, run, call):
+        try:
+            result = run(call.ours)
+        except NotImplementedError:
+            assert impl not in ("auto", "reference")
+            return
+        same(result, run(call.right))
+
+    @pytest.mark.parametrize("of", ["grad", "jacrev", "jacfwd", "hessian"])
+    def test_derivatives(self, loss, case, impl, of):
+        if of == "hessian" and not loss.twice:
+            pytest.skip("second derivatives are not promised")
+        call = Call(loss, case, impl)
+        scalar = {"grad", "hessian"}
+
+        def run(function):
+            reduced = (lambda *tensors: function(*tensors).sum()) if of in scalar else function
+            return getattr(torch.func, of)(reduced, argnums=tuple(range(len(call.tensors))))(*call.wide_tensors)
+
+        self.compare(impl, run, call)
+
+    def test_jvp(self, loss, case, impl):
+        call = Call(loss, case, impl)
+        tangents = tuple(torch.randn_like(tensor) for tensor in call.wide_tensors)
+        self.compare(impl, lambda function: torch.func.jvp(function, call.wide_tensors, tangents), call)
+
+    @pytest.mark.parametrize("of", [lambda f: f, torch.func.grad], ids=["value", "grad"])
+    def test_vmap(self, loss, case, impl, of):
+        call = Call(loss, case, impl)
+        stacked = [torch.stack([tensor, tensor * 0.5, tensor * 2]) for tensor in call.wide_tensors]
+
+        def run(function):
+            return torch.func.vmap(of(lambda *tensors: function(*tensors).sum()))(*stacked)
+
+        try:
+            expected = run(call.right)
+        except RuntimeError:  # PyTorch's own lines do not vmap
+            pytest.skip("the PyTorch lines cannot be vmapped")
+        try:
+            same(run(call.ours), expected)
+        except NotImplementedError:
+            assert impl not in ("auto", "reference")
+
+
+@over(lambda loss, case: case.small or case is loss.cases[0])
+def test_compile(loss, case, impl):
+    call = Call(loss, case, impl)
+    torch._dynamo.reset()
+    scaled = lambda *tensors: call.ours(*(tensor * 2 for tensor in tensors)) * 3  # noqa: E731
+    compiled, plain = torch.compile(scaled, fullgraph=True), scaled
+    for result, expected in zip(gradients(compiled, call.tensors), gradients(plain, call.tensors), strict=True):
+        torch.testing.assert_close(result, expected)
+
+
+@over(one_each)
+def test_autocast_gives_float32(loss, case, impl):
+    call = Call(loss, case, impl)
+    tensors = [tensor.to(torch.bfloat16) for tensor in call.tensors]
+    inputs = leaves(tensors)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = call.ours(*inputs)
+    assert value.dtype == torch.float32
+    for tensor, grad in zip(inputs, torch.autograd.grad(value.sum(), inputs), strict=True):
+        assert grad.dtype == tensor.dtype
+        assert grad.isfinite().all()
+
+
+@over(lambda loss, case: True)
+def test_module_is_the_function(loss, case):
+    arguments = case.make(0)
+    module, inputs = loss.module(**arguments)
+    expected = loss.function(**arguments)
+    result = module(*inputs)
+    torch.testing.assert_close(result.detach(), expected.detach())
+    assert repr(module)
+    assert {name for name, _ in module.named_parameters()} <= {"linear.weight", "linear.bias", "log_logit_scale"}
+
+
+@pytest.mark.usefixtures("needs_native")
+@pytest.mark.parametrize("name", LOSSES)
+def test_opcheck(name):
+    for op, arguments in LOSSES[name].ops():
+        torch.library.opcheck(op, arguments)
+
+
+@over(one_each)
+def test_explain_and_unknown_implementation(loss, case):
+    arguments = case.make(0)
+    assert "served by" in tlk.explain(partial(loss.function, **arguments))
+    with pytest.raises(ValueError, match="impl: expected 'auto' or one of"):
+        loss.function(**arguments, impl="cuda")

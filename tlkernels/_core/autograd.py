@@ -1,19 +1,21 @@
 """Autograd that losses share: a gradient computed along with the loss, and derivatives of gradients."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function, forward_ad
+from torch.autograd import forward_ad
+
+from tlkernels._core import native
 
 Tensors = Sequence[Tensor | None]
 Step = Callable[[Tensors, Sequence[bool]], tuple[Tensor, list[Tensor | None]]]
+Backward = Callable[[Tensor, Tensors, Sequence[bool]], list[Tensor | None]]
 Again = Callable[[Tensors], Tensor]
 
 
 def plain(*tensors: Tensor | None) -> bool:
-    """Return whether nothing but plain autograd will ask for derivatives: no compiler, transform, forward mode, hook."""
+    """Return whether nothing but plain autograd will ask for derivatives: no compiler, transform, forward mode."""
     return (
         not torch.compiler.is_compiling()
         and all(tensor is None or type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
@@ -35,29 +37,8 @@ def differentiate(again: Again, tensors: Tensors, needs: Sequence[bool], upstrea
     return [next(found) if need else None for need in needs]
 
 
-class _OneSweep(Function):
-    @staticmethod
-    def forward(ctx: Any, step: Step, again: Again, *tensors: Tensor | None) -> Tensor:
-        loss, ctx.grads = step(tensors, ctx.needs_input_grad[2:])
-        ctx.step, ctx.again = step, again
-        ctx.save_for_backward(*tensors)
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> Any:
-        needs = ctx.needs_input_grad[2:]
-        grads, ctx.grads = ctx.grads, None
-        if torch.is_grad_enabled():
-            return None, None, *differentiate(ctx.again, ctx.saved_tensors, needs, upstream)
-        if grads is None:
-            _, grads = ctx.step(ctx.saved_tensors, needs)
-        if upstream.device.type != "cpu" or upstream.item() != 1:
-            grads = [None if grad is None else grad.mul_(upstream.to(grad.dtype)) for grad in grads]
-        return None, None, *grads
-
-
 def one_sweep(step: Step, again: Again, *tensors: Tensor | None) -> Tensor:
-    """Return a 0-d loss whose gradients are computed along with it; only where `plain(*tensors)`.
+    """Return a loss whose gradients are computed along with it; only where `plain(*tensors)`, and for a 0-d loss.
 
     The first backward gives the gradients away, so that theirs is the only memory; a second one computes them again,
     and one that is to be differentiated (`create_graph=True`) goes through `again`.
@@ -67,5 +48,42 @@ def one_sweep(step: Step, again: Again, *tensors: Tensor | None) -> Tensor:
         again: the same loss of the same tensors in plain PyTorch.
         tensors: what may need a gradient; `step` and `again` hold everything else.
     """
-    loss: Tensor = _OneSweep.apply(step, again, *tensors)  # type: ignore[no-untyped-call]
+    needs = [_needs_grad(tensor) for tensor in tensors]
+    with torch.no_grad():
+        loss, grads = step(tensors, needs)
+
+    def compute(upstream: Tensor, tensors: Tensors, needs: Sequence[bool], create_graph: bool) -> list[Tensor | None]:
+        if create_graph:
+            return differentiate(again, tensors, needs, upstream)
+        _, grads = step(tensors, needs)
+        return [None if grad is None else grad.mul_(upstream) for grad in grads]
+
+    if any(needs):
+        native.attach(loss, tensors, grads, compute)
     return loss
+
+
+def two_sweeps(loss: Tensor, backward: Backward, again: Again, *tensors: Tensor | None) -> Tensor:
+    """Return `loss`, computed without autograd, with a gradient by `tensors`; only where `plain(*tensors)`.
+
+    For what `one_sweep` does not serve: an upstream gradient for each row, or one that the gradient must not be rounded
+    without, as in float16.
+
+    Args:
+        loss: its own history is replaced.
+        backward: (upstream, tensors, whether each needs a gradient) -> a gradient for each that does.
+        again, tensors: as of `one_sweep`.
+    """
+
+    def compute(upstream: Tensor, tensors: Tensors, needs: Sequence[bool], create_graph: bool) -> list[Tensor | None]:
+        if create_graph:
+            return differentiate(again, tensors, needs, upstream)
+        return backward(upstream, tensors, needs)
+
+    if any(map(_needs_grad, tensors)):
+        native.attach(loss, tensors, [], compute)
+    return loss
+
+
+def _needs_grad(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()

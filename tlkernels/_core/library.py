@@ -12,6 +12,8 @@ def define(schema: str, fake: Callable[..., Any]) -> Any:
     """Define `tlkernels::<schema>` and return its overload; `fake` gives results of the right kind without data."""
     name = _library.define(schema)
     torch.library.register_fake(f"tlkernels::{name}", fake, lib=_library)
+    # Autograd is attached around the op; torch's own fallback would only box its arguments to say that it has none.
+    _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
     return getattr(torch.ops.tlkernels, name).default
 
 

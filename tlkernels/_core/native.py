@@ -2,9 +2,11 @@
 
 import importlib
 import os
+from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
-import torch  # noqa: F401  (its libraries must be loaded before the extension's)
+from torch import Tensor  # before the extension, whose libraries torch brings
 
 _ENVIRONMENT = "TLKERNELS_ISA"
 
@@ -54,6 +56,15 @@ def force_isa(name: str) -> None:
         RuntimeError: the extension is not loaded.
     """
     _loaded().isa_force(name)
+
+
+def attach(loss: Tensor, inputs: Sequence[Tensor | None], grads: Sequence[Tensor | None], compute: Any) -> None:
+    """Make `loss` the result of `inputs` in autograd's graph. For `_core/autograd.py`.
+
+    `grads` are the gradients for an upstream of 1, one for each input, or empty. Where they are gone, or are to be
+    differentiated, `compute(upstream, inputs, whether each needs a gradient, create_graph)` gives them.
+    """
+    _loaded().attach(loss, inputs, grads, compute)
 
 
 def build_info() -> dict[str, str]:

@@ -1,25 +1,27 @@
 """Cross entropy's ops: schemas, fakes, autograd, and the list of implementations.
 
-The native path has two forms. Under plain autograd one Function does it all (`_Direct`), where it can in one sweep over
-the logits. Everywhere else an op gives the loss of each row, another its gradient, both with autograd of their own
-(`_Rows`, `_Gradient`), and the reduction is plain PyTorch.
+The native path has two forms. Under plain autograd one node does it all, where it can in one sweep over the logits
+(`_core/autograd.py`). Everywhere else an op gives the loss of each row, another its gradient, both with autograd of
+their own (`_Rows`, `_Gradient`), and the reduction is plain PyTorch.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C._functorch import TransformType
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
 
 from tlkernels._core import native
+from tlkernels._core.autograd import Tensors, one_sweep, plain, two_sweeps
 from tlkernels._core.dispatch import Implementation
 from tlkernels._core.library import define, take_memory
 from tlkernels._core.reduction import reduce
 from tlkernels.losses.cross_entropy import reference
-from tlkernels.losses.cross_entropy.call import Call, CrossEntropyOutput, Options, class_axis, compute_dtype
-from tlkernels.losses.cross_entropy.second_order import directional, target_gradient
+from tlkernels.losses.cross_entropy.call import Call, CrossEntropyOutput, class_axis, compute_dtype
+from tlkernels.losses.cross_entropy.second_order import along_target, directional, target_gradient
 
 _OPTIONS = "Tensor? weight, int ignore_index, float label_smoothing, float temperature, float? softcap, float z_loss"
 
@@ -224,13 +226,13 @@ class _GradientWithJvp(_Gradient):
     @staticmethod
     def jvp(ctx: Any, loss_t: Any, lse_t: Any, input_t: Any, target_t: Any, weight_t: Any, *_: Any) -> Any:
         grad_loss, grad_lse, input, target, weight, peak, log_sum = ctx.saved_tensors
-        if target_t is not None or weight_t is not None:
-            raise NotImplementedError(
-                "target, weight: cross_entropy(impl='native') gives no forward derivative of its gradient for them"
-            )
+        if weight_t is not None:
+            raise NotImplementedError("weight: cross_entropy(impl='native') gives no derivative for it")
         total = torch.zeros_like(input)
         if input_t is not None:  # the second derivative is symmetric
             total = total + directional(input_t, grad_loss, grad_lse, input, target, weight, ctx.numbers)[2]
+        if target_t is not None:
+            total = total + along_target(target_t, grad_loss, input, target, weight, ctx.numbers)
         if loss_t is not None or lse_t is not None:
             loss_t = torch.zeros_like(grad_loss) if loss_t is None else loss_t
             total = total + _apply(_Gradient, loss_t, lse_t, input, target, weight, peak, log_sum, ctx.numbers)
@@ -254,80 +256,40 @@ def _overwrite(
     return grad
 
 
-class _Direct(Function):
-    """(input, target, weight, reduction, options without weight) -> loss, under nothing but plain autograd.
+def _run_plain(call: Call) -> Tensor:
+    input, target, (weight, *numbers), reduction = call.input, call.target, call.options, call.reduction
 
-    With `one_sweep` the gradient is computed along with the loss. The first backward gives it away, so that its memory
-    is the only one; a second one, or one that is to be differentiated, computes it again from the input.
-    """
+    def again(tensors: Tensors) -> Tensor:
+        (input,) = tensors
+        return reference.cross_entropy(call._replace(input=input))  # type: ignore[arg-type, return-value]
 
-    @staticmethod
-    def forward(
-        ctx: Any, input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, one_sweep: bool, numbers: Any
-    ) -> Tensor:
-        ctx.reduction, ctx.numbers, ctx.grad = reduction, numbers, None
-        loss: Tensor
-        if one_sweep:
-            loss, ctx.grad = step(input, target, weight, *numbers, reduction == "mean")
-            ctx.save_for_backward(input, target, weight)
-            return loss
-        loss, peak, log_sum = forward(input, target, weight, *numbers)
-        ctx.save_for_backward(input, target, weight, peak, log_sum)
-        return reduce(loss, _denominator(input, target, weight, numbers) if reduction == "mean" else 1, reduction)
+    # A float16 gradient waits for the loss scale that comes with its upstream: before, small values would be 0.
+    if reduction == "none" or input.dtype == torch.float16:
+        with torch.no_grad():
+            rows, peak, log_sum = forward(input, target, weight, *numbers)
+            denominator = call.denominator() if reduction == "mean" else 1
+            loss = reduce(rows, denominator, reduction).to(call.dtype)
 
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> Any:
-        grad, ctx.grad = ctx.grad, None
-        if grad is None or torch.is_grad_enabled():
-            grad = _Direct.compute(ctx, grad_loss)
-        elif (factor := grad_loss.item()) != 1:
-            grad.mul_(factor)
-        return grad, None, None, None, None, None
+        def backward_(upstream: Tensor, tensors: Tensors, needs: Sequence[bool]) -> list[Tensor | None]:
+            upstream = (upstream.to(rows.dtype) / denominator).expand(peak.shape)
+            return [backward(upstream, None, tensors[0], target, peak, log_sum, weight, *numbers)]
 
-    @staticmethod
-    def compute(ctx: Any, grad_loss: Tensor) -> Tensor:
-        input, target, weight, *normaliser = ctx.saved_tensors
-        if not normaliser:
-            with torch.no_grad():
-                _, *normaliser = forward(input, target, weight, *ctx.numbers)
-        if ctx.reduction == "mean":
-            grad_loss = grad_loss / _denominator(input, target, weight, ctx.numbers)
-        grad_rows = grad_loss.expand(normaliser[0].shape)
-        grad: Tensor
-        if torch.is_grad_enabled():
-            grad = _apply(_Gradient, grad_rows, None, input, target, weight, *normaliser, ctx.numbers)
-        else:
-            grad = backward(grad_rows, None, input, target, *normaliser, weight, *ctx.numbers)
-        return grad
+        return two_sweeps(loss, backward_, again, input)
 
+    def step_(tensors: Tensors, needs: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
+        sweep, grad = step if needs[0] else total, None
+        loss = sweep(tensors[0], target, weight, *numbers, reduction == "mean")
+        if needs[0]:
+            loss, grad = loss
+        return loss if loss.dtype == call.dtype else loss.to(call.dtype), [grad]
 
-def _denominator(input: Tensor, target: Tensor, weight: Tensor | None, numbers: Any) -> Tensor | float:
-    return Call(input, target, Options(weight, *numbers), "mean", False, False).denominator()
-
-
-def _plain(call: Call) -> bool:
-    """Whether nothing but plain autograd will ask for derivatives of the loss, and of the input alone."""
-    return (
-        not torch.compiler.is_compiling()
-        and not (call.stats or call.inplace_grad or call.target.requires_grad)
-        and type(call.input) in (Tensor, torch.nn.Parameter)
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
-        and torch._C._autograd._top_saved_tensors_default_hooks(False) is None  # such as activation checkpointing
-    )
+    return one_sweep(step_, again, input)
 
 
 def _run_native(call: Call) -> Tensor | CrossEntropyOutput:
     input, target, (weight, *numbers), reduction = call.input, call.target, call.options, call.reduction
-    if _plain(call):
-        loss: Tensor
-        if reduction != "none" and not (input.requires_grad and torch.is_grad_enabled()):
-            loss = total(input, target, weight, *numbers, reduction == "mean")
-        else:
-            # A float16 gradient waits for the loss scale that comes with its upstream: before, small values would be 0.
-            one_sweep = reduction != "none" and input.dtype != torch.float16
-            loss = _Direct.apply(input, target, weight, reduction, one_sweep, numbers)  # type: ignore[no-untyped-call]
-        return loss if loss.dtype == call.dtype else loss.to(call.dtype)
+    if not (call.stats or call.inplace_grad or target.requires_grad) and plain(input):
+        return _run_plain(call)
     rows, _, _, *stats = _apply(_Rows, input, target, weight, numbers, call.stats, call.inplace_grad)
     loss = reduce(rows, call.denominator() if reduction == "mean" else 1, reduction).to(call.dtype)
     return CrossEntropyOutput(loss, *stats) if call.stats else loss

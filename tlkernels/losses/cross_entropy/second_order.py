@@ -97,3 +97,19 @@ def target_gradient(grad_loss: Tensor, input: Tensor, target: Tensor, weight: Te
     z, _, _ = _logits(input, numbers)
     grad: Tensor = grad_loss.to(z.dtype).unsqueeze(axis) * (numbers[1] - 1) * z.log_softmax(axis)
     return (grad if weight is None else grad * _along(weight, z, axis)).to(target.dtype)
+
+
+def along_target(
+    direction: Tensor, grad_loss: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, numbers: Any
+) -> Tensor:
+    """Return the derivative of the input's gradient along a direction of target probabilities.
+
+    It is g * z'(x) * (p * sum(dq) - dq), where dq is (1 - label_smoothing) * weight * direction.
+    """
+    axis = class_axis(input)
+    z, slope, _ = _logits(input, numbers)
+    dq = direction.to(z.dtype) * (1 - numbers[1])
+    dq = dq if weight is None else dq * _along(weight, z, axis)
+    g = grad_loss.to(z.dtype).unsqueeze(axis)
+    result: Tensor = g * slope * (z.softmax(axis) * dq.sum(axis, keepdim=True) - dq)
+    return result.to(input.dtype)

@@ -1,0 +1,9 @@
+// What the extension adds to autograd.
+#pragma once
+#include <pybind11/pybind11.h>
+
+namespace tlk {
+
+void bind_autograd(pybind11::module_& m);
+
+}  // namespace tlk
