@@ -73,6 +73,12 @@ struct CallOf {
   bool ignored(int64_t row) const { return c.indices && c.indices[row] == c.ignore_index; }
   TLK_INLINE A weight_at(int64_t k) const { return weight ? weight[k] : A(1); }
 
+  // q_k and what follows it, of contiguous classes, but for a class index's own term
+  TLK_INLINE V q_at(const P* q, int64_t k, int n) const {
+    V v = q ? load_some(q + k, n, A(0)) * keep + spread : set1(spread);
+    return weight ? v * load_some(weight + k, n, A(0)) : v;
+  }
+
   // What a row's q adds up to, and its product with the distance of the logits from the peak.
   struct Target {
     A q = 0, q_distance = 0;

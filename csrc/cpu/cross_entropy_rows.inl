@@ -1,7 +1,6 @@
-// Cross entropy where the class axis is contiguous: the classes of a row are the vector lanes. A row of few classes
-// stays in registers; of a longer one each block is in the first-level cache for both its sweeps, and the gradient's
-// sweep finds the row in the cache behind it.
-#include "cross_entropy_call.inl"
+// Cross entropy where the class axis is contiguous: the classes of a row are the vector lanes. Each block of a row is
+// in the first-level cache for both its sweeps, and the gradient's sweep finds the row in the cache behind it.
+#include "cross_entropy_short.inl"
 
 namespace tlk {
 namespace TLK_ISA {
@@ -10,8 +9,8 @@ template <class T, class P, bool kCap>
 struct Rows : CallOf<T, P, kCap> {
   using K = CallOf<T, P, kCap>;
   using K::c, K::cap, K::coefficients, K::dense, K::ignored, K::inner, K::keep, K::kLog2E, K::L;
-  using K::cap1;
-  using K::log_sum_, K::offset, K::peak_, K::per_position, K::slope, K::spread, K::to_exp2, K::to_z, K::weight;
+  using K::cap1, K::log_sum_, K::offset, K::peak_, K::per_position, K::q_at, K::slope, K::spread, K::to_exp2, K::to_z,
+      K::weight;
   using K::weight_at, K::write_correct, K::write_loss;
   using typename K::A;
   using typename K::Coefficients;
@@ -21,7 +20,6 @@ struct Rows : CallOf<T, P, kCap> {
   static constexpr int64_t kBlock = 4096;  // classes per block: at most half the first-level cache, summed before
                                            // rounding errors add up
   static constexpr int64_t kAhead = 2048;  // bytes fetched ahead of a long row's gradient sweep: half a page
-  static constexpr int kShort = 4;         // a row of up to this many vectors stays in registers
 
   // The exponentials of a row that is not too long are kept from the sum to the gradient, each block's from the peak so
   // far: in the gradient's own memory, or for a 16-bit type in scratch. Twice the exponentials cost more than that.
@@ -49,11 +47,6 @@ struct Rows : CallOf<T, P, kCap> {
       m[slot] = vmax(load_some(x + k, n, lowest), m[slot]);
     });
     return reduce_max<A>(vmax(vmax(m[0], m[1]), vmax(m[2], m[3])));
-  }
-
-  TLK_INLINE V q_at(const P* q, int64_t k, int n) const {
-    V v = q ? load_some(q + k, n, A(0)) * keep + spread : set1(spread);
-    return weight ? v * load_some(weight + k, n, A(0)) : v;
   }
 
   // Peak and sum of exponentials, block by block so that each is in the first-level cache for both its sweeps; with
@@ -150,55 +143,6 @@ struct Rows : CallOf<T, P, kCap> {
     }
   }
 
-  // A short row between its two uses: the capped logits and their exponentials from the peak.
-  struct InRegisters {
-    V f[kShort], e[kShort];
-    int vectors;
-  };
-  TLK_INLINE int count(int v) const { return v * L + L <= c.classes ? L : int(c.classes - v * L); }
-
-  TLK_INLINE void load_short(const T* x, InRegisters& r) const {
-    r.vectors = int((c.classes + L - 1) / L);
-    for (int v = 0; v < r.vectors; ++v) r.f[v] = load_some(x + v * L, count(v), -A(__builtin_inf()));
-  }
-  TLK_INLINE A max_short(const InRegisters& r) const {
-    V m = set1(-A(__builtin_inf()));
-    for (int v = 0; v < r.vectors; ++v) m = vmax(r.f[v], m);
-    return reduce_max<A>(m);
-  }
-  TLK_INLINE void exp_short(InRegisters& r, A peak) const {
-    for (int v = 0; v < r.vectors; ++v) {
-      if constexpr (kCap) r.f[v] = cap(r.f[v]);
-      r.e[v] = exp2<A>((r.f[v] - peak) * to_exp2);
-      if constexpr (kCap) r.e[v] = only<A>(r.e[v], count(v));
-    }
-  }
-  TLK_INLINE A sum_short(const InRegisters& r, const P* q, A peak, Target& target) const {
-    V s{};
-    for (int v = 0; v < r.vectors; ++v) s += r.e[v];
-    if (dense) {
-      V qs{}, qd{};
-      for (int v = 0; v < r.vectors; ++v) {
-        V at = q_at(q, v * L, count(v));
-        qs += only<A>(at, count(v));
-        qd -= only<A>(at * (r.f[v] - peak), count(v));
-      }
-      target = {reduce_sum<A>(qs), reduce_sum<A>(qd)};
-    }
-    return reduce_sum<A>(s);
-  }
-  template <bool kDense>
-  TLK_INLINE void grad_short(const InRegisters& r, const P* q, T* grad, Coefficients co, int64_t y, A own_q) const {
-    for (int v = 0; v < r.vectors; ++v) {
-      V at = kDense ? q_at(q, v * L, count(v)) : set1(spread);
-      at += iota<A>() == int(y - v * L) ? set1(own_q) : V{};
-      V d = r.e[v] * co.p - at * co.q + r.e[v] * co.rest;
-      if constexpr (kCap) d *= slope(r.f[v]);
-      store_some(grad + v * L, count(v), d);
-    }
-  }
-
-  template <bool kIsShort>
   void row(int64_t i) const {
     const T* x = static_cast<const T*>(c.x.data) + offset(c.x, i);
     const P* q = c.indices ? nullptr : static_cast<const P*>(c.probabilities.data) + offset(c.probabilities, i);
@@ -214,26 +158,15 @@ struct Rows : CallOf<T, P, kCap> {
       return;
     }
 
-    const T* next = kIsShort || i + 1 == c.rows ? x : static_cast<const T*>(c.x.data) + offset(c.x, i + 1);
-    InRegisters r;
-    if constexpr (kIsShort) load_short(x, r);
-
+    const T* next = i + 1 == c.rows ? x : static_cast<const T*>(c.x.data) + offset(c.x, i + 1);
     A peak, log_sum, inv_sum, from_peak[kStashed];
     Target target;
     if (c.normaliser_given) {
       peak = peak_[i], log_sum = log_sum_[i], inv_sum = exp2<A>(set1(A(log_sum * -kLog2E)))[0];
       if (dense) target.q = q ? q_total(q) : spread * A(c.weight_sum);
-      if constexpr (kIsShort) exp_short(r, peak);
     } else {
-      A sum;
-      if constexpr (kIsShort) {
-        peak = cap1(max_short(r));
-        exp_short(r, peak);
-        sum = sum_short(r, q, peak, target);
-      } else {
-        sum = dense ? row_sum<true>(x, q, grad, next, peak, from_peak, target)
-                    : row_sum<false>(x, q, grad, next, peak, from_peak, target);
-      }
+      const A sum = dense ? row_sum<true>(x, q, grad, next, peak, from_peak, target)
+                          : row_sum<false>(x, q, grad, next, peak, from_peak, target);
       log_sum = log_from_one(set1(sum))[0], inv_sum = 1 / sum;
       if (peak_) peak_[i] = peak, log_sum_[i] = log_sum;
     }
@@ -252,24 +185,19 @@ struct Rows : CallOf<T, P, kCap> {
 
     const Coefficients co = coefficients(i, counted, peak, log_sum, inv_sum, target.q);
     const bool per_class = q || (dense && weight);
-    if constexpr (kIsShort) {
-      const int64_t y = c.indices && counted ? c.indices[i] : -1;
-      per_class ? grad_short<true>(r, q, grad, co, y, own_q) : grad_short<false>(r, q, grad, co, y, own_q);
-    } else {
-      V own{};  // computed before the sweep, which may overwrite x
-      if (c.indices && counted) {
-        const V f = cap(set1(own_x));
-        const V e = exp2<A>((f - peak) * to_exp2);
-        own = e * co.p - co.q * (own_q + spread * weight_at(c.indices[i])) + e * co.rest;
-        if constexpr (kCap) own *= slope(f);
-      }
-      if (stashes)
-        per_class ? row_grad_stashed<true>(x, q, grad, next, peak, from_peak, co)
-                  : row_grad_stashed<false>(x, q, grad, next, peak, from_peak, co);
-      else
-        per_class ? row_grad<true>(x, q, grad, next, peak, co) : row_grad<false>(x, q, grad, next, peak, co);
-      if (c.indices && counted) store1(grad + c.indices[i], own[0]);
+    V own{};  // computed before the sweep, which may overwrite x
+    if (c.indices && counted) {
+      const V f = cap(set1(own_x));
+      const V e = exp2<A>((f - peak) * to_exp2);
+      own = e * co.p - co.q * (own_q + spread * weight_at(c.indices[i])) + e * co.rest;
+      if constexpr (kCap) own *= slope(f);
     }
+    if (stashes)
+      per_class ? row_grad_stashed<true>(x, q, grad, next, peak, from_peak, co)
+                : row_grad_stashed<false>(x, q, grad, next, peak, from_peak, co);
+    else
+      per_class ? row_grad<true>(x, q, grad, next, peak, co) : row_grad<false>(x, q, grad, next, peak, co);
+    if (c.indices && counted) store1(grad + c.indices[i], own[0]);
   }
 
   A q_total(const P* q) const {
@@ -306,12 +234,9 @@ struct Rows : CallOf<T, P, kCap> {
 
 template <class T, class P, bool kCap>
 void rows(const CrossEntropy& call, int64_t begin, int64_t end, void* scratch) {
-  using R = Rows<T, P, kCap>;
-  const R kernel(call, scratch);
-  if (call.classes <= R::kShort * R::L)
-    for (int64_t i = begin; i < end; ++i) kernel.template row<true>(i);
-  else
-    for (int64_t i = begin; i < end; ++i) kernel.template row<false>(i);
+  if (call.classes <= ShortRows<T, P, kCap>::kWidth) return short_rows<T, P, kCap>(call, begin, end);
+  const Rows<T, P, kCap> kernel(call, scratch);
+  for (int64_t i = begin; i < end; ++i) kernel.row(i);
 }
 
 }  // namespace TLK_ISA
