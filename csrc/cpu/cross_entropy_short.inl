@@ -28,7 +28,7 @@ struct ShortRows : CallOf<T, P, kCap> {
     int rows;
     bool skipped[kBatch];  // ignored, and nobody asks for its normaliser
     A e[kBatch][kWidth], f[kCap ? kBatch : 1][kWidth];
-    A peak[kBatch], sum[kBatch], expectation[kBatch], log_sum[kBatch], inverse[kBatch];
+    A peak[kBatch], sum[kBatch], log_sum[kBatch], inverse[kBatch];
     Target target[kBatch];
   };
 
@@ -40,12 +40,14 @@ struct ShortRows : CallOf<T, P, kCap> {
   // Calls body(first class, number of classes: L, or fewer at the end).
   template <class Body>
   TLK_INLINE void each(Body body) const {
+    const int classes = int(c.classes);
     int k = 0;
-    for (; k + L <= int(c.classes); k += L) body(k, L);
-    if (k < int(c.classes)) body(k, int(c.classes) - k);
+    for (; k + L <= classes; k += L) body(k, L);
+    if (k < classes) body(k, classes - k);
   }
 
-  void exponentials(Batch& b, int r) const {
+  template <bool kDense>
+  TLK_INLINE void exponentials(Batch& b, int r) const {
     const int64_t row = b.first + r;
     const A lowest = -A(__builtin_inf());
     const T* x = x_at(row);
@@ -58,24 +60,33 @@ struct ShortRows : CallOf<T, P, kCap> {
       each([&](int k, int n) __attribute__((always_inline)) { m = vmax(load_some(x + k, n, lowest), m); });
       peak = cap1(reduce_max<A>(m));
     }
-    V s{}, qs{}, qd{}, ex{};
+    V s{}, qs{}, qd{};
     each([&](int k, int n) __attribute__((always_inline)) {
       const V f = cap(load_some(x + k, n, A(0))), distance = f - peak;
       const V e = only<A>(exp2<A>(distance * to_exp2), n);
       s += e;
       store(b.e[r] + k, e);
       if constexpr (kCap) store(b.f[r] + k, f);
-      if (dense) {
+      if constexpr (kDense) {
         const V at = q_at(q, k, n);
         qs += only<A>(at, n);
         qd -= only<A>(at * distance, n);
       }
-      if (c.entropy) ex += e == A(0) ? V{} : e * distance;
     });
     b.peak[r] = peak;
     b.sum[r] = reduce_sum<A>(s);
-    if (dense) b.target[r] = {reduce_sum<A>(qs), reduce_sum<A>(qd)};
-    if (c.entropy) b.expectation[r] = reduce_sum<A>(ex);
+    if constexpr (kDense) b.target[r] = {reduce_sum<A>(qs), reduce_sum<A>(qd)};
+  }
+
+  // sum of e * (f - peak), where 0 * -inf = 0
+  A expectation(const Batch& b, int r) const {
+    const T* x = x_at(b.first + r);
+    V sum{};
+    each([&](int k, int n) __attribute__((always_inline)) {
+      const V e = load(b.e[r] + k);
+      sum += e == A(0) ? V{} : e * (cap(load_some(x + k, n, A(0))) - b.peak[r]);
+    });
+    return reduce_sum<A>(sum);
   }
 
   // Loss and statistics of a row, and what its gradient is made of.
@@ -92,7 +103,7 @@ struct ShortRows : CallOf<T, P, kCap> {
       target.q_distance += own_q * (b.peak[r] - cap1(load1(x_at(row) + y)));
     }
     write_loss(row, counted, b.peak[r], b.log_sum[r], target);
-    if (c.entropy) static_cast<A*>(c.entropy)[row] = b.log_sum[r] - b.expectation[r] * to_z * b.inverse[r];
+    if (c.entropy) static_cast<A*>(c.entropy)[row] = b.log_sum[r] - expectation(b, r) * to_z * b.inverse[r];
     if (c.correct) write_correct(row, x_at(row), q_at_row(row));
     return coefficients(row, counted, b.peak[r], b.log_sum[r], b.inverse[r], target.q);
   }
@@ -129,7 +140,7 @@ struct ShortRows : CallOf<T, P, kCap> {
     for (int r = 0; r < b.rows; ++r) {
       b.skipped[r] = ignored(b.first + r) && c.skip_ignored && per_position(c.grad_lse, b.first + r) == 0;
       b.target[r] = {};
-      if (!b.skipped[r]) exponentials(b, r);
+      if (!b.skipped[r]) dense ? exponentials<true>(b, r) : exponentials<false>(b, r);
     }
     V log_sum, inverse;
     if (c.normaliser_given) {
