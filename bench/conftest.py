@@ -14,11 +14,12 @@ from typing import Any, cast
 import pytest
 import torch
 
-from bench.cases import CASES
+from bench import cases, losses
 from bench.contestants import NAMES, OURS
 from bench.report import RESULTS, table
 from tlkernels._core import native
 
+CASES = (*cases.CASES, *losses.CASES)
 ROOT = Path(__file__).parents[1]
 MEASURED = ("csrc", "tlkernels", "bench", "setup.py", "pyproject.toml", "constraints.txt", ":!bench/results")
 result_key = pytest.StashKey[dict[str, Any]]()
@@ -74,15 +75,15 @@ def describe() -> dict[str, Any]:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     result = config.stash[result_key]
-    cases = result["cases"]
-    if not cases:
+    found = result["cases"]
+    if not found:
         return
     # Only a whole run, in which every result was right, can become the README's table.
-    folder = RESULTS if {case["id"] for case in cases} == {case.id for case in CASES} else ROOT / "build" / "bench"
+    folder = RESULTS if {case["id"] for case in found} == {case.id for case in CASES} else ROOT / "build" / "bench"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{result['date'][:10]}-{result['commit']}{'-dirty' * result['dirty']}-cpu.json"
     # One case a line: what changed between two files can be read in a diff.
     head = json.dumps({**result, "cases": []}, indent=1)
-    lines = ",\n  ".join(json.dumps(case) for case in cases)
+    lines = ",\n  ".join(json.dumps(case) for case in found)
     path.write_text(head.replace('"cases": []', f'"cases": [\n  {lines}\n ]') + "\n")
     terminalreporter.write_line(f"\n{table(result)}\n\nwritten: {path.relative_to(ROOT)}")

@@ -13,6 +13,9 @@ MARKS = {"met": "✓", "missed": "✗", "unclear": "?"}
 HEADER = """\
 | logits | dtype | time | against eager | against torch.compile | time / `copy_` | of the roof | memory | error |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
+LOSSES_HEADER = """\
+| loss | size | dtype | time | against eager | against torch.compile | against torch's chunked | time / floor | error |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
 Json = Mapping[str, Any]
 
 
@@ -57,19 +60,42 @@ def _memory(case: Json) -> str:
 
 
 def _row(case: Json) -> str:
-    seconds = case["seconds"][case["ours"]][1]
     cells = (
         "×".join(map(str, case["shape"])),
         case["dtype"] + (", in place" if case["inplace"] else ""),
-        f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} µs",
+        _time(case),
         _ratio(case, "eager", inverse=case["bars"].get("eager", 1) < 1),
         _ratio(case, "compile"),
         _ratio(case, "copy", inverse=True),
         _roof(case),
         _memory(case),
-        " / ".join(f"{case['error'][name]['gradient']:.1e}" for name in (case["ours"], "eager")),
+        _errors(case),
     )
     return f"| {' | '.join(cells)} |"
+
+
+def _loss_row(case: Json) -> str:
+    cells = (
+        f"`{case['loss']}`",
+        "×".join(map(str, case["shape"])),
+        case["dtype"],
+        _time(case),
+        _ratio(case, "eager", inverse=case["bars"].get("eager", 1) < 1),
+        _ratio(case, "compile"),
+        _ratio(case, "chunked"),
+        _ratio(case, "floor", inverse=True),
+        _errors(case),
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def _time(case: Json) -> str:
+    seconds = case["seconds"][case["ours"]][1]
+    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} µs"
+
+
+def _errors(case: Json) -> str:
+    return " / ".join(f"{case['error'][name]['gradient']:.1e}" for name in (case["ours"], "eager"))
 
 
 def _shape(case: Json) -> str:
@@ -104,9 +130,16 @@ def table(result: Json) -> str:
     )
     if machine["load"] > machine["cores"] / 4:
         origin += f" **The machine was busy (load {machine['load']:.1f}): these figures say little.**"
-    rows = [_row(case) for case in result["cases"] if case["group"] != "grid"]
-    grid = [case for case in result["cases"] if case["group"] == "grid" and "eager" in case["speedup"]]
-    return "\n\n".join([origin, *(["\n".join([HEADER, *rows])] if rows else []), *([_grid(grid)] if grid else [])])
+    groups: dict[str, list[Json]] = {"rows": [], "losses": [], "grid": []}
+    for case in result["cases"]:
+        groups[case["group"] if case["group"] in groups else "rows"].append(case)
+    grid = [case for case in groups["grid"] if "eager" in case["speedup"]]
+    parts = [
+        "\n".join([HEADER, *map(_row, groups["rows"])]) if groups["rows"] else "",
+        _grid(grid) if grid else "",
+        "\n".join([LOSSES_HEADER, *map(_loss_row, groups["losses"])]) if groups["losses"] else "",
+    ]
+    return "\n\n".join(part for part in (origin, *parts) if part)
 
 
 def rewrite(text: str, block: str) -> str:

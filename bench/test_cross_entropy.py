@@ -1,6 +1,5 @@
 """Cross entropy, forward and backward, against eager, torch.compile and a plain copy: one test per case."""
 
-from collections import deque
 from typing import Any
 
 import pytest
@@ -10,14 +9,8 @@ from bench.cases import CASES, Case
 from bench.contestants import LossStep, Step, build
 from bench.measure import LEAST_ROUNDS, error_bar, errors, interleave, quartiles, sample, speedups
 from bench.memory import peaks
+from bench.replay import clock, play
 from bench.report import verdicts
-
-moments: deque[float] = deque()
-
-
-def replayed() -> float:
-    """The clock that pytest-benchmark reads: it gives back the interleaved rounds, which were timed already."""
-    return moments.popleft()
 
 
 def measure(case: Case, ours: str, others: list[str], seconds: float) -> tuple[dict[str, Any], list[float]]:
@@ -56,7 +49,7 @@ def measure(case: Case, ours: str, others: list[str], seconds: float) -> tuple[d
     return info, samples[ours]
 
 
-@pytest.mark.benchmark(timer=replayed)
+@pytest.mark.benchmark(timer=clock)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_cross_entropy(
@@ -65,9 +58,7 @@ def test_cross_entropy(
     option = pytestconfig.getoption
     seconds = min(case.seconds, 1.0) if option("quick") else case.seconds
     info, times = measure(case, option("impl"), option("contestant"), seconds)
-    moments.extend(moment for time in times for moment in (0.0, time))
-    benchmark.pedantic(lambda: None, rounds=len(times))  # type: ignore[no-untyped-call]
-    moments.clear()
+    play(benchmark, times)
     benchmark.extra_info.update(info)
     # No speed-up counts on a wrong result.
     for part, error in info["error"][info["ours"]].items():

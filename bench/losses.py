@@ -1,0 +1,303 @@
+"""What is measured of the losses beyond cross entropy: sizes, the eager lines, the floor, and the bars to clear."""
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import tlkernels as tlk
+from bench.contestants import Step
+
+Loss = Callable[..., Tensor]
+Shape = tuple[int, ...]
+Cast = Callable[[Tensor], Tensor]
+F32, BF16 = torch.float32, torch.bfloat16
+
+
+class Work(NamedTuple):
+    """Tensors that get a gradient, who computes a loss of them, and `floor`: work that no way of doing it can avoid."""
+
+    inputs: tuple[Tensor, ...]
+    ours: Loss
+    eager: Loss
+    floor: Callable[[], object]
+    chunked: Loss | None = None
+
+
+Make = Callable[[Shape, Cast], Work]
+"""Of a shape, and of what rounds float32 numbers to the dtype of the case (and for the oracle widens them again)."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One forward and backward. `bars`: contestant -> the least its time may be, divided by ours."""
+
+    loss: str
+    shape: Shape
+    dtype: torch.dtype
+    make: Make
+    bars: Mapping[str, float] = field(default_factory=dict)
+    contestants: tuple[str, ...] = ("eager", "floor")
+    seconds: float = 8.0
+    quick: bool = False
+
+    @property
+    def id(self) -> str:
+        return f"{self.loss}-{'x'.join(map(str, self.shape))}-{str(self.dtype).removeprefix('torch.')}"
+
+
+class WorkStep(Step):
+    """Forward and backward of one contestant's loss; the inputs are leaves without a gradient yet."""
+
+    value: Tensor | None = None
+
+    def __init__(self, loss: Loss, inputs: tuple[Tensor, ...]) -> None:
+        self.loss = loss
+        self.leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+
+    def release(self) -> None:
+        self.value = None
+        for leaf in self.leaves:
+            leaf.grad = None
+
+    def __call__(self) -> None:
+        for leaf in self.leaves:
+            leaf.grad = None
+        self.value = self.loss(*self.leaves)
+        self.value.backward()  # type: ignore[no-untyped-call]
+
+    def results(self) -> list[Tensor]:
+        """The loss and the gradients of one call, in float64."""
+        self()
+        assert self.value is not None
+        found = [self.value, *(leaf.grad for leaf in self.leaves if leaf.grad is not None)]
+        wide = [tensor.detach().to(torch.float64, copy=True) for tensor in found]
+        self.release()
+        return wide
+
+
+class FloorStep(Step):
+    def __init__(self, floor: Callable[[], object]) -> None:
+        self.floor = floor
+
+    def __call__(self) -> None:
+        with torch.no_grad():
+            self.floor()
+
+
+def build(name: str, work: Work) -> Step:
+    """Ready to be timed: what has to be compiled is."""
+    if name == "floor":
+        return FloorStep(work.floor)
+    loss = {"auto": work.ours, "eager": work.eager, "chunked": work.chunked}.get(name)
+    if name == "compile":
+        torch.compiler.reset()
+        loss = torch.compile(work.eager, dynamic=False)
+    if loss is None:
+        raise ValueError(f"contestant: {name!r} is not one of this case's")
+    step = WorkStep(loss, work.inputs)
+    if name == "compile":
+        step()
+        step.release()
+    return step
+
+
+def _normal(*shape: int, scale: float = 1.0, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).mul_(scale)
+
+
+def _pairs(rows: int, features: int) -> tuple[Tensor, Tensor]:
+    """Unit vectors, each nearer to its partner than to others."""
+    one = _normal(rows, features)
+    return F.normalize(one, dim=-1), F.normalize(one + _normal(rows, features, seed=1), dim=-1)
+
+
+def _classes(rows: int, classes: int) -> Tensor:
+    return torch.randint(classes, (rows,), generator=torch.Generator().manual_seed(0))
+
+
+def linear_cross_entropy(shape: Shape, cast: Cast) -> Work:
+    rows, features, classes = shape
+    x, w = cast(_normal(rows, features)), cast(_normal(classes, features, scale=features**-0.5))
+    y = _classes(rows, classes)
+    logits = x.new_empty(rows, classes)
+    grad_x, grad_w = torch.empty_like(x), torch.empty_like(w)
+
+    def floor() -> None:
+        torch.mm(x, w.T, out=logits)
+        torch.mm(logits, w, out=grad_x)
+        torch.mm(logits.T, x, out=grad_w)
+
+    def eager(x: Tensor, w: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(x, w), y)
+
+    def chunked(x: Tensor, w: Tensor) -> Tensor:
+        loss: Tensor = F.linear_cross_entropy(x, w, y, options=torch.nn.LinearCrossEntropyOptions())  # type: ignore
+        return loss
+
+    return Work((x, w), lambda x, w: tlk.linear_cross_entropy(x, w, y), eager, floor, chunked)
+
+
+def distillation(divergence: str) -> Make:
+    def eager(s: Tensor, t: Tensor) -> Tensor:
+        log_p, log_q = F.log_softmax(s / 2, -1), F.log_softmax(t / 2, -1)
+        if divergence == "forward_kl":
+            return 4 * F.kl_div(log_p, log_q.exp(), reduction="batchmean")
+        if divergence == "reverse_kl":
+            return 4 * F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+        p, q = log_p.exp(), log_q.exp()
+        if divergence == "tv":
+            return 4 * 0.5 * (p - q).abs().sum(-1).mean()
+        log_m = ((p + q) / 2).log()
+        kl = F.kl_div(log_m, log_q, reduction="batchmean", log_target=True)
+        return 4 * 0.5 * (kl + F.kl_div(log_m, log_p, reduction="batchmean", log_target=True))
+
+    def make(shape: Shape, cast: Cast) -> Work:
+        student, teacher = cast(_normal(*shape, scale=3)), cast(_normal(*shape, scale=2, seed=1))
+        out = torch.empty_like(student)
+        return Work(
+            (student,),
+            lambda s: tlk.distillation(s, teacher, temperature=2.0, divergence=divergence),
+            lambda s: eager(s, teacher),
+            lambda: torch.add(student, teacher, out=out),
+        )
+
+    return make
+
+
+def linear_distillation(shape: Shape, cast: Cast) -> Work:
+    rows, features, teacher_features, classes = shape
+    x, xt = cast(_normal(rows, features)), cast(_normal(rows, teacher_features, seed=1))
+    w = cast(_normal(classes, features, scale=features**-0.5))
+    wt = cast(_normal(classes, teacher_features, scale=teacher_features**-0.5, seed=1))
+    logits, teacher = x.new_empty(rows, classes), x.new_empty(rows, classes)
+    grad_x, grad_w = torch.empty_like(x), torch.empty_like(w)
+
+    def floor() -> None:
+        torch.mm(x, w.T, out=logits)
+        torch.mm(xt, wt.T, out=teacher)
+        torch.mm(logits, w, out=grad_x)
+        torch.mm(logits.T, x, out=grad_w)
+
+    def eager(x: Tensor, w: Tensor) -> Tensor:
+        log_p, q = F.log_softmax(F.linear(x, w) / 2, -1), F.softmax(F.linear(xt, wt) / 2, -1)
+        return 4 * F.kl_div(log_p, q, reduction="batchmean")
+
+    return Work((x, w), lambda x, w: tlk.linear_distillation(x, w, xt, wt, temperature=2.0), eager, floor)
+
+
+def _four_products(a: Tensor, b: Tensor) -> Callable[[], object]:
+    """Similarities twice and both gradients in tiles of 512 x 512: what a loss without an N x N tensor needs."""
+    tile = a.new_empty(512, 512)
+    grad_a, grad_b = torch.zeros_like(a), torch.zeros_like(b)
+
+    def floor() -> None:
+        for i, j in itertools.product(range(0, len(a), 512), range(0, len(b), 512)):
+            rows, columns = a[i : i + 512], b[j : j + 512]
+            out = tile[: len(rows), : len(columns)]
+            torch.mm(rows, columns.T, out=out)
+            torch.mm(rows, columns.T, out=out)
+            grad_a[i : i + 512].addmm_(out, columns)
+            grad_b[j : j + 512].addmm_(out.T, rows)
+
+    return floor
+
+
+def info_nce(shape: Shape, cast: Cast) -> Work:
+    rows, features = shape
+    q, k = map(cast, _pairs(rows, features))
+    y = torch.arange(rows)
+
+    def eager(q: Tensor, k: Tensor) -> Tensor:
+        logits = 14.3 * q @ k.T
+        return (F.cross_entropy(logits, y) + F.cross_entropy(logits.T, y)) / 2
+
+    ours = lambda q, k: tlk.info_nce(q, k, logit_scale=14.3, symmetric=True)  # noqa: E731
+    return Work((q, k), ours, eager, _four_products(q, k))
+
+
+def nt_xent(shape: Shape, cast: Cast) -> Work:
+    rows, features = shape  # of both views together
+    z1, z2 = map(cast, _pairs(rows // 2, features))
+    positive = torch.arange(rows).roll(rows // 2)
+
+    def eager(z1: Tensor, z2: Tensor) -> Tensor:
+        z = F.normalize(torch.cat([z1, z2]), dim=-1)
+        logits = (z @ z.T / 0.1).fill_diagonal_(-torch.inf)
+        return F.cross_entropy(logits, positive)
+
+    z = torch.cat([z1, z2])
+    return Work((z1, z2), lambda z1, z2: tlk.nt_xent(z1, z2, temperature=0.1), eager, _four_products(z, z))
+
+
+def sup_con(shape: Shape, cast: Cast) -> Work:
+    rows, features = shape
+    z = cast(_normal(rows, features))
+    labels = torch.arange(rows) % (rows // 8)
+
+    def eager(z: Tensor) -> Tensor:
+        z = F.normalize(z, dim=-1)
+        logits = (z @ z.T / 0.1).fill_diagonal_(-torch.inf)
+        positive = (labels[:, None] == labels).fill_diagonal_(False)
+        rows = torch.where(positive, F.log_softmax(logits, -1), 0).sum(-1) / positive.sum(-1)
+        return -rows.mean()
+
+    return Work((z,), lambda z: tlk.sup_con(z, labels, temperature=0.1), eager, _four_products(z, z))
+
+
+def sigmoid_contrastive(shape: Shape, cast: Cast) -> Work:
+    rows, features = shape
+    q, k = map(cast, _pairs(rows, features))
+
+    def eager(q: Tensor, k: Tensor) -> Tensor:
+        z = 2 * torch.eye(rows, dtype=q.dtype) - 1
+        return -F.logsigmoid(z * (10.0 * q @ k.T - 10.0)).sum() / rows
+
+    ours = lambda q, k: tlk.sigmoid_contrastive(q, k, logit_scale=10.0, logit_bias=-10.0)  # noqa: E731
+    return Work((q, k), ours, eager, _four_products(q, k))
+
+
+def squared(function: Loss, eager: Loss) -> Make:
+    def make(shape: Shape, cast: Cast) -> Work:
+        x, y = cast(_normal(*shape)), cast(_normal(*shape, seed=1))
+        out = torch.empty_like(x)
+        return Work((x,), lambda x: function(x, y), lambda x: eager(x, y), lambda: torch.add(x, y, out=out))
+
+    return make
+
+
+def _cases() -> Iterator[Case]:
+    lce = ("eager", "chunked", "floor")
+    for (shape, chunked), dtype in itertools.product(
+        (((2048, 384, 30522), 2.3), ((1024, 1024, 128256), 4.2)), (F32, BF16)
+    ):
+        bars = (
+            {"eager": 1.12, "chunked": chunked, "floor": 1 / 1.15} if dtype is F32 else {"eager": 1.0, "floor": 1 / 1.3}
+        )
+        yield Case("linear_cross_entropy", shape, dtype, linear_cross_entropy, bars, lce, 20.0)
+    both = ("eager", "compile", "floor")
+    for shape, eager, compiled in (((8192, 1000), 12, 4), ((2048, 32000), 20, 3.5), ((512, 128256), 20, 3.5)):
+        bars = {"eager": eager, "compile": compiled, "floor": 0.5}
+        yield Case("distillation", shape, F32, distillation("forward_kl"), bars, both, quick=shape == (8192, 1000))
+        yield Case("distillation", shape, BF16, distillation("forward_kl"), {}, both)
+    for divergence in ("reverse_kl", "js", "tv"):
+        yield Case(f"distillation[{divergence}]", (2048, 32000), F32, distillation(divergence), {}, both)
+    yield Case("distillation", (32, 10), F32, distillation("forward_kl"), {"eager": 1 / 1.6}, ("eager",), quick=True)
+    yield Case(
+        "linear_distillation", (1024, 384, 384, 30522), F32, linear_distillation, {"floor": 1 / 1.15}, seconds=15.0
+    )
+    for rows, eager in ((8192, 1.6), (16384, 2.0)):
+        yield Case("info_nce", (rows, 384), F32, info_nce, {"eager": eager, "floor": 1 / 1.2}, seconds=20.0)
+    yield Case("info_nce", (64, 128), F32, info_nce, {"eager": 1 / 1.6}, ("eager",), quick=True)
+    for name, make in (("nt_xent", nt_xent), ("sup_con", sup_con), ("sigmoid_contrastive", sigmoid_contrastive)):
+        yield Case(name, (8192, 384), F32, make, {}, seconds=20.0)
+    yield Case("mse", (4096, 4096), F32, squared(tlk.mse, F.mse_loss), {}, both)
+    yield Case("rmse", (4096, 4096), F32, squared(tlk.rmse, lambda x, y: F.mse_loss(x, y).sqrt()), {}, both)
+    yield Case("mse", (32, 10), F32, squared(tlk.mse, F.mse_loss), {"eager": 1 / 1.6}, ("eager",), quick=True)
+
+
+CASES: tuple[Case, ...] = tuple(_cases())
