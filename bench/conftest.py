@@ -19,7 +19,7 @@ from bench.contestants import NAMES, OURS
 from bench.report import RESULTS, table
 from tlkernels._core import native
 
-CASES = (*cases.CASES, *losses.CASES)
+CASES: tuple[cases.Case | losses.Case, ...] = (*cases.CASES, *losses.CASES)
 ROOT = Path(__file__).parents[1]
 MEASURED = ("csrc", "tlkernels", "bench", "setup.py", "pyproject.toml", "constraints.txt", ":!bench/results")
 result_key = pytest.StashKey[dict[str, Any]]()

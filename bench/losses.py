@@ -270,34 +270,44 @@ def squared(function: Loss, eager: Loss) -> Make:
     return make
 
 
+LINEAR: tuple[tuple[Shape, float], ...] = (((2048, 384, 30522), 2.3), ((1024, 1024, 128256), 4.2))
+DISTILLATION: tuple[tuple[Shape, float, float], ...] = (
+    ((8192, 1000), 12, 4),
+    ((2048, 32000), 20, 3.5),
+    ((512, 128256), 20, 3.5),
+)
+SMALL: tuple[tuple[str, Shape, Make], ...] = (
+    ("distillation", (32, 10), distillation("forward_kl")),
+    ("info_nce", (64, 128), info_nce),
+    ("mse", (32, 10), squared(tlk.mse, F.mse_loss)),
+)
+
+
 def _cases() -> Iterator[Case]:
-    lce = ("eager", "chunked", "floor")
-    for (shape, chunked), dtype in itertools.product(
-        (((2048, 384, 30522), 2.3), ((1024, 1024, 128256), 4.2)), (F32, BF16)
-    ):
-        bars = (
-            {"eager": 1.12, "chunked": chunked, "floor": 1 / 1.15} if dtype is F32 else {"eager": 1.0, "floor": 1 / 1.3}
+    for (shape, chunked), dtype in itertools.product(LINEAR, (F32, BF16)):
+        bars = {"eager": 1.0, "floor": 1 / 1.3}
+        if dtype is F32:
+            bars = {"eager": 1.12, "chunked": chunked, "floor": 1 / 1.15}
+        yield Case(
+            "linear_cross_entropy", shape, dtype, linear_cross_entropy, bars, ("eager", "chunked", "floor"), 20.0
         )
-        yield Case("linear_cross_entropy", shape, dtype, linear_cross_entropy, bars, lce, 20.0)
     both = ("eager", "compile", "floor")
-    for shape, eager, compiled in (((8192, 1000), 12, 4), ((2048, 32000), 20, 3.5), ((512, 128256), 20, 3.5)):
+    for shape, eager, compiled in DISTILLATION:
         bars = {"eager": eager, "compile": compiled, "floor": 0.5}
-        yield Case("distillation", shape, F32, distillation("forward_kl"), bars, both, quick=shape == (8192, 1000))
+        yield Case("distillation", shape, F32, distillation("forward_kl"), bars, both)
         yield Case("distillation", shape, BF16, distillation("forward_kl"), {}, both)
     for divergence in ("reverse_kl", "js", "tv"):
         yield Case(f"distillation[{divergence}]", (2048, 32000), F32, distillation(divergence), {}, both)
-    yield Case("distillation", (32, 10), F32, distillation("forward_kl"), {"eager": 1 / 1.6}, ("eager",), quick=True)
-    yield Case(
-        "linear_distillation", (1024, 384, 384, 30522), F32, linear_distillation, {"floor": 1 / 1.15}, seconds=15.0
-    )
-    for rows, eager in ((8192, 1.6), (16384, 2.0)):
-        yield Case("info_nce", (rows, 384), F32, info_nce, {"eager": eager, "floor": 1 / 1.2}, seconds=20.0)
-    yield Case("info_nce", (64, 128), F32, info_nce, {"eager": 1 / 1.6}, ("eager",), quick=True)
+    bars = {"floor": 1 / 1.15}
+    yield Case("linear_distillation", (1024, 384, 384, 30522), F32, linear_distillation, bars, seconds=15.0)
+    for rows, least in ((8192, 1.6), (16384, 2.0)):
+        yield Case("info_nce", (rows, 384), F32, info_nce, {"eager": least, "floor": 1 / 1.2}, seconds=20.0)
     for name, make in (("nt_xent", nt_xent), ("sup_con", sup_con), ("sigmoid_contrastive", sigmoid_contrastive)):
-        yield Case(name, (8192, 384), F32, make, {}, seconds=20.0)
+        yield Case(name, (8192, 384), F32, make, seconds=20.0)
     yield Case("mse", (4096, 4096), F32, squared(tlk.mse, F.mse_loss), {}, both)
     yield Case("rmse", (4096, 4096), F32, squared(tlk.rmse, lambda x, y: F.mse_loss(x, y).sqrt()), {}, both)
-    yield Case("mse", (32, 10), F32, squared(tlk.mse, F.mse_loss), {"eager": 1 / 1.6}, ("eager",), quick=True)
+    for name, shape, make in SMALL:
+        yield Case(name, shape, F32, make, {"eager": 1 / 1.6}, ("eager",), quick=True)
 
 
 CASES: tuple[Case, ...] = tuple(_cases())
