@@ -68,7 +68,7 @@ class WorkStep(Step):
         for leaf in self.leaves:
             leaf.grad = None
         self.value = self.loss(*self.leaves)
-        self.value.backward()  # type: ignore[no-untyped-call]
+        self.value.backward()
 
     def results(self) -> list[Tensor]:
         """The loss and the gradients of one call, in float64."""
@@ -136,7 +136,7 @@ def linear_cross_entropy(shape: Shape, cast: Cast) -> Work:
         return F.cross_entropy(F.linear(x, w), y)
 
     def chunked(x: Tensor, w: Tensor) -> Tensor:
-        loss: Tensor = F.linear_cross_entropy(x, w, y, options=torch.nn.LinearCrossEntropyOptions())  # type: ignore
+        loss: Tensor = F.linear_cross_entropy(x, w, y, options=torch.nn.LinearCrossEntropyOptions())
         return loss
 
     return Work((x, w), lambda x, w: tlk.linear_cross_entropy(x, w, y), eager, floor, chunked)
@@ -302,12 +302,12 @@ def _cases() -> Iterator[Case]:
     yield Case("linear_distillation", (1024, 384, 384, 30522), F32, linear_distillation, bars, seconds=15.0)
     for rows, least in ((8192, 1.6), (16384, 2.0)):
         yield Case("info_nce", (rows, 384), F32, info_nce, {"eager": least, "floor": 1 / 1.2}, seconds=20.0)
-    for name, make in (("nt_xent", nt_xent), ("sup_con", sup_con), ("sigmoid_contrastive", sigmoid_contrastive)):
-        yield Case(name, (8192, 384), F32, make, seconds=20.0)
+    for make in (nt_xent, sup_con, sigmoid_contrastive):
+        yield Case(make.__name__, (8192, 384), F32, make, seconds=20.0)
     yield Case("mse", (4096, 4096), F32, squared(tlk.mse, F.mse_loss), {}, both)
     yield Case("rmse", (4096, 4096), F32, squared(tlk.rmse, lambda x, y: F.mse_loss(x, y).sqrt()), {}, both)
-    for name, shape, make in SMALL:
-        yield Case(name, shape, F32, make, {"eager": 1 / 1.6}, ("eager",), quick=True)
+    for name, shape, small in SMALL:
+        yield Case(name, shape, F32, small, {"eager": 1 / 1.6}, ("eager",), quick=True)
 
 
 CASES: tuple[Case, ...] = tuple(_cases())
