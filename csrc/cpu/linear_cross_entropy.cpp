@@ -45,9 +45,8 @@ struct Call : CrossEntropy {
         type(product_type(input_.scalar_type())),
         compute(compute_type(input_.scalar_type())) {
     TORCH_CHECK_VALUE(input.dim() == 2, "input: expected shape (rows, features), got ", input.sizes());
-    TORCH_CHECK_VALUE(
-        linear_weight.dim() == 2 && linear_weight.size(1) == input.size(1) && linear_weight.size(0) > 0,
-        "linear_weight: expected shape (classes, ", input.size(1), "), got ", linear_weight.sizes());
+    TORCH_CHECK_VALUE(linear_weight.dim() == 2 && linear_weight.size(1) == input.size(1) && linear_weight.size(0) > 0,
+                      "linear_weight: expected shape (classes, ", input.size(1), "), got ", linear_weight.sizes());
     TORCH_CHECK_TYPE(linear_weight.scalar_type() == input.scalar_type(), "linear_weight: expected the input's dtype ",
                      input.scalar_type(), ", got ", linear_weight.scalar_type());
     rows = input.size(0);

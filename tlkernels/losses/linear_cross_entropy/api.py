@@ -90,8 +90,9 @@ def linear_cross_entropy_stats(
 ) -> CrossEntropyOutput:
     """Linear cross entropy with what training watches, from the same sweep.
 
-    Arguments, loss and errors are those of `linear_cross_entropy`. The statistics are those of `cross_entropy_stats` for
-    the logits, one per row: `lse`, which is differentiable, `entropy` and `correct`.
+    Arguments, loss and errors are those of `linear_cross_entropy`. The statistics are those of `cross_entropy_stats`
+    for the logits, one per row: `lse`, which is differentiable, `entropy` and `correct`. The backward makes the logits
+    again.
     """
     options = Options(weight, ignore_index, label_smoothing, temperature, softcap, z_loss)
     call = check(Call(input, linear_weight, linear_bias, target, options, reduction, stats=True))
@@ -137,8 +138,15 @@ class LinearCrossEntropyLoss(_WeightedLoss):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """Return the loss."""
-        layer = {"linear_bias": self.linear.bias, "weight": self.weight, "reduction": self.reduction}
-        return linear_cross_entropy(input, self.linear.weight, target, **layer, **self.options)
+        return linear_cross_entropy(
+            input,
+            self.linear.weight,
+            target,
+            linear_bias=self.linear.bias,
+            weight=self.weight,
+            reduction=self.reduction,
+            **self.options,
+        )
 
     def extra_repr(self) -> str:
         """Return the options, for `repr`."""

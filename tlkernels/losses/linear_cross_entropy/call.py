@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tlkernels._core.autograd import Tensors
 from tlkernels.losses.cross_entropy.call import Call as CrossEntropyCall
 from tlkernels.losses.cross_entropy.call import Options
 from tlkernels.losses.cross_entropy.call import check as check_cross_entropy
@@ -27,6 +28,12 @@ class Call(NamedTuple):
     def layer(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """The tensors that make the logits."""
         return self.input, self.linear_weight, self.linear_bias
+
+    def of(self, layer: Tensors) -> "Call":
+        """Return the call with other tensors for `layer`."""
+        input, linear_weight, linear_bias = layer
+        assert input is not None and linear_weight is not None
+        return self._replace(input=input, linear_weight=linear_weight, linear_bias=linear_bias)
 
     def flat(self) -> "Call":
         """Return the call with rows instead of leading dimensions."""
@@ -104,9 +111,4 @@ def _autocast(call: Call) -> Call:
     def cast(tensor: Tensor) -> Tensor:
         return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
 
-    bias = call.linear_bias
-    return call._replace(
-        input=cast(call.input),
-        linear_weight=cast(call.linear_weight),
-        linear_bias=None if bias is None else cast(bias),
-    )
+    return call.of([None if tensor is None else cast(tensor) for tensor in call.layer])

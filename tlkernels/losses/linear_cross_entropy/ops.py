@@ -92,15 +92,15 @@ class _Rows(Function):
             grad_loss = layer[0].new_zeros(layer[0].shape[:1], dtype=compute_dtype(layer[0]))
         # A compiler traces the first derivative alone, and raises itself where another is asked of it.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            upstream, stats = grad_loss, grad_lse is not None
+            call = Call(*layer, target, Options(weight, *ctx.numbers), "none", grad_lse is not None)
+            upstream = grad_loss, grad_lse
 
             def dot(tensors: Tensors) -> Tensor:
                 """The rows times their upstream values, which get their derivatives too."""
-                call = Call(*tensors, target, Options(weight, *ctx.numbers), "none", stats)
-                output = reference.linear_cross_entropy(call)
-                if isinstance(output, Tensor):
-                    return (output * upstream).sum()
-                return (output.loss * upstream).sum() + (output.lse * grad_lse).sum()
+                output = reference.linear_cross_entropy(call.of(tensors))
+                values = (output,) if isinstance(output, Tensor) else (output.loss, output.lse)
+                dots = [(value * u).sum() for value, u in zip(values, upstream, strict=False)]
+                return dots[0] if len(dots) == 1 else dots[0] + dots[1]
 
             grads = differentiate(dot, layer, needs, torch.ones((), device=target.device))
         else:
@@ -118,7 +118,7 @@ def _reduced(call: Call) -> Tensor:
         return loss, [grad if need else None for grad, need in zip(grads, needs, strict=True)]
 
     def again(layer: Tensors) -> Tensor:
-        loss = reference.linear_cross_entropy(Call(*layer, *call[3:]))
+        loss = reference.linear_cross_entropy(call.of(layer))
         assert isinstance(loss, Tensor)
         return loss
 
