@@ -86,21 +86,22 @@ class _Rows(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, grad_lse: Tensor | None = None, *_: Any) -> Any:
-        *layer, target, weight = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
+        input, linear_weight, linear_bias, target, weight = ctx.saved_tensors
+        layer, needs = (input, linear_weight, linear_bias), ctx.needs_input_grad[:3]
         if grad_loss is None:
-            grad_loss = layer[0].new_zeros(layer[0].shape[:1], dtype=compute_dtype(layer[0]))
+            grad_loss = input.new_zeros(input.shape[:1], dtype=compute_dtype(input))
         # A compiler traces the first derivative alone, and raises itself where another is asked of it.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             call = Call(*layer, target, Options(weight, *ctx.numbers), "none", grad_lse is not None)
-            upstream = grad_loss, grad_lse
+            upstream = grad_loss
 
             def dot(tensors: Tensors) -> Tensor:
                 """The rows times their upstream values, which get their derivatives too."""
                 output = reference.linear_cross_entropy(call.of(tensors))
-                values = (output,) if isinstance(output, Tensor) else (output.loss, output.lse)
-                dots = [(value * u).sum() for value, u in zip(values, upstream, strict=False)]
-                return dots[0] if len(dots) == 1 else dots[0] + dots[1]
+                if isinstance(output, Tensor):
+                    return (output * upstream).sum()
+                assert grad_lse is not None
+                return (output.loss * upstream).sum() + (output.lse * grad_lse).sum()
 
             grads = differentiate(dot, layer, needs, torch.ones((), device=target.device))
         else:
