@@ -17,7 +17,7 @@ from setuptools import setup
 ROOT = Path(__file__).parent
 CPU = Path("csrc/cpu")
 
-LOSSES = ["cross_entropy"]  # csrc/cpu/<loss>.inl is compiled for each instruction set, <loss>.cpp once
+LOSSES = ["cross_entropy", "mse"]  # csrc/cpu/<loss>.inl is compiled for each instruction set, <loss>.cpp once
 SOURCES = ["isa", "pool", "tensor", "linear_chunks", "linear_cross_entropy"]
 
 # What each instruction set may use; csrc/cpu/isa.cpp asks the CPU for the same features before it calls one.

@@ -10,6 +10,7 @@ from tlkernels.losses.linear_cross_entropy import (
     linear_cross_entropy,
     linear_cross_entropy_stats,
 )
+from tlkernels.losses.mse import MSELoss, RMSELoss, mse, rmse
 
 __version__ = "0.1.0"
 
@@ -17,9 +18,13 @@ __all__ = [
     "CrossEntropyLoss",
     "CrossEntropyOutput",
     "LinearCrossEntropyLoss",
+    "MSELoss",
+    "RMSELoss",
     "cross_entropy",
     "cross_entropy_stats",
     "explain",
     "linear_cross_entropy",
     "linear_cross_entropy_stats",
+    "mse",
+    "rmse",
 ]
