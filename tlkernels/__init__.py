@@ -5,7 +5,26 @@ PyTorch losses as hand-written kernels. Each function and module replaces the Py
 
 from tlkernels._core.dispatch import explain
 from tlkernels.losses.cross_entropy import CrossEntropyLoss, CrossEntropyOutput, cross_entropy, cross_entropy_stats
+from tlkernels.losses.linear_cross_entropy import (
+    LinearCrossEntropyLoss,
+    linear_cross_entropy,
+    linear_cross_entropy_stats,
+)
+from tlkernels.losses.mse import MSELoss, RMSELoss, mse, rmse
 
 __version__ = "0.1.0"
 
-__all__ = ["CrossEntropyLoss", "CrossEntropyOutput", "cross_entropy", "cross_entropy_stats", "explain"]
+__all__ = [
+    "CrossEntropyLoss",
+    "CrossEntropyOutput",
+    "LinearCrossEntropyLoss",
+    "MSELoss",
+    "RMSELoss",
+    "cross_entropy",
+    "cross_entropy_stats",
+    "explain",
+    "linear_cross_entropy",
+    "linear_cross_entropy_stats",
+    "mse",
+    "rmse",
+]

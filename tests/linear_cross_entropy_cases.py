@@ -1,0 +1,117 @@
+"""Cases of linear cross entropy, and the PyTorch lines that it replaces, which in float64 are the oracle."""
+
+from functools import partial
+from math import prod
+
+import cross_entropy_cases
+import torch
+import torch.nn.functional as F
+
+import tlkernels as tlk
+from tlkernels import testing
+from tlkernels.losses.linear_cross_entropy import ops
+
+F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+LAYER = ("input", "linear_weight", "linear_bias")
+
+
+def pytorch(input, linear_weight, target, *, linear_bias=None, weight=None, **options):
+    """The lines of the docstring, in the dtype of the input."""
+    rows, classes = input.shape[:-1], linear_weight.shape[0]
+    logits = F.linear(input, linear_weight, linear_bias).reshape(-1, classes)
+    if target.is_floating_point():
+        target, weight = target.to(input.dtype), weight if weight is None else weight.to(input.dtype)
+    target = target.reshape(-1, classes) if target.is_floating_point() else target.reshape(-1)
+    loss = cross_entropy_cases.pytorch(logits, target, weight, **options)
+    return loss.reshape(rows) if options.get("reduction") == "none" else loss
+
+
+def make(rows, features, classes, dtype, target, biased, weighted, options, seed):
+    """Return the arguments: an input of shape (*rows, features), and logits of the size that a trained layer gives."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = partial(torch.randn, generator=generator, dtype=torch.float64)
+    arguments = {
+        "input": draw(*rows, features).to(dtype),
+        "linear_weight": (2 * draw(classes, features) / max(1, features) ** 0.5).to(dtype),
+        "linear_bias": draw(classes).to(dtype) if biased else None,
+    }
+    if target == "indices":
+        arguments["target"] = torch.randint(0, classes, rows, generator=generator)
+        if prod(rows) > 2:
+            ignored = torch.rand(rows, generator=generator) < 0.2
+            ignored.view(-1)[0] = False
+            arguments["target"] = arguments["target"].masked_fill(ignored, options.get("ignore_index", -100))
+    else:
+        arguments["target"] = draw(*rows, classes).softmax(-1).to(F32 if target == "probabilities32" else dtype)
+    if weighted:
+        arguments["weight"] = torch.rand(classes, generator=generator).to(dtype)
+    return arguments | options
+
+
+def case(rows, features, classes, dtype=F32, target="indices", biased=False, weighted=False, small=False, **options):
+    words = ["x".join(map(str, (*rows, features, classes))), str(dtype).removeprefix("torch."), target]
+    words += ["biased"] * biased + ["weighted"] * weighted + [f"{name}={value}" for name, value in options.items()]
+    return testing.LossCase(
+        "-".join(words),
+        dtype,
+        partial(make, rows, features, classes, dtype, target, biased, weighted, options),
+        LAYER if biased else LAYER[:2],
+        small,
+    )
+
+
+MIXED = {"label_smoothing": 0.1, "softcap": 8.0, "temperature": 1.5, "z_loss": 1e-3}
+CASES = [
+    *(
+        case(rows, features, classes, dtype, target, biased, weighted, **options)
+        for rows, features, classes in (((), 5, 9), ((1,), 3, 1), ((7,), 1, 2), ((2, 5), 16, 37), ((300,), 48, 257))
+        for dtype in (F64, F32, BF16, F16)
+        for target, biased, weighted, options in (
+            ("indices", False, False, {}),
+            ("indices", True, True, MIXED | {"reduction": "none"}),
+            ("probabilities", True, False, {"reduction": "sum"}),
+        )
+    ),
+    case((9,), 8, 37, BF16, "probabilities32", True, True, **MIXED),
+    # Two chunks, and a number of classes that is prime and over 2**16.
+    case((500,), 3, 70001, F32, biased=True, weighted=True, **MIXED),
+    case((500,), 3, 70001, BF16, biased=True),
+    case((4,), 3, 5, F64, biased=True, small=True),
+    case((2, 2), 2, 3, F64, biased=True, weighted=True, small=True, **MIXED),
+    case((3,), 2, 4, F64, "probabilities", small=True, reduction="sum", **MIXED),
+    case((), 3, 4, F64, small=True),
+]
+
+
+def module(arguments):
+    """The module that makes the same call, and its arguments."""
+    arguments = dict(arguments)
+    input, linear_weight, linear_bias, target = (arguments.pop(name) for name in (*LAYER, "target"))
+    made = tlk.LinearCrossEntropyLoss(
+        linear_weight.shape[1], linear_weight.shape[0], bias=linear_bias is not None, dtype=input.dtype, **arguments
+    )
+    with torch.no_grad():
+        made.linear.weight.copy_(linear_weight)
+        if linear_bias is not None:
+            made.linear.bias.copy_(linear_bias)
+    return made, (input, target)
+
+
+def op_calls():
+    """Each op with arguments, for opcheck."""
+    calls = []
+    for target in (torch.tensor([0, -100, 4]), torch.randn(3, 5).softmax(1)):
+        call = (torch.randn(3, 2), torch.randn(5, 2), torch.randn(5), target, torch.rand(5), -100, 0.1, 2.0, 3.0, 0.01)
+        g = torch.rand(3)
+        calls += [
+            (ops.forward, call),
+            (ops.forward_stats, call),
+            (ops.backward, (g, g, *call, True, True, True)),
+            (ops.backward, (g, None, *call[:2], None, *call[3:], True, False, False)),
+            (ops.step, (*call, True, False, True, False)),
+            (ops.step, (*call, False, True, True, True)),
+        ]
+    return calls
+
+
+LOSS = testing.Loss(tlk.linear_cross_entropy, pytorch, CASES, module, op_calls, rowwise=False)

@@ -1,0 +1,102 @@
+"""Cases of mse, and the PyTorch line that it replaces, which in float64 is the oracle."""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+import tlkernels as tlk
+from tlkernels import testing
+from tlkernels.losses.mse import ops
+
+F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+
+
+def pytorch(input, target, *, weight=None, reduction="mean"):
+    """The line of the docstring."""
+    return F.mse_loss(input, target, reduction=reduction, weight=weight)
+
+
+def make(shape, dtype, weighted, layout, options, seed):
+    """Return the arguments."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw():
+        return testing.lay_out(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype), layout)
+
+    arguments = {"input": draw(), "target": draw()}
+    if weighted:
+        arguments["weight"] = draw().abs()
+    return arguments | options
+
+
+def case(shape, dtype=F32, weighted=False, layout="contiguous", small=False, wants=("input", "target"), **options):
+    words = ["x".join(map(str, shape)), str(dtype).removeprefix("torch.")] + ["weighted"] * weighted
+    words += [layout] * (layout != "contiguous") + ["+".join(wants)] * (len(wants) < 2)
+    words += [f"{name}={value}" for name, value in options.items()]
+    return testing.LossCase(
+        "-".join(words), dtype, partial(make, shape, dtype, weighted, layout, options), wants, small
+    )
+
+
+# One element; less than a vector; an odd number; a block of the kernel, one less and one more; several blocks.
+SHAPES = [(), (1,), (3,), (7, 37), (1, 4095), (4096,), (4097,), (20, 1001)]
+
+
+def cases(shapes, **options):
+    """The cases of mse or rmse; `options` are rmse's."""
+    return [
+        *(
+            case(shape, dtype, weighted, reduction=reduction, **options)
+            for shape in shapes
+            for dtype in (F64, F32, BF16, F16)
+            for weighted, reduction in ((False, "mean"), (True, "mean"), (False, "sum"), (True, "none"))
+        ),
+        *(
+            case((3, 5, 4, 18), dtype, True, layout, **options)
+            for dtype in (F32, BF16)
+            for layout in testing.LAYOUTS[1:]
+        ),
+        case((9, 37), F32, wants=("input",), **options),
+        case((9, 37), F32, True, wants=("target",), reduction="none", **options),
+        case((3, 4), F64, small=True, **options),
+        case((3, 4), F64, True, small=True, reduction="none", **options),
+    ]
+
+
+def module(made, arguments):
+    """The module that makes the same call, and its arguments."""
+    arguments = dict(arguments)
+    tensors = arguments.pop("input"), arguments.pop("target")
+    weight = arguments.pop("weight", None)
+    loss = made(**arguments)
+    return (loss, tensors) if weight is None else (Weighted(loss, weight), tensors)
+
+
+class Weighted(torch.nn.Module):
+    """Passes a weight on, which is a keyword of the modules' forward."""
+
+    def __init__(self, loss, weight):
+        super().__init__()
+        self.loss, self.weight = loss, weight
+
+    def forward(self, input, target):
+        return self.loss(input, target, weight=self.weight)
+
+
+def op_calls():
+    """Each op with arguments, for opcheck."""
+    calls = []
+    for weight in (None, torch.rand(3, 5)):
+        tensors = torch.randn(3, 5), torch.randn(3, 5), weight
+        calls += [
+            (ops.forward, tensors),
+            (ops.total, tensors),
+            (ops.backward, (torch.rand(3, 5), *tensors, True, False)),
+            (ops.backward, (torch.rand(()), *tensors, True, True)),
+            (ops.step, (*tensors, 3.0, False, True)),
+        ]
+    return calls
+
+
+LOSS = testing.Loss(tlk.mse, pytorch, cases(SHAPES), partial(module, tlk.MSELoss), op_calls)

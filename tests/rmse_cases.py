@@ -1,0 +1,20 @@
+"""Cases of rmse, and the PyTorch line that it replaces, which in float64 is the oracle."""
+
+from functools import partial
+
+import mse_cases
+import torch
+
+import tlkernels as tlk
+from tlkernels import testing
+
+
+def pytorch(input, target, *, weight=None, reduction="mean", eps=0.0):
+    """The line of the docstring."""
+    return torch.sqrt(mse_cases.pytorch(input, target, weight=weight, reduction=reduction) + eps)
+
+
+CASES = mse_cases.cases([(), (7, 37), (4097,)], eps=0.25) + [
+    mse_cases.case((7, 37), dtype, reduction="sum") for dtype in (mse_cases.F64, mse_cases.F32, mse_cases.BF16)
+]
+LOSS = testing.Loss(tlk.rmse, pytorch, CASES, partial(mse_cases.module, tlk.RMSELoss))

@@ -1,0 +1,153 @@
+"""Linear cross entropy: the public function, its form with statistics, and the module."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules.loss import _WeightedLoss
+
+from tlkernels._core.dispatch import resolve
+from tlkernels.losses.cross_entropy.call import CrossEntropyOutput, Options
+from tlkernels.losses.linear_cross_entropy.call import Call, check
+from tlkernels.losses.linear_cross_entropy.ops import IMPLEMENTATIONS
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    impl: str = "auto",
+) -> Tensor:
+    """Cross entropy between a linear layer's output and class indices or probabilities, without holding the logits.
+
+    Replaces, for an input of rows::
+
+        logits = F.linear(input, linear_weight, linear_bias)
+        loss = tlk.cross_entropy(logits, target, weight, ...)     # or F.cross_entropy; the same options
+
+    The logits exist in chunks of rows (about 128 MB), and so do their gradients.
+
+    Args:
+        input: shape (D,), or (..., D) of rows; float64, float32, bfloat16 or float16.
+        linear_weight: shape (C, D), in the input's dtype; `torch.nn.Linear.weight`.
+        target: class indices of an integer dtype and the input's shape without D, each in [0, C) or `ignore_index`; or
+            probabilities of a floating dtype and shape (C,) or (..., C).
+        linear_bias: shape (C,), in the input's dtype.
+        weight: a factor for each class, shape (C,).
+        ignore_index: the class index whose rows count neither in the loss nor in the mean.
+        reduction: "mean" divides the sum by the number of rows that count, or with `weight` and class indices by the
+            weights of their targets; "sum"; "none" keeps a loss per row.
+        label_smoothing: in [0, 1], the share of the uniform distribution in the target.
+        temperature: above 0; divides the logits.
+        softcap: above 0; bounds the logits to (-softcap, softcap) smoothly, before the temperature (Gemma 2, 2024).
+        z_loss: at least 0; factor of the squared log-partition, which keeps it near 0 (PaLM, 2022, section 5).
+        impl: "auto", or "native", "triton", "reference".
+
+    Returns:
+        The loss in the input's dtype (under autocast float32): 0-d, or with "none" of the input's shape without D. It
+        is differentiable by `input`, `linear_weight` and `linear_bias`, twice and more; only the gradients that are
+        needed are computed. Native computes a reduced loss's gradients along with it; for "none" and float16 it makes
+        the logits again in the backward. Second derivatives, torch.func, forward mode and gradients of `weight` and of
+        probabilities go through the reference, which holds all logits. With no row that counts, the mean is NaN and the
+        gradients are 0, as in PyTorch.
+
+    Raises:
+        TypeError, ValueError: an argument of a wrong kind, shape or value.
+        IndexError: a class index out of range.
+        NotImplementedError: `impl` cannot serve this call; the message has every reason.
+
+    Source: as of `tlkernels.cross_entropy`; the gradients of the layer are those of its three matrix products.
+    """
+    options = Options(weight, ignore_index, label_smoothing, temperature, softcap, z_loss)
+    call = check(Call(input, linear_weight, linear_bias, target, options, reduction, stats=False))
+    loss: Tensor = resolve("linear_cross_entropy", IMPLEMENTATIONS, call, impl).run(call)
+    return loss
+
+
+def linear_cross_entropy_stats(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    impl: str = "auto",
+) -> CrossEntropyOutput:
+    """Linear cross entropy with what training watches, from the same sweep.
+
+    Arguments, loss and errors are those of `linear_cross_entropy`. The statistics are those of `cross_entropy_stats`
+    for the logits, one per row: `lse`, which is differentiable, `entropy` and `correct`. The backward makes the logits
+    again.
+    """
+    options = Options(weight, ignore_index, label_smoothing, temperature, softcap, z_loss)
+    call = check(Call(input, linear_weight, linear_bias, target, options, reduction, stats=True))
+    output: CrossEntropyOutput = resolve("linear_cross_entropy_stats", IMPLEMENTATIONS, call, impl).run(call)
+    return output
+
+
+class LinearCrossEntropyLoss(_WeightedLoss):
+    """`linear_cross_entropy` as a module, which owns the layer: takes the place of `torch.nn.LinearCrossEntropyLoss`.
+
+    The arguments are `in_features`, `num_classes`, `bias`, `device` and `dtype` of the layer, `linear`, and those of
+    `linear_cross_entropy`. `weight` is a buffer, as in PyTorch. Of PyTorch's arguments `out_features` (a loss for each
+    of several layers) and `options` (how to make chunks) are not taken.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        temperature: float = 1.0,
+        softcap: float | None = None,
+        z_loss: float = 0.0,
+        impl: str = "auto",
+    ) -> None:
+        super().__init__(weight, reduction=reduction)
+        self.linear = torch.nn.Linear(in_features, num_classes, bias=bias, device=device, dtype=dtype)
+        self.options: dict[str, Any] = {
+            "ignore_index": ignore_index,
+            "label_smoothing": label_smoothing,
+            "temperature": temperature,
+            "softcap": softcap,
+            "z_loss": z_loss,
+            "impl": impl,
+        }
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """Return the loss."""
+        return linear_cross_entropy(
+            input,
+            self.linear.weight,
+            target,
+            linear_bias=self.linear.bias,
+            weight=self.weight,
+            reduction=self.reduction,
+            **self.options,
+        )
+
+    def extra_repr(self) -> str:
+        """Return the options, for `repr`."""
+        return ", ".join(f"{name}={value!r}" for name, value in {"reduction": self.reduction, **self.options}.items())

@@ -1,0 +1,114 @@
+"""What a call of linear cross entropy is: its tensors and options, checked."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tlkernels._core.autograd import Tensors
+from tlkernels.losses.cross_entropy.call import Call as CrossEntropyCall
+from tlkernels.losses.cross_entropy.call import Options
+from tlkernels.losses.cross_entropy.call import check as check_cross_entropy
+
+_FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class Call(NamedTuple):
+    """One checked call."""
+
+    input: Tensor
+    linear_weight: Tensor
+    linear_bias: Tensor | None
+    target: Tensor
+    options: Options
+    reduction: str
+    stats: bool
+
+    @property
+    def layer(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The tensors that make the logits."""
+        return self.input, self.linear_weight, self.linear_bias
+
+    def of(self, layer: Tensors) -> "Call":
+        """Return the call with other tensors for `layer`."""
+        input, linear_weight, linear_bias = layer
+        assert input is not None and linear_weight is not None
+        return self._replace(input=input, linear_weight=linear_weight, linear_bias=linear_bias)
+
+    def flat(self) -> "Call":
+        """Return the call with rows instead of leading dimensions."""
+        target = self.target
+        target = target.reshape(-1, target.shape[-1]) if target.is_floating_point() else target.reshape(-1)
+        return self._replace(input=self.input.reshape(-1, self.input.shape[-1]), target=target)
+
+    def on(self, logits: Tensor) -> CrossEntropyCall:
+        """Return the cross entropy that this is of these logits, for a flat call."""
+        return CrossEntropyCall(logits, self.target, self.options, self.reduction, False, self.stats)
+
+    def on_shape(self) -> CrossEntropyCall:
+        """The same where only shape, dtype and device of the logits matter: they have no memory."""
+        return self.on(self.input.new_empty(()).expand(self.input.shape[0], self.linear_weight.shape[0]))
+
+
+def check(call: Call) -> Call:
+    """Return `call` if it makes sense; under autocast with the layer's tensors in the dtype that a layer has there.
+
+    Raises:
+        TypeError: an argument of a wrong kind or dtype.
+        ValueError: a shape, device or option value that does not fit. (A class index out of range is found by the
+            implementation, which has to read the targets anyway.)
+    """
+    input, linear_weight, linear_bias, target = call[:4]
+    named = [("input", input), ("linear_weight", linear_weight), ("linear_bias", linear_bias), ("target", target)]
+    for name, tensor in named:
+        if not isinstance(tensor, Tensor) and not (name == "linear_bias" and tensor is None):
+            raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
+    if torch.is_autocast_enabled(input.device.type):
+        call = _autocast(call)
+        input, linear_weight, linear_bias, target = call[:4]
+    if input.dtype not in _FLOATING:
+        raise TypeError(f"input: expected float64, float32, bfloat16 or float16, got {input.dtype}")
+    if input.dim() == 0:
+        raise ValueError("input: expected shape (..., in_features), got a 0-d tensor")
+    for name, tensor in (("linear_weight", linear_weight), ("linear_bias", linear_bias)):
+        if tensor is not None and tensor.dtype != input.dtype:
+            raise TypeError(f"{name}: expected the input's dtype {input.dtype}, got {tensor.dtype}")
+        if tensor is not None and tensor.device != input.device:
+            raise ValueError(f"{name}: expected it on the input's device {input.device}, got {tensor.device}")
+    features = input.shape[-1]
+    if linear_weight.dim() != 2 or linear_weight.shape[1] != features or linear_weight.shape[0] == 0:
+        raise ValueError(
+            f"linear_weight: expected shape (classes, in_features) with in_features {features} and at least one class, "
+            f"got {tuple(linear_weight.shape)}"
+        )
+    classes = linear_weight.shape[0]
+    if linear_bias is not None and linear_bias.shape != (classes,):
+        raise ValueError(
+            f"linear_bias: expected shape ({classes},), one number per class, got {tuple(linear_bias.shape)}"
+        )
+    _check_target(target, input.shape[:-1], classes)
+    check_cross_entropy(call.flat().on_shape())
+    return call
+
+
+def _check_target(target: Tensor, rows: torch.Size, classes: int) -> None:
+    if target.is_floating_point() and target.shape != (*rows, classes):
+        raise ValueError(
+            f"target: expected probabilities of the logits' shape {(*rows, classes)}, got {tuple(target.shape)}; class "
+            "indices have an integer dtype"
+        )
+    if not target.is_floating_point() and target.shape != rows:
+        raise ValueError(
+            f"target: expected class indices of shape {tuple(rows)}, the input's without its features, "
+            f"got {tuple(target.shape)}"
+        )
+
+
+def _autocast(call: Call) -> Call:
+    """What autocast does to the tensors of a linear layer."""
+    dtype = torch.get_autocast_dtype(call.input.device.type)
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+
+    return call.of([None if tensor is None else cast(tensor) for tensor in call.layer])

@@ -1,0 +1,163 @@
+"""Linear cross entropy's ops: schemas, fakes, autograd, and the list of implementations.
+
+Under plain autograd a reduced loss takes its gradients along, so that three GEMMs are all. Elsewhere an op gives the
+loss of each row, and the backward makes the logits anew. What is not a first derivative goes through the reference.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function, forward_ad
+
+from tlkernels._core import native
+from tlkernels._core.autograd import Tensors, differentiate, one_sweep, plain
+from tlkernels._core.dispatch import Implementation
+from tlkernels._core.library import define
+from tlkernels._core.reduction import reduce
+from tlkernels.losses.cross_entropy.call import CrossEntropyOutput, Options, compute_dtype
+from tlkernels.losses.cross_entropy.ops import _OPTIONS
+from tlkernels.losses.linear_cross_entropy import reference
+from tlkernels.losses.linear_cross_entropy.call import Call
+
+_LAYER = "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target"
+_NEEDS = "bool needs_input, bool needs_weight, bool needs_bias"
+
+
+def _fake_row(input: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return input.new_empty(input.shape[:1], dtype=dtype or compute_dtype(input))
+
+
+def _fake_gradients(input: Tensor, linear_weight: Tensor, needs: Any) -> tuple[Tensor, ...]:
+    shapes = (input.shape, linear_weight.shape, linear_weight.shape[:1])
+    return tuple(input.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs, strict=True))
+
+
+# `input` has rows, and `target` an index or probabilities for each. A gradient that is not needed has no elements.
+forward = define(
+    f"linear_cross_entropy_fwd({_LAYER}, {_OPTIONS}) -> Tensor",
+    lambda input, *rest: _fake_row(input),
+)
+forward_stats = define(
+    f"linear_cross_entropy_fwd_stats({_LAYER}, {_OPTIONS})"
+    " -> (Tensor loss, Tensor lse, Tensor entropy, Tensor correct)",
+    lambda input, *rest: (*(_fake_row(input) for _ in range(3)), _fake_row(input, torch.bool)),
+)
+backward = define(
+    f"linear_cross_entropy_bwd(Tensor grad_loss, Tensor? grad_lse, {_LAYER}, {_OPTIONS}, {_NEEDS})"
+    " -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
+    lambda grad_loss, grad_lse, input, linear_weight, *rest: _fake_gradients(input, linear_weight, rest[-3:]),
+)
+# The reduced loss with its gradients.
+step = define(
+    f"linear_cross_entropy_step({_LAYER}, {_OPTIONS}, bool mean, {_NEEDS})"
+    " -> (Tensor loss, Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
+    lambda input, linear_weight, *rest: (
+        input.new_empty((), dtype=compute_dtype(input)),
+        *_fake_gradients(input, linear_weight, rest[-3:]),
+    ),
+)
+
+
+class _Rows(Function):
+    """(input, linear_weight, linear_bias, target, weight, other options, stats) -> loss[, lse, entropy, correct]."""
+
+    @staticmethod
+    def forward(
+        input: Tensor,
+        linear_weight: Tensor,
+        linear_bias: Tensor | None,
+        target: Tensor,
+        weight: Tensor | None,
+        numbers: Any,
+        stats: bool,
+    ) -> Any:
+        op = forward_stats if stats else forward
+        return op(input, linear_weight, linear_bias, target, weight, *numbers)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        *tensors, ctx.numbers, ctx.stats = inputs
+        ctx.save_for_backward(*tensors)
+        if ctx.stats:
+            ctx.mark_non_differentiable(*output[2:])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None, grad_lse: Tensor | None = None, *_: Any) -> Any:
+        input, linear_weight, linear_bias, target, weight = ctx.saved_tensors
+        layer, needs = (input, linear_weight, linear_bias), ctx.needs_input_grad[:3]
+        if grad_loss is None:
+            grad_loss = input.new_zeros(input.shape[:1], dtype=compute_dtype(input))
+        # A compiler traces the first derivative alone, and raises itself where another is asked of it.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            call = Call(*layer, target, Options(weight, *ctx.numbers), "none", grad_lse is not None)
+            upstream = grad_loss
+
+            def dot(tensors: Tensors) -> Tensor:
+                """The rows times their upstream values, which get their derivatives too."""
+                output = reference.linear_cross_entropy(call.of(tensors))
+                if isinstance(output, Tensor):
+                    return (output * upstream).sum()
+                assert grad_lse is not None
+                return (output.loss * upstream).sum() + (output.lse * grad_lse).sum()
+
+            grads = differentiate(dot, layer, needs, torch.ones((), device=target.device))
+        else:
+            found = backward(grad_loss, grad_lse, *layer, target, weight, *ctx.numbers, *needs)
+            grads = [grad if need else None for grad, need in zip(found, needs, strict=True)]
+        return *grads, None, None, None, None
+
+
+def _reduced(call: Call) -> Tensor:
+    """The reduced loss of a flat call under plain autograd."""
+    target, (weight, *numbers), mean = call.target, call.options, call.reduction == "mean"
+
+    def sweep(layer: Tensors, needs: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
+        loss, *grads = step(*layer, target, weight, *numbers, mean, *needs)
+        return loss, [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+
+    def again(layer: Tensors) -> Tensor:
+        loss = reference.linear_cross_entropy(call.of(layer))
+        assert isinstance(loss, Tensor)
+        return loss
+
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in call.layer):
+        return one_sweep(sweep, again, *call.layer)
+    return sweep(call.layer, (False, False, False))[0]
+
+
+def _run_native(call: Call) -> Tensor | CrossEntropyOutput:
+    shape, flat = call.input.shape[:-1], call.flat()
+    target, (weight, *numbers), reduction = flat.target, flat.options, flat.reduction
+    dtype = flat.on_shape().dtype
+    # A float16 gradient waits for the loss scale that comes with its upstream: before, small values would be 0.
+    if not call.stats and reduction != "none" and call.input.dtype != torch.float16 and plain(*call.layer):
+        return _reduced(flat).to(dtype)
+    output = _Rows.apply(*flat.layer, target, weight, numbers, call.stats)  # type: ignore[no-untyped-call]
+    rows, *stats = output if call.stats else (output,)
+    loss = reduce(rows, flat.on_shape().denominator() if reduction == "mean" else 1, reduction).to(dtype)
+    loss = loss.reshape(shape) if reduction == "none" else loss
+    return CrossEntropyOutput(loss, *(value.reshape(shape) for value in stats)) if call.stats else loss
+
+
+def _refuse_native(call: Call) -> str | None:
+    if not native.available():
+        return native.why_not()
+    if call.input.device.type != "cpu":
+        return f"it serves CPU tensors; input is on {call.input.device}"
+    for name, tensor in (("weight", call.options.weight), ("target", call.target)):
+        if tensor is not None and tensor.requires_grad:
+            return f"it gives no gradient for {name}, which requires one"
+    if torch._C._are_functorch_transforms_active():
+        return "it does not take part in torch.func transforms"
+    if forward_ad._current_level >= 0:
+        return "it has no forward-mode derivative"
+    return None
+
+
+IMPLEMENTATIONS = (
+    Implementation("native", _refuse_native, _run_native),
+    Implementation("reference", lambda call: None, reference.linear_cross_entropy),
+)

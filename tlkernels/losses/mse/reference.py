@@ -1,0 +1,22 @@
+"""The oracle: squared errors in plain PyTorch, on any device, differentiable to any order."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from tlkernels.losses.mse.call import Call
+
+
+def squared(call: Call) -> Tensor:
+    """Return the squared errors, reduced, in the dtype of the computation."""
+    input, target, *weight = call.expanded(call.compute)
+    if not weight:
+        return F.mse_loss(input, target, reduction=call.reduction)
+    errors = (input - target).square() * weight[0]
+    if call.reduction == "none":
+        return errors
+    return errors.sum() / call.denominator() if call.reduction == "mean" else errors.sum()
+
+
+def mse(call: Call) -> Tensor:
+    """Return the loss of mse or rmse."""
+    return call.finished(squared(call))
