@@ -97,16 +97,18 @@ struct CallOf {
     static_cast<A*>(c.loss)[row] = value;
   }
 
-  // dx_c = (e_c * p - q * q_c + e_c * rest) * f'(x_c), e_c = 2^((f_c - peak) * to_exp2). The share of the z-loss and of
-  // lse stays apart: rounded into p it would not cancel against q_c where p_c is 1.
+  // dx_c = (g * (e_c * p - q_c) + e_c * rest) * T * dz / dx, e_c = 2^((f_c - peak) * to_exp2). One product against q_c,
+  // so that it cancels where p_c is 1 however the compiler fuses; and not rounded together with the share of z-loss and
+  // lse.
   struct Coefficients {
-    A p, q, rest;
+    A p, g, rest;
   };
+  static TLK_INLINE V join(V e, V q, V p, V g, V rest) { return (e * p - q) * g + e * rest; }
   Coefficients coefficients(int64_t row, bool counted, A peak, A log_sum, A inv_sum, A q) const {
     const A g = counted ? per_position(c.grad_loss, row) * inv_t : A(0);
     A rest = per_position(c.grad_lse, row) * inv_t;
     if (counted && c.z_loss != 0) rest += g * A(2 * c.z_loss) * (peak * to_z + log_sum);
-    return {g * q * inv_sum, g, rest * inv_sum};
+    return {q * inv_sum, g, rest * inv_sum};
   }
 
   // The first largest element; a NaN counts as the largest, as torch.argmax has it.

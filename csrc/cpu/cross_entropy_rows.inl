@@ -8,7 +8,7 @@ namespace TLK_ISA {
 template <class T, class P, bool kCap>
 struct Rows : CallOf<T, P, kCap> {
   using K = CallOf<T, P, kCap>;
-  using K::c, K::cap, K::coefficients, K::dense, K::ignored, K::inner, K::keep, K::kLog2E, K::L;
+  using K::c, K::cap, K::coefficients, K::dense, K::ignored, K::inner, K::join, K::keep, K::kLog2E, K::L;
   using K::cap1, K::log_sum_, K::offset, K::peak_, K::per_position, K::q_at, K::slope, K::spread, K::to_exp2, K::to_z,
       K::weight;
   using K::weight_at, K::write_correct, K::write_loss;
@@ -110,14 +110,14 @@ struct Rows : CallOf<T, P, kCap> {
   // The dense part of a gradient; q_c is `spread` for every class unless kDense.
   template <bool kDense>
   void row_grad(const T* x, const P* q, T* grad, const T* next_row, A peak, Coefficients co) const {
-    const V constant = set1(A(co.q * spread));
+    const V p = set1(co.p), g = set1(co.g), rest = set1(co.rest), constant = set1(spread);
     const Ahead ahead = fetched_ahead(x, next_row);
     sweep<A>(0, c.classes, [&](int64_t k, int, int n) __attribute__((always_inline)) {
       __builtin_prefetch(ahead.x + k, 0, 3);
       __builtin_prefetch(grad + k + ahead.grad, 1, 3);
       V f = cap(load_some(x + k, n, A(0)));
       V e = exp2<A>((f - peak) * to_exp2);
-      V d = e * co.p - (kDense ? co.q * q_at(q, k, n) : constant) + e * co.rest;
+      V d = join(e, kDense ? q_at(q, k, n) : constant, p, g, rest);
       if constexpr (kCap) d *= slope(f);
       store_some(grad + k, n, d);
     });
@@ -127,18 +127,18 @@ struct Rows : CallOf<T, P, kCap> {
   template <bool kDense>
   void row_grad_stashed(const T* x, const P* q, T* grad, const T* next_row, A peak, const A* from_peak,
                         Coefficients co) const {
-    const V constant = set1(A(co.q * spread));
+    const V g = set1(co.g), constant = set1(spread);
     const Ahead ahead = fetched_ahead(x, next_row);
     const A* const stash = stash_of(grad);
     for (int64_t begin = 0; begin < c.classes; begin += kBlock) {
       const int64_t end = begin + kBlock < c.classes ? begin + kBlock : c.classes;
       const A scale = exp2<A>(set1(A((from_peak[begin / kBlock] - peak) * to_exp2)))[0];
-      const A p = co.p * scale, rest = co.rest * scale;
+      const V p = set1(A(co.p * scale)), rest = set1(A(co.rest * scale));
       sweep<A>(begin, end, [&](int64_t k, int, int n) __attribute__((always_inline)) {
         __builtin_prefetch(ahead.x + k, 0, 3);
         __builtin_prefetch(grad + k + ahead.grad, 1, 3);
         V e = load_some(stash + k, n, A(0));
-        store_some(grad + k, n, e * p - (kDense ? co.q * q_at(q, k, n) : constant) + e * rest);
+        store_some(grad + k, n, join(e, kDense ? q_at(q, k, n) : constant, p, g, rest));
       });
     }
   }
@@ -189,7 +189,7 @@ struct Rows : CallOf<T, P, kCap> {
     if (c.indices && counted) {
       const V f = cap(set1(own_x));
       const V e = exp2<A>((f - peak) * to_exp2);
-      own = e * co.p - co.q * (own_q + spread * weight_at(c.indices[i])) + e * co.rest;
+      own = join(e, set1(A(own_q + spread * weight_at(c.indices[i]))), set1(co.p), set1(co.g), set1(co.rest));
       if constexpr (kCap) own *= slope(f);
     }
     if (stashes)

@@ -9,7 +9,8 @@ namespace TLK_ISA {
 template <class T, class P, bool kCap>
 struct ShortRows : CallOf<T, P, kCap> {
   using K = CallOf<T, P, kCap>;
-  using K::c, K::cap, K::cap1, K::coefficients, K::dense, K::ignored, K::keep, K::kLog2E, K::L, K::log_sum_, K::offset;
+  using K::c, K::cap, K::cap1, K::coefficients, K::dense, K::ignored, K::join, K::keep, K::kLog2E, K::L, K::log_sum_,
+      K::offset;
   using K::peak_, K::per_position, K::q_at, K::slope, K::spread, K::to_exp2, K::to_z, K::weight, K::weight_at;
   using K::write_correct, K::write_loss;
   using typename K::A;
@@ -113,18 +114,18 @@ struct ShortRows : CallOf<T, P, kCap> {
     const int64_t row = b.first + r;
     const P* q = q_at_row(row);
     T* grad = static_cast<T*>(c.grad.data) + offset(c.grad, row);
-    const V constant = set1(A(co.q * spread));
+    const V p = set1(co.p), g = set1(co.g), rest = set1(co.rest), constant = set1(spread);
     each([&](int k, int n) __attribute__((always_inline)) {
       const V e = load(b.e[r] + k);
-      V d = e * co.p - (kDense ? co.q * q_at(q, k, n) : constant) + e * co.rest;
+      V d = join(e, kDense ? q_at(q, k, n) : constant, p, g, rest);
       if constexpr (kCap) d *= slope(load(b.f[r] + k));
       store_some(grad + k, n, d);
     });
     if (!c.indices || ignored(row)) return;
     const int64_t y = c.indices[row];
-    A own = b.e[r][y] * co.p - co.q * (own_q + spread * weight_at(y)) + b.e[r][y] * co.rest;
-    if constexpr (kCap) own *= slope(set1(b.f[r][y]))[0];
-    store1(grad + y, own);
+    V own = join(set1(b.e[r][y]), set1(A(own_q + spread * weight_at(y))), p, g, rest);
+    if constexpr (kCap) own *= slope(set1(b.f[r][y]));
+    store1(grad + y, own[0]);
   }
 
   void skip(const Batch& b, int r) const {

@@ -8,7 +8,7 @@ namespace TLK_ISA {
 template <class T, class P, bool kCap>
 struct Tiles : CallOf<T, P, kCap> {
   using K = CallOf<T, P, kCap>;
-  using K::c, K::cap, K::coefficients, K::dense, K::ignored, K::inner, K::keep, K::kLog2E, K::L;
+  using K::c, K::cap, K::coefficients, K::dense, K::ignored, K::inner, K::join, K::keep, K::kLog2E, K::L;
   using K::cap1, K::weight_at, K::write_correct, K::write_loss;
   using K::log_sum_, K::offset, K::peak_, K::per_position, K::slope, K::spread, K::to_exp2, K::to_z, K::weight;
   using typename K::A;
@@ -128,7 +128,7 @@ struct Tiles : CallOf<T, P, kCap> {
         const V e = stashes ? f : exp2<A>((f - load(peak + v * L)) * to_exp2);
         V q = dense ? tile_q(t, k, v) : V{};
         q += load_indices(own_y + v * L) == Index(k) ? load(own_q + v * L) : V{};
-        V d = e * load(p + v * L) - load(g + v * L) * q + e * load(rest + v * L);
+        V d = join(e, q, load(p + v * L), load(g + v * L), load(rest + v * L));
         if constexpr (kCap) d *= slope(f);
         if (any_ignored) d = load(g + v * L) == A(0) && load(rest + v * L) == A(0) ? V{} : d;  // even of NaN logits
         store(at, d);
@@ -194,7 +194,7 @@ struct Tiles : CallOf<T, P, kCap> {
         write_correct(row, t.x + i * c.x.stride[inner], t.q ? t.q + i * c.probabilities.stride[inner] : t.q);
       if (t.grad) {
         const Coefficients co = coefficients(row, counted, peak[i], sum[i], ex[i], target.q);
-        p[i] = co.p, g[i] = co.q, rest[i] = co.rest;
+        p[i] = co.p, g[i] = co.g, rest[i] = co.rest;
       }
     }
     if (t.grad) grad_tile(t, peak, p, g, rest, own_y, own_q, any_ignored);
