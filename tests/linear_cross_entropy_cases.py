@@ -73,8 +73,11 @@ CASES = [
         )
     ),
     case((9,), 8, 37, BF16, "probabilities32", True, True, **MIXED),
+    # Three tiles of the weight.
+    case((5,), 2000, 1500, BF16, biased=True),
+    case((5,), 2000, 1500, F16, "probabilities"),
     # Two chunks, and a number of classes that is prime and over 2**16.
-    case((500,), 3, 70001, F32, biased=True, weighted=True, **MIXED),
+    case((500,), 3, 70001, F32, biased=True, weighted=True, **MIXED | {"reduction": "none"}),
     case((500,), 3, 70001, BF16, biased=True),
     case((4,), 3, 5, F64, biased=True, small=True),
     case((2, 2), 2, 3, F64, biased=True, weighted=True, small=True, **MIXED),

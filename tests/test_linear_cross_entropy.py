@@ -140,11 +140,11 @@ def test_only_needed_products_are_made(needed, reduction):
 def test_bfloat16_products_of_either_kind(monkeypatch, gemm, rows, target):
     """In float32 tiles and in bfloat16; the weight's gradient is summed over chunks in float32 (axolotl #1601)."""
     monkeypatch.setenv("TLKERNELS_BF16_GEMM", gemm)
-    classes = 70001 if rows > 1000 else 3001  # the larger in several chunks
+    classes = 70001 if rows > 1000 else 3001  # in several chunks, and both in several tiles
     if target == "probabilities" and rows > 1000:
         rows = 400
     budgets = {}
-    arguments = call((rows,), 40 if rows == 33 else 2, classes, BF16, target)
+    arguments = call((rows,), 1000 if classes == 3001 else 16, classes, BF16, target)
 
     def run(function, arguments):
         loss = function(**arguments)
@@ -309,6 +309,20 @@ def test_stats(impl, target, reduction, dtype):
         for a, b in zip(torch.autograd.grad(ours_sum, layer(arguments), retain_graph=True),
                         torch.autograd.grad(right_sum, layer(arguments), retain_graph=True), strict=True):  # fmt: skip
             same(a.double(), b.double(), **loose)
+
+
+@native
+def test_statistics_over_chunks():
+    arguments = call((500,), 2, 70001, F32)
+    ours = tlk.linear_cross_entropy_stats(**arguments, impl="native")
+    right = dense(tlk.cross_entropy_stats, arguments)
+    for name in ("loss", "lse", "entropy"):
+        same(getattr(ours, name), getattr(right, name), rtol=1e-5, atol=1e-5)
+    assert torch.equal(ours.correct, right.correct)
+    upstream = torch.rand(500)
+    for a, b in zip(torch.autograd.grad(ours.lse, layer(arguments), upstream),
+                    torch.autograd.grad(right.lse, layer(arguments), upstream), strict=True):  # fmt: skip
+        same(a, b, rtol=1e-3, atol=1e-5 * float(b.abs().max()))
 
 
 def test_ignored_rows_have_statistics(any_isa):

@@ -115,10 +115,12 @@ void LinearSweep::take(int64_t begin, int64_t end, const Tensor& gradient) {
 }
 
 std::array<Tensor, 3> LinearSweep::gradients() {
-  const Tensor none = at::empty({0}, input_.options());
-  Tensor by_weight = needs_[1] ? grad_weight_ : none;
-  if (by_weight.scalar_type() != weight_.scalar_type()) by_weight = empty_gradient(weight_).copy_(by_weight);
-  return {needs_[0] ? grad_input_ : none, by_weight, needs_[2] ? grad_bias_.to(input_.scalar_type()) : none};
+  std::array<Tensor, 3> found = {grad_input_, grad_weight_, grad_bias_};
+  for (Tensor& grad : found)
+    if (!grad.defined()) grad = at::empty({0}, input_.options());
+  if (found[1].scalar_type() != weight_.scalar_type()) found[1] = empty_gradient(weight_).copy_(grad_weight_);
+  found[2] = found[2].to(input_.scalar_type());
+  return found;
 }
 
 }  // namespace tlk

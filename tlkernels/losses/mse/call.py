@@ -1,6 +1,5 @@
 """What a call of mse or rmse is: its tensors and options, checked."""
 
-import math
 import warnings
 from numbers import Real
 from typing import NamedTuple
@@ -27,8 +26,11 @@ class Call(NamedTuple):
     @property
     def common(self) -> torch.dtype:
         """The dtype that the tensors are promoted to."""
-        dtype = torch.promote_types(self.input.dtype, self.target.dtype)
-        return dtype if self.weight is None else torch.promote_types(dtype, self.weight.dtype)
+        dtype = self.input.dtype
+        for tensor in (self.target, self.weight):
+            if tensor is not None and tensor.dtype != dtype:
+                dtype = torch.promote_types(dtype, tensor.dtype)
+        return dtype
 
     @property
     def dtype(self) -> torch.dtype:
@@ -45,17 +47,22 @@ class Call(NamedTuple):
     def expanded(self, dtype: torch.dtype) -> list[Tensor]:
         """Return input, target and weight (if any) of `dtype` in the shape of the errors."""
         tensors = [self.input, self.target] if self.weight is None else [self.input, self.target, self.weight]
-        return list(torch.broadcast_tensors(*(tensor.to(dtype) for tensor in tensors)))
+        tensors = [tensor if tensor.dtype == dtype else tensor.to(dtype) for tensor in tensors]
+        return tensors if self.input.shape == self.target.shape else list(torch.broadcast_tensors(*tensors))
 
     def denominator(self) -> Tensor | int:
         """Return what `mean` divides by: the number of errors, or the sum of the weights."""
         if self.weight is None:
-            return math.prod(torch.broadcast_shapes(self.input.shape, self.target.shape))
+            input, target = self.input, self.target
+            return (input if input.shape == target.shape else self.expanded(self.common)[0]).numel()
         return sum_in_order(self.weight.to(self.compute))
 
     def finished(self, loss: Tensor) -> Tensor:
         """Return the loss from the (reduced) squared errors."""
-        return (loss if self.eps is None else (loss + self.eps).sqrt()).to(self.dtype)
+        if self.eps is not None:
+            loss = (loss + self.eps if self.eps else loss).sqrt()
+        dtype = self.dtype
+        return loss if loss.dtype == dtype else loss.to(dtype)
 
 
 def check(call: Call) -> Call:
