@@ -5,7 +5,16 @@ PyTorch losses as hand-written kernels. Each function and module replaces the Py
 
 from tlkernels._core.dispatch import explain
 from tlkernels.losses.cross_entropy import CrossEntropyLoss, CrossEntropyOutput, cross_entropy, cross_entropy_stats
+from tlkernels.losses.distillation import DistillationLoss, distillation
 
 __version__ = "0.1.0"
 
-__all__ = ["CrossEntropyLoss", "CrossEntropyOutput", "cross_entropy", "cross_entropy_stats", "explain"]
+__all__ = [
+    "CrossEntropyLoss",
+    "CrossEntropyOutput",
+    "DistillationLoss",
+    "cross_entropy",
+    "cross_entropy_stats",
+    "distillation",
+    "explain",
+]

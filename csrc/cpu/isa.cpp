@@ -8,10 +8,11 @@
 namespace tlk {
 
 // setup.py compiles each loss's .inl once for every instruction set, into that namespace.
-#define TLK_DECLARE(isa)                 \
-  namespace isa {                        \
-  CrossEntropyTable cross_entropy;       \
-  const Kernels table = {cross_entropy}; \
+#define TLK_DECLARE(isa)                               \
+  namespace isa {                                      \
+  CrossEntropyTable cross_entropy;                     \
+  DistillationTable distillation;                      \
+  const Kernels table = {cross_entropy, distillation}; \
   }
 TLK_DECLARE(baseline)
 #if defined(__x86_64__)

@@ -289,7 +289,7 @@ TLK_INLINE Vec<A> exp2(Vec<A> t) {
   return polynomial_exp2(r) * scale;
 }
 
-// Natural logarithm of normal numbers from 1 up.
+// Natural logarithm of positive normal numbers; something negative, never NaN, of 0 and of subnormal ones.
 TLK_INLINE f32v log_from_one(f32v x) {
   u32v bits = bitcast<u32v>(x);
   u32v shifted = bits - 0x3f3504f3u;  // sqrt(1/2): the mantissa lies in [sqrt(1/2), sqrt(2))
