@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent
 CPU = Path("csrc/cpu")
 
 LOSSES = ["cross_entropy", "distillation"]  # csrc/cpu/<loss>.inl is compiled for each instruction set, <loss>.cpp once
-OTHERS = ["isa", "pool", "tensor", "distillation_call"]  # compiled once
+OTHERS = ["isa", "pool", "tensor", "distillation_call", "linear_distillation"]  # compiled once
 
 # What each instruction set may use; csrc/cpu/isa.cpp asks the CPU for the same features before it calls one.
 ISA_FLAGS = {"baseline": []}

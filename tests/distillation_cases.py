@@ -94,7 +94,7 @@ OPTIONS = [
         DIVERGENCES, (F64, F32), (BOTH[:1], BOTH[1:], BOTH), (False, True), ("mean", "none")
     )
 ]
-# One class; less than a vector; whole vectors; odd; a block and one past it; several blocks; past what is kept of a row.
+# One class; less than a vector; whole vectors; odd; a block and one past it; several blocks; many.
 SHAPES = [(5,), (1, 1), (7, 1), (3, 2), (5, 16), (4, 65), (9, 129), (3, 2048), (3, 2049), (2, 6151), (2, 3, 5, 7),
           (2, 65537)]  # fmt: skip
 GRID = [

@@ -6,6 +6,7 @@ PyTorch losses as hand-written kernels. Each function and module replaces the Py
 from tlkernels._core.dispatch import explain
 from tlkernels.losses.cross_entropy import CrossEntropyLoss, CrossEntropyOutput, cross_entropy, cross_entropy_stats
 from tlkernels.losses.distillation import DistillationLoss, distillation
+from tlkernels.losses.linear_distillation import LinearDistillationLoss, linear_distillation
 
 __version__ = "0.1.0"
 
@@ -13,8 +14,10 @@ __all__ = [
     "CrossEntropyLoss",
     "CrossEntropyOutput",
     "DistillationLoss",
+    "LinearDistillationLoss",
     "cross_entropy",
     "cross_entropy_stats",
     "distillation",
     "explain",
+    "linear_distillation",
 ]

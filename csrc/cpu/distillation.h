@@ -36,17 +36,15 @@ struct Distillation {
   void* loss = nullptr;    // one per row, compute type; null: not wanted
 };
 
-// Rows begin to end. `kept` may be null; else it holds what a row's later sweeps need of its first one:
-// kept_numbers() of the compute type.
+// Rows begin to end. `kept` holds kept_numbers() of the compute type: what a row's later sweeps need of its first one.
 using DistillationRows = void (*)(const Distillation&, int64_t begin, int64_t end, void* kept);
-using DistillationTable = DistillationRows(Scalar logits, Divergence divergence, bool hard, bool keeps);
+using DistillationTable = DistillationRows(Scalar logits, Divergence divergence, bool hard);
 
-// Classes of a row whose exponentials are worth keeping: those of longer ones would leave the second-level cache.
-constexpr int64_t kMaxKept = 1 << 16;
+// Classes that are summed at a time: of both sides at most the first-level cache.
+constexpr int64_t kDistillationBlock = 2048;
 
-// Room for one number per class, in whole vectors.
-constexpr int64_t kept_stride(int64_t classes) { return (classes + 15) / 16 * 16; }
-// Exponentials of both sides and the mixture's logarithm.
-constexpr int64_t kept_numbers(int64_t classes) { return 3 * kept_stride(classes); }
+constexpr int64_t whole_vectors(int64_t classes) { return (classes + 15) / 16 * 16; }
+constexpr int64_t blocks_of(int64_t classes) { return (classes + kDistillationBlock - 1) / kDistillationBlock; }
+constexpr int64_t kept_numbers(int64_t classes) { return 2 * (whole_vectors(classes) + blocks_of(classes)); }
 
 }  // namespace tlk

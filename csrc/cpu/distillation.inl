@@ -16,32 +16,44 @@
 namespace tlk {
 namespace TLK_ISA {
 
-template <class T, Divergence kD, bool kHard, bool kKeeps>
+template <class T, Divergence kD, bool kHard>
 struct DistillationKernel {
   using A = typename Compute<T>::type;
   using V = Vec<A>;
-  static constexpr int L = lanes<A>;
   static constexpr A kLog2E = A(1.4426950408889634074);
   static constexpr A kLowest = -A(__builtin_inf());
-  static constexpr int64_t kBlock = 2048;  // classes per block: of both sides at most the first-level cache
-  static constexpr int kBlocks = int(kMaxKept / kBlock);
+  static constexpr int64_t kBlock = kDistillationBlock;
   static constexpr int64_t kAhead = 2048 / int64_t(sizeof(T));  // fetched ahead of a gradient's sweep: half a page
 
   const Distillation& c;
   const A inv_t, to_exp2;  // exp(x / T) = 2^(x * to_exp2)
-  A* const kept[3];        // each side's exponentials from the peak so far; the mixture's logarithm
+  A* const kept[2];        // each side's exponentials, each block's from the peak so far
+  A* const from[2];        // those peaks
 
   DistillationKernel(const Distillation& call, void* memory)
       : c(call),
         inv_t(A(call.inv_temperature)),
         to_exp2(A(call.inv_temperature * 1.4426950408889634074)),
-        kept{static_cast<A*>(memory), static_cast<A*>(memory) + kept_stride(call.classes),
-             static_cast<A*>(memory) + 2 * kept_stride(call.classes)} {}
+        kept{static_cast<A*>(memory), static_cast<A*>(memory) + whole_vectors(call.classes)},
+        from{static_cast<A*>(memory) + 2 * whole_vectors(call.classes),
+             static_cast<A*>(memory) + 2 * whole_vectors(call.classes) + blocks_of(call.classes)} {}
 
+  // What a sweep fetches while it computes: the hardware does not look past a page.
+  struct Fetch {
+    const T *first, *second;
+    TLK_INLINE void at(int64_t k) const {
+      __builtin_prefetch(first + k, 0, 3);
+      __builtin_prefetch(second + k, 0, 3);
+    }
+  };
   struct Row {
     const T* x[2];
-    T* grad[2];
-    const T* next[2];  // the following row, to be fetched
+    T* grad[2];        // may be null
+    const T* next[2];  // the following row
+    Fetch grads() const {
+      const T* const any = grad[0] ? grad[0] : grad[1] ? grad[1] : next[0];
+      return {any, grad[0] && grad[1] ? grad[1] : any};
+    }
   };
 
   // What the first sweep finds. Sums are from the peak, the hard ones without the temperature.
@@ -51,7 +63,6 @@ struct DistillationKernel {
     double distance = 0;       // kl: sum of e_0 * ((x_0 - peak_0) - (x_1 - peak_1))
     double hard_sum = 0;       // of the student's exponentials
     double hard_distance = 0;  // sum of peak - x over all classes, with label smoothing
-    A from[2][kBlocks];        // the peak from which a block's exponentials are kept
   };
 
   static int64_t offset(const int64_t* stride, int64_t i, int64_t inner) {
@@ -90,35 +101,27 @@ struct DistillationKernel {
     if (kD == Divergence::kl && z.sum[0] != 0) z.distance += z.sum[0] * (shift[0] - shift[1]);
   }
 
-  // Peaks and sums, block by block so that each is in the first-level cache for both its sweeps. What comes next is
-  // fetched meanwhile: the following block, or from the last one the gradient's memory.
+  // Peaks and sums, block by block so that each is in the first-level cache for both its sweeps.
   void add_up(const Row& row, Sums& z) const {
     for (int64_t begin = 0; begin < c.classes; begin += kBlock) {
       const int64_t end = end_of(begin);
       const A top[2] = {block_max(row.x[0], begin, end), block_max(row.x[1], begin, end)};
       raise(z, top, begin);
-      A from[2];
+      A peak[2];
       for (int side = 0; side < 2; ++side) {
-        from[side] = z.peak[side] == kLowest ? A(0) : z.peak[side];  // so far -inf alone: their exponentials are 0
-        if (kKeeps) z.from[side][begin / kBlock] = z.peak[side];
+        from[side][begin / kBlock] = z.peak[side];
+        peak[side] = z.peak[side] == kLowest ? A(0) : z.peak[side];  // so far -inf alone: their exponentials are 0
       }
-      const bool last = end == c.classes;
+      const Fetch ahead = end < c.classes ? Fetch{row.x[0] + end, row.x[1] + end} : row.grads();
       Chains<A> s0, s1, distance, hard, hard_distance;
       sweep<A>(begin, end, [&](int64_t k, int slot, int n) __attribute__((always_inline)) {
-        for (int side = 0; side < 2; ++side) {
-          if (!last)
-            __builtin_prefetch(row.x[side] + end + (k - begin), 0, 3);
-          else if (row.grad[side])
-            __builtin_prefetch(row.grad[side] + (k - begin), 1, 3);
-        }
-        const V d0 = load_some(row.x[0] + k, n, A(0)) - from[0], d1 = load_some(row.x[1] + k, n, A(0)) - from[1];
+        ahead.at(k - begin);
+        const V d0 = load_some(row.x[0] + k, n, A(0)) - peak[0], d1 = load_some(row.x[1] + k, n, A(0)) - peak[1];
         const V e0 = exp2<A>(d0 * to_exp2), e1 = exp2<A>(d1 * to_exp2);
         s0.part[slot] += only<A>(e0, n);
         s1.part[slot] += only<A>(e1, n);
-        if constexpr (kKeeps) {
-          store(kept[0] + k, e0);
-          store(kept[1] + k, e1);
-        }
+        store(kept[0] + k, e0);
+        store(kept[1] + k, e1);
         if constexpr (kD == Divergence::kl) distance.part[slot] += only<A>(e0 == A(0) ? V{} : e0 * (d0 - d1), n);
         if constexpr (kHard) {
           const V d = c.student ? d1 : d0;
@@ -140,116 +143,114 @@ struct DistillationKernel {
 
   // The two distributions, once their sums are known.
   struct Distributions {
-    A peak[2], inv_sum[2];
-    A log_sum[2];         // of js
+    A peak[2];
+    A scale[2];           // share / sum
+    A log_sum[2];         // js
     double log_sum_rest;  // what rounding took from them, times the shares
-    A mean[2];            // of the slope; for kl of the distance, whose gradient needs neither temperature nor log_sum
+    A mean[2];            // of the slope; for kl of the distance, since its gradient needs no log_sum
   };
 
-  // p of both sides at classes k to k + n of the block whose kept exponentials have that scale.
+  // p of both sides at classes k to k + n of the block whose exponentials have that scale; for js times the shares.
   struct Pair {
     V p[2];
   };
-  TLK_INLINE Pair probabilities(const Row& row, const Distributions& of, const A* scale, int64_t k, int n) const {
-    Pair pair;
-    for (int side = 0; side < 2; ++side)
-      pair.p[side] = kKeeps ? load(kept[side] + k) * scale[side]
-                            : exp2<A>((load_some(row.x[side] + k, n, A(0)) - of.peak[side]) * to_exp2) * scale[side];
-    return pair;
+  TLK_INLINE Pair probabilities(const A* scale, int64_t k) const {
+    return {{load(kept[0] + k) * scale[0], load(kept[1] + k) * scale[1]}};
   }
-  void block_scale(const Distributions& of, const Sums& z, int64_t begin, A* scale) const {
+  void block_scale(const Distributions& of, int64_t begin, A* scale) const {
     for (int side = 0; side < 2; ++side) {
-      scale[side] = of.inv_sum[side];
-      if (kKeeps && z.from[side][begin / kBlock] != of.peak[side])
-        scale[side] *= exp1((z.from[side][begin / kBlock] - of.peak[side]) * to_exp2);
+      const A shift = from[side][begin / kBlock] - of.peak[side];
+      scale[side] = shift == 0 ? of.scale[side] : of.scale[side] * exp1(shift * to_exp2);
     }
   }
 
-  TLK_INLINE V log_p(const Row& row, const Distributions& of, int side, int64_t k, int n) const {
-    return (load_some(row.x[side] + k, n, A(0)) - of.peak[side]) * inv_t - of.log_sum[side];
-  }
-  TLK_INLINE V log_mixture(const Pair& pair) const {
-    return log_from_one(pair.p[0] * A(c.side[0].share) + pair.p[1] * A(c.side[1].share));
-  }
-  TLK_INLINE V slope(const Row& row, const Distributions& of, const Pair& pair, V log_m, int side, int64_t k,
-                     int n) const {
-    if constexpr (kD == Divergence::js) return (log_p(row, of, side, k, n) - log_m) * A(c.side[side].share);
-    const V difference = pair.p[side] - pair.p[1 - side];
+  // The mixture's logarithm for js, or the signs of p_0 - p_1 times 1/2 for tv: all that slopes need beside the logits.
+  TLK_INLINE V common(const Pair& pair) const {
+    if constexpr (kD == Divergence::js) return log_normal(pair.p[0] + pair.p[1]);
+    const V difference = pair.p[0] - pair.p[1];
     return difference > A(0) ? set1(A(0.5)) : difference < A(0) ? set1(A(-0.5)) : difference;
   }
+  // Without the share, which is in p.
+  template <int kSide>
+  TLK_INLINE V slope(const Row& row, const Distributions& of, V common, int64_t k, int n) const {
+    if constexpr (kD == Divergence::js)
+      return (load_some(row.x[kSide] + k, n, A(0)) - of.peak[kSide]) * inv_t - of.log_sum[kSide] - common;
+    return kSide ? -common : common;
+  }
 
-  // js and tv: the divergence, and the mean slopes. Where p is 0 so is its product, whatever the logarithms.
-  double compare(const Row& row, Distributions& of, const Sums& z) const {
+  // js and tv: the divergence, and the mean slopes of the sides whose gradients are wanted. Where p is 0 so is its
+  // product, whatever the logarithms. The slope of a single such side is kept in the place of the other's exponentials.
+  template <bool kOf0, bool kOf1>
+  double compare(const Row& row, Distributions& of) const {
     double total = 0, means[2] = {};
     for (int64_t begin = 0; begin < c.classes; begin += kBlock) {
       A scale[2];
-      block_scale(of, z, begin, scale);
+      block_scale(of, begin, scale);
       Chains<A> divergence, mean0, mean1;
       sweep<A>(begin, end_of(begin), [&](int64_t k, int slot, int n) __attribute__((always_inline)) {
-        const Pair pair = probabilities(row, of, scale, k, n);
-        V log_m{};
-        if constexpr (kD == Divergence::js) {
-          log_m = log_mixture(pair);
-          if constexpr (kKeeps) store(kept[2] + k, log_m);
-        }
-        const V s0 = slope(row, of, pair, log_m, 0, k, n), s1 = slope(row, of, pair, log_m, 1, k, n);
+        const Pair pair = probabilities(scale, k);
+        const V both = common(pair);
+        const V s0 = slope<0>(row, of, both, k, n), s1 = slope<1>(row, of, both, k, n);
         const V m0 = only<A>(pair.p[0] == A(0) ? V{} : pair.p[0] * s0, n);
         const V m1 = only<A>(pair.p[1] == A(0) ? V{} : pair.p[1] * s1, n);
-        mean0.part[slot] += m0;
-        mean1.part[slot] += m1;
+        if constexpr (kOf0) mean0.part[slot] += m0;
+        if constexpr (kOf1) mean1.part[slot] += m1;
         divergence.part[slot] += kD == Divergence::tv ? only<A>((pair.p[0] - pair.p[1]) * s0, n) : m0 + m1;
+        if constexpr (kOf0 != kOf1) store(kept[kOf0 ? 1 : 0] + k, kOf0 ? s0 : s1);
       });
       total += double(divergence.sum());
       means[0] += double(mean0.sum());
       means[1] += double(mean1.sum());
     }
-    of.mean[0] = A(means[0]), of.mean[1] = A(means[1]);
+    for (int side = 0; side < 2; ++side) of.mean[side] = A(means[side] / share(side));
     return total - of.log_sum_rest;
   }
+  double share(int side) const { return kD == Divergence::js ? c.side[side].share : 1; }
 
   struct Hard {
     A factor, inv_sum, keep, spread;  // softmax(x) - keep * [class is the target] - spread, times factor
     int64_t target;
   };
 
-  void write_gradients(const Row& row, const Distributions& of, const Sums& z, A factor, Hard hard) const {
-    const int student = c.student;
+  template <bool kOf0, bool kOf1>
+  void write_gradients(const Row& row, const Distributions& of, A factor, Hard hard) const {
     for (int64_t begin = 0; begin < c.classes; begin += kBlock) {
       const int64_t end = end_of(begin);
       A scale[2];
-      block_scale(of, z, begin, scale);
-      const bool last = end == c.classes;
+      block_scale(of, begin, scale);
+      const Fetch grads = row.grads();
+      const Fetch ahead = end == c.classes ? Fetch{row.next[0], row.next[1]}
+                                           : Fetch{grads.first + begin + kAhead, grads.second + begin + kAhead};
       sweep<A>(begin, end, [&](int64_t k, int, int n) __attribute__((always_inline)) {
-        for (int side = 0; side < 2; ++side) {
-          __builtin_prefetch(last ? row.next[side] + (k - begin) : row.x[side] + k + kAhead, 0, 3);
-          if (row.grad[side]) __builtin_prefetch(row.grad[side] + k + kAhead, 1, 3);
-        }
-        const Pair pair = probabilities(row, of, scale, k, n);
-        V log_m{}, d[2];
-        if constexpr (kD == Divergence::js) log_m = kKeeps ? load(kept[2] + k) : log_mixture(pair);
-        for (int side = 0; side < 2; ++side) {
-          if (!row.grad[side]) continue;
-          const V p = pair.p[side];
-          if (kD == Divergence::kl && side == 1) {
-            d[1] = (p - pair.p[0]) * factor;
-          } else {
-            V s;
-            if constexpr (kD == Divergence::kl)
-              s = ((load_some(row.x[0] + k, n, A(0)) - of.peak[0]) - (load_some(row.x[1] + k, n, A(0)) - of.peak[1]));
-            else
-              s = slope(row, of, pair, log_m, side, k, n);
-            d[side] = p == A(0) ? V{} : p * (s - of.mean[side]) * (kD == Divergence::kl ? factor * inv_t : factor);
+        ahead.at(k - begin);
+        const Pair pair = probabilities(scale, k);
+        V d0{}, d1{};
+        if constexpr (kD == Divergence::kl) {
+          if constexpr (kOf0) {
+            const V distance =
+                (load_some(row.x[0] + k, n, A(0)) - of.peak[0]) - (load_some(row.x[1] + k, n, A(0)) - of.peak[1]);
+            d0 = pair.p[0] == A(0) ? V{} : pair.p[0] * (distance - of.mean[0]) * (factor * inv_t);
           }
+          if constexpr (kOf1) d1 = (pair.p[1] - pair.p[0]) * factor;
+        } else {
+          V s0{}, s1{};
+          if constexpr (kOf0 != kOf1) {
+            (kOf0 ? s0 : s1) = load(kept[kOf0 ? 1 : 0] + k);
+          } else {
+            const V both = common(pair);
+            s0 = slope<0>(row, of, both, k, n), s1 = slope<1>(row, of, both, k, n);
+          }
+          if constexpr (kOf0) d0 = pair.p[0] == A(0) ? V{} : pair.p[0] * (s0 - of.mean[0]) * factor;
+          if constexpr (kOf1) d1 = pair.p[1] == A(0) ? V{} : pair.p[1] * (s1 - of.mean[1]) * factor;
         }
         if constexpr (kHard) {
-          if (row.grad[student]) {
-            const V e = exp2<A>((load_some(row.x[student] + k, n, A(0)) - of.peak[student]) * kLog2E);
-            const V own = iota<A>() == typename Simd<A>::Index(hard.target - k) ? set1(hard.keep) : V{};
-            d[student] += (e * hard.inv_sum - (own + hard.spread)) * hard.factor;
-          }
+          const int student = c.student;
+          const V e = exp2<A>((load_some(row.x[student] + k, n, A(0)) - of.peak[student]) * kLog2E);
+          const V own = iota<A>() == typename Simd<A>::Index(hard.target - k) ? set1(hard.keep) : V{};
+          (student ? d1 : d0) += (e * hard.inv_sum - (own + hard.spread)) * hard.factor;
         }
-        if (row.grad[0]) store_some(row.grad[0] + k, n, d[0]);
-        if (row.grad[1]) store_some(row.grad[1] + k, n, d[1]);
+        if constexpr (kOf0) store_some(row.grad[0] + k, n, d0);
+        if constexpr (kOf1) store_some(row.grad[1] + k, n, d1);
       });
     }
   }
@@ -257,34 +258,39 @@ struct DistillationKernel {
   void row(int64_t i) const {
     Row row;
     const int64_t following = i + 1 < c.rows ? i + 1 : i;
-    bool differentiates = false;
     for (int side = 0; side < 2; ++side) {
       const Side& of = c.side[side];
       row.x[side] = static_cast<const T*>(of.x) + offset(of.stride, i, c.inner);
       row.next[side] = static_cast<const T*>(of.x) + offset(of.stride, following, c.inner);
       row.grad[side] = of.grad ? static_cast<T*>(of.grad) + offset(of.grad_stride, i, c.inner) : nullptr;
-      differentiates |= of.grad != nullptr;
     }
-    A* const loss = c.loss ? static_cast<A*>(c.loss) + i : nullptr;
-    if (c.target && c.target[i] == c.ignore_index) {
-      if (loss) *loss = 0;
-      for (T* grad : row.grad)
-        if (grad)
-          sweep<A>(0, c.classes,
-                   [&](int64_t k, int, int n) __attribute__((always_inline)) { store_some(grad + k, n, V{}); });
-      return;
-    }
+    if (c.target && c.target[i] == c.ignore_index) return ignore(row, i);
+    if (row.grad[0])
+      row.grad[1] ? compute<true, true>(row, i) : compute<true, false>(row, i);
+    else
+      row.grad[1] ? compute<false, true>(row, i) : compute<false, false>(row, i);
+  }
 
+  void ignore(const Row& row, int64_t i) const {
+    if (c.loss) static_cast<A*>(c.loss)[i] = 0;
+    for (T* grad : row.grad)
+      if (grad)
+        sweep<A>(0, c.classes,
+                 [&](int64_t k, int, int n) __attribute__((always_inline)) { store_some(grad + k, n, V{}); });
+  }
+
+  template <bool kOf0, bool kOf1>
+  void compute(const Row& row, int64_t i) const {
     Sums z;
     add_up(row, z);
     Distributions of{};
     for (int side = 0; side < 2; ++side) {
       of.peak[side] = z.peak[side];
-      of.inv_sum[side] = A(1 / z.sum[side]);
+      of.scale[side] = A(share(side) / z.sum[side]);
       if constexpr (kD == Divergence::js) {
-        const double log_sum = -::log(double(of.inv_sum[side]));  // so that log p is that of p as rounded
+        const double log_sum = ::log(share(side) / double(of.scale[side]));  // so that log p is that of p as rounded
         of.log_sum[side] = A(log_sum);
-        of.log_sum_rest += c.side[side].share * (log_sum - double(of.log_sum[side]));
+        of.log_sum_rest += share(side) * (log_sum - double(of.log_sum[side]));
       }
     }
     double divergence;
@@ -293,22 +299,23 @@ struct DistillationKernel {
       divergence = mean * c.inv_temperature + ::log(z.sum[1] / z.sum[0]);
       of.mean[0] = A(mean);
     } else {
-      divergence = compare(row, of, z);
+      divergence = compare<kOf0, kOf1>(row, of);
     }
 
     const double weight = double(per_row(c.row_weight, i));
-    if (loss) {
+    if (c.loss) {
       double value = c.soft * divergence;
       if constexpr (kHard) value += c.hard * cross_entropy(row, z, i);
-      *loss = A(weight * value);
+      static_cast<A*>(c.loss)[i] = A(weight * value);
     }
-    if (!differentiates) return;
-    const double upstream = weight * double(per_row(c.grad_loss, i));
-    Hard hard{};
-    if constexpr (kHard)
-      hard = {A(upstream * c.hard), A(1 / z.hard_sum), A(1 - c.smoothing), A(c.smoothing / double(c.classes)),
-              c.target[i]};
-    write_gradients(row, of, z, A(upstream * c.soft * c.inv_temperature), hard);
+    if constexpr (kOf0 || kOf1) {
+      const double upstream = weight * double(per_row(c.grad_loss, i));
+      Hard hard{};
+      if constexpr (kHard)
+        hard = {A(upstream * c.hard), A(1 / z.hard_sum), A(1 - c.smoothing), A(c.smoothing / double(c.classes)),
+                c.target[i]};
+      write_gradients<kOf0, kOf1>(row, of, A(upstream * c.soft * c.inv_temperature), hard);
+    }
   }
 
   double cross_entropy(const Row& row, const Sums& z, int64_t i) const {
@@ -319,40 +326,34 @@ struct DistillationKernel {
   }
 };
 
-template <class T, Divergence kD, bool kHard, bool kKeeps>
+template <class T, Divergence kD, bool kHard>
 void distillation_rows(const Distillation& call, int64_t begin, int64_t end, void* kept) {
-  const DistillationKernel<T, kD, kHard, kKeeps> kernel(call, kept);
+  const DistillationKernel<T, kD, kHard> kernel(call, kept);
   for (int64_t i = begin; i < end; ++i) kernel.row(i);
 }
 
-template <class T, Divergence kD>
-DistillationRows distillation_of(bool hard, bool keeps) {
-  if (hard) return keeps ? distillation_rows<T, kD, true, true> : distillation_rows<T, kD, true, false>;
-  return keeps ? distillation_rows<T, kD, false, true> : distillation_rows<T, kD, false, false>;
-}
-
 template <class T>
-DistillationRows distillation_of(Divergence divergence, bool hard, bool keeps) {
+DistillationRows distillation_of(Divergence divergence, bool hard) {
   switch (divergence) {
     case Divergence::kl:
-      return distillation_of<T, Divergence::kl>(hard, keeps);
+      return hard ? distillation_rows<T, Divergence::kl, true> : distillation_rows<T, Divergence::kl, false>;
     case Divergence::js:
-      return distillation_of<T, Divergence::js>(hard, keeps);
+      return hard ? distillation_rows<T, Divergence::js, true> : distillation_rows<T, Divergence::js, false>;
     default:
-      return distillation_of<T, Divergence::tv>(hard, keeps);
+      return hard ? distillation_rows<T, Divergence::tv, true> : distillation_rows<T, Divergence::tv, false>;
   }
 }
 
-DistillationRows distillation(Scalar logits, Divergence divergence, bool hard, bool keeps) {
+DistillationRows distillation(Scalar logits, Divergence divergence, bool hard) {
   switch (logits) {
     case Scalar::f64:
-      return distillation_of<double>(divergence, hard, keeps);
+      return distillation_of<double>(divergence, hard);
     case Scalar::f32:
-      return distillation_of<float>(divergence, hard, keeps);
+      return distillation_of<float>(divergence, hard);
     case Scalar::bf16:
-      return distillation_of<bf16>(divergence, hard, keeps);
+      return distillation_of<bf16>(divergence, hard);
     default:
-      return distillation_of<f16>(divergence, hard, keeps);
+      return distillation_of<f16>(divergence, hard);
   }
 }
 

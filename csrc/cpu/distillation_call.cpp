@@ -29,16 +29,14 @@ Tensor in_rows(const Tensor& logits, int64_t inner) {
 
 void run_rows(const Distillation& call, at::ScalarType dtype) {
   if (call.rows == 0) return;
-  const bool differentiates = call.side[0].grad || call.side[1].grad;
-  const bool keeps = call.classes <= kMaxKept && (differentiates || call.divergence != Divergence::kl);
-  const DistillationRows rows = kernels().distillation(scalar_of(dtype), call.divergence, call.hard != 0, keeps);
+  const DistillationRows rows = kernels().distillation(scalar_of(dtype), call.divergence, call.hard != 0);
   struct alignas(64) Line {
     char bytes[64];
   };
   const size_t bytes = size_t(kept_numbers(call.classes)) * c10::elementSize(compute_type(dtype));
   constexpr int64_t kGrain = 1 << 13;  // elements for which a second thread is worth its start
   at::parallel_for(0, call.rows, std::max<int64_t>(1, kGrain / call.classes), [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<Line[]> kept(keeps ? new Line[(bytes + sizeof(Line) - 1) / sizeof(Line)] : nullptr);
+    const std::unique_ptr<Line[]> kept(new Line[(bytes + sizeof(Line) - 1) / sizeof(Line)]);
     rows(call, begin, end, kept.get());
   });
 }

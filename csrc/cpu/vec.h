@@ -289,7 +289,7 @@ TLK_INLINE Vec<A> exp2(Vec<A> t) {
   return polynomial_exp2(r) * scale;
 }
 
-// Natural logarithm of positive normal numbers; something negative, never NaN, of 0 and of subnormal ones.
+// Natural logarithm of normal numbers from 1 up.
 TLK_INLINE f32v log_from_one(f32v x) {
   u32v bits = bitcast<u32v>(x);
   u32v shifted = bits - 0x3f3504f3u;  // sqrt(1/2): the mantissa lies in [sqrt(1/2), sqrt(2))
@@ -307,6 +307,23 @@ TLK_INLINE f64v log_from_one(f64v x) {
   for (int i = 0; i < lanes<double>; ++i) x[i] = ::log(x[i]);
   return x;
 }
+
+// Natural logarithm of positive normal numbers, without a division: for every element rather than for every row. Of 0
+// and of subnormal numbers it is negative, of NaN it may be anything.
+TLK_INLINE f32v log_normal(f32v x) {
+  u32v shifted = bitcast<u32v>(x) - 0x3f3504f3u;  // sqrt(1/2): the mantissa lies in [sqrt(1/2), sqrt(2))
+  f32v e = __builtin_convertvector(bitcast<i32v>(shifted) >> 23, f32v);
+  f32v r = bitcast<f32v>((shifted & 0x007fffffu) + 0x3f3504f3u) - 1.0f, t = r * r;
+  f32v p = r * 0.08700359612703323f - 0.1426747590303421f;
+  p = p * r + 0.1491478681564331f;
+  p = p * r - 0.165775865316391f;
+  p = p * r + 0.19963061809539795f;
+  p = p * r - 0.2500133812427521f;
+  p = p * r + 0.3333390951156616f;
+  f32v low = p * r * t + e * -2.12194440e-4f;
+  return r + (low - t * 0.5f) + e * 0.693359375f;
+}
+TLK_INLINE f64v log_normal(f64v x) { return log_from_one(x); }
 
 TLK_INLINE f32v tanh(f32v u) {
   f32v a = u < 0.0f ? -u : u, t = u * u;

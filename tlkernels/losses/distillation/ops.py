@@ -1,7 +1,7 @@
 """Distillation's ops: schemas, fakes, autograd, and the list of implementations.
 
-Under plain autograd a reduced loss and its gradients come from one sweep over the logits. Elsewhere an op gives the loss
-of each row and another the gradients, from the logits again, and the reduction is plain PyTorch.
+Under plain autograd a reduced loss and its gradients come from one sweep over the logits. Elsewhere an op gives the
+loss of each row and another the gradients, from the logits again, and the reduction is plain PyTorch.
 """
 
 from collections.abc import Sequence
@@ -58,6 +58,13 @@ def where_needed(grads: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor 
     return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
 
 
+def _losses(logits: Tensors, options: Options) -> Tensor:
+    student, teacher = logits
+    assert student is not None
+    assert teacher is not None
+    return reference.losses(student, teacher, options)
+
+
 class _Rows(Function):
     """(student, teacher, options) -> the loss of each row."""
 
@@ -78,7 +85,7 @@ class _Rows(Function):
         needs = ctx.needs_input_grad[:2]
         options = Options(*rest, *ctx.numbers)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return *differentiate(lambda t: reference.losses(*t, options), (student, teacher), needs, grad_rows), None
+            return *differentiate(lambda t: _losses(t, options), (student, teacher), needs, grad_rows), None
         return *where_needed(backward(grad_rows, student, teacher, *options, *needs), needs), None
 
 
@@ -99,7 +106,7 @@ def _run_native(call: Call) -> Tensor:
             return loss, where_needed(grads, needs)
 
         def again(tensors: Tensors) -> Tensor:
-            rows = reference.losses(*tensors, options)
+            rows = _losses(tensors, options)
             return reduce(rows, call.denominator(), "mean" if mean else reduction)
 
         loss = one_sweep(run, again, student, teacher)
