@@ -20,20 +20,22 @@ template <class T, Divergence kD, bool kHard>
 struct DistillationKernel {
   using A = typename Compute<T>::type;
   using V = Vec<A>;
-  static constexpr A kLog2E = A(1.4426950408889634074);
+  static constexpr double kLog2E = 1.4426950408889634074;
   static constexpr A kLowest = -A(__builtin_inf());
   static constexpr int64_t kBlock = kDistillationBlock;
   static constexpr int64_t kAhead = 2048 / int64_t(sizeof(T));  // fetched ahead of a gradient's sweep: half a page
 
   const Distillation& c;
-  const A inv_t, to_exp2;  // exp(x / T) = 2^(x * to_exp2)
-  A* const kept[2];        // each side's exponentials, each block's from the peak so far
-  A* const from[2];        // those peaks
+  const A inv_t;
+  const ScaledExp2<A> exp_t, exp;  // exp(x / T) and exp(x), x up to 0
+  A* const kept[2];                // each side's exponentials, each block's from the peak so far
+  A* const from[2];                // those peaks
 
   DistillationKernel(const Distillation& call, void* memory)
       : c(call),
         inv_t(A(call.inv_temperature)),
-        to_exp2(A(call.inv_temperature * 1.4426950408889634074)),
+        exp_t(call.inv_temperature * kLog2E),
+        exp(kLog2E),
         kept{static_cast<A*>(memory), static_cast<A*>(memory) + whole_vectors(call.classes)},
         from{static_cast<A*>(memory) + 2 * whole_vectors(call.classes),
              static_cast<A*>(memory) + 2 * whole_vectors(call.classes) + blocks_of(call.classes)} {}
@@ -72,7 +74,6 @@ struct DistillationKernel {
     return value.data ? static_cast<const A*>(value.data)[i * value.stride] : A(1);
   }
   int64_t end_of(int64_t begin) const { return begin + kBlock < c.classes ? begin + kBlock : c.classes; }
-  static A exp1(A x) { return exp2<A>(set1(x))[0]; }
 
   static TLK_INLINE A block_max(const T* x, int64_t begin, int64_t end) {
     V m[kSlots] = {set1(kLowest), set1(kLowest), set1(kLowest), set1(kLowest)};
@@ -88,12 +89,12 @@ struct DistillationKernel {
     for (int side = 0; side < 2; ++side) {
       if (!(top[side] > z.peak[side])) continue;
       shift[side] = double(z.peak[side]) - double(top[side]);
-      const double factor = z.sum[side] == 0 ? 0 : double(exp1(A(shift[side]) * to_exp2));
+      const double factor = z.sum[side] == 0 ? 0 : double(exp_t(set1(A(shift[side])))[0]);
       z.sum[side] *= factor;
       if (side == 0 && factor == 0) z.distance = 0;  // it may be infinite
       if (side == 0) z.distance *= factor;
       if (kHard && side == c.student && done) {
-        z.hard_sum *= double(exp1(A(shift[side]) * kLog2E));
+        z.hard_sum *= double(exp(set1(A(shift[side])))[0]);
         z.hard_distance -= double(done) * shift[side];
       }
       z.peak[side] = top[side];
@@ -117,7 +118,7 @@ struct DistillationKernel {
       sweep<A>(begin, end, [&](int64_t k, int slot, int n) __attribute__((always_inline)) {
         ahead.at(k - begin);
         const V d0 = load_some(row.x[0] + k, n, A(0)) - peak[0], d1 = load_some(row.x[1] + k, n, A(0)) - peak[1];
-        const V e0 = exp2<A>(d0 * to_exp2), e1 = exp2<A>(d1 * to_exp2);
+        const V e0 = exp_t(d0), e1 = exp_t(d1);
         s0.part[slot] += only<A>(e0, n);
         s1.part[slot] += only<A>(e1, n);
         store(kept[0] + k, e0);
@@ -125,7 +126,7 @@ struct DistillationKernel {
         if constexpr (kD == Divergence::kl) distance.part[slot] += only<A>(e0 == A(0) ? V{} : e0 * (d0 - d1), n);
         if constexpr (kHard) {
           const V d = c.student ? d1 : d0;
-          hard.part[slot] += only<A>(exp2<A>(d * kLog2E), n);
+          hard.part[slot] += only<A>(exp(d), n);
           hard_distance.part[slot] -= only<A>(d, n);
         }
       });
@@ -160,7 +161,7 @@ struct DistillationKernel {
   void block_scale(const Distributions& of, int64_t begin, A* scale) const {
     for (int side = 0; side < 2; ++side) {
       const A shift = from[side][begin / kBlock] - of.peak[side];
-      scale[side] = shift == 0 ? of.scale[side] : of.scale[side] * exp1(shift * to_exp2);
+      scale[side] = shift == 0 ? of.scale[side] : of.scale[side] * exp_t(set1(shift))[0];
     }
   }
 
@@ -245,7 +246,7 @@ struct DistillationKernel {
         }
         if constexpr (kHard) {
           const int student = c.student;
-          const V e = exp2<A>((load_some(row.x[student] + k, n, A(0)) - of.peak[student]) * kLog2E);
+          const V e = exp(load_some(row.x[student] + k, n, A(0)) - of.peak[student]);
           const V own = iota<A>() == typename Simd<A>::Index(hard.target - k) ? set1(hard.keep) : V{};
           (student ? d1 : d0) += (e * hard.inv_sum - (own + hard.spread)) * hard.factor;
         }

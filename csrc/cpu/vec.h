@@ -289,6 +289,25 @@ TLK_INLINE Vec<A> exp2(Vec<A> t) {
   return polynomial_exp2(r) * scale;
 }
 
+// 2^(d * factor) of d up to 0, where the product is not rounded before its integer part is taken off (if the machine
+// has a fused multiply-add); results below the smallest normal number are 0.
+template <class A>
+struct ScaledExp2 {
+  A factor, rest, lowest;
+  explicit ScaledExp2(double exact)
+      : factor(A(exact)), rest(A(exact - double(factor))), lowest(A(-Simd<A>::exponent_bias / exact)) {}
+
+  TLK_INLINE Vec<A> operator()(Vec<A> d) const {
+    using S = Simd<A>;
+    constexpr A magic = A(3ull << (S::mantissa_bits - 1)) + S::exponent_bias;  // as in exp2
+    d = vmax(set1(lowest), d);                                                 // in this order a NaN stays
+    Vec<A> shifted = d * factor + magic;
+    Vec<A> r = d * factor - (shifted - magic) + d * rest;
+    Vec<A> scale = bitcast<Vec<A>>(bitcast<typename S::U>(shifted) << S::mantissa_bits);
+    return polynomial_exp2(r) * scale;
+  }
+};
+
 // Natural logarithm of normal numbers from 1 up.
 TLK_INLINE f32v log_from_one(f32v x) {
   u32v bits = bitcast<u32v>(x);
