@@ -26,11 +26,9 @@ _GRADIENTS = ", ".join(["Tensor"] * len(Layers._fields))
 
 
 def _fake_gradients(layers: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple[Tensor, ...]:
-    student = layers[0]
-    assert student is not None
-    # An absent bias needs no gradient, and its place is as empty as any other's.
-    pairs = zip(layers, needs, strict=True)
-    return tuple(fake_gradient(student if tensor is None else tensor, need) for tensor, need in pairs)
+    # An absent bias needs no gradient; its place is as empty as any other's, in the dtype of its layer's input.
+    present = [layers[i - i % 3] if tensor is None else tensor for i, tensor in enumerate(layers)]
+    return tuple(fake_gradient(tensor, need) for tensor, need in zip(present, needs, strict=True) if tensor is not None)
 
 
 def _fake_step(*args: Any) -> tuple[Tensor, ...]:
