@@ -17,8 +17,7 @@ from setuptools import setup
 ROOT = Path(__file__).parent
 CPU = Path("csrc/cpu")
 
-LOSSES = ["cross_entropy", "mse"]  # csrc/cpu/<loss>.inl is compiled for each instruction set, <loss>.cpp once
-SOURCES = ["isa", "pool", "tensor", "linear_chunks", "linear_cross_entropy"]
+KERNELS = ["cross_entropy", "distillation", "mse"]  # csrc/cpu/<name>.inl is compiled for each instruction set
 
 # What each instruction set may use; csrc/cpu/isa.cpp asks the CPU for the same features before it calls one.
 ISA_FLAGS = {"baseline": []}
@@ -64,7 +63,7 @@ def native_extension() -> dict:
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
     class Build(BuildExtension):
-        """Compiles csrc/cpu/<loss>.inl first, each for every instruction set with its flags."""
+        """Compiles csrc/cpu/<name>.inl first, each for every instruction set with its flags."""
 
         def build_extension(self, ext) -> None:
             compiler = os.environ.get("CXX", "c++")
@@ -75,9 +74,9 @@ def native_extension() -> dict:
             # GCC 12 takes the undefined operand inside its own AVX-512 intrinsics for ours.
             common += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
             commands = []
-            for loss, (isa, flags) in itertools.product(LOSSES, ISA_FLAGS.items()):
-                built = folder / f"{loss}-{isa}.o"
-                source = ["-x", "c++", "-c", str(CPU / f"{loss}.inl")]
+            for name, (isa, flags) in itertools.product(KERNELS, ISA_FLAGS.items()):
+                built = folder / f"{name}-{isa}.o"
+                source = ["-x", "c++", "-c", str(CPU / f"{name}.inl")]
                 command = [compiler, *common, *flags, f"-DTLK_ISA={isa}", *source, "-MD", "-o", str(built)]
                 ext.extra_objects.append(str(built))
                 if not fresh(built, command):
@@ -88,7 +87,7 @@ def native_extension() -> dict:
 
     extension = CppExtension(
         "tlkernels._C",
-        sources=["csrc/module.cpp", "csrc/autograd.cpp", *(str(CPU / f"{name}.cpp") for name in (*SOURCES, *LOSSES))],
+        sources=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp")),
         include_dirs=[pybind11.get_include()],
         define_macros=[("TLK_BUILD_TORCH", f'"{torch.__version__}"'), ("TLK_BUILD_SANITIZE", f'"{int(SANITIZE)}"')],
         extra_compile_args=["-O2", "-fopenmp", "-fvisibility=hidden", "-Wall", *SANITIZE_FLAGS],

@@ -8,11 +8,12 @@
 namespace tlk {
 
 // setup.py compiles each loss's .inl once for every instruction set, into that namespace.
-#define TLK_DECLARE(isa)                          \
-  namespace isa {                                 \
-  CrossEntropyTable cross_entropy;                \
-  SquaredTable squared;                           \
-  const Kernels table = {cross_entropy, squared}; \
+#define TLK_DECLARE(isa)                                        \
+  namespace isa {                                               \
+  CrossEntropyTable cross_entropy;                              \
+  DistillationTable distillation;                               \
+  SquaredTable squared;                                         \
+  const Kernels table = {cross_entropy, distillation, squared}; \
   }
 TLK_DECLARE(baseline)
 #if defined(__x86_64__)

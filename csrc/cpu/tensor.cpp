@@ -23,17 +23,29 @@ Scalar scalar_of(at::ScalarType dtype) {
   }
 }
 
-at::Tensor empty_gradient(const at::Tensor& like) {
-  constexpr size_t kPooled = 4 << 20;  // bytes: below this malloc itself reuses memory
-  if (like.nbytes() < kPooled) return at::empty_like(like);
-  const at::Tensor shaped = at::empty_like(like, like.options().device(at::kMeta));  // for the strides
-  c10::Storage storage(c10::Storage::use_byte_size_t(), shaped.nbytes(), pooled_memory(shaped.nbytes()),
-                       c10::GetAllocator(at::kCPU), /*resizable=*/true);
-  at::Tensor result = at::empty({0}, like.options()).set_(storage, 0, shaped.sizes(), shaped.strides());
+static constexpr size_t kPooled = 4 << 20;  // bytes: below this malloc itself reuses memory
+
+static at::Tensor pooled(at::IntArrayRef sizes, at::IntArrayRef strides, size_t bytes,
+                         const at::TensorOptions& options) {
+  c10::Storage storage(c10::Storage::use_byte_size_t(), bytes, pooled_memory(bytes), c10::GetAllocator(at::kCPU),
+                       /*resizable=*/true);
+  at::Tensor result = at::empty({0}, options).set_(storage, 0, sizes, strides);
   const at::Context& context = at::globalContext();
   if (context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory())
     result.fill_(std::numeric_limits<double>::quiet_NaN());  // as at::empty does
   return result;
+}
+
+at::Tensor empty_gradient(const at::Tensor& like) {
+  if (like.nbytes() < kPooled) return at::empty_like(like);
+  const at::Tensor shaped = at::empty_like(like, like.options().device(at::kMeta));  // for the strides
+  return pooled(shaped.sizes(), shaped.strides(), shaped.nbytes(), like.options());
+}
+
+at::Tensor empty_gradient(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  const size_t bytes = size_t(c10::multiply_integers(sizes)) * options.dtype().itemsize();
+  if (bytes < kPooled) return at::empty(sizes, options);
+  return pooled(sizes, c10::contiguous_strides(sizes), bytes, options);
 }
 
 template <class A>
@@ -52,6 +64,10 @@ static double sum_lanes(const A* p, int64_t n) {
 double sum_in_order(const at::Tensor& values) {
   return values.scalar_type() == at::kDouble ? sum_lanes(values.const_data_ptr<double>(), values.numel())
                                              : sum_lanes(values.const_data_ptr<float>(), values.numel());
+}
+
+at::Tensor sum_over(const at::Tensor& values, double denominator) {
+  return at::scalar_tensor(sum_in_order(values) / denominator, values.options());
 }
 
 PerPosition per_position(at::Tensor& values) {

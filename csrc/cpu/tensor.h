@@ -16,8 +16,14 @@ Scalar scalar_of(at::ScalarType dtype);
 // Uninitialised, of the sizes and (where they are dense) strides of `like`; a large one in pooled memory (pool.h).
 at::Tensor empty_gradient(const at::Tensor& like);
 
+// The same, contiguous.
+at::Tensor empty_gradient(at::IntArrayRef sizes, const at::TensorOptions& options);
+
 // The same bits at any number of threads.
 double sum_in_order(const at::Tensor& values);
+
+// The sum over `denominator`, 0-d.
+at::Tensor sum_over(const at::Tensor& values, double denominator);
 
 // One value for all positions where `values` is expanded from one, else one each. The tensor kept must outlive the
 // call.

@@ -289,6 +289,25 @@ TLK_INLINE Vec<A> exp2(Vec<A> t) {
   return polynomial_exp2(r) * scale;
 }
 
+// 2^(d * factor) of d up to 0, where the product is not rounded before its integer part is taken off (if the machine
+// has a fused multiply-add); results below the smallest normal number are 0.
+template <class A>
+struct ScaledExp2 {
+  A factor, rest, lowest;
+  explicit ScaledExp2(double exact)
+      : factor(A(exact)), rest(A(exact - double(factor))), lowest(A(-Simd<A>::exponent_bias / exact)) {}
+
+  TLK_INLINE Vec<A> operator()(Vec<A> d) const {
+    using S = Simd<A>;
+    constexpr A magic = A(3ull << (S::mantissa_bits - 1)) + S::exponent_bias;  // as in exp2
+    d = vmax(set1(lowest), d);                                                 // in this order a NaN stays
+    Vec<A> shifted = d * factor + magic;
+    Vec<A> r = d * factor - (shifted - magic) + d * rest;
+    Vec<A> scale = bitcast<Vec<A>>(bitcast<typename S::U>(shifted) << S::mantissa_bits);
+    return polynomial_exp2(r) * scale;
+  }
+};
+
 // Natural logarithm of normal numbers from 1 up.
 TLK_INLINE f32v log_from_one(f32v x) {
   u32v bits = bitcast<u32v>(x);
@@ -307,6 +326,23 @@ TLK_INLINE f64v log_from_one(f64v x) {
   for (int i = 0; i < lanes<double>; ++i) x[i] = ::log(x[i]);
   return x;
 }
+
+// Natural logarithm of positive normal numbers, without a division: for every element rather than for every row. Of 0
+// and of subnormal numbers it is negative, of NaN it may be anything.
+TLK_INLINE f32v log_normal(f32v x) {
+  u32v shifted = bitcast<u32v>(x) - 0x3f3504f3u;  // sqrt(1/2): the mantissa lies in [sqrt(1/2), sqrt(2))
+  f32v e = __builtin_convertvector(bitcast<i32v>(shifted) >> 23, f32v);
+  f32v r = bitcast<f32v>((shifted & 0x007fffffu) + 0x3f3504f3u) - 1.0f, t = r * r;
+  f32v p = r * 0.08700359612703323f - 0.1426747590303421f;
+  p = p * r + 0.1491478681564331f;
+  p = p * r - 0.165775865316391f;
+  p = p * r + 0.19963061809539795f;
+  p = p * r - 0.2500133812427521f;
+  p = p * r + 0.3333390951156616f;
+  f32v low = p * r * t + e * -2.12194440e-4f;
+  return r + (low - t * 0.5f) + e * 0.693359375f;
+}
+TLK_INLINE f64v log_normal(f64v x) { return log_from_one(x); }
 
 TLK_INLINE f32v tanh(f32v u) {
   f32v a = u < 0.0f ? -u : u, t = u * u;

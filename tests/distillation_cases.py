@@ -1,0 +1,155 @@
+"""Cases of distillation, and the PyTorch lines that it replaces, which in float64 are the oracle."""
+
+import itertools
+import math
+
+import torch
+import torch.nn.functional as F
+
+import tlkernels as tlk
+from tlkernels import testing
+from tlkernels.losses.distillation import ops
+
+F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+DIVERGENCES = ("forward_kl", "reverse_kl", "js", "tv")
+
+
+def pytorch(student_logits, teacher_logits, target=None, *, temperature=1.0, divergence="forward_kl", beta=0.5,
+            hard_weight=0.0, ignore_index=-100, row_weight=None, label_smoothing=0.0, reduction="mean"):  # fmt: skip
+    """The lines of the docstring, in the dtype of the logits."""
+    log_q = (teacher_logits / temperature).log_softmax(-1)
+    log_p = (student_logits / temperature).log_softmax(-1)
+
+    def kl(log_a, log_b):
+        nothing = log_a.exp() == 0  # filled before as well as after, so that no NaN comes back through the product
+        log_a, log_b = log_a.masked_fill(nothing, 0), log_b.masked_fill(nothing, 0)
+        return (log_a.exp() * (log_a - log_b)).masked_fill(nothing, 0).sum(-1)
+
+    if divergence == "forward_kl":
+        rows = kl(log_q, log_p)
+    elif divergence == "reverse_kl":
+        rows = kl(log_p, log_q)
+    elif divergence == "tv":
+        rows = (log_p.exp() - log_q.exp()).abs().sum(-1) / 2
+    else:
+        nothing = (log_q == -math.inf) & (log_p == -math.inf)
+        parts = (log_q + math.log(beta)).masked_fill(nothing, 0), (log_p + math.log(1 - beta)).masked_fill(nothing, 0)
+        log_m = torch.logaddexp(*parts)
+        rows = beta * kl(log_q, log_m) + (1 - beta) * kl(log_p, log_m)
+    rows = (1 - hard_weight) * temperature**2 * rows
+    count = rows.numel()
+    if hard_weight:
+        flat = student_logits.reshape(-1, student_logits.shape[-1])
+        hard = F.cross_entropy(flat, target.reshape(-1).long(), reduction="none", ignore_index=ignore_index,
+                               label_smoothing=label_smoothing)  # fmt: skip
+        rows = rows + hard_weight * hard.view(target.shape)
+    if row_weight is not None:
+        rows = rows * row_weight
+    if target is not None:
+        ignored = target == ignore_index
+        rows, count = rows.masked_fill(ignored, 0), (~ignored).sum()
+    return {"none": lambda: rows, "sum": rows.sum}.get(reduction, lambda: rows.sum() / count)()
+
+
+def make(shape, dtype, teacher_dtype=None, layout="contiguous", target=False, weighted=False, scale=1.0, **options):
+    """Return a function of the seed that gives the arguments."""
+
+    def arguments(seed):
+        generator = torch.Generator().manual_seed(seed)
+        axis = len(shape) - 1
+        student = testing.logits(shape, dtype, generator, axis) * scale
+        noise = torch.randn(shape, generator=generator, dtype=F64)
+        near = torch.rand((*shape[:-1], 1), generator=generator) < 0.5  # half the rows' teachers are like the student
+        teacher = torch.where(near, student.double() + 0.3 * noise, 2 * noise * scale).to(teacher_dtype or dtype)
+        given = {"student_logits": testing.lay_out(student, layout), "teacher_logits": testing.lay_out(teacher, layout)}
+        rows = shape[:-1]
+        if target:
+            classes = torch.randint(0, shape[-1], rows, generator=generator)
+            ignored = torch.rand(rows, generator=generator) < 0.2
+            if classes.numel() > 2 and not ignored.all():
+                classes = classes.masked_fill(ignored, options.get("ignore_index", -100))
+            given["target"] = classes
+        if weighted:
+            given["row_weight"] = torch.rand(rows, generator=generator).to(dtype)
+        return {**given, **options}
+
+    return arguments
+
+
+def case(shape, dtype=F32, wants_grad=("student_logits",), small=False, **options):
+    words = ["x".join(map(str, shape)), str(dtype).removeprefix("torch.")]
+    words += [f"{name}={value}" for name, value in options.items()]
+    words += ["both"] * (len(wants_grad) > 1)
+    promoted = torch.promote_types(dtype, options.get("teacher_dtype") or dtype)
+    return testing.LossCase("-".join(words), promoted, make(shape, dtype, **options), wants_grad, small)
+
+
+BOTH = ("student_logits", "teacher_logits")
+HARD = {"target": True, "weighted": True, "hard_weight": 0.3, "label_smoothing": 0.1, "temperature": 2.0}
+
+# Every combination of what meets in the kernel.
+OPTIONS = [
+    case((6, 37), dtype, wants, **{**dict(HARD if hard else {}), "divergence": divergence, "reduction": reduction})
+    for divergence, dtype, wants, hard, reduction in itertools.product(
+        DIVERGENCES, (F64, F32), (BOTH[:1], BOTH[1:], BOTH), (False, True), ("mean", "none")
+    )
+]
+# One class; less than a vector; whole vectors; odd; a block and one past it; several blocks; many.
+SHAPES = [(5,), (1, 1), (7, 1), (3, 2), (5, 16), (4, 65), (9, 129), (3, 2048), (3, 2049), (2, 6151), (2, 3, 5, 7),
+          (2, 65537)]  # fmt: skip
+GRID = [
+    case(shape, dtype, BOTH, divergence=divergence, **options)
+    for shape in SHAPES
+    for dtype in ((F64, F32, BF16, F16) if shape[-1] < 10000 else (F32, BF16))
+    for divergence, options in zip(DIVERGENCES, ({"temperature": 2.0}, HARD, {"beta": 0.2}, {"reduction": "sum"}),
+                                   strict=True)
+]  # fmt: skip
+LAID_OUT = [
+    case(shape, dtype, BOTH, layout=layout, **HARD)
+    for layout in testing.LAYOUTS[1:]
+    for shape in ((6, 37), (3, 5, 4, 18))
+    for dtype in (F32, BF16)
+]
+MIXED = [
+    case((6, 37), student, BOTH, teacher_dtype=teacher, **HARD)
+    for student, teacher in ((BF16, F32), (F32, BF16), (BF16, F16))
+]
+SMALL = [
+    case((4, 5), F64, BOTH, small=True, scale=0.1, divergence=divergence, **options)
+    for divergence in DIVERGENCES
+    for options in ({"temperature": 2.0}, {**HARD, "reduction": "none"}, {**HARD, "ignore_index": 1})
+]
+
+
+def module(*, student_logits, teacher_logits, target=None, row_weight=None, **options):
+    forward = tlk.DistillationLoss(**options)
+    tensors = (student_logits, teacher_logits, target)
+    return (forward, tensors) if row_weight is None else (_Weighted(forward), (*tensors, row_weight))
+
+
+class _Weighted(torch.nn.Module):
+    """Takes `row_weight`, which is keyword-only, by position."""
+
+    def __init__(self, loss):
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, student, teacher, target, row_weight):
+        return self.loss(student, teacher, target, row_weight=row_weight)
+
+
+def registered():
+    student, teacher = torch.randn(2, 3, 5), torch.randn(2, 3, 5, dtype=BF16)
+    target, rows = torch.tensor([[0, 1, -100], [2, 3, 4]]), torch.rand(2, 3)
+    options = (target, rows, 2.0, "js", 0.3, 0.5, -100, 0.1)
+    return [
+        (ops.forward, (student, teacher, *options)),
+        (ops.backward, (rows, student, teacher, *options, True, True)),
+        (ops.backward, (rows, student.transpose(0, 1).contiguous().transpose(0, 1), teacher, *options, True, False)),
+        (ops.step, (student, teacher, *options, True, True, False)),
+    ]
+
+
+LOSS = testing.Loss(
+    tlk.distillation, pytorch, [*OPTIONS, *GRID, *LAID_OUT, *MIXED, *SMALL], module=module, ops=registered
+)

@@ -1,0 +1,105 @@
+"""Cases of linear distillation: those of distillation, their logits made of features and weights."""
+
+import torch
+import torch.nn.functional as F
+from distillation_cases import BF16, DIVERGENCES, F16, F32, F64, HARD
+from distillation_cases import pytorch as distillation
+
+import tlkernels as tlk
+from tlkernels import testing
+from tlkernels.losses.linear_distillation import ops
+
+LAYERS = ("student_input", "student_weight", "student_bias", "teacher_input", "teacher_weight", "teacher_bias")
+
+
+def pytorch(student_input, student_weight, teacher_input, teacher_weight, target=None, *, student_bias=None,
+            teacher_bias=None, **options):  # fmt: skip
+    """The lines of the docstring."""
+    student = F.linear(student_input, student_weight, student_bias)
+    return distillation(student, F.linear(teacher_input, teacher_weight, teacher_bias), target, **options)
+
+
+def make(rows, classes, dtype, teacher_dtype=None, bias=True, layout="contiguous", target=False, weighted=False,
+         depths=(5, 7), **options):  # fmt: skip
+    """Return a function of the seed that gives the arguments."""
+
+    def arguments(seed):
+        generator = torch.Generator().manual_seed(seed)
+        given = {}
+        for side, depth, own in (("student", depths[0], dtype), ("teacher", depths[1], teacher_dtype or dtype)):
+            input = torch.randn(*rows, depth, generator=generator, dtype=F64)
+            weight = torch.randn(classes, depth, generator=generator, dtype=F64) / depth**0.5
+            given[f"{side}_input"] = testing.lay_out(input.to(own), layout)
+            given[f"{side}_weight"] = testing.lay_out(weight.to(own), layout)
+            if bias:
+                given[f"{side}_bias"] = torch.randn(classes, generator=generator, dtype=F64).to(own)
+        if target:
+            chosen = torch.randint(0, classes, rows, generator=generator)
+            ignored = torch.rand(rows, generator=generator) < 0.2
+            if chosen.numel() > 2 and not ignored.all():
+                chosen = chosen.masked_fill(ignored, options.get("ignore_index", -100))
+            given["target"] = chosen
+        if weighted:
+            given["row_weight"] = torch.rand(rows, generator=generator).to(dtype)
+        return {**given, **options}
+
+    return arguments
+
+
+def case(rows, classes, dtype=F32, wants_grad=LAYERS, small=False, **options):
+    words = ["x".join(map(str, rows)), str(classes), str(dtype).removeprefix("torch.")]
+    words += [f"{name}={value}" for name, value in options.items()]
+    words += ["all" if len(wants_grad) > 2 else "+".join(wants_grad)]
+    promoted = torch.promote_types(dtype, options.get("teacher_dtype") or dtype)
+    return testing.LossCase("-".join(words), promoted, make(rows, classes, dtype, **options), wants_grad, small)
+
+
+WITHOUT_BIAS = tuple(name for name in LAYERS if "bias" not in name)
+CASES = [
+    *(case((6,), 37, dtype, wants, divergence=divergence, **options)
+      for divergence in DIVERGENCES
+      for dtype in (F64, F32, BF16)
+      for wants, options in ((LAYERS[:2], {"temperature": 2.0}), (LAYERS, HARD), (LAYERS[4:5], {"reduction": "none"}))),
+    *(case(rows, classes, dtype) for rows, classes in (((), 5), ((1,), 1), ((2, 3), 129), ((9,), 2049))
+      for dtype in (F32, F16)),
+    case((6,), 37, F32, WITHOUT_BIAS, bias=False, **HARD),
+    *(case((6,), 37, dtype, layout=layout) for dtype in (F32, BF16) for layout in ("transposed", "sliced")),
+    *(case((6,), 37, student, WITHOUT_BIAS[:2], teacher_dtype=teacher, **HARD)
+      for student, teacher in ((BF16, F32), (F32, BF16))),
+    *(case((3,), 4, F64, small=True, divergence=divergence, **options)
+      for divergence in DIVERGENCES for options in ({"temperature": 2.0}, {**HARD, "reduction": "none"})),
+]  # fmt: skip
+
+
+def module(*, row_weight=None, student_bias=None, teacher_bias=None, target=None, **arguments):
+    tensors = {name: arguments.pop(name) for name in WITHOUT_BIAS}
+    loss = tlk.LinearDistillationLoss(**arguments)
+    keywords = {"student_bias": student_bias, "teacher_bias": teacher_bias, "row_weight": row_weight}
+    return _ByPosition(loss, [*keywords]), (*tensors.values(), target, *keywords.values())
+
+
+class _ByPosition(torch.nn.Module):
+    """Takes the keyword-only tensors by position."""
+
+    def __init__(self, loss, keywords):
+        super().__init__()
+        self.loss, self.keywords = loss, keywords
+
+    def forward(self, *tensors):
+        return self.loss(*tensors[:5], **dict(zip(self.keywords, tensors[5:], strict=True)))
+
+
+def registered():
+    given = make((2, 3), 5, F32, BF16)(0)
+    layers = [given[name] for name in LAYERS]
+    rows = torch.rand(2, 3)
+    options = (torch.tensor([[0, 1, -100], [2, 3, 4]]), rows, 2.0, "js", 0.3, 0.5, -100, 0.1)
+    needs = [True, True, True, False, True, False]
+    return [
+        (ops.forward, (*layers, *options)),
+        (ops.backward, (rows, *layers, *options, needs)),
+        (ops.step, (*layers[:2], None, *layers[3:5], None, *options, True, [True, True, False, False, False, False])),
+    ]
+
+
+LOSS = testing.Loss(tlk.linear_distillation, pytorch, CASES, module=module, ops=registered, rowwise=False)

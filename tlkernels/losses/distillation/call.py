@@ -1,0 +1,144 @@
+"""What a call of distillation is: its tensors and options, checked."""
+
+from numbers import Real
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+REDUCTIONS = ("none", "mean", "batchmean", "sum")
+DIVERGENCES = ("forward_kl", "reverse_kl", "js", "tv")
+
+_FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
+
+
+class Options(NamedTuple):
+    """What makes a row's loss beside the logits, in the order in which the ops take it."""
+
+    target: Tensor | None
+    row_weight: Tensor | None
+    temperature: float
+    divergence: str
+    beta: float
+    hard_weight: float
+    ignore_index: int
+    label_smoothing: float
+
+
+_DEFAULTS = (1.0, "forward_kl", 0.5, 0.0, -100, 0.0)
+
+
+class Call(NamedTuple):
+    """One checked call."""
+
+    student: Tensor
+    teacher: Tensor
+    options: Options
+    reduction: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the loss: that to which torch promotes the logits'; under autocast float32."""
+        return loss_dtype(self.student, self.teacher)
+
+    def denominator(self) -> Tensor | float:
+        """Return what `mean` divides by: the rows that count."""
+        return rows_that_count(self.student, self.options)
+
+
+def loss_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
+    """Return the dtype of a loss between logits, or features, of these two."""
+    dtype = torch.promote_types(student.dtype, teacher.dtype)
+    return torch.promote_types(dtype, torch.float32) if torch.is_autocast_enabled(student.device.type) else dtype
+
+
+def rows_that_count(student: Tensor, options: Options) -> Tensor | float:
+    """Return the number of rows of (rows..., C) whose target is not ignored."""
+    if options.target is None:
+        return student.shape[:-1].numel()
+    return (options.target != options.ignore_index).sum()
+
+
+def check(call: Call) -> Call:
+    """Return `call` if it makes sense.
+
+    Raises:
+        TypeError: an argument of a wrong kind or dtype.
+        ValueError: a shape, device or option value that does not fit. (A class index out of range is found by the
+            implementation.)
+    """
+    student, teacher, options, reduction = call
+    for name, tensor in (("student_logits", student), ("teacher_logits", teacher)):
+        check_floating(name, tensor)
+    if student.dim() == 0 or student.shape[-1] == 0:
+        raise ValueError(f"student_logits: expected shape (..., C) with C above 0, got {tuple(student.shape)}")
+    if teacher.shape != student.shape:
+        raise ValueError(
+            f"teacher_logits: expected the shape of student_logits {tuple(student.shape)}, got {tuple(teacher.shape)}"
+        )
+    check_device("teacher_logits", teacher, student)
+    check_options(options, student, reduction)
+    return call
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    """Raise TypeError unless `tensor` is one of a floating-point dtype that losses take."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in _FLOATING:
+        raise TypeError(f"{name}: expected float64, float32, bfloat16 or float16, got {tensor.dtype}")
+
+
+def check_device(name: str, tensor: Tensor, student: Tensor) -> None:
+    """Raise ValueError unless `tensor` is where the student is."""
+    if tensor.device != student.device:
+        raise ValueError(f"{name}: expected it on the student's device {student.device}, got {tensor.device}")
+
+
+def check_options(options: Options, student: Tensor, reduction: str) -> None:
+    """Raise TypeError or ValueError unless the options fit the student's logits or features, (rows..., any)."""
+    target, row_weight, *numbers = options
+    rows = tuple(student.shape[:-1])
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: expected one of {REDUCTIONS}, got {reduction!r}")
+    if target is not None:
+        if not isinstance(target, Tensor):
+            raise TypeError(f"target: expected a Tensor or None, got {type(target).__name__}")
+        if target.dtype not in _INTEGER:
+            raise TypeError(f"target: expected class indices of an integer dtype, got {target.dtype}")
+        if tuple(target.shape) != rows:
+            raise ValueError(f"target: expected class indices of shape {rows}, got {tuple(target.shape)}")
+        check_device("target", target, student)
+    if row_weight is not None:
+        check_floating("row_weight", row_weight)
+        if tuple(row_weight.shape) != rows:
+            raise ValueError(f"row_weight: expected shape {rows}, one number per row, got {tuple(row_weight.shape)}")
+        check_device("row_weight", row_weight, student)
+    if tuple(numbers) != _DEFAULTS:
+        _check_numbers(options)
+
+
+def _check_numbers(options: Options) -> None:
+    target, _, temperature, divergence, beta, hard_weight, ignore_index, label_smoothing = options
+    if type(ignore_index) is not int:
+        raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
+    for name, value in (
+        ("temperature", temperature),
+        ("beta", beta),
+        ("hard_weight", hard_weight),
+        ("label_smoothing", label_smoothing),
+    ):
+        if not isinstance(value, Real) or isinstance(value, bool):
+            raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if divergence not in DIVERGENCES:
+        raise ValueError(f"divergence: expected one of {DIVERGENCES}, got {divergence!r}")
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature: expected a finite number above 0, got {temperature}")
+    if not 0 < beta < 1:
+        raise ValueError(f"beta: expected a number between 0 and 1, at which the js divergence is 0, got {beta}")
+    for name, share in (("hard_weight", hard_weight), ("label_smoothing", label_smoothing)):
+        if not 0 <= share <= 1:
+            raise ValueError(f"{name}: expected a number in [0, 1], got {share}")
+    if hard_weight and target is None:
+        raise ValueError(f"target: expected class indices, since hard_weight is {hard_weight}, got None")

@@ -1,0 +1,142 @@
+"""Distillation's ops: schemas, fakes, autograd, and the list of implementations.
+
+Under plain autograd a reduced loss and its gradients come from one sweep over the logits. Elsewhere an op gives the
+loss of each row and another the gradients, from the logits again, and the reduction is plain PyTorch.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function, forward_ad
+
+from tlkernels._core import native
+from tlkernels._core.autograd import Tensors, differentiate, one_sweep, plain
+from tlkernels._core.dispatch import Implementation
+from tlkernels._core.library import define
+from tlkernels._core.reduction import reduce
+from tlkernels.losses.distillation import reference
+from tlkernels.losses.distillation.call import Call, Options
+
+OPTIONS = (
+    "Tensor? target, Tensor? row_weight, float temperature, str divergence, float beta, float hard_weight,"
+    " int ignore_index, float label_smoothing"
+)
+_LOGITS = f"Tensor student, Tensor teacher, {OPTIONS}"
+_NEEDS = "bool needs_student, bool needs_teacher"
+
+
+def fake_rows(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return a loss per row."""
+    dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
+    return student.new_empty(student.shape[:-1], dtype=dtype)
+
+
+def fake_gradient(tensor: Tensor, needed: bool) -> Tensor:
+    """Return a contiguous gradient; an empty one where it is not needed."""
+    return tensor.new_empty(tensor.shape if needed else (0,))
+
+
+def _fake_backward(grad_rows: Tensor, student: Tensor, teacher: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return fake_gradient(student, rest[-2]), fake_gradient(teacher, rest[-1])
+
+
+def _fake_step(student: Tensor, teacher: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    loss = fake_rows(student, teacher).new_empty(())
+    return loss, fake_gradient(student, rest[-2]), fake_gradient(teacher, rest[-1])
+
+
+# The loss of each row; the gradients for an upstream of each; the reduced loss with its gradients.
+forward = define(f"distillation_fwd({_LOGITS}) -> Tensor", lambda student, teacher, *_: fake_rows(student, teacher))
+backward = define(f"distillation_bwd(Tensor grad_rows, {_LOGITS}, {_NEEDS}) -> (Tensor, Tensor)", _fake_backward)
+step = define(f"distillation_step({_LOGITS}, bool mean, {_NEEDS}) -> (Tensor loss, Tensor, Tensor)", _fake_step)
+
+
+def where_needed(grads: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+    """Return None in place of the gradients that an op has not computed."""
+    return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+
+
+def _losses(logits: Tensors, options: Options) -> Tensor:
+    student, teacher = logits
+    assert student is not None
+    assert teacher is not None
+    return reference.losses(student, teacher, options)
+
+
+class _Rows(Function):
+    """(student, teacher, options) -> the loss of each row."""
+
+    @staticmethod
+    def forward(student: Tensor, teacher: Tensor, options: Options) -> Tensor:
+        rows: Tensor = forward(student, teacher, *options)
+        return rows
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        student, teacher, options = inputs
+        ctx.save_for_backward(student, teacher, *options[:2])
+        ctx.numbers = options[2:]
+
+    @staticmethod
+    def backward(ctx: Any, grad_rows: Tensor) -> Any:
+        student, teacher, *rest = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:2]
+        options = Options(*rest, *ctx.numbers)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return *differentiate(lambda t: _losses(t, options), (student, teacher), needs, grad_rows), None
+        return *where_needed(backward(grad_rows, student, teacher, *options, *needs), needs), None
+
+
+def _run_native(call: Call) -> Tensor:
+    student, teacher, options, reduction = call
+    mean = reduction in ("mean", "batchmean")
+    differentiable = torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad)
+    half = torch.float16 in (student.dtype, teacher.dtype)
+    loss: Tensor
+    # A float16 gradient waits for the loss scale that comes with its upstream: before, small values would be 0.
+    if reduction == "none" or not plain(student, teacher) or (differentiable and half):
+        rows: Tensor = _Rows.apply(student, teacher, options)  # type: ignore[no-untyped-call]
+        loss = reduce(rows, call.denominator(), "mean" if mean else reduction)
+    elif differentiable:
+
+        def run(tensors: Tensors, needs: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
+            loss, *grads = step(*tensors, *options, mean, *needs)
+            return loss, where_needed(grads, needs)
+
+        def again(tensors: Tensors) -> Tensor:
+            rows = _losses(tensors, options)
+            return reduce(rows, call.denominator(), "mean" if mean else reduction)
+
+        loss = one_sweep(run, again, student, teacher)
+    else:
+        loss = step(student, teacher, *options, mean, False, False)[0]
+    return loss if loss.dtype == call.dtype else loss.to(call.dtype)
+
+
+def refuse_native(*tensors: Tensor | None, row_weight: Tensor | None) -> str | None:
+    """Return why the native implementation cannot serve a call with these tensors."""
+    if not native.available():
+        return native.why_not()
+    for tensor in tensors:
+        if tensor is not None and tensor.device.type != "cpu":
+            return f"it serves CPU tensors; there is one on {tensor.device}"
+    if row_weight is not None and row_weight.requires_grad:
+        return "it gives no gradient for row_weight, which requires one"
+    if not torch.compiler.is_compiling():
+        if torch._C._are_functorch_transforms_active():
+            return "torch.func transforms go through the reference"
+        if forward_ad._current_level >= 0:
+            return "forward-mode derivatives go through the reference"
+    return None
+
+
+def _refuse_native(call: Call) -> str | None:
+    return refuse_native(call.student, call.teacher, row_weight=call.options.row_weight)
+
+
+IMPLEMENTATIONS = (
+    Implementation("native", _refuse_native, _run_native),
+    Implementation("reference", lambda call: None, reference.distillation),
+)

@@ -1,0 +1,66 @@
+"""The oracle: distillation in plain PyTorch, on any device, differentiable to any order."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tlkernels._core.reduction import reduce
+from tlkernels.losses.distillation.call import Call, Options
+
+
+def distillation(call: Call) -> Tensor:
+    """Return the loss."""
+    rows = losses(call.student, call.teacher, call.options)
+    mean = call.reduction in ("mean", "batchmean")
+    return reduce(rows, call.denominator(), "mean" if mean else call.reduction).to(call.dtype)
+
+
+def losses(student: Tensor, teacher: Tensor, options: Options) -> Tensor:
+    """Return the loss of each row, in the dtype of the computation."""
+    target, row_weight, temperature, divergence, beta, hard_weight, ignore_index, label_smoothing = options
+    dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
+    student, teacher = student.to(dtype), teacher.to(dtype)
+    ignored = None
+    if target is not None:
+        target = target.long()
+        ignored = target == ignore_index
+        student = student.masked_fill(ignored.unsqueeze(-1), 0)
+        teacher = teacher.masked_fill(ignored.unsqueeze(-1), 0)
+    log_q = (teacher / temperature).log_softmax(-1)
+    log_p = (student / temperature).log_softmax(-1)
+    rows = (1 - hard_weight) * temperature**2 * _divergence(log_q, log_p, divergence, beta)
+    if target is not None:  # also where hard_weight is 0: an index out of range is an error
+        hard = F.cross_entropy(
+            student.reshape(-1, student.shape[-1]),
+            target.reshape(-1),
+            ignore_index=ignore_index,
+            reduction="none",
+            label_smoothing=label_smoothing,
+        ).view(target.shape)
+        rows = rows + hard_weight * hard if hard_weight else rows
+    if row_weight is not None:
+        rows = rows * row_weight.to(dtype)
+    return rows if ignored is None else rows.masked_fill(ignored, 0)
+
+
+def _divergence(log_q: Tensor, log_p: Tensor, name: str, beta: float) -> Tensor:
+    """Return the divergence of each row, the teacher's distribution being q and the student's p."""
+    if name == "forward_kl":
+        return _kl(log_q, log_p)
+    if name == "reverse_kl":
+        return _kl(log_p, log_q)
+    if name == "tv":
+        return (log_p.exp() - log_q.exp()).abs().sum(-1) / 2
+    nowhere = (log_q == -torch.inf) & (log_p == -torch.inf)
+    parts = log_q + math.log(beta), log_p + math.log1p(-beta)
+    log_m = torch.stack([part.masked_fill(nowhere, 0) for part in parts]).logsumexp(0)
+    return beta * _kl(log_q, log_m) + (1 - beta) * _kl(log_p, log_m)
+
+
+def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """Return sum a * (log a - log b), a term of which is 0 where a is; so is its derivative."""
+    nothing = log_a.exp() == 0
+    log_a = log_a.masked_fill(nothing, 0)
+    return (log_a.exp() * (log_a - log_b.masked_fill(nothing, 0))).masked_fill(nothing, 0).sum(-1)

@@ -1,0 +1,88 @@
+"""What a call of linear distillation is: its tensors and options, checked."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tlkernels.losses.distillation.call import (
+    Options,
+    check_device,
+    check_floating,
+    check_options,
+    loss_dtype,
+    rows_that_count,
+)
+
+
+class Layers(NamedTuple):
+    """The tensors of both layers, in the order in which the ops take them."""
+
+    student_input: Tensor
+    student_weight: Tensor
+    student_bias: Tensor | None
+    teacher_input: Tensor
+    teacher_weight: Tensor
+    teacher_bias: Tensor | None
+
+
+class Call(NamedTuple):
+    """One checked call."""
+
+    layers: Layers
+    options: Options
+    reduction: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the loss: that to which torch promotes both layers'; under autocast float32."""
+        return loss_dtype(self.layers.student_input, self.layers.teacher_input)
+
+    def denominator(self) -> Tensor | float:
+        """Return what `mean` divides by: the rows that count."""
+        return rows_that_count(self.layers.student_input, self.options)
+
+
+def check(call: Call) -> Call:
+    """Return `call` if it makes sense.
+
+    Raises:
+        TypeError: an argument of a wrong kind or dtype.
+        ValueError: a shape, device or option value that does not fit. (A class index out of range is found by the
+            implementation.)
+    """
+    layers, options, reduction = call
+    student = layers.student_input
+    for name, tensor in layers._asdict().items():
+        if tensor is not None or not name.endswith("bias"):
+            check_floating(name, tensor)
+            check_device(name, tensor, student)
+    _check_layer("student", *layers[:3])
+    _check_layer("teacher", *layers[3:])
+    if layers.teacher_input.shape[:-1] != student.shape[:-1]:
+        raise ValueError(
+            f"teacher_input: expected the rows of student_input {tuple(student.shape[:-1])}, "
+            f"got {tuple(layers.teacher_input.shape[:-1])}"
+        )
+    classes = layers.student_weight.shape[0]
+    if layers.teacher_weight.shape[0] != classes:
+        raise ValueError(
+            f"teacher_weight: expected {classes} classes as in student_weight, got {tuple(layers.teacher_weight.shape)}"
+        )
+    check_options(options, student, reduction)
+    return call
+
+
+def _check_layer(side: str, input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if input.dim() == 0:
+        raise ValueError(f"{side}_input: expected shape (..., features), got ()")
+    if weight.dim() != 2 or weight.shape[1] != input.shape[-1] or weight.shape[0] == 0:
+        raise ValueError(
+            f"{side}_weight: expected shape (classes, {input.shape[-1]}) with a class at least, "
+            f"got {tuple(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{side}_bias: expected shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
+            raise TypeError(f"{side}_{name}: expected the dtype of {side}_input, {input.dtype}, got {tensor.dtype}")

@@ -1,0 +1,116 @@
+"""Linear distillation's ops: schemas, fakes, autograd, and the list of implementations.
+
+As in distillation, under plain autograd a reduced loss and its gradients come from one pass over chunks of rows, and
+elsewhere from two ops, of which the second computes the logits again.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from tlkernels._core.autograd import Tensors, differentiate, one_sweep, plain
+from tlkernels._core.dispatch import Implementation
+from tlkernels._core.library import define
+from tlkernels._core.reduction import reduce
+from tlkernels.losses.distillation.call import Options
+from tlkernels.losses.distillation.ops import OPTIONS, fake_gradient, fake_rows, refuse_native, where_needed
+from tlkernels.losses.linear_distillation import reference
+from tlkernels.losses.linear_distillation.call import Call, Layers
+
+_LAYERS = ", ".join(f"Tensor {s}_input, Tensor {s}_weight, Tensor? {s}_bias" for s in ("student", "teacher"))
+_ARGUMENTS = f"{_LAYERS}, {OPTIONS}"
+_GRADIENTS = ", ".join(["Tensor"] * len(Layers._fields))
+
+
+def _fake_gradients(layers: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple[Tensor, ...]:
+    # An absent bias needs no gradient; its place is as empty as any other's, in the dtype of its layer's input.
+    present = [layers[i - i % 3] if tensor is None else tensor for i, tensor in enumerate(layers)]
+    return tuple(fake_gradient(tensor, need) for tensor, need in zip(present, needs, strict=True) if tensor is not None)
+
+
+def _fake_step(*args: Any) -> tuple[Tensor, ...]:
+    loss = fake_rows(args[0], args[3]).new_empty(())
+    return loss, *_fake_gradients(args[:6], args[-1])
+
+
+# The loss of each row; the gradients for an upstream of each; the reduced loss with its gradients.
+forward = define(f"linear_distillation_fwd({_ARGUMENTS}) -> Tensor", lambda *args: fake_rows(args[0], args[3]))
+backward = define(
+    f"linear_distillation_bwd(Tensor grad_rows, {_ARGUMENTS}, bool[6] needs) -> ({_GRADIENTS})",
+    lambda grad_rows, *args: _fake_gradients(args[:6], args[-1]),
+)
+step = define(
+    f"linear_distillation_step({_ARGUMENTS}, bool mean, bool[6] needs) -> (Tensor loss, {_GRADIENTS})", _fake_step
+)
+
+
+def _losses(tensors: Tensors, options: Options) -> Tensor:
+    return reference.losses(Layers(*tensors), options)  # type: ignore[arg-type]
+
+
+class _Rows(Function):
+    """(options, layers...) -> the loss of each row."""
+
+    @staticmethod
+    def forward(options: Options, *layers: Tensor | None) -> Tensor:
+        rows: Tensor = forward(*layers, *options)
+        return rows
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        options, *layers = inputs
+        ctx.save_for_backward(*layers, *options[:2])
+        ctx.numbers = options[2:]
+
+    @staticmethod
+    def backward(ctx: Any, grad_rows: Tensor) -> Any:
+        *layers, target, row_weight = ctx.saved_tensors
+        needs = ctx.needs_input_grad[1:]
+        options = Options(target, row_weight, *ctx.numbers)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return None, *differentiate(lambda t: _losses(t, options), layers, needs, grad_rows)
+        return None, *where_needed(backward(grad_rows, *layers, *options, needs), needs)
+
+
+def _run_native(call: Call) -> Tensor:
+    layers, options, reduction = call
+    mean = reduction in ("mean", "batchmean")
+    tensors: Tensors = layers
+    if torch.is_autocast_enabled("cpu"):  # as it does with F.linear's arguments
+        dtype = torch.get_autocast_dtype("cpu")
+        tensors = [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in layers]
+    present = [tensor for tensor in tensors if tensor is not None]
+    differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in present)
+    half = any(tensor.dtype == torch.float16 for tensor in present)
+    loss: Tensor
+    # A float16 gradient waits for the loss scale that comes with its upstream: before, small values would be 0.
+    if reduction == "none" or not plain(*tensors) or (differentiable and half):
+        rows: Tensor = _Rows.apply(options, *tensors)  # type: ignore[no-untyped-call]
+        loss = reduce(rows, call.denominator(), "mean" if mean else reduction)
+    elif differentiable:
+
+        def run(tensors: Tensors, needs: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
+            loss, *grads = step(*tensors, *options, mean, needs)
+            return loss, where_needed(grads, needs)
+
+        def again(tensors: Tensors) -> Tensor:
+            rows = _losses(tensors, options)
+            return reduce(rows, call.denominator(), "mean" if mean else reduction)
+
+        loss = one_sweep(run, again, *tensors)
+    else:
+        loss = step(*tensors, *options, mean, [False] * len(layers))[0]
+    return loss if loss.dtype == call.dtype else loss.to(call.dtype)
+
+
+def _refuse_native(call: Call) -> str | None:
+    return refuse_native(*call.layers, row_weight=call.options.row_weight)
+
+
+IMPLEMENTATIONS = (
+    Implementation("native", _refuse_native, _run_native),
+    Implementation("reference", lambda call: None, reference.linear_distillation),
+)

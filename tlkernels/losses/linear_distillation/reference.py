@@ -1,0 +1,21 @@
+"""The oracle: linear distillation in plain PyTorch, on any device, differentiable to any order."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from tlkernels._core.reduction import reduce
+from tlkernels.losses.distillation import reference
+from tlkernels.losses.distillation.call import Options
+from tlkernels.losses.linear_distillation.call import Call, Layers
+
+
+def linear_distillation(call: Call) -> Tensor:
+    """Return the loss."""
+    mean = call.reduction in ("mean", "batchmean")
+    rows = losses(call.layers, call.options)
+    return reduce(rows, call.denominator(), "mean" if mean else call.reduction).to(call.dtype)
+
+
+def losses(layers: Layers, options: Options) -> Tensor:
+    """Return the loss of each row, in the dtype of the computation."""
+    return reference.losses(F.linear(*layers[:3]), F.linear(*layers[3:]), options)
