@@ -8,10 +8,12 @@
 namespace tlk {
 
 // setup.py compiles each loss's .inl once for every instruction set, into that namespace.
-#define TLK_DECLARE(isa)                 \
-  namespace isa {                        \
-  CrossEntropyTable cross_entropy;       \
-  const Kernels table = {cross_entropy}; \
+#define TLK_DECLARE(isa)                                                \
+  namespace isa {                                                       \
+  CrossEntropyTable cross_entropy;                                      \
+  InfoNceTable info_nce;                                                \
+  SigmoidContrastiveTable sigmoid_contrastive;                          \
+  const Kernels table = {cross_entropy, info_nce, sigmoid_contrastive}; \
   }
 TLK_DECLARE(baseline)
 #if defined(__x86_64__)
