@@ -8,6 +8,7 @@
 #include <limits>
 #include <optional>
 #include <tuple>
+#include <utility>
 
 #include "similarity.h"
 #include "tensor.h"
@@ -85,7 +86,7 @@ struct Call : InfoNce {
     for (const Tensor* x : {&keys, &others})
       if (x->defined() && x->scalar_type() == at::kDouble) compute = at::kDouble;
     check_shapes(keys, others);
-    scale = logit_scale.item<double>();
+    scale = rounded(logit_scale.item<double>());
     set = by_label ? Set::label : smoothing > 0 ? Set::all : Set::none;
     own = own_in;
 
@@ -165,7 +166,8 @@ struct Call : InfoNce {
     state = given;
     auto direction = [&](int64_t which) {
       double* at = state.mutable_data_ptr<double>() + which * kStatistics * rows_count;
-      return Direction{at, at + rows_count, at + 2 * rows_count, at + 3 * rows_count, at + 4 * rows_count};
+      auto next = [&] { return std::exchange(at, at + rows_count); };
+      return Direction{next(), next(), next(), next(), next(), next()};  // in this order
     };
     rows = direction(0);
     if (symmetric || paired) columns = direction(symmetric ? 1 : 0);
@@ -189,24 +191,29 @@ struct Call : InfoNce {
     tile_is_kept = similarity->one_tile();
   }
 
-  // What the statistics of one row say; `share_count` has the positive too.
+  // As the kernels see it.
+  double rounded(double x) const { return compute == at::kDouble ? x : double(float(x)); }
+
+  // What the statistics of one row say, the exponentials relative to `top`; `share_count` has the positive too.
   struct Softmax {
-    double top, others, total, positive, share_count;
+    double top, others, moment, own, logit, share_count;  // own, logit: the positive's
+    double total() const { return others + own; }
   };
   Softmax softmax(const Direction& d, int64_t i) const {
-    if (!target) return {d.peak[i], d.sum[i], d.sum[i], 0, d.set_count[i]};
-    const double z = scale * d.positive[i], top = std::max(d.peak[i], z), others = d.sum[i] * std::exp(d.peak[i] - top);
-    return {top, others, others + std::exp(z - top), z, d.set_count[i] + 1};
+    if (!target) return {d.peak[i], d.sum[i], d.moment[i], 0, 0, d.set_count[i]};
+    const double logit = scale * d.positive[i], top = rounded(std::max(d.peak[i], logit));
+    const double factor = std::exp(d.peak[i] - top);
+    return {top, d.sum[i] * factor, d.moment[i] * factor, std::exp(logit - top), logit, d.set_count[i] + 1};
   }
 
   double loss(const Direction& d, int64_t i) const {
     const Softmax s = softmax(d, i);
     if (set == Set::label)
-      return s.share_count == 0 ? 0 : std::log(s.total) + (s.top - scale * d.set_sum[i] / s.share_count);
-    const double lse = s.top == s.positive ? std::log1p(s.others) : std::log(s.total);
-    if (smoothing == 0) return lse + (s.top - s.positive);
-    const double mean = (scale * d.set_sum[i] + s.positive) / s.share_count;
-    return lse + (1 - smoothing) * (s.top - s.positive) + smoothing * (s.top - mean);
+      return s.share_count == 0 ? 0 : std::log(s.others) + (s.top - scale * d.set_sum[i] / s.share_count);
+    const double own = s.others <= s.own ? std::log1p(s.others / s.own) : std::log(s.total()) + (s.top - s.logit);
+    if (smoothing == 0) return own;
+    const double mean = (scale * d.set_sum[i] + s.logit) / s.share_count;
+    return own + smoothing * (s.logit - mean);
   }
 
   Tensor losses() const {
@@ -225,23 +232,27 @@ struct Call : InfoNce {
     return std::count_if(rows.set_count, rows.set_count + rows_count, [](double n) { return n > 0; });
   }
 
+  // The slopes, and the part of the gradient of the scale.
   template <class A, class Upstream>
-  Slope slope(const Direction& d, Tensor& memory, Upstream upstream) const {
+  Slope slope(const Direction& d, Tensor& memory, Upstream upstream) {
     memory = at::empty({kSlopes, rows_count}, query.x.options());
     A* const out = memory.mutable_data_ptr<A>();
     A *top = out, *factor = top + rows_count, *share = factor + rows_count, *positive = share + rows_count;
     for (int64_t i = 0; i < rows_count; ++i) {
       const Softmax s = softmax(d, i);
-      const double g = upstream(i) / (symmetric ? 2 : 1);
       if (set == Set::label && s.share_count == 0) {  // a top above everything: no exponential overflows
         top[i] = A(1e30), factor[i] = share[i] = positive[i] = 0;
         continue;
       }
-      const double spread = set == Set::label ? 1 / s.share_count : set == Set::all ? smoothing / s.share_count : 0;
+      const double g = upstream(i) / (symmetric ? 2 : 1);
+      const double of_set = set == Set::label ? 1 : set == Set::all ? smoothing : 0;
+      const double each = of_set == 0 ? 0 : of_set / s.share_count;
+      const double own = target ? smoothing - each - s.others / s.total() : 0;
       top[i] = A(s.top);
-      factor[i] = A(g / s.total);
-      share[i] = A(g * spread);
-      positive[i] = A(g * (smoothing - spread - s.others / s.total));
+      factor[i] = A(g / s.total());
+      share[i] = A(g * each);
+      positive[i] = A(g * own);
+      by_scale_ += g * (s.moment / s.total() - each * d.set_sum[i] + own * d.positive[i]);
     }
     return {top, factor, share, positive};
   }
@@ -256,8 +267,6 @@ struct Call : InfoNce {
     similarity->rows_grad = query.grad;
     similarity->panels.front().grad = paired ? query.grad : key.grad;
     similarity->panels.back().grad = negatives.x.defined() ? negatives.grad : similarity->panels.front().grad;
-    const Tensor by_scale = at::zeros({rows_count}, state.options());
-    scale_grad = by_scale.mutable_data_ptr<double>();
     reads_positive = false;
     similarity->each_tile([&](const Panel& panel, const Tile& tile) {
       if (!tile_is_kept) similarity->product(panel, tile);
@@ -266,7 +275,7 @@ struct Call : InfoNce {
       similarity->accumulate(panel, tile, scale);
     });
     return {query.gradient(query_given), key.gradient(query_given), negatives.gradient(query_given),
-            at::full({}, sum_in_order(by_scale), logit_scale.options())};
+            at::full({}, by_scale_, logit_scale.options())};
   }
 
  private:
@@ -277,6 +286,7 @@ struct Call : InfoNce {
   }
 
   Tensor row_slopes_, column_slopes_;
+  double by_scale_ = 0;
 };
 
 // The products here are in the compute type whatever autocast says, and autograd is attached in Python.

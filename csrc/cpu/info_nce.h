@@ -12,11 +12,12 @@ namespace tlk {
 struct Direction {
   double* peak = nullptr;      // the largest logit but the positive's
   double* sum = nullptr;       // of exp(logit - peak) over all but the positive
+  double* moment = nullptr;    // the same sum with each term times its similarity, for the gradient of the scale
   double* positive = nullptr;  // the positive's similarity
   double* set_sum = nullptr;   // of similarities over the set that InfoNce::set says
   double* set_count = nullptr;
 };
-constexpr int64_t kStatistics = 5;
+constexpr int64_t kStatistics = 6;
 
 // The gradient by the logits: factor * exp(logit - top), less `share` in the set; `positive` at the positive. Compute
 // type.
@@ -47,7 +48,6 @@ struct InfoNce {
   bool reads_positive = true;  // from the tile; else `positive` is known
 
   Slope row_slope, column_slope;
-  double* scale_grad = nullptr;  // one per row, added to
 };
 
 // [begin, end) are rows or columns of the tile.

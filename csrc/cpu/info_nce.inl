@@ -1,5 +1,7 @@
 // InfoNCE's kernels on a tile of similarities, for one instruction set (see isa.cpp). Logits are scale * similarity.
 #include "info_nce.h"
+
+#include "exponential.h"
 #include "sweep.h"
 
 extern "C" double exp(double) noexcept;
@@ -13,7 +15,6 @@ struct OnTile {
   using I = typename Simd<A>::I;
   using Index = typename Simd<A>::Index;
   static constexpr int L = lanes<A>;
-  static constexpr A kLog2E = A(1.4426950408889634);
   static constexpr A kOut = A(-1e38);  // in the tile: takes no part. Its logit is -inf, whatever the scale.
 
   const InfoNce& p;
@@ -24,7 +25,11 @@ struct OnTile {
 
   A* row(int64_t r) const { return static_cast<A*>(t.c) + r * t.stride; }
   TLK_INLINE V logit(V x) const { return x == kOut ? set1(A(-__builtin_inf())) : x * scale; }
-  static TLK_INLINE V exponential(V distance) { return exp2<A>(distance * kLog2E); }
+  // The logit is rounded before: a fused x * scale - peak in one kernel but not in another would let them disagree.
+  template <class P>
+  TLK_INLINE V relative(V x, P peak) const {
+    return exponential<A>(logit(x) - peak);
+  }
 
   static TLK_INLINE I load_ids(const void* ids, int64_t at, int n) {
     const Index* from = static_cast<const Index*>(ids) + at;
@@ -77,7 +82,9 @@ struct OnTile {
   // Takes in the largest logit of more entries; what to subtract from their logits.
   static A raise(const Direction& d, int64_t i, A peak) {
     if (double(peak) > d.peak[i]) {
-      d.sum[i] *= ::exp(d.peak[i] - double(peak));
+      const double factor = ::exp(d.peak[i] - double(peak));
+      d.sum[i] *= factor;
+      d.moment[i] *= factor;
       d.peak[i] = double(peak);
     }
     return d.peak[i] == -__builtin_inf() ? A(0) : A(d.peak[i]);
@@ -93,22 +100,25 @@ struct OnTile {
         top[slot] = vmax(top[slot], logit(load_some(c + k, n, kOut)));
       });
       const A peak = raise(p.rows, t.row + r, reduce_max<A>(vmax(vmax(top[0], top[1]), vmax(top[2], top[3]))));
-      Chains<A> sum, set_sum, set_count;
+      Chains<A> sum, moment, set_sum, set_count;
       sweep<A>(0, t.columns, [&](int64_t k, int slot, int n) __attribute__((always_inline)) {
         const V x = load_some(c + k, n, kOut);
-        sum.part[slot] += exponential(logit(x) - peak);
+        const V e = relative(x, peak);
+        sum.part[slot] += e;
+        moment.part[slot] += e * x;
         if constexpr (kSet != Set::none) {
           const I in = in_set(x, r, k, n);
           set_sum.part[slot] += in ? x : V{};
           set_count.part[slot] += in ? set1(A(1)) : V{};
         }
       });
-      add(p.rows, t.row + r, sum.sum(), set_sum.sum(), set_count.sum());
+      add(p.rows, t.row + r, sum.sum(), moment.sum(), set_sum.sum(), set_count.sum());
     }
   }
 
-  static void add(const Direction& d, int64_t i, A sum, A set_sum, A set_count) {
+  static void add(const Direction& d, int64_t i, A sum, A moment, A set_sum, A set_count) {
     d.sum[i] += double(sum);
+    d.moment[i] += double(moment);
     if constexpr (kSet != Set::none) {
       d.set_sum[i] += double(set_sum);
       d.set_count[i] += double(set_count);
@@ -126,18 +136,21 @@ struct OnTile {
       });
       V peak = vmax(vmax(top[0], top[1]), vmax(top[2], top[3]));
       for (int j = 0; j < n; ++j) peak[j] = raise(p.columns, t.column + k + j, peak[j]);
-      Chains<A> sum, set_sum, set_count;
+      Chains<A> sum, moment, set_sum, set_count;
       each_row([&](int64_t r, int slot) __attribute__((always_inline)) {
         const V x = load_some(row(r) + k, n, kOut);
-        sum.part[slot] += exponential(logit(x) - peak);
+        const V e = relative(x, peak);
+        sum.part[slot] += e;
+        moment.part[slot] += e * x;
         if constexpr (kSet != Set::none) {
           const I in = in_set(x, r, k, n);
           set_sum.part[slot] += in ? x : V{};
           set_count.part[slot] += in ? set1(A(1)) : V{};
         }
       });
-      const V sums = together(sum), set_sums = together(set_sum), set_counts = together(set_count);
-      for (int j = 0; j < n; ++j) add(p.columns, t.column + k + j, sums[j], set_sums[j], set_counts[j]);
+      const V sums = together(sum), moments = together(moment), set_sums = together(set_sum),
+              set_counts = together(set_count);
+      for (int j = 0; j < n; ++j) add(p.columns, t.column + k + j, sums[j], moments[j], set_sums[j], set_counts[j]);
     }
   }
 
@@ -166,26 +179,19 @@ struct OnTile {
       A* c = row(r);
       const int64_t i = t.row + r;
       const A top = of(by_row.top, i), factor = of(by_row.factor, i), share = of(by_row.share, i);
-      Chains<A> by_scale;
-      sweep<A>(0, t.columns, [&](int64_t k, int slot, int n) __attribute__((always_inline)) {
-        const V x = load_some(c + k, n, kOut), z = logit(x);
-        V d = exponential(z - top) * factor;
+      sweep<A>(0, t.columns, [&](int64_t k, int, int n) __attribute__((always_inline)) {
+        const V x = load_some(c + k, n, kOut);
+        V d = relative(x, top) * factor;
         V shares = set1(share);
         if constexpr (kBoth) {
-          d += exponential(z - along(by_column.top, t.column + k, n)) * along(by_column.factor, t.column + k, n);
+          d += relative(x, along(by_column.top, t.column + k, n)) * along(by_column.factor, t.column + k, n);
           if constexpr (kSet != Set::none) shares += along(by_column.share, t.column + k, n);
         }
         if constexpr (kSet != Set::none) d -= in_set(x, r, k, n) ? shares : V{};
-        d = x == kOut ? V{} : d;
-        by_scale.part[slot] += d * x;
-        store_some(c + k, n, d);
+        store_some(c + k, n, x == kOut ? V{} : d);
       });
-      double total = double(by_scale.sum());
-      if (const int64_t k = positive(r); k >= 0) {
+      if (const int64_t k = positive(r); k >= 0)
         c[k] = of(by_row.positive, i) + (kBoth ? of(by_column.positive, t.column + k) : A(0));
-        total += double(c[k]) * p.rows.positive[i];
-      }
-      p.scale_grad[i] += total;
     }
   }
 };

@@ -2,6 +2,7 @@
 // negative's loss is log(1 + exp(z)), its gradient sigmoid(z); a positive's are those of -z, with the sign turned.
 #include "sigmoid_contrastive.h"
 
+#include "exponential.h"
 #include "sweep.h"
 
 namespace tlk {
@@ -15,7 +16,7 @@ struct Terms {
 template <class A>
 TLK_INLINE Terms<A> softplus(Vec<A> z) {
   using V = Vec<A>;
-  const V e = exp2<A>((z < A(0) ? z : -z) * A(1.4426950408889634)), u = e + A(1);
+  const V e = exponential<A>(z < A(0) ? z : -z), u = e + A(1);
   // log(1 + e), with what the rounding of 1 + e took away
   const V log = log_from_one(u) + (e - (u - A(1))) / u;
   return {(z < A(0) ? V{} : z) + log, (z < A(0) ? e : set1(A(1))) / u};

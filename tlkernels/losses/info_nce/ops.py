@@ -23,7 +23,7 @@ _ARGUMENTS = (
     "Tensor query, Tensor? key, Tensor? negatives, Tensor logit_scale, Tensor? target, Tensor? mask,"
     " Tensor? query_ids, Tensor? key_ids, int own, bool by_label, bool symmetric, bool normalize, float label_smoothing"
 )
-_STATISTICS = 5  # per row and direction: kStatistics in csrc/cpu/info_nce.h
+_STATISTICS = 6  # per row and direction: kStatistics in csrc/cpu/info_nce.h
 
 
 def _fake_rows(query: Tensor, key: Tensor | None, negatives: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
