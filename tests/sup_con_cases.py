@@ -36,7 +36,9 @@ def case(n, d, classes, dtype, *, tensor=True, small=False, labels=torch.int64, 
 
     words = [f"{n}x{d}x{classes}", str(dtype).removeprefix("torch.")]
     words += [f"{name}={value}" for name, value in options.items()] + [str(labels).removeprefix("torch.")]
-    return testing.LossCase("-".join(words), dtype, make, ("features", "logit_scale") if tensor else ("features",), small)
+    return testing.LossCase(
+        "-".join(words), dtype, make, ("features", "logit_scale") if tensor else ("features",), small
+    )
 
 
 CASES = [

@@ -111,7 +111,7 @@ struct Call : InfoNce {
     if (!by_label) use_target(or_none(target_in));
     if (mask_in) use_mask(*mask_in);
     if (query_ids) use_ids(*query_ids, or_none(key_ids));
-    TORCH_CHECK_VALUE(!by_label || row_ids, "query_ids: expected labels");
+    TORCH_CHECK_VALUE(!by_label || query_ids, "query_ids: expected labels");
   }
 
   void check_shapes(const Tensor& keys, const Tensor& others) const {
@@ -136,6 +136,9 @@ struct Call : InfoNce {
     for (int64_t i = 0; i < rows_count; ++i)
       TORCH_CHECK_INDEX(target[i] >= 0 && target[i] < classes, "target: expected indices of keys in [0, ", classes,
                         "), got ", target[i], " at position ", i);
+    for (int64_t i = 0; paired && i < rows_count; ++i)
+      TORCH_CHECK_VALUE(target[target[i]] == i, "target: expected pairs of rows without key, got ", target[i], " for ",
+                        i, " and ", target[target[i]], " for ", target[i]);
   }
 
   void use_mask(const Tensor& given) {

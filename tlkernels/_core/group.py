@@ -31,7 +31,11 @@ def check_group(group: object) -> None:
 def check_equal_shares(group: Any, **tensors: Tensor | None) -> None:
     """Raise ValueError on every rank unless each tensor has the same shape on all of them."""
     device = next(tensor.device for tensor in tensors.values() if tensor is not None)
-    shapes = [0 if tensor is None else size for tensor in tensors.values() for size in (tensor.shape if tensor is not None else (0,))]
+    shapes = [
+        0 if tensor is None else size
+        for tensor in tensors.values()
+        for size in (tensor.shape if tensor is not None else (0,))
+    ]
     mine = torch.tensor(shapes, device=device)
     count = torch.tensor([len(shapes)], device=device)
     counts = [torch.empty_like(count) for _ in range(dist.get_world_size(group))]
@@ -55,7 +59,9 @@ class _Gather(Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group: Any) -> Tensor:
         ctx.group = group
-        parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size(group))]
+        parts = [
+            torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size(group))
+        ]
         dist.all_gather(parts, tensor.contiguous(), group=group)
         return torch.cat(parts)
 

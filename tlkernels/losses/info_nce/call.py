@@ -67,7 +67,7 @@ def check_integers(name: str, tensor: object, shape: tuple[int, ...], device: to
     if tensor.dtype not in INTEGER:
         raise TypeError(f"{name}: expected an integer dtype, got {tensor.dtype}")
     if tensor.shape != shape:
-        raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
+        raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
     if tensor.device != device:
         raise ValueError(f"{name}: expected it on the embeddings' device {device}, got {tensor.device}")
 

@@ -87,7 +87,9 @@ class _Rows(Function):
         needs = ctx.needs_input_grad[:4]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             call = Call(*tensors, ctx.options, "none", grad_rows.dtype)
-            grads = differentiate(lambda t: reference.rows_and_counted(_with(call, t))[0], tensors[:4], needs, grad_rows)
+            grads = differentiate(
+                lambda t: reference.rows_and_counted(_with(call, t))[0], tensors[:4], needs, grad_rows
+            )
         else:
             grads = backward(grad_rows, state, *tensors, *ctx.options, needs)
         return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *(None,) * 5

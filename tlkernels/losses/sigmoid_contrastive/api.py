@@ -80,9 +80,7 @@ class SigmoidContrastiveLoss(Module):
 
     def forward(self, query: Tensor, key: Tensor) -> Tensor:
         """Return the loss."""
-        return sigmoid_contrastive(
-            query, key, logit_scale=self.logit_scale, logit_bias=self.logit_bias, **self.options
-        )
+        return sigmoid_contrastive(query, key, logit_scale=self.logit_scale, logit_bias=self.logit_bias, **self.options)
 
     def extra_repr(self) -> str:
         """Return the options, for `repr`."""
