@@ -17,11 +17,9 @@ from setuptools import setup
 ROOT = Path(__file__).parent
 CPU = Path("csrc/cpu")
 
-LOSSES = [
-    "cross_entropy",
-    "info_nce",
-    "sigmoid_contrastive",
-]  # csrc/cpu/<loss>.inl is compiled for each instruction set, <loss>.cpp once
+# csrc/cpu/<loss>.inl is compiled for each instruction set, <loss>.cpp once
+LOSSES = ["cross_entropy", "info_nce", "sigmoid_contrastive"]
+SHARED = ["isa", "pool", "similarity", "tensor"]
 
 # What each instruction set may use; csrc/cpu/isa.cpp asks the CPU for the same features before it calls one.
 ISA_FLAGS = {"baseline": []}
@@ -91,10 +89,7 @@ def native_extension() -> dict:
 
     extension = CppExtension(
         "tlkernels._C",
-        sources=[
-            "csrc/module.cpp",
-            *(str(CPU / f"{name}.cpp") for name in ("isa", "pool", "similarity", "tensor", *LOSSES)),
-        ],
+        sources=["csrc/module.cpp", *(str(CPU / f"{name}.cpp") for name in (*SHARED, *LOSSES))],
         include_dirs=[pybind11.get_include()],
         define_macros=[("TLK_BUILD_TORCH", f'"{torch.__version__}"'), ("TLK_BUILD_SANITIZE", f'"{int(SANITIZE)}"')],
         extra_compile_args=["-O2", "-fopenmp", "-fvisibility=hidden", "-Wall", *SANITIZE_FLAGS],

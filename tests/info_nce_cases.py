@@ -34,7 +34,7 @@ def pytorch(query, key, target=None, *, temperature=None, logit_scale=None, nega
 
     def rows(logits, out):
         logits = logits.masked_fill(out, -torch.inf)
-        if not out.any():
+        if mask is None:
             return F.cross_entropy(logits, target, label_smoothing=label_smoothing, reduction="none")
         log_p = F.log_softmax(logits, 1)
         losses = (1 - label_smoothing) * F.nll_loss(log_p, target, reduction="none")
@@ -102,8 +102,8 @@ CASES = [
     # options together
     *(
         case(
-            f"{kind}-symmetric={symmetric}-normalize={normalize}-smoothing={smoothing}-negatives={m}-own={own}", 9, 9, 20,
-            dtype, kind=kind, symmetric=symmetric, normalize=normalize, label_smoothing=smoothing, m=m,
+            f"{kind}-symmetric={symmetric}-normalize={normalize}-smoothing={smoothing}-negatives={m}-own={own}",
+            9, 9, 20, dtype, kind=kind, symmetric=symmetric, normalize=normalize, label_smoothing=smoothing, m=m,
             own_negatives=own, scale=TENSOR if dtype == F64 else NUMBER,  # else in test_gradient_of_the_scale
         )
         for dtype in (F64, F32, BF16)

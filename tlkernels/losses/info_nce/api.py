@@ -50,9 +50,9 @@ def info_nce(
         temperature: above 0; divides the similarities. A number, or a 0-d tensor, which gets its gradient.
         logit_scale: multiplies them; 1 / temperature, so that only one of the two can be given, or none for 1.
         negatives: more keys, shape (M, D), or (N, M, D) where each query has its own.
-        mask: False negatives, which are no class of the query's softmax: bool of shape (N, K), True where out, or integer
-            ids (query_ids, key_ids) of shapes (N,) and (K,), out where equal. The positive is never out, and `negatives`
-            are not covered.
+        mask: False negatives, which are no class of the query's softmax: bool of shape (N, K), True where out, or
+            integer ids (query_ids, key_ids) of shapes (N,) and (K,), out where equal. The positive is never out, and
+            `negatives` are not covered.
         symmetric: also classify each key among the queries, and take the mean of both losses row by row (CLIP). Needs
             K = N and the default target; `negatives` and their part in label smoothing are in query -> key alone.
         normalize: divide all embeddings by their 2-norm, as `F.normalize` does.
@@ -84,7 +84,7 @@ def info_nce(
     options = Options(symmetric=symmetric, normalize=normalize, label_smoothing=label_smoothing)
     ids = mask if isinstance(mask, tuple) else (None, None)
     bools = mask if isinstance(mask, Tensor) else None
-    call = Call(query, key, negatives, scale, target, bools, *ids, options, reduction, loss_dtype(query))
+    call = Call(query, key, negatives, scale, target, bools, ids[0], ids[1], options, reduction, loss_dtype(query))
     implementation = resolve("info_nce", IMPLEMENTATIONS, call, impl)
     loss: Tensor = implementation.run(call) if group is None else _over_ranks(implementation, call, group)
     return loss
@@ -123,8 +123,8 @@ class InfoNCELoss(Module):
     """`info_nce` as a module, if wanted with a learnable scale.
 
     Args:
-        learnable: own a parameter `log_logit_scale`, whose exponential is the logit scale; then neither `temperature` nor
-            `logit_scale` can be given.
+        learnable: own a parameter `log_logit_scale`, whose exponential is the logit scale; then neither `temperature`
+            nor `logit_scale` can be given.
         init_temperature: where the parameter starts: log(1 / init_temperature).
         max_scale: each forward first brings a parameter above log(max_scale) back to it, as CLIP does.
 

@@ -86,7 +86,7 @@ class _Rows(Function):
         *tensors, state = ctx.saved_tensors
         needs = ctx.needs_input_grad[:4]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            call = Call(*tensors, ctx.options, "none", grad_rows.dtype)
+            call = Call._make((*tensors, ctx.options, "none", grad_rows.dtype))
             grads = differentiate(
                 lambda t: reference.rows_and_counted(_with(call, t))[0], tensors[:4], needs, grad_rows
             )

@@ -103,8 +103,5 @@ def _cross_entropy(logits: Tensor, out: Tensor | None, target: Tensor, smoothing
     losses = torch.where((target >= 0) & (target < logits.shape[1]), -own, torch.nan)
     if not smoothing:
         return losses
-    if out is None:
-        uniform = log_p.mean(1)
-    else:
-        uniform = log_p.masked_fill(out, 0).sum(1) / (~out).sum(1)
+    uniform = log_p.mean(1) if out is None else log_p.masked_fill(out, 0).sum(1) / (~out).sum(1)
     return (1 - smoothing) * losses - smoothing * uniform

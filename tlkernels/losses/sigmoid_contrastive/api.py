@@ -36,8 +36,8 @@ def sigmoid_contrastive(
         logit_scale: multiplies the similarities. A number, or a 0-d tensor, which gets its gradient.
         logit_bias: added to the logits; the same kinds. SigLIP starts at a scale of 10 and a bias of -10.
         group: a torch.distributed process group, every rank of which calls this with tensors of equal shapes. The keys
-            of all ranks take part. The mean over ranks of the loss is the loss of the whole batch on one process, and so
-            is the mean of every parameter's gradient, which data-parallel training takes (tlkernels/_core/group.py).
+            of all ranks take part. The mean over ranks of the loss is the loss of the whole batch on one process, and
+            so is the mean of every parameter's gradient, which data-parallel training takes (tlkernels/_core/group.py).
         impl: "auto", or "native", "triton", "reference".
 
     Returns:

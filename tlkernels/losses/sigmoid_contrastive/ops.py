@@ -34,7 +34,7 @@ def _fake_step(upstream: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 
 
 forward = define(f"sigmoid_contrastive_fwd({_ARGUMENTS}) -> Tensor", _fake_loss)
-# The loss, and its gradients times `upstream`. One that is not wanted has no elements; scale and bias get theirs anyway.
+# The loss, and its gradients times `upstream`. One that is not wanted has no elements, but scale and bias get theirs.
 step = define(
     f"sigmoid_contrastive_step(Tensor upstream, {_ARGUMENTS}, bool[4] wanted)"
     " -> (Tensor loss, Tensor grad_query, Tensor grad_key, Tensor grad_logit_scale, Tensor grad_logit_bias)",
