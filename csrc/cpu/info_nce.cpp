@@ -106,6 +106,7 @@ struct Call : InfoNce {
     }
     TORCH_CHECK_VALUE(!symmetric || (!paired && rows_count == columns_count && !target_in && !by_label),
                       "symmetric: expected as many keys as queries and the default target");
+    TORCH_CHECK_VALUE(!others.defined() || (!paired && !by_label), "negatives: expected none here");
     similarity.emplace(query.x, std::move(panels), paired, symmetric);
     kernel = kernels().info_nce(scalar_of(compute), set);
     if (!by_label) use_target(or_none(target_in));
@@ -272,6 +273,7 @@ struct Call : InfoNce {
     similarity->panels.back().grad = negatives.x.defined() ? negatives.grad : similarity->panels.front().grad;
     reads_positive = false;
     similarity->each_tile([&](const Panel& panel, const Tile& tile) {
+      if (!similarity->rows_grad.defined() && !panel.grad.defined()) return;
       if (!tile_is_kept) similarity->product(panel, tile);
       in_parallel(tile.rows, tile.columns,
                   [&](int64_t begin, int64_t end) { kernel.gradient(*this, tile, begin, end); });
@@ -290,12 +292,6 @@ struct Call : InfoNce {
 
   Tensor row_slopes_, column_slopes_;
   double by_scale_ = 0;
-};
-
-// The products here are in the compute type whatever autocast says, and autograd is attached in Python.
-struct Guards {
-  at::AutoDispatchBelowADInplaceOrView below_autograd;
-  c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::DispatchKeySet(c10::DispatchKey::AutocastCPU)};
 };
 
 #define TLK_PARAMETERS                                                                                        \

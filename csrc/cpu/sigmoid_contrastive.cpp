@@ -49,12 +49,6 @@ struct Call : SigmoidContrastive {
   double total(int64_t which) const { return sum_in_order(rows.select(0, which)); }
 };
 
-// The products here are in the compute type whatever autocast says, and autograd is attached in Python.
-struct Guards {
-  at::AutoDispatchBelowADInplaceOrView below_autograd;
-  c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::DispatchKeySet(c10::DispatchKey::AutocastCPU)};
-};
-
 Tensor forward(const Tensor& query, const Tensor& key, const Tensor& logit_scale, const Tensor& logit_bias,
                int64_t own) {
   const Guards guards;
