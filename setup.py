@@ -17,7 +17,8 @@ from setuptools import setup
 ROOT = Path(__file__).parent
 CPU = Path("csrc/cpu")
 
-KERNELS = ["cross_entropy", "distillation", "mse"]  # csrc/cpu/<name>.inl is compiled for each instruction set
+# csrc/cpu/<name>.inl is compiled for each instruction set
+KERNELS = ["cross_entropy", "distillation", "info_nce", "mse", "sigmoid_contrastive"]
 
 # What each instruction set may use; csrc/cpu/isa.cpp asks the CPU for the same features before it calls one.
 ISA_FLAGS = {"baseline": []}

@@ -6,6 +6,7 @@ PyTorch losses as hand-written kernels. Each function and module replaces the Py
 from tlkernels._core.dispatch import explain
 from tlkernels.losses.cross_entropy import CrossEntropyLoss, CrossEntropyOutput, cross_entropy, cross_entropy_stats
 from tlkernels.losses.distillation import DistillationLoss, distillation
+from tlkernels.losses.info_nce import InfoNCELoss, info_nce
 from tlkernels.losses.linear_cross_entropy import (
     LinearCrossEntropyLoss,
     linear_cross_entropy,
@@ -13,6 +14,9 @@ from tlkernels.losses.linear_cross_entropy import (
 )
 from tlkernels.losses.linear_distillation import LinearDistillationLoss, linear_distillation
 from tlkernels.losses.mse import MSELoss, RMSELoss, mse, rmse
+from tlkernels.losses.nt_xent import NTXentLoss, nt_xent
+from tlkernels.losses.sigmoid_contrastive import SigmoidContrastiveLoss, sigmoid_contrastive
+from tlkernels.losses.sup_con import SupConLoss, sup_con
 
 __version__ = "0.1.0"
 
@@ -20,17 +24,25 @@ __all__ = [
     "CrossEntropyLoss",
     "CrossEntropyOutput",
     "DistillationLoss",
+    "InfoNCELoss",
     "LinearCrossEntropyLoss",
     "LinearDistillationLoss",
     "MSELoss",
+    "NTXentLoss",
     "RMSELoss",
+    "SigmoidContrastiveLoss",
+    "SupConLoss",
     "cross_entropy",
     "cross_entropy_stats",
     "distillation",
     "explain",
+    "info_nce",
     "linear_cross_entropy",
     "linear_cross_entropy_stats",
     "linear_distillation",
     "mse",
+    "nt_xent",
     "rmse",
+    "sigmoid_contrastive",
+    "sup_con",
 ]

@@ -8,12 +8,14 @@
 namespace tlk {
 
 // setup.py compiles each loss's .inl once for every instruction set, into that namespace.
-#define TLK_DECLARE(isa)                                        \
-  namespace isa {                                               \
-  CrossEntropyTable cross_entropy;                              \
-  DistillationTable distillation;                               \
-  SquaredTable squared;                                         \
-  const Kernels table = {cross_entropy, distillation, squared}; \
+#define TLK_DECLARE(isa)                                                                       \
+  namespace isa {                                                                              \
+  CrossEntropyTable cross_entropy;                                                             \
+  DistillationTable distillation;                                                              \
+  InfoNceTable info_nce;                                                                       \
+  SigmoidContrastiveTable sigmoid_contrastive;                                                 \
+  SquaredTable squared;                                                                        \
+  const Kernels table = {cross_entropy, distillation, info_nce, sigmoid_contrastive, squared}; \
   }
 TLK_DECLARE(baseline)
 #if defined(__x86_64__)

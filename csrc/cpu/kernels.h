@@ -2,13 +2,17 @@
 #pragma once
 #include "cross_entropy.h"
 #include "distillation.h"
+#include "info_nce.h"
 #include "mse.h"
+#include "sigmoid_contrastive.h"
 
 namespace tlk {
 
 struct Kernels {
   CrossEntropyTable* cross_entropy;
   DistillationTable* distillation;
+  InfoNceTable* info_nce;
+  SigmoidContrastiveTable* sigmoid_contrastive;
   SquaredTable* squared;
 };
 

@@ -1,0 +1,157 @@
+"""Cases of InfoNCE, and the PyTorch lines that it replaces, which in float64 are the oracle."""
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+
+import tlkernels as tlk
+from tlkernels import testing
+from tlkernels.losses.info_nce import ops
+
+F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+
+
+def pytorch(query, key, target=None, *, temperature=None, logit_scale=None, negatives=None, mask=None,
+            symmetric=False, normalize=False, label_smoothing=0.0, reduction="mean"):  # fmt: skip
+    """The lines of the docstring, in the dtype of the query."""
+    if normalize:
+        query, key = F.normalize(query, dim=-1), F.normalize(key, dim=-1)
+        negatives = None if negatives is None else F.normalize(negatives, dim=-1)
+    logits = query @ key.T
+    if negatives is not None:
+        further = query @ negatives.T if negatives.dim() == 2 else torch.einsum("nd,nmd->nm", query, negatives)
+        logits = torch.cat([logits, further], 1)
+    if logit_scale is not None:
+        logits = logits * logit_scale
+    if temperature is not None:
+        logits = logits / temperature
+    target = torch.arange(len(query)) if target is None else target.long()
+    out = torch.zeros_like(logits, dtype=torch.bool)
+    if mask is not None:
+        out[:, : len(key)] = mask[0][:, None] == mask[1] if isinstance(mask, tuple) else mask
+        out[torch.arange(len(query)), target] = False
+
+    def rows(logits, out):
+        logits = logits.masked_fill(out, -torch.inf)
+        if mask is None:
+            return F.cross_entropy(logits, target, label_smoothing=label_smoothing, reduction="none")
+        log_p = F.log_softmax(logits, 1)
+        losses = (1 - label_smoothing) * F.nll_loss(log_p, target, reduction="none")
+        if label_smoothing:
+            losses = losses - label_smoothing * (log_p.masked_fill(out, 0).sum(1) / (~out).sum(1))
+        return losses
+
+    losses = rows(logits, out)
+    if symmetric:
+        losses = (losses + rows(logits[:, : len(key)].T, out[:, : len(key)].T)) / 2
+    return {"none": lambda: losses, "sum": losses.sum, "mean": losses.mean}[reduction]()
+
+
+def embeddings(shape, generator, dtype):
+    """Rows of different lengths, some nearly equal to others, so that some rows' positive is far ahead."""
+    x = torch.randn(shape, generator=generator, dtype=F64) / shape[-1] ** 0.5
+    x[..., 1::3, :] *= 3
+    return x.to(dtype)
+
+
+def case(id, n, k, d, dtype, *, m=None, kind="none", scale=None, small=False, target=False, **options):
+    """One call; `kind` of mask, `scale` by which argument and as what."""
+
+    def make(seed):
+        generator = torch.Generator().manual_seed(seed)
+        query = embeddings((n, d), generator, dtype)
+        near = query[torch.arange(k) % n].double() if n else torch.zeros(k, d, dtype=F64)
+        key = (near + embeddings((k, d), generator, F64)).to(dtype)
+        arguments = {"query": query, "key": key, **options}
+        if m is not None:
+            arguments["negatives"] = embeddings((n, m, d) if options_of["own_negatives"] else (m, d), generator, dtype)
+        if scale is not None:
+            name, kind_of = scale
+            value = torch.tensor(0.0625 if name == "temperature" else 8.5)
+            arguments[name] = value.to(dtype) if kind_of == "tensor" else value.item()
+        if target:
+            arguments["target"] = torch.randint(0, k + (m or 0), (n,), generator=generator)
+        if kind == "bool":
+            arguments["mask"] = torch.rand(n, k, generator=generator) < 0.3
+        if kind == "ids":
+            arguments["mask"] = tuple(torch.randint(-3, 9, (size,), generator=generator) for size in (n, k))
+        return arguments
+
+    options_of = {"own_negatives": options.pop("own_negatives", False)}
+    wants = ["query", "key"]
+    wants += ["negatives"] * (m is not None) + [scale[0]] * (scale is not None and scale[1] == "tensor")
+    return testing.LossCase(f"{id}-{str(dtype).removeprefix('torch.')}", dtype, make, tuple(wants), small)
+
+
+TENSOR, NUMBER = ("logit_scale", "tensor"), ("temperature", "number")
+DTYPES = (F64, F32, BF16, F16)
+CASES = [
+    # sizes: one; fewer features than a vector; off the vector; a whole tile and one past it; several; K > N
+    *(
+        case(f"{n}x{k}x{d}", n, k, d, dtype, scale=TENSOR)
+        for dtype in DTYPES
+        for n, k, d in ((1, 1, 1), (1, 5, 3), (7, 7, 16), (33, 65, 40))
+    ),
+    case("512x513x8", 512, 513, 8, F32, scale=NUMBER),
+    case("600x1100x20", 600, 1100, 20, F32, scale=TENSOR),
+    case("symmetric-600x600x20", 600, 600, 20, F32, symmetric=True, scale=TENSOR, label_smoothing=0.1),
+    case("symmetric-ids-600x600x20", 600, 600, 20, F32, symmetric=True, scale=TENSOR, kind="ids", normalize=True),
+    case("negatives-530x530x9", 530, 530, 9, F32, symmetric=True, m=515, scale=TENSOR, kind="bool"),
+    case("own-negatives-530x530x9", 530, 530, 9, F32, m=515, own_negatives=True, scale=TENSOR, normalize=True),
+    # options together
+    *(
+        case(
+            f"{kind}-symmetric={symmetric}-normalize={normalize}-smoothing={smoothing}-negatives={m}-own={own}",
+            9, 9, 20, dtype, kind=kind, symmetric=symmetric, normalize=normalize, label_smoothing=smoothing, m=m,
+            own_negatives=own, scale=TENSOR if dtype == F64 else NUMBER,  # else in test_gradient_of_the_scale
+        )
+        for dtype in (F64, F32, BF16)
+        for kind, symmetric, normalize, smoothing, (m, own) in itertools.product(
+            ("none", "bool", "ids"), (False, True), (False, True), (0.0, 0.1), ((None, False), (5, False), (5, True))
+        )
+    ),
+    *(
+        case(f"target-{reduction}-{m}-{own}", 12, 17, 20, dtype, target=True, m=m, own_negatives=own, kind="bool",
+             reduction=reduction, scale=("temperature", "tensor"), normalize=True)
+        for dtype in DTYPES
+        for reduction in ("mean", "sum", "none")
+        for m, own in ((None, False), (5, False), (5, True))
+    ),
+    *(
+        case(f"symmetric-{reduction}", 12, 12, 20, dtype, symmetric=True, reduction=reduction, scale=NUMBER)
+        for dtype in DTYPES
+        for reduction in ("mean", "sum", "none")
+    ),
+    # small, for gradcheck, Hessians and vmap
+    case("small", 3, 3, 2, F64, small=True, symmetric=True, normalize=True, label_smoothing=0.1, scale=TENSOR),
+    case("small-negatives", 3, 4, 2, F64, small=True, m=2, scale=("temperature", "tensor")),
+]  # fmt: skip
+
+
+def module(arguments):
+    arguments = dict(arguments)
+    tensors = [arguments.pop(name) for name in ("query", "key")] + [arguments.pop("target", None)]
+    at_call = {name: arguments.pop(name, None) for name in ("negatives", "mask")}
+    built = tlk.InfoNCELoss(**arguments)
+    if any(value is not None for value in at_call.values()):
+        built.forward = lambda *t, forward=built.forward: forward(*t, **at_call)
+    return built, tuple(tensors)
+
+
+def registered():
+    generator = torch.Generator().manual_seed(0)
+    query, key, negatives = (embeddings((5, 4), generator, F32).requires_grad_() for _ in range(3))
+    scale = torch.tensor(2.0, requires_grad=True)
+    ids = torch.tensor([0, 1, 0, 2, 1])
+    plain = (query, key, negatives, scale, None, torch.eye(5) > 0, ids, ids, -1, False, True, True, 0.1)
+    paired = (query, None, None, scale, None, None, ids, None, 0, True, False, False, 0.0)
+    for arguments in (plain, paired):
+        detached = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in arguments)
+        _, state = ops.forward(*detached)
+        yield ops.forward, arguments
+        yield ops.backward, (torch.rand(5), state, *detached, [True, arguments is plain, False, True])
+        yield ops.step, (*detached, True, [True, arguments is plain, arguments is plain, True])
+
+
+LOSS = testing.Loss(tlk.info_nce, pytorch, CASES, module, lambda: list(registered()), twice=True, rowwise=False)

@@ -1,0 +1,212 @@
+"""group=: with the keys of all ranks every gradient, averaged over ranks, is that of the whole batch on one process."""
+
+import sys
+import traceback
+from datetime import timedelta
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+import tlkernels as tlk
+from tlkernels import testing
+
+IMPLEMENTATIONS = sorted({target.impl for target in testing.targets()})
+RANKS, ROWS, D = 2, 5, 3
+WHOLE = RANKS * ROWS
+
+
+def inputs():
+    """The whole batch: raw inputs of a linear encoder, whose weight is the parameter."""
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    return {
+        "x": normal(WHOLE, 4), "y": normal(WHOLE, 4), "weight": normal(D, 4), "scale": torch.tensor(3.0).double(),
+        "bias": torch.tensor(-1.0).double(), "shared": normal(RANKS * 2, 4), "each": normal(WHOLE, 2, 4),
+        "target": torch.randint(0, WHOLE, (WHOLE,), generator=generator),
+        "mask": torch.rand(WHOLE, WHOLE, generator=generator) < 0.4,
+        "query_ids": torch.randint(0, 4, (WHOLE,), generator=generator),
+        "key_ids": torch.randint(0, 4, (WHOLE,), generator=generator, dtype=torch.int32),
+        "labels": torch.tensor([0, 1, 2, 3, 0, 4, 0, 1, 1, 5]),
+    }  # fmt: skip
+
+
+def encode(batch, name):
+    return batch[name] @ batch["weight"].T
+
+
+def info_nce(batch, *, negatives=None, mask=None, target=False, **options):
+    if negatives:
+        options["negatives"] = encode(batch, negatives)
+    if mask:
+        options["mask"] = batch["mask"] if mask == "bool" else (batch["query_ids"], batch["key_ids"])
+    target = batch["target"] if target else None
+    return tlk.info_nce(encode(batch, "x"), encode(batch, "y"), target, logit_scale=batch["scale"], **options)
+
+
+def nt_xent(batch, **options):
+    return tlk.nt_xent(encode(batch, "x"), encode(batch, "y"), logit_scale=batch["scale"], **options)
+
+
+def sup_con(batch, **options):
+    return tlk.sup_con(encode(batch, "x"), batch["labels"], logit_scale=batch["scale"], **options)
+
+
+def sigmoid(batch, **options):
+    scale, bias = batch["scale"], batch["bias"]
+    return tlk.sigmoid_contrastive(
+        encode(batch, "x"), encode(batch, "y"), logit_scale=scale, logit_bias=bias, **options
+    )
+
+
+CASES = {
+    "info_nce": info_nce,
+    "info_nce-symmetric": partial(info_nce, symmetric=True, normalize=True),
+    "info_nce-symmetric-bool": partial(info_nce, symmetric=True, mask="bool", label_smoothing=0.1),
+    "info_nce-symmetric-ids": partial(info_nce, symmetric=True, mask="ids", reduction="sum", negatives="shared"),
+    "info_nce-target-bool": partial(info_nce, target=True, mask="bool", negatives="each"),
+    "info_nce-none": partial(info_nce, symmetric=True, reduction="none"),
+    "nt_xent": nt_xent,
+    "nt_xent-sum": partial(nt_xent, reduction="sum", normalize=False),
+    "sup_con": sup_con,
+    "sup_con-sum": partial(sup_con, reduction="sum"),
+    "sigmoid_contrastive": sigmoid,
+}
+PARAMETERS = ("weight", "scale", "bias")
+
+
+def leaves(batch):
+    return {k: v.clone().requires_grad_() if k in PARAMETERS else v for k, v in batch.items()}
+
+
+def share(batch, rank):
+    """What one rank has of the whole batch; everything else is a parameter."""
+
+    def part(name, value):
+        if name in PARAMETERS:
+            return value
+        size = value.shape[0] // RANKS
+        return value[rank * size : (rank + 1) * size]
+
+    return {name: part(name, value) for name, value in batch.items()}
+
+
+def derivatives(loss, batch):
+    """Loss, gradients by the parameters, and a second derivative."""
+    parameters = [batch[name] for name in PARAMETERS]
+    total = loss.mean() if loss.dim() else loss
+    grads = torch.autograd.grad(total, parameters, retain_graph=True, allow_unused=True)
+    return [total.detach(), *(torch.zeros_like(p) if g is None else g for g, p in zip(grads, parameters, strict=True))]
+
+
+def average(tensor, group):
+    tensor = tensor.clone()
+    dist.all_reduce(tensor, group=group)
+    return tensor / RANKS
+
+
+def check_gradients(rank, group, name, impl):
+    right_batch = leaves(inputs())
+    right = derivatives(CASES[name](right_batch, impl=impl), right_batch)
+    batch = leaves(share(inputs(), rank))
+    ours = derivatives(CASES[name](batch, group=group, impl=impl), batch)
+    for what, mine, expected in zip(("loss", *PARAMETERS), ours, right, strict=True):
+        difference = (average(mine, group) - expected).abs().max()
+        assert difference < 1e-10, f"{what}: off by {difference:.3g}"
+
+
+def check_double_backward(rank, group, impl):
+    """Of the mean over ranks of the gradient's square, as a whole."""
+
+    def second(loss, batch, square):
+        (grad,) = torch.autograd.grad(loss, batch["weight"], create_graph=True)
+        return torch.autograd.grad(square(grad), batch["weight"])[0]
+
+    whole = leaves(inputs())
+    direction = torch.arange(12.0).view(3, 4).double().cos()
+    right = second(info_nce(whole, symmetric=True, impl=impl), whole, lambda g: (g * direction).sum())
+    batch = leaves(share(inputs(), rank))
+    ours = second(info_nce(batch, symmetric=True, group=group, impl=impl), batch, lambda g: (g * direction).sum())
+    torch.testing.assert_close(average(ours, group), right, rtol=1e-10, atol=1e-12)
+
+
+def check_unequal(rank, group, impl):
+    x = torch.randn(3 + rank, 4)
+    labels = torch.zeros(3 + rank, dtype=torch.long)
+    for loss in (
+        lambda: tlk.info_nce(x, x, group=group, impl=impl), lambda: tlk.nt_xent(x, x, group=group, impl=impl),
+        lambda: tlk.sup_con(x, labels, group=group, impl=impl),
+        lambda: tlk.sigmoid_contrastive(x, x, logit_scale=1.0, logit_bias=0.0, group=group, impl=impl),
+        lambda: tlk.info_nce(x[:3], x[:3], negatives=x if rank else None, group=group, impl=impl),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="group: expected the same shapes on every rank"):
+            loss()
+
+
+def check_explain(rank, group, impl):
+    """Nothing is sent: one rank alone may ask."""
+    if rank == 0:
+        x = torch.randn(3, 4)
+        assert f"served by {impl}" in tlk.explain(tlk.info_nce, x, x, group=group, impl=impl)
+
+
+def check_distributed_data_parallel(rank, group, impl):
+    """open_clip's ClipLoss gave 1/2 of the whole batch's gradient by default; here it is all of it."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, D)
+    batch = {k: v.float() for k, v in inputs().items() if k in ("x", "y")}
+    right = torch.autograd.grad(tlk.info_nce(model(batch["x"]), model(batch["y"]), symmetric=True), model.weight)[0]
+    parallel = torch.nn.parallel.DistributedDataParallel(model)
+    mine = {name: value[rank * ROWS : (rank + 1) * ROWS] for name, value in batch.items()}
+    features = parallel(torch.cat([mine["x"], mine["y"]]))
+    tlk.info_nce(features[:ROWS], features[ROWS:], symmetric=True, group=group, impl=impl).backward()
+    ratio = (model.weight.grad * right).sum() / right.square().sum()
+    assert abs(float(ratio) - 1) < 1e-5
+    torch.testing.assert_close(model.weight.grad, right, rtol=1e-4, atol=1e-6)
+
+
+def all_checks():
+    for impl in IMPLEMENTATIONS:
+        for name in CASES:
+            yield f"{name}-{impl}", partial(check_gradients, name=name, impl=impl)
+        for check in (check_double_backward, check_unequal, check_explain, check_distributed_data_parallel):
+            yield f"{check.__name__.removeprefix('check_')}-{impl}", partial(check, impl=impl)
+
+
+def process(rank, path, failures):
+    """One rank: every check in turn; what failed is told to the test."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{path}", rank=rank, world_size=RANKS, timeout=timedelta(seconds=60)
+    )
+    for name, check in all_checks():
+        try:
+            check(rank, dist.group.WORLD)
+        except BaseException:
+            failures.put((name, rank, traceback.format_exc()[-1500:]))  # the pipe is short
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def failures(tmp_path_factory):
+    if sys.platform != "linux" or not (dist.is_available() and dist.is_gloo_available()):
+        pytest.skip("torch.distributed has no gloo here")
+    context = mp.get_context("spawn")
+    queue = context.SimpleQueue()
+    mp.spawn(process, (str(tmp_path_factory.mktemp("group") / "store"), queue), nprocs=RANKS)
+    found = {}
+    while not queue.empty():
+        name, rank, text = queue.get()
+        found.setdefault(name, []).append(f"rank {rank}: {text}")
+    return found
+
+
+@pytest.mark.parametrize("name", [name for name, _ in all_checks()])
+def test_two_processes(failures, name):
+    assert not failures.get(name), "\n".join(failures[name])

@@ -1,0 +1,102 @@
+"""What losses on pairs of embeddings have in common: checks of the tensors, and the scale of the logits."""
+
+import math
+from numbers import Real
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from tlkernels._core import native
+
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """Return the dtype that a loss of these embeddings is computed in."""
+    wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
+    return torch.float64 if wide else torch.float32
+
+
+def loss_dtype(tensor: Tensor) -> torch.dtype:
+    """Return the dtype of a loss of `tensor`: its own; under autocast float32, which torch gives to losses there."""
+    if torch.is_autocast_enabled(tensor.device.type):
+        return torch.promote_types(tensor.dtype, torch.float32)
+    return tensor.dtype
+
+
+def check_embeddings(name: str, tensor: Tensor, first: tuple[str, Tensor] | None = None, shape: str = "(N, D)") -> None:
+    """Raise TypeError or ValueError unless `tensor` is a floating-point matrix that fits to the `first` one of a call.
+
+    `shape` says what is expected, and by its commas how many axes. Different dtypes fit under autocast only.
+    """
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in FLOATING:
+        raise TypeError(f"{name}: expected float64, float32, bfloat16 or float16, got {tensor.dtype}")
+    axes = [text.count(",") + 1 for text in shape.split(" or ")]
+    if tensor.dim() not in axes:
+        raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
+    if first is None:
+        return
+    other, like = first
+    if tensor.dtype != like.dtype and not torch.is_autocast_enabled(like.device.type):
+        raise TypeError(f"{name}: expected the dtype of {other}, {like.dtype}, got {tensor.dtype}")
+    if tensor.device != like.device:
+        raise ValueError(f"{name}: expected it on {other}'s device {like.device}, got {tensor.device}")
+    if tensor.shape[-1] != like.shape[-1]:
+        raise ValueError(f"{name}: expected {like.shape[-1]} features as {other} has, got shape {tuple(tensor.shape)}")
+
+
+def check_scalar(name: str, value: object, device: torch.device) -> None:
+    """Raise TypeError or ValueError unless `value` is a finite number or a floating-point 0-d tensor."""
+    if isinstance(value, Tensor):
+        if not value.is_floating_point():
+            raise TypeError(f"{name}: expected a number or a floating-point 0-d tensor, got {value.dtype}")
+        if value.dim() != 0:
+            raise ValueError(f"{name}: expected a number or a 0-d tensor, got shape {tuple(value.shape)}")
+        if value.device.type not in ("cpu", device.type):
+            raise ValueError(f"{name}: expected it on {device} or the CPU, got {value.device}")
+    elif not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected a number or a 0-d tensor, got {type(value).__name__}")
+    elif not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value}")
+
+
+def resolve_scale(
+    temperature: float | Tensor | None, logit_scale: float | Tensor | None, device: torch.device
+) -> float | Tensor:
+    """Return the factor of the similarities, differentiable by whichever argument is given; 1 without either."""
+    if temperature is not None and logit_scale is not None:
+        raise ValueError("temperature, logit_scale: expected at most one of them, since each is 1 over the other")
+    if logit_scale is not None:
+        check_scalar("logit_scale", logit_scale, device)
+        return logit_scale
+    if temperature is None:
+        return 1.0
+    check_scalar("temperature", temperature, device)
+    if isinstance(temperature, Tensor):
+        return temperature.to(compute_dtype(temperature)).reciprocal()
+    if temperature <= 0:
+        raise ValueError(f"temperature: expected a number above 0, got {temperature}")
+    return 1 / temperature
+
+
+def as_tensor(value: float | Tensor, device: torch.device) -> Tensor:
+    """Return a number as a 0-d tensor, which ops take."""
+    return value if isinstance(value, Tensor) else torch.full((), value, dtype=torch.float64, device=device)
+
+
+def refuse_native(embeddings: Tensor) -> str | None:
+    """Return why the native implementation cannot serve a call with these embeddings, or None."""
+    if not native.available():
+        return native.why_not()
+    if embeddings.device.type != "cpu":
+        return f"it serves CPU tensors; the embeddings are on {embeddings.device}"
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._are_functorch_transforms_active():
+        return "torch.func transforms go through plain PyTorch"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation goes through plain PyTorch"
+    return None

@@ -1,0 +1,95 @@
+"""Tensors of all ranks of a torch.distributed process group, differentiable to any order.
+
+Let W ranks hold equal shares of a batch, and rank r the loss L_r of its own rows against the keys of all ranks, where
+the loss of the whole batch is L = sum_r L_r / W. With k_r the keys that rank r computed from the parameters w,
+
+    dL/dw = 1/W sum_s dL_s/dw = 1/W sum_s (dL_s/dw directly + sum_r dL_s/dk_r dk_r/dw)
+          = 1/W sum_r (dL_r/dw directly + (sum_s dL_s/dk_r) dk_r/dw).
+
+The inner sum over s is what the backward of `gather` gives to rank r; the outer mean is what data parallelism does with
+the gradients of parameters. Without that sum rank r would lack what its keys do to the other ranks' losses.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import Function
+
+
+def check_group(group: object) -> None:
+    """Raise TypeError or ValueError unless `group` is None or a process group that this process is in."""
+    if group is None:
+        return
+    if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group: expected a torch.distributed.ProcessGroup or None, got {type(group).__name__}")
+    if dist.get_rank(group) < 0:
+        raise ValueError("group: expected a process group that this process belongs to")
+
+
+def check_equal_shares(group: Any, **tensors: Tensor | None) -> None:
+    """Raise ValueError on every rank unless each tensor has the same shape on all of them."""
+    device = next(tensor.device for tensor in tensors.values() if tensor is not None)
+    shapes = [
+        0 if tensor is None else size
+        for tensor in tensors.values()
+        for size in (tensor.shape if tensor is not None else (0,))
+    ]
+    mine = torch.tensor(shapes, device=device)
+    count = torch.tensor([len(shapes)], device=device)
+    counts = [torch.empty_like(count) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(counts, count, group=group)
+    if len({int(each) for each in counts}) == 1:
+        everyone = [torch.empty_like(mine) for _ in counts]
+        dist.all_gather(everyone, mine, group=group)
+        if all(torch.equal(each, mine) for each in everyone):
+            return
+    found = {name: None if tensor is None else tuple(tensor.shape) for name, tensor in tensors.items()}
+    raise ValueError(f"group: expected the same shapes on every rank; this one has {found}")
+
+
+def gather(tensor: Tensor, group: Any) -> Tensor:
+    """Return the tensors of all ranks, one after the other along the first axis."""
+    gathered: Tensor = _Gather.apply(tensor, group)  # type: ignore[no-untyped-call]
+    return gathered
+
+
+class _Gather(Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        parts = [
+            torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size(group))
+        ]
+        dist.all_gather(parts, tensor.contiguous(), group=group)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return _SumOfMine.apply(grad, ctx.group), None  # type: ignore[no-untyped-call]
+
+
+class _SumOfMine(Function):
+    """The sum over ranks of the part of `gathered` that is this rank's; the transpose of `_Gather`."""
+
+    @staticmethod
+    def forward(ctx: Any, gathered: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        total = gathered.to(torch.promote_types(gathered.dtype, torch.float32), copy=True).contiguous()
+        dist.all_reduce(total, group=group)
+        share = total.shape[0] // dist.get_world_size(group)
+        return total.narrow(0, dist.get_rank(group) * share, share).to(gathered.dtype, copy=True)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return gather(grad, ctx.group), None
+
+
+def exchange(rows: Tensor, group: Any) -> Tensor:
+    """Return this rank's columns of the bool matrix whose rows the ranks hold, as its rows: a transpose over ranks."""
+    ranks = dist.get_world_size(group)
+    parts = rows.to(torch.uint8).unflatten(1, (ranks, -1)).movedim(1, 0).contiguous()  # each rank's columns
+    received = torch.empty_like(parts)
+    dist.all_to_all_single(received, parts, group=group)
+    return received.flatten(0, 1).T.bool()

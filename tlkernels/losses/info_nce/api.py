@@ -1,0 +1,190 @@
+"""InfoNCE: the public function and the module."""
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+from tlkernels._core.dispatch import Implementation, resolve
+from tlkernels._core.embeddings import compute_dtype, loss_dtype, resolve_scale
+from tlkernels._core.group import check_equal_shares, check_group, exchange, gather
+from tlkernels.losses.info_nce.call import Call, Mask, Options, check_info_nce
+from tlkernels.losses.info_nce.ops import IMPLEMENTATIONS
+
+
+def info_nce(
+    query: Tensor,
+    key: Tensor,
+    target: Tensor | None = None,
+    *,
+    temperature: float | Tensor | None = None,
+    logit_scale: float | Tensor | None = None,
+    negatives: Tensor | None = None,
+    mask: Mask | None = None,
+    symmetric: bool = False,
+    normalize: bool = False,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    group: Any = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Cross entropy of a query's similarities to the keys, one of which is its own; no N x K matrix is held.
+
+    Replaces::
+
+        if normalize:
+            query, key, negatives = (F.normalize(x, dim=-1) for x in (query, key, negatives))
+        logits = logit_scale * query @ torch.cat([key, negatives]).T     # negatives of shape (M, D), or
+        logits = logit_scale * torch.cat([query @ key.T, (negatives @ query.unsqueeze(2)).squeeze(2)], 1)  # (N, M, D)
+        logits = logits.masked_fill(mask & ~F.one_hot(target, K).bool(), -torch.inf)
+        loss = F.cross_entropy(logits, target, label_smoothing=label_smoothing, reduction=reduction)
+        # symmetric: the mean of this and of the same with the roles of query and key exchanged, without negatives
+
+    Args:
+        query: shape (N, D), any strides; float64, float32, bfloat16 or float16.
+        key: shape (K, D), of the query's dtype.
+        target: the positive of each query, integers of shape (N,): columns of `logits`. By default 0 ... N - 1.
+        temperature: above 0; divides the similarities. A number, or a 0-d tensor, which gets its gradient.
+        logit_scale: multiplies them; 1 / temperature, so that only one of the two can be given, or none for 1.
+        negatives: more keys, shape (M, D), or (N, M, D) where each query has its own.
+        mask: False negatives, which are no class of the query's softmax: bool of shape (N, K), True where out, or
+            integer ids (query_ids, key_ids) of shapes (N,) and (K,), out where equal. The positive is never out, and
+            `negatives` are not covered.
+        symmetric: also classify each key among the queries, and take the mean of both losses row by row (CLIP). Needs
+            K = N and the default target; `negatives` and their part in label smoothing are in query -> key alone.
+        normalize: divide all embeddings by their 2-norm, as `F.normalize` does.
+        label_smoothing: in [0, 1], the share of the uniform distribution over the classes that `mask` leaves.
+        reduction: "mean" and "sum" over the queries; "none".
+        group: a torch.distributed process group, every rank of which calls this with tensors of equal shapes. `key` and
+            negatives of shape (M, D) of all ranks take part, in the order of ranks; `target` and the columns of a bool
+            `mask` count them all. The mean over ranks of the loss is the loss of the whole batch on one process
+            (`reduction="sum"`: this rank's sum times the number of ranks), and so is the mean of every parameter's
+            gradient, which data-parallel training takes (tlkernels/_core/group.py).
+        impl: "auto", or "native", "triton", "reference".
+
+    Returns:
+        The loss in the query's dtype (under autocast float32): 0-d, or with "none" of shape (N,). Differentiable by
+        `query`, `key`, `negatives` and the temperature or scale, twice and more.
+
+    Raises:
+        TypeError, ValueError: an argument of a wrong kind, shape or value.
+        IndexError: a target out of range.
+        NotImplementedError: `impl` cannot serve this call; the message has every reason.
+
+    Source: van den Oord et al. 2018 (arXiv 1807.03748), equation 4; Radford et al. 2021 (arXiv 2103.00020), figure 3,
+    for the symmetric form.
+    """
+    check_group(group)
+    ranks = 1 if group is None else dist.get_world_size(group)
+    check_info_nce(query, key, target, negatives, mask, symmetric, label_smoothing, reduction, ranks)
+    scale = resolve_scale(temperature, logit_scale, query.device)
+    options = Options(symmetric=symmetric, normalize=normalize, label_smoothing=label_smoothing)
+    ids = mask if isinstance(mask, tuple) else (None, None)
+    bools = mask if isinstance(mask, Tensor) else None
+    call = Call(query, key, negatives, scale, target, bools, ids[0], ids[1], options, reduction, loss_dtype(query))
+    implementation = resolve("info_nce", IMPLEMENTATIONS, call, impl)
+    loss: Tensor = implementation.run(call) if group is None else _over_ranks(implementation, call, group)
+    return loss
+
+
+def _over_ranks(implementation: Implementation, call: Call, group: Any) -> Tensor:
+    """Return the loss of this rank's queries, and with `symmetric` of its keys, against those of all ranks."""
+    query, key, negatives = call.query, call.key, call.negatives
+    assert key is not None
+    check_equal_shares(group, query=query, key=key, negatives=negatives)
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    own = torch.arange(query.shape[0], device=query.device) + rank * query.shape[0]
+    there = call._replace(
+        key=gather(key, group),
+        negatives=gather(negatives, group) if negatives is not None and negatives.dim() == 2 else negatives,
+        target=own if call.target is None else call.target,
+        key_ids=None if call.key_ids is None else gather(call.key_ids.long(), group),
+        options=call.options._replace(symmetric=False),
+        dtype=compute_dtype(query, key, negatives),
+    )
+    loss: Tensor = implementation.run(there)
+    if call.options.symmetric:
+        back = there._replace(
+            query=key,
+            key=gather(query, group),
+            negatives=None,
+            mask=None if call.mask is None else exchange(call.mask, group),
+            query_ids=call.key_ids,
+            key_ids=None if call.query_ids is None else gather(call.query_ids.long(), group),
+        )
+        loss = (loss + implementation.run(back)) / 2
+    return (loss * ranks if call.reduction == "sum" else loss).to(call.dtype)
+
+
+class InfoNCELoss(Module):
+    """`info_nce` as a module, if wanted with a learnable scale.
+
+    Args:
+        learnable: own a parameter `log_logit_scale`, whose exponential is the logit scale; then neither `temperature`
+            nor `logit_scale` can be given.
+        init_temperature: where the parameter starts: log(1 / init_temperature).
+        max_scale: each forward first brings a parameter above log(max_scale) back to it, as CLIP does.
+
+    The others are those of `info_nce`.
+    """
+
+    def __init__(
+        self,
+        *,
+        temperature: float | Tensor | None = None,
+        logit_scale: float | Tensor | None = None,
+        symmetric: bool = False,
+        normalize: bool = False,
+        label_smoothing: float = 0.0,
+        reduction: str = "mean",
+        group: Any = None,
+        learnable: bool = False,
+        init_temperature: float = 0.07,
+        max_scale: float = 100.0,
+        impl: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.options: dict[str, Any] = {
+            "symmetric": symmetric,
+            "normalize": normalize,
+            "label_smoothing": label_smoothing,
+            "reduction": reduction,
+            "group": group,
+            "impl": impl,
+        }
+        self.temperature, self.logit_scale, self.max_scale = temperature, logit_scale, max_scale
+        self.log_logit_scale: Parameter | None = None
+        if not learnable:
+            return
+        if temperature is not None or logit_scale is not None:
+            raise ValueError("learnable: expected neither temperature nor logit_scale beside it; see init_temperature")
+        for name, value in (("init_temperature", init_temperature), ("max_scale", max_scale)):
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name}: expected a finite number above 0, got {value}")
+        self.log_logit_scale = Parameter(torch.tensor(-math.log(init_temperature)))
+
+    def forward(
+        self, query: Tensor, key: Tensor, target: Tensor | None = None, *, negatives: Tensor | None = None,
+        mask: Mask | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Return the loss."""
+        logit_scale = self.logit_scale
+        if self.log_logit_scale is not None:
+            with torch.no_grad():
+                self.log_logit_scale.clamp_(max=math.log(self.max_scale))
+            logit_scale = self.log_logit_scale.exp()
+        return info_nce(
+            query, key, target, temperature=self.temperature, logit_scale=logit_scale, negatives=negatives, mask=mask,
+            **self.options,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        """Return the options, for `repr`."""
+        given = {"learnable": True} if self.log_logit_scale is not None else self._scale()
+        return ", ".join(f"{name}={value!r}" for name, value in {**given, **self.options}.items())
+
+    def _scale(self) -> dict[str, Any]:
+        return {"temperature": self.temperature, "logit_scale": self.logit_scale}

@@ -1,0 +1,122 @@
+"""What a call of InfoNCE, nt_xent or sup_con is: rows of logits, of which some entries are positive and some are out.
+
+The three differ in what is a positive and in what is out, which their `api.py` says by a `Call`; the reference and the
+ops of this folder serve them all.
+"""
+
+from numbers import Real
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tlkernels._core.embeddings import check_embeddings
+from tlkernels._core.reduction import REDUCTIONS
+
+INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
+Mask = Tensor | tuple[Tensor, Tensor]
+
+
+class Options(NamedTuple):
+    """The options, in the order in which the ops take them."""
+
+    own: int = -1
+    """The column that is row 0 itself and takes no part, and so on along the rows; -1: there is none."""
+    by_label: bool = False
+    """The positives of a row are the columns of its id; else there is one, `target`, and those columns are out."""
+    symmetric: bool = False
+    normalize: bool = False
+    label_smoothing: float = 0.0
+
+
+class Call(NamedTuple):
+    """One checked call."""
+
+    query: Tensor
+    key: Tensor | None
+    """None: the queries themselves. The logits are then symmetric, and so must the positives be."""
+    negatives: Tensor | None
+    logit_scale: Tensor | float
+    target: Tensor | None
+    """A column for each row; None: its own number, or with `by_label` none."""
+    mask: Tensor | None
+    query_ids: Tensor | None
+    key_ids: Tensor | None
+    """None: those of the queries."""
+    options: Options
+    reduction: str
+    dtype: torch.dtype
+    """Of the loss."""
+
+    @property
+    def differentiable(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | float]:
+        """What may need a gradient."""
+        return self[:4]
+
+
+def check_reduction(reduction: str) -> None:
+    """Raise ValueError unless `reduction` is a known one."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: expected one of {REDUCTIONS}, got {reduction!r}")
+
+
+def check_integers(name: str, tensor: object, shape: tuple[int, ...], device: torch.device) -> None:
+    """Raise TypeError or ValueError unless `tensor` is an integer one of this shape."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in INTEGER:
+        raise TypeError(f"{name}: expected an integer dtype, got {tensor.dtype}")
+    if tensor.shape != shape:
+        raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
+    if tensor.device != device:
+        raise ValueError(f"{name}: expected it on the embeddings' device {device}, got {tensor.device}")
+
+
+def check_info_nce(
+    query: Tensor,
+    key: Tensor,
+    target: Tensor | None,
+    negatives: Tensor | None,
+    mask: Mask | None,
+    symmetric: bool,
+    label_smoothing: float,
+    reduction: str,
+    ranks: int,
+) -> None:
+    """Raise TypeError or ValueError unless the arguments of `info_nce` make sense.
+
+    An index out of range is found by the implementation, which has to read the targets anyway.
+    """
+    check_embeddings("query", query)
+    check_embeddings("key", key, ("query", query), "(K, D)")
+    rows, keys, device = query.shape[0], key.shape[0], query.device
+    if negatives is not None:
+        check_embeddings("negatives", negatives, ("query", query), "(M, D) or (N, M, D)")
+        if negatives.dim() == 3 and negatives.shape[0] != rows:
+            raise ValueError(
+                f"negatives: expected shape (M, D), or (N, M, D) with N = {rows} queries, got {tuple(negatives.shape)}"
+            )
+    if target is not None:
+        check_integers("target", target, (rows,), device)
+    if isinstance(mask, tuple):
+        if len(mask) != 2:
+            raise ValueError(f"mask: expected a bool tensor or (query_ids, key_ids), got a tuple of {len(mask)}")
+        check_integers("mask[0]", mask[0], (rows,), device)
+        check_integers("mask[1]", mask[1], (keys,), device)
+    elif mask is not None:
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"mask: expected a bool tensor or (query_ids, key_ids), got {type(mask).__name__}")
+        if mask.dtype != torch.bool:
+            raise TypeError(f"mask: expected bool, or integer ids as (query_ids, key_ids), got {mask.dtype}")
+        if mask.shape != (rows, ranks * keys):
+            raise ValueError(f"mask: expected shape {(rows, ranks * keys)}, got {tuple(mask.shape)}")
+        if mask.device != device:
+            raise ValueError(f"mask: expected it on the embeddings' device {device}, got {mask.device}")
+    if symmetric and (rows != keys or target is not None):
+        got = f"{rows} queries and {keys} keys" if rows != keys else "a target"
+        raise ValueError(f"symmetric: expected as many keys as queries and the default target, got {got}")
+    if not isinstance(label_smoothing, Real) or isinstance(label_smoothing, bool):
+        raise TypeError(f"label_smoothing: expected a number, got {type(label_smoothing).__name__}")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
+    check_reduction(reduction)

@@ -1,0 +1,126 @@
+"""InfoNCE's ops: schemas, fakes, autograd, and the list of implementations; nt_xent and sup_con are calls of them too.
+
+The native path has two forms. Under plain autograd a reduced loss and its gradients come from one op, which sweeps over
+the logits twice (`step`). Everywhere else an op gives the loss of each row and another the gradients.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from tlkernels._core.autograd import Tensors, differentiate, one_sweep, plain
+from tlkernels._core.dispatch import Implementation
+from tlkernels._core.embeddings import as_tensor, compute_dtype, refuse_native
+from tlkernels._core.library import define
+from tlkernels._core.reduction import reduce
+from tlkernels.losses.info_nce import reference
+from tlkernels.losses.info_nce.call import Call, Options
+
+_ARGUMENTS = (
+    "Tensor query, Tensor? key, Tensor? negatives, Tensor logit_scale, Tensor? target, Tensor? mask,"
+    " Tensor? query_ids, Tensor? key_ids, int own, bool by_label, bool symmetric, bool normalize, float label_smoothing"
+)
+_STATISTICS = 6  # per row and direction: kStatistics in csrc/cpu/info_nce.h
+
+
+def _fake_rows(query: Tensor, key: Tensor | None, negatives: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+    rows, symmetric = query.shape[0], rest[-3]
+    loss = query.new_empty((rows,), dtype=compute_dtype(query, key, negatives))
+    return loss, query.new_empty((1 + symmetric, _STATISTICS, rows), dtype=torch.float64)
+
+
+def _fake_gradients(tensors: Tensors, wanted: Sequence[bool]) -> tuple[Tensor, ...]:
+    query = tensors[0]
+    assert query is not None
+    return tuple(
+        query.new_empty((0,)) if tensor is None or not (want or i == 3) else
+        torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        for i, (tensor, want) in enumerate(zip(tensors, wanted, strict=True))
+    )  # fmt: skip
+
+
+def _fake_step(query: Tensor, key: Tensor | None, negatives: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    loss = query.new_empty((), dtype=compute_dtype(query, key, negatives))
+    return loss, *_fake_gradients((query, key, negatives, rest[0]), rest[-1])
+
+
+_GRADIENTS = "Tensor grad_query, Tensor grad_key, Tensor grad_negatives, Tensor grad_logit_scale"
+
+# The loss of each row, and the statistics that the gradients need.
+forward = define(f"info_nce_fwd({_ARGUMENTS}) -> (Tensor loss, Tensor state)", _fake_rows)
+# A gradient that is not wanted has no elements; the scale's comes along for nothing.
+backward = define(
+    f"info_nce_bwd(Tensor grad_loss, Tensor state, {_ARGUMENTS}, bool[4] wanted) -> ({_GRADIENTS})",
+    lambda grad_loss, state, *rest: _fake_gradients(rest[:4], rest[-1]),
+)
+# The mean or sum, and its gradients.
+step = define(f"info_nce_step({_ARGUMENTS}, bool mean, bool[4] wanted) -> (Tensor loss, {_GRADIENTS})", _fake_step)
+
+
+def _with(call: Call, tensors: Tensors) -> Call:
+    query, key, negatives, logit_scale = tensors
+    assert query is not None
+    assert logit_scale is not None
+    return call._replace(query=query, key=key, negatives=negatives, logit_scale=logit_scale)
+
+
+class _Rows(Function):
+    """(query, key, negatives, logit_scale, target, mask, query_ids, key_ids, options) -> loss of each row, state."""
+
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        *tensors, options = args
+        return forward(*tensors, *options)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        *tensors, ctx.options = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*tensors, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad_rows: Tensor, _: Any) -> Any:
+        *tensors, state = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:4]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            call = Call._make((*tensors, ctx.options, "none", grad_rows.dtype))
+            grads = differentiate(
+                lambda t: reference.rows_and_counted(_with(call, t))[0], tensors[:4], needs, grad_rows
+            )
+        else:
+            grads = backward(grad_rows, state, *tensors, *ctx.options, needs)
+        return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *(None,) * 5
+
+
+def _run_native(call: Call) -> Tensor:
+    query, key, negatives, scale = call.differentiable
+    tensors = (query, key, negatives, as_tensor(scale, query.device))
+    rest: tuple[Any, ...] = (call.target, call.mask, call.query_ids, call.key_ids)
+    options: Options = call.options
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    # A float16 gradient waits for the loss scale that comes with its upstream: before, small values would be 0.
+    narrow = any(t is not None and t.dtype == torch.float16 for t in tensors)
+    if wanted and call.reduction != "none" and not narrow and plain(*tensors):
+
+        def compute(tensors: Tensors, needs: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
+            loss, *grads = step(*tensors, *rest, *options, call.reduction == "mean", needs)
+            return loss, [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+
+        def again(tensors: Tensors) -> Tensor:
+            same = _with(call, tensors)
+            return reference.loss(same._replace(dtype=compute_dtype(*tensors[:3])))
+
+        return one_sweep(compute, again, *tensors).to(call.dtype)
+    rows: Tensor
+    rows, state = _Rows.apply(*tensors, *rest, options)  # type: ignore[no-untyped-call]
+    counted = (state[0, _STATISTICS - 1] > 0).sum() if options.by_label else query.shape[0]
+    return reduce(rows, counted, call.reduction).to(call.dtype)
+
+
+IMPLEMENTATIONS = (
+    Implementation("native", lambda call: refuse_native(call.query), _run_native),
+    Implementation("reference", lambda call: None, reference.loss),
+)

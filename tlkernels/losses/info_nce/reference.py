@@ -1,0 +1,107 @@
+"""The oracle of InfoNCE, nt_xent and sup_con: plain PyTorch, on any device, differentiable to any order."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tlkernels._core.embeddings import compute_dtype
+from tlkernels._core.reduction import reduce
+from tlkernels.losses.info_nce.call import Call
+
+
+def loss(call: Call) -> Tensor:
+    """Return the loss."""
+    rows, counted = rows_and_counted(call)
+    return reduce(rows, counted, call.reduction).to(call.dtype)
+
+
+def rows_and_counted(call: Call) -> tuple[Tensor, Tensor | int]:
+    """Return the loss of each row in the dtype of the computation, and over how many rows the mean is."""
+    with torch.autocast(call.query.device.type, enabled=False):
+        return _by_label(call) if call.options.by_label else _by_target(call)
+
+
+def _logits(call: Call) -> tuple[Tensor, int]:
+    """Return the logits of all columns, and how many of them are keys."""
+    compute = compute_dtype(call.query, call.key, call.negatives)
+
+    def prepared(x: Tensor) -> Tensor:
+        x = x.to(compute)
+        return F.normalize(x, dim=-1) if call.options.normalize else x
+
+    query = prepared(call.query)
+    key = query if call.key is None else prepared(call.key)
+    similarities = query @ key.T
+    if call.negatives is not None:
+        negatives = prepared(call.negatives)
+        further = query @ negatives.T if negatives.dim() == 2 else (negatives @ query.unsqueeze(2)).squeeze(2)
+        similarities = torch.cat([similarities, further], 1)
+    scale = call.logit_scale
+    return similarities * (scale.to(compute) if isinstance(scale, Tensor) else scale), key.shape[0]
+
+
+def _own(call: Call, columns: int) -> Tensor:
+    """Return which entries are a row's similarity to itself."""
+    row = torch.arange(call.query.shape[0], device=call.query.device).unsqueeze(1)
+    return torch.arange(columns, device=row.device) == row + call.options.own
+
+
+def _same_id(call: Call) -> Tensor:
+    assert call.query_ids is not None
+    key_ids = call.query_ids if call.key_ids is None else call.key_ids
+    return call.query_ids.unsqueeze(1).long() == key_ids.long()
+
+
+def _by_label(call: Call) -> tuple[Tensor, Tensor]:
+    logits, columns = _logits(call)
+    own = _own(call, columns)
+    positive = _same_id(call) & ~own
+    count = positive.sum(1)
+    # A row without a positive keeps itself, so that it has a softmax.
+    log_p = logits.masked_fill(own & (count > 0).unsqueeze(1), -torch.inf).log_softmax(1)
+    total = log_p.masked_fill(~positive, 0).sum(1)
+    rows = torch.where(count > 0, -total / count.clamp(min=1), 0)
+    return rows, (count > 0).sum()
+
+
+def _by_target(call: Call) -> tuple[Tensor, int]:
+    logits, keys = _logits(call)
+    rows, classes = logits.shape
+    target = torch.arange(rows, device=logits.device) if call.target is None else call.target.long()
+    _check_range(target, classes)
+    out = None
+    if call.mask is not None or call.query_ids is not None or call.options.own >= 0:
+        out = logits.new_zeros((rows, keys), dtype=torch.bool)
+        if call.mask is not None:
+            out = out | call.mask
+        if call.query_ids is not None:
+            out = out | _same_id(call)
+        if call.options.own >= 0:
+            out = out | _own(call, keys)
+        out = F.pad(out, (0, classes - keys))
+        out = out & (torch.arange(classes, device=out.device) != target.unsqueeze(1))
+    smoothing = call.options.label_smoothing
+    losses = _cross_entropy(logits, out, target, smoothing)
+    if call.options.symmetric:
+        out = None if out is None else out[:, :keys].T
+        losses = (losses + _cross_entropy(logits[:, :keys].T, out, target, smoothing)) / 2
+    return losses, rows
+
+
+def _check_range(target: Tensor, classes: int) -> None:
+    if target.device.type != "cpu" or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return  # the row gets NaN
+    wrong = (target < 0) | (target >= classes)
+    if bool(wrong.any()):
+        i = int(wrong.nonzero()[0])
+        raise IndexError(f"target: expected indices of keys in [0, {classes}), got {target[i]} at position {i}")
+
+
+def _cross_entropy(logits: Tensor, out: Tensor | None, target: Tensor, smoothing: float) -> Tensor:
+    log_p = (logits if out is None else logits.masked_fill(out, -torch.inf)).log_softmax(1)
+    own = log_p.gather(1, target.clamp(0, max(logits.shape[1] - 1, 0)).unsqueeze(1)).squeeze(1)
+    losses = torch.where((target >= 0) & (target < logits.shape[1]), -own, torch.nan)
+    if not smoothing:
+        return losses
+    uniform = log_p.mean(1) if out is None else log_p.masked_fill(out, 0).sum(1) / (~out).sum(1)
+    return (1 - smoothing) * losses - smoothing * uniform

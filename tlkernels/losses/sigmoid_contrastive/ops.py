@@ -1,0 +1,96 @@
+"""The sigmoid contrastive loss's ops: schemas, fakes, autograd, and the list of implementations.
+
+One sweep over the logits gives the loss and, where wanted, all gradients: each entry's is known at once.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from tlkernels._core.autograd import Tensors, differentiate, one_sweep, plain
+from tlkernels._core.dispatch import Implementation
+from tlkernels._core.embeddings import as_tensor, compute_dtype, refuse_native
+from tlkernels._core.library import define
+from tlkernels.losses.sigmoid_contrastive import reference
+from tlkernels.losses.sigmoid_contrastive.call import Call
+
+_ARGUMENTS = "Tensor query, Tensor key, Tensor logit_scale, Tensor logit_bias, int own"
+
+
+def _fake_loss(query: Tensor, key: Tensor, *rest: Any) -> Tensor:
+    return query.new_empty((), dtype=compute_dtype(query, key))
+
+
+def _fake_step(upstream: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    tensors, wanted = rest[:4], rest[-1]
+    grads = (
+        torch.empty_like(tensor, memory_format=torch.contiguous_format) if want or i >= 2 else tensor.new_empty((0,))
+        for i, (tensor, want) in enumerate(zip(tensors, wanted, strict=True))
+    )
+    return _fake_loss(*tensors), *grads
+
+
+forward = define(f"sigmoid_contrastive_fwd({_ARGUMENTS}) -> Tensor", _fake_loss)
+# The loss, and its gradients times `upstream`. One that is not wanted has no elements, but scale and bias get theirs.
+step = define(
+    f"sigmoid_contrastive_step(Tensor upstream, {_ARGUMENTS}, bool[4] wanted)"
+    " -> (Tensor loss, Tensor grad_query, Tensor grad_key, Tensor grad_logit_scale, Tensor grad_logit_bias)",
+    _fake_step,
+)
+
+
+def _again(own: int, tensors: Tensors) -> Tensor:
+    query, key, scale, bias = tensors
+    assert query is not None and key is not None and scale is not None and bias is not None
+    return reference.loss_in_compute_dtype(Call(query, key, scale, bias, own, query.dtype))
+
+
+class _Loss(Function):
+    """(query, key, logit_scale, logit_bias, own) -> loss."""
+
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        return forward(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        *tensors, ctx.own = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        needs, own = ctx.needs_input_grad[:4], ctx.own
+        grads: Sequence[Tensor | None]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            grads = differentiate(lambda tensors: _again(own, tensors), ctx.saved_tensors, needs, upstream)
+        else:
+            _, *grads = step(upstream, *ctx.saved_tensors, own, needs)
+        return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None
+
+
+def _run_native(call: Call) -> Tensor:
+    query, key, own = call.query, call.key, call.own
+    tensors = (query, key, *(as_tensor(value, query.device) for value in (call.logit_scale, call.logit_bias)))
+    wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    loss: Tensor
+    # A float16 gradient waits for the loss scale that comes with its upstream: before, small values would be 0.
+    if wanted and not any(tensor.dtype == torch.float16 for tensor in tensors) and plain(*tensors):
+
+        def compute(tensors: Tensors, needs: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
+            one = torch.ones((), dtype=torch.float64)
+            loss, *grads = step(one, *tensors, own, needs)
+            return loss, [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+
+        loss = one_sweep(compute, lambda tensors: _again(own, tensors), *tensors)
+    else:
+        loss = _Loss.apply(*tensors, own)  # type: ignore[no-untyped-call]
+    return loss.to(call.dtype)
+
+
+IMPLEMENTATIONS = (
+    Implementation("native", lambda call: refuse_native(call.query), _run_native),
+    Implementation("reference", lambda call: None, reference.loss),
+)

@@ -1,0 +1,25 @@
+"""The oracle of the sigmoid contrastive loss: plain PyTorch, on any device, differentiable to any order."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tlkernels._core.embeddings import compute_dtype
+from tlkernels.losses.sigmoid_contrastive.call import Call
+
+
+def loss(call: Call) -> Tensor:
+    """Return the loss."""
+    return loss_in_compute_dtype(call).to(call.dtype)
+
+
+def loss_in_compute_dtype(call: Call) -> Tensor:
+    """Return the loss, in the dtype that it is computed in."""
+    compute = compute_dtype(call.query, call.key)
+    scale, bias = (x.to(compute) if isinstance(x, Tensor) else x for x in (call.logit_scale, call.logit_bias))
+    with torch.autocast(call.query.device.type, enabled=False):
+        logits = call.query.to(compute) @ call.key.to(compute).T * scale + bias
+    rows, columns = logits.shape
+    row = torch.arange(rows, device=logits.device).unsqueeze(1)
+    positive = torch.arange(columns, device=logits.device) == row + call.own
+    return -F.logsigmoid(torch.where(positive, logits, -logits)).sum() / rows

@@ -1,0 +1,118 @@
+"""SupCon: the public function and the module. The computation is InfoNCE's (tlkernels/losses/info_nce)."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import Module
+
+from tlkernels._core.dispatch import resolve
+from tlkernels._core.embeddings import check_embeddings, compute_dtype, loss_dtype, resolve_scale
+from tlkernels._core.group import check_equal_shares, check_group, gather
+from tlkernels.losses.info_nce.call import Call, Options, check_integers, check_reduction
+from tlkernels.losses.info_nce.ops import IMPLEMENTATIONS
+
+
+def sup_con(
+    features: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor | None = None,
+    logit_scale: float | Tensor | None = None,
+    normalize: bool = True,
+    reduction: str = "mean",
+    group: Any = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Mean over a row's positives, the other rows of its label, of minus their log-probability among all other rows.
+
+    Replaces::
+
+        if normalize:
+            features = F.normalize(features, dim=-1)
+        itself = torch.eye(N, dtype=torch.bool)
+        positive = (labels[:, None] == labels) & ~itself
+        log_p = (logit_scale * features @ features.T).masked_fill(itself, -torch.inf).log_softmax(1)
+        losses = -torch.where(positive, log_p, 0).sum(1) / positive.sum(1)     # 0 for a row without a positive
+        loss = losses.sum() / positive.any(1).sum()                            # reduction="mean"
+
+    Args:
+        features: shape (N, D), any strides; float64, float32, bfloat16 or float16. Views of an example are rows.
+        labels: of any integer dtype, shape (N,).
+        temperature: above 0; divides the similarities. A number, or a 0-d tensor, which gets its gradient.
+        logit_scale: multiplies them; 1 / temperature, so that only one of the two can be given, or none for 1.
+        normalize: divide the features by their 2-norm, as `F.normalize` does.
+        reduction: "mean" over the rows that have a positive, NaN with zero gradients where none has; "sum"; "none".
+        group: a torch.distributed process group, every rank of which calls this with tensors of equal shapes. The
+            features of all ranks take part. The mean over ranks of the loss is the loss of the whole batch on one
+            process (for "mean" and "sum" this rank's sum is scaled to that end), and so is the mean of every
+            parameter's gradient, which data-parallel training takes (tlkernels/_core/group.py).
+        impl: "auto", or "native", "triton", "reference".
+
+    Returns:
+        The loss in the features' dtype (under autocast float32): 0-d, or with "none" of shape (N,). Differentiable by
+        the features and the temperature or scale, twice and more.
+
+    Raises:
+        TypeError, ValueError: an argument of a wrong kind, shape or value.
+        NotImplementedError: `impl` cannot serve this call; the message has every reason.
+
+    Source: Khosla et al. 2020 (arXiv 2004.11362), equation 2 (L_out), without its factor of temperatures.
+    """
+    check_embeddings("features", features)
+    check_integers("labels", labels, features.shape[:1], features.device)
+    check_reduction(reduction)
+    check_group(group)
+    scale = resolve_scale(temperature, logit_scale, features.device)
+    options = Options(own=0, by_label=True, normalize=normalize)
+    call = Call(features, None, None, scale, None, None, labels, None, options, reduction, loss_dtype(features))
+    implementation = resolve("sup_con", IMPLEMENTATIONS, call, impl)
+    loss: Tensor
+    if group is None:
+        loss = implementation.run(call)
+        return loss
+    check_equal_shares(group, features=features)
+    everyones = gather(labels.long(), group)
+    call = call._replace(
+        key=gather(features, group),
+        key_ids=everyones,
+        options=options._replace(own=dist.get_rank(group) * features.shape[0]),
+        reduction="none" if reduction == "none" else "sum",
+        dtype=compute_dtype(features),
+    )
+    loss = implementation.run(call)
+    if reduction != "none":
+        loss = loss * dist.get_world_size(group)
+    if reduction == "mean":
+        _, label, count = torch.unique(everyones, return_inverse=True, return_counts=True)
+        counted = (count[label] > 1).sum()
+        loss = torch.where(counted > 0, loss / counted.clamp(min=1), torch.nan)
+    return loss.to(loss_dtype(features))
+
+
+class SupConLoss(Module):
+    """`sup_con` as a module; the arguments are its options."""
+
+    def __init__(
+        self,
+        *,
+        temperature: float | Tensor | None = None,
+        logit_scale: float | Tensor | None = None,
+        normalize: bool = True,
+        reduction: str = "mean",
+        group: Any = None,
+        impl: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.temperature, self.logit_scale = temperature, logit_scale
+        self.options: dict[str, Any] = {"normalize": normalize, "reduction": reduction, "group": group, "impl": impl}
+
+    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+        """Return the loss."""
+        return sup_con(features, labels, temperature=self.temperature, logit_scale=self.logit_scale, **self.options)
+
+    def extra_repr(self) -> str:
+        """Return the options, for `repr`."""
+        given = {"temperature": self.temperature, "logit_scale": self.logit_scale, **self.options}
+        return ", ".join(f"{name}={value!r}" for name, value in given.items())
