@@ -104,6 +104,17 @@ def test_whole_blocks_of_minus_infinity(impl, block, divergence, offset):
     same((ours[0], ours[1][finite], ours[2][finite]), (right[0], right[1][finite], right[2][finite]))
 
 
+@pytest.mark.parametrize("peak", [-88.75, -443.5, -1e4])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_a_low_peak_after_blocks_of_minus_infinity(impl, divergence, peak):
+    """The factor from nothing to that peak would be 2^128, whose bits are infinity's."""
+    student, teacher = torch.full((2, 2, 9001), peak)
+    student[:, :4096] = teacher[:, :4096] = -INF
+    student[:, 8000], teacher[:, 8001] = peak + 0.25, peak + 0.125
+    ours, right = both(impl, student, teacher, divergence=divergence)
+    same(ours, right)
+
+
 @pytest.mark.parametrize("shape", [(4, 40), (3, 5000), (2, 66000)], ids=str)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_both_probabilities_underflow(impl, shape, divergence):

@@ -40,11 +40,10 @@ struct Distillation {
 using DistillationRows = void (*)(const Distillation&, int64_t begin, int64_t end, void* kept);
 using DistillationTable = DistillationRows(Scalar logits, Divergence divergence, bool hard);
 
-// Classes that are summed at a time: of both sides at most the first-level cache.
-constexpr int64_t kDistillationBlock = 2048;
+constexpr int64_t kLeastBlock = 512;  // classes for which one peak is kept, at the least
 
 constexpr int64_t whole_vectors(int64_t classes) { return (classes + 15) / 16 * 16; }
-constexpr int64_t blocks_of(int64_t classes) { return (classes + kDistillationBlock - 1) / kDistillationBlock; }
+constexpr int64_t blocks_of(int64_t classes) { return (classes + kLeastBlock - 1) / kLeastBlock; }
 constexpr int64_t kept_numbers(int64_t classes) { return 2 * (whole_vectors(classes) + blocks_of(classes)); }
 
 }  // namespace tlk

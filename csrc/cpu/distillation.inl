@@ -22,7 +22,10 @@ struct DistillationKernel {
   using V = Vec<A>;
   static constexpr double kLog2E = 1.4426950408889634074;
   static constexpr A kLowest = -A(__builtin_inf());
-  static constexpr int64_t kBlock = kDistillationBlock;
+  // Classes that are summed at a time, before rounding errors add up: in float in 4 vectors of sums, 32 terms each. Of
+  // both sides they are at most half the first-level cache.
+  static constexpr int64_t kBlock = 32 * TLK_VEC_BYTES;
+  static_assert(kBlock >= kLeastBlock, "room for the peaks");
   static constexpr int64_t kAhead = 2048 / int64_t(sizeof(T));  // fetched ahead of a gradient's sweep: half a page
 
   const Distillation& c;
@@ -206,7 +209,8 @@ struct DistillationKernel {
     for (int side = 0; side < 2; ++side) of.mean[side] = A(means[side] / share(side));
     return total - of.log_sum_rest;
   }
-  double share(int side) const { return kD == Divergence::js ? c.side[side].share : 1; }
+  // As rounded, so that of a single class the mixture is 1.
+  double share(int side) const { return kD == Divergence::js ? double(A(c.side[side].share)) : 1; }
 
   struct Hard {
     A factor, inv_sum, keep, spread;  // softmax(x) - keep * [class is the target] - spread, times factor
