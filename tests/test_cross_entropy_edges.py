@@ -105,6 +105,13 @@ def test_a_whole_block_of_minus_infinity(impl, block):
     same_all(result)
 
 
+def test_a_low_peak_after_a_block_of_minus_infinity(impl):
+    """The block's exponentials stay 0, though from its own peak to the row's is further than an exponent reaches."""
+    input = torch.full((2, 9001), -443.6)
+    input[:, :4096] = -INF
+    same_all(both(impl, input, torch.tensor([5000, 9000])))
+
+
 @pytest.mark.parametrize("value", [NAN, INF])
 @pytest.mark.parametrize("shape", LINES, ids=str)
 def test_nan_and_infinity_stay_in_their_row(impl, shape, value):

@@ -69,7 +69,7 @@ struct Rows : CallOf<T, P, kCap> {
         peak = top;
       }
       const A from = peak == -A(__builtin_inf()) ? A(0) : peak;  // so far -inf alone: their exponentials are 0
-      if (stash) from_peak[begin / kBlock] = from;
+      if (stash) from_peak[begin / kBlock] = peak;               // of such a block -inf: its scale will be 0
       Chains<A> s, qs, qd;
       sweep<A>(begin, end, [&](int64_t k, int slot, int n) __attribute__((always_inline)) {
         if (fetch_grad)
