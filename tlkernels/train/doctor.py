@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,6 +36,26 @@ def cases(device: str) -> Iterator[Case]:
         target = torch.randint(classes, (rows,), generator=generator).to(device)
         name = f"cross_entropy {rows}x{classes} {str(dtype).removeprefix('torch.')}"
         yield Case(name, tlk.cross_entropy, functional.cross_entropy, (logits, target))
+
+    def normal(*shape: int, seed: int = 0) -> Tensor:
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
+
+    def plain(name: str, loss: Callable[..., Tensor], *inputs: Tensor, **options: Any) -> Case:
+        """A loss whose PyTorch lines are its own reference implementation."""
+        eager = partial(loss, impl="reference", **options)
+        return Case(f"{loss.__name__} {name} float32", partial(loss, **options), eager, inputs)
+
+    x, weight, y = normal(256, 128), normal(8192, 128) / 11, torch.arange(256, device=device)
+    a, b = normal(1024, 128), normal(1024, 128, seed=1)
+    yield plain("256x128x8192", tlk.linear_cross_entropy, x, weight, y)
+    yield plain("1024x8192", tlk.distillation, normal(1024, 8192), normal(1024, 8192, seed=1), temperature=2.0)
+    yield plain("256x128x8192", tlk.linear_distillation, x, weight, x.flip(0), weight.flip(0), temperature=2.0)
+    yield plain("1024x128", tlk.info_nce, a, b, temperature=0.1, symmetric=True, normalize=True)
+    yield plain("1024x128", tlk.nt_xent, a, b, temperature=0.1)
+    yield plain("1024x128", tlk.sup_con, a, torch.arange(1024, device=device) % 128, temperature=0.1)
+    yield plain("1024x128", tlk.sigmoid_contrastive, a / 11, b / 11, logit_scale=10.0, logit_bias=-10.0)
+    yield plain("1024x1024", tlk.mse, normal(1024, 1024), normal(1024, 1024, seed=1))
+    yield plain("1024x1024", tlk.rmse, normal(1024, 1024), normal(1024, 1024, seed=1))
 
 
 def doctor(seconds: float = 1.0) -> str:
