@@ -143,8 +143,10 @@ SMALL = [
 ]  # fmt: skip
 
 
-def module(input, target, weight=None, **options):
-    return tlk.CrossEntropyLoss(weight, **options), (input, target)
+def module(arguments):
+    options = dict(arguments)
+    inputs = options.pop("input"), options.pop("target")
+    return tlk.CrossEntropyLoss(**options), inputs
 
 
 def ops():

@@ -151,5 +151,9 @@ def registered():
 
 
 LOSS = testing.Loss(
-    tlk.distillation, pytorch, [*OPTIONS, *GRID, *LAID_OUT, *MIXED, *SMALL], module=module, ops=registered
+    tlk.distillation,
+    pytorch,
+    [*OPTIONS, *GRID, *LAID_OUT, *MIXED, *SMALL],
+    module=lambda arguments: module(**arguments),
+    ops=registered,
 )

@@ -102,4 +102,6 @@ def registered():
     ]
 
 
-LOSS = testing.Loss(tlk.linear_distillation, pytorch, CASES, module=module, ops=registered, rowwise=False)
+LOSS = testing.Loss(
+    tlk.linear_distillation, pytorch, CASES, module=lambda arguments: module(**arguments), ops=registered, rowwise=False
+)

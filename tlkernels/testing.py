@@ -64,8 +64,8 @@ class Loss:
     pytorch: Callable[..., Tensor]
     """The PyTorch lines that it replaces, of the same arguments without `impl`. In float64 they are the oracle."""
     cases: Sequence[LossCase]
-    module: Callable[..., tuple[torch.nn.Module, tuple[Any, ...]]]
-    """(the arguments by name) -> the module, and the arguments of its forward, that make the same call."""
+    module: Callable[[dict[str, Any]], tuple[torch.nn.Module, tuple[Any, ...]]]
+    """The arguments by name -> the module, and the arguments of its forward, that make the same call."""
     ops: Callable[[], Sequence[tuple[Any, tuple[Any, ...]]]] = tuple
     """The registered ops, each with arguments for opcheck."""
     twice: bool = True
