@@ -264,7 +264,6 @@ def test_a_row_does_not_depend_on_the_others(shape):
         assert torch.equal(one_grad[0], grad[k])
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("needs_native")
 def test_more_than_two_to_the_31_logits():
     """Illegal access at N * V > 2**31 (CCE #37)."""

@@ -91,7 +91,6 @@ def test_too_few_packages_is_one_clear_error(planted):
         build(classes=2, per_class=3)
 
 
-@pytest.mark.slow
 def test_on_this_machine():
     """The default: at least 6 classes and 3000 docstrings; checked by other means than those that built it."""
     split = build()
