@@ -155,4 +155,4 @@ def registered():
         yield ops.step, (*detached, True, [True, arguments is plain, arguments is plain, True])
 
 
-LOSS = testing.Loss(tlk.info_nce, pytorch, CASES, module, lambda: list(registered()), twice=True, rowwise=False)
+LOSS = testing.Loss(tlk.info_nce, pytorch, CASES, module, lambda: list(registered()), rowwise=False)

@@ -60,4 +60,4 @@ def registered():
     ]
 
 
-LOSS = testing.Loss(tlk.sigmoid_contrastive, pytorch, CASES, module, registered, twice=True, rowwise=False)
+LOSS = testing.Loss(tlk.sigmoid_contrastive, pytorch, CASES, module, registered, rowwise=False)

@@ -62,4 +62,4 @@ def module(arguments):
     return tlk.SupConLoss(**arguments), tensors
 
 
-LOSS = testing.Loss(tlk.sup_con, pytorch, CASES, module, twice=True, rowwise=False)
+LOSS = testing.Loss(tlk.sup_con, pytorch, CASES, module, rowwise=False)

@@ -39,10 +39,6 @@ def small(loss, case):
     return case.small
 
 
-def small_and_twice(loss, case):
-    return case.small and loss.twice
-
-
 @pytest.fixture(params=IMPLEMENTATIONS)
 def impl(request):
     return request.param
@@ -157,11 +153,10 @@ def test_same_bits_run_after_run(loss, case, impl):
 def test_gradcheck(loss, case, impl):
     call = Call(loss, case, impl)
     assert torch.autograd.gradcheck(call.ours, leaves(call.tensors))
-    if loss.twice:
-        assert torch.autograd.gradgradcheck(call.ours, leaves(call.tensors))
+    assert torch.autograd.gradgradcheck(call.ours, leaves(call.tensors))
 
 
-@over(small_and_twice)
+@over(small)
 def test_second_gradient(loss, case, impl):
     """create_graph=True silently partial (Liger, CCE, QuACK, flash-attn): by every input and by the upstream."""
     results = []
@@ -191,8 +186,6 @@ class TestFunc:
 
     @pytest.mark.parametrize("of", ["grad", "jacrev", "jacfwd", "hessian"])
     def test_derivatives(self, loss, case, impl, of):
-        if of == "hessian" and not loss.twice:
-            pytest.skip("second derivatives are not promised")
         call = Call(loss, case, impl)
         scalar = {"grad", "hessian"}
 

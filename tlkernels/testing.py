@@ -68,8 +68,6 @@ class Loss:
     """The arguments by name -> the module, and the arguments of its forward, that make the same call."""
     ops: Callable[[], Sequence[tuple[Any, tuple[Any, ...]]]] = tuple
     """The registered ops, each with arguments for opcheck."""
-    twice: bool = True
-    """Whether double backward is promised."""
     rowwise: bool = True
     """Whether the bits do not depend on the number of threads."""
 

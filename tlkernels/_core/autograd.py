@@ -37,6 +37,25 @@ def differentiate(again: Again, tensors: Tensors, needs: Sequence[bool], upstrea
     return [next(found) if need else None for need in needs]
 
 
+def where_needed(grads: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+    """Return None in place of the gradients that an op has not computed."""
+    return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+
+
+def refuse_native(*tensors: Tensor | None) -> str | None:
+    """Return why a native implementation without functorch support cannot serve a call with these tensors, or None."""
+    if not native.available():
+        return native.why_not()
+    for tensor in tensors:
+        if tensor is not None and tensor.device.type != "cpu":
+            return f"it serves CPU tensors; there is one on {tensor.device}"
+    if torch._C._are_functorch_transforms_active():
+        return "torch.func transforms go through the reference"
+    if forward_ad._current_level >= 0:
+        return "forward-mode derivatives go through the reference"
+    return None
+
+
 def one_sweep(step: Step, again: Again, *tensors: Tensor | None) -> Tensor:
     """Return a loss whose gradients are computed along with it; only where `plain(*tensors)`, and for a 0-d loss.
 

@@ -5,24 +5,8 @@ from numbers import Real
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from tlkernels._core import native
-
-FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """Return the dtype that a loss of these embeddings is computed in."""
-    wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
-    return torch.float64 if wide else torch.float32
-
-
-def loss_dtype(tensor: Tensor) -> torch.dtype:
-    """Return the dtype of a loss of `tensor`: its own; under autocast float32, which torch gives to losses there."""
-    if torch.is_autocast_enabled(tensor.device.type):
-        return torch.promote_types(tensor.dtype, torch.float32)
-    return tensor.dtype
+from tlkernels._core.dtypes import FLOATING, compute_dtype
 
 
 def check_embeddings(name: str, tensor: Tensor, first: tuple[str, Tensor] | None = None, shape: str = "(N, D)") -> None:
@@ -85,18 +69,3 @@ def resolve_scale(
 def as_tensor(value: float | Tensor, device: torch.device) -> Tensor:
     """Return a number as a 0-d tensor, which ops take."""
     return value if isinstance(value, Tensor) else torch.full((), value, dtype=torch.float64, device=device)
-
-
-def refuse_native(embeddings: Tensor) -> str | None:
-    """Return why the native implementation cannot serve a call with these embeddings, or None."""
-    if not native.available():
-        return native.why_not()
-    if embeddings.device.type != "cpu":
-        return f"it serves CPU tensors; the embeddings are on {embeddings.device}"
-    if torch.compiler.is_compiling():
-        return None
-    if torch._C._are_functorch_transforms_active():
-        return "torch.func transforms go through plain PyTorch"
-    if forward_ad._current_level >= 0:
-        return "forward-mode differentiation goes through plain PyTorch"
-    return None

@@ -6,10 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tlkernels._core.dtypes import FLOATING, INTEGER, compute_dtype, loss_dtype
 from tlkernels._core.reduction import REDUCTIONS, sum_in_order
-
-_FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 
 
 class CrossEntropyOutput(NamedTuple):
@@ -53,9 +51,7 @@ class Call(NamedTuple):
     @property
     def dtype(self) -> torch.dtype:
         """Of the loss: the input's; under autocast float32, which torch gives to losses there."""
-        if torch.is_autocast_enabled(self.input.device.type):
-            return torch.promote_types(self.input.dtype, torch.float32)
-        return self.input.dtype
+        return loss_dtype(self.input)
 
     def denominator(self) -> Tensor | float:
         """Return what `mean` divides by: rows that count, or their targets' weights; all rows of probabilities."""
@@ -73,11 +69,6 @@ def class_axis(input: Tensor) -> int:
     return 0 if input.dim() == 1 else 1
 
 
-def compute_dtype(input: Tensor) -> torch.dtype:
-    """Return the dtype that a loss of `input` is computed in."""
-    return torch.float64 if input.dtype == torch.float64 else torch.float32
-
-
 def check(call: Call) -> Call:
     """Return `call` if it makes sense.
 
@@ -90,21 +81,21 @@ def check(call: Call) -> Call:
     for name, tensor in (("input", input), ("target", target)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
-    if input.dtype not in _FLOATING:
+    if input.dtype not in FLOATING:
         raise TypeError(f"input: expected float64, float32, bfloat16 or float16, got {input.dtype}")
     if input.dim() == 0:
         raise ValueError("input: expected shape (C,), (N, C) or (N, C, d1, ...), got a 0-d tensor")
     if target.device != input.device:
         raise ValueError(f"target: expected it on the input's device {input.device}, got {target.device}")
     shape = input.shape
-    if target.dtype in _INTEGER:
+    if target.dtype in INTEGER:
         expected = shape[:0] if len(shape) == 1 else shape[:1] + shape[2:]
         if target.shape != expected:
             raise ValueError(
                 f"target: expected class indices of shape {tuple(expected)} for an input of shape {tuple(shape)}, "
                 f"got {tuple(target.shape)}"
             )
-    elif target.dtype in _FLOATING:
+    elif target.dtype in FLOATING:
         if target.shape != shape:
             raise ValueError(
                 f"target: expected probabilities of the input's shape {tuple(shape)}, got {tuple(target.shape)}; "
@@ -130,7 +121,7 @@ def check(call: Call) -> Call:
 def _check_weight(weight: Tensor, input: Tensor) -> None:
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight: expected a Tensor or None, got {type(weight).__name__}")
-    if weight.dtype not in _FLOATING:
+    if weight.dtype not in FLOATING:
         raise TypeError(f"weight: expected a floating-point dtype, got {weight.dtype}")
     classes = input.shape[class_axis(input)]
     if weight.shape != (classes,):

@@ -17,13 +17,14 @@ from torch.autograd import Function
 from tlkernels._core import native
 from tlkernels._core.autograd import Tensors, one_sweep, plain, two_sweeps
 from tlkernels._core.dispatch import Implementation
+from tlkernels._core.dtypes import compute_dtype
 from tlkernels._core.library import define, take_memory
 from tlkernels._core.reduction import reduce
 from tlkernels.losses.cross_entropy import reference
-from tlkernels.losses.cross_entropy.call import Call, CrossEntropyOutput, class_axis, compute_dtype
+from tlkernels.losses.cross_entropy.call import Call, CrossEntropyOutput, class_axis
 from tlkernels.losses.cross_entropy.second_order import along_target, directional, target_gradient
 
-_OPTIONS = "Tensor? weight, int ignore_index, float label_smoothing, float temperature, float? softcap, float z_loss"
+OPTIONS = "Tensor? weight, int ignore_index, float label_smoothing, float temperature, float? softcap, float z_loss"
 
 
 def _fake_row(input: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -41,15 +42,15 @@ def _fake_stats(input: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, .
 
 # Losses of rows, and the two parts of their lse: peak * softcap (or 1) / temperature + log_sum.
 forward = define(
-    f"cross_entropy_fwd(Tensor input, Tensor target, {_OPTIONS}) -> (Tensor loss, Tensor peak, Tensor log_sum)",
+    f"cross_entropy_fwd(Tensor input, Tensor target, {OPTIONS}) -> (Tensor loss, Tensor peak, Tensor log_sum)",
     _fake_forward,
 )
 forward_stats = define(
-    f"cross_entropy_fwd_stats(Tensor input, Tensor target, {_OPTIONS})"
+    f"cross_entropy_fwd_stats(Tensor input, Tensor target, {OPTIONS})"
     " -> (Tensor loss, Tensor peak, Tensor log_sum, Tensor entropy, Tensor correct)",
     _fake_stats,
 )
-_BACKWARD = f"Tensor grad_loss, Tensor? grad_lse, {{input}}, Tensor target, Tensor peak, Tensor log_sum, {_OPTIONS}"
+_BACKWARD = f"Tensor grad_loss, Tensor? grad_lse, {{input}}, Tensor target, Tensor peak, Tensor log_sum, {OPTIONS}"
 backward = define(
     f"cross_entropy_bwd({_BACKWARD.format(input='Tensor input')}) -> Tensor",
     lambda grad_loss, grad_lse, input, *rest: torch.empty_like(input),
@@ -61,11 +62,11 @@ backward_ = define(
 )
 # The reduced loss; and with its gradient.
 total = define(
-    f"cross_entropy_total(Tensor input, Tensor target, {_OPTIONS}, bool mean) -> Tensor",
+    f"cross_entropy_total(Tensor input, Tensor target, {OPTIONS}, bool mean) -> Tensor",
     lambda input, *rest: input.new_empty((), dtype=compute_dtype(input)),
 )
 step = define(
-    f"cross_entropy_step(Tensor input, Tensor target, {_OPTIONS}, bool mean) -> (Tensor loss, Tensor grad)",
+    f"cross_entropy_step(Tensor input, Tensor target, {OPTIONS}, bool mean) -> (Tensor loss, Tensor grad)",
     lambda input, *rest: (input.new_empty((), dtype=compute_dtype(input)), torch.empty_like(input)),
 )
 

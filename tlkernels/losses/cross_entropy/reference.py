@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tlkernels.losses.cross_entropy.call import Call, CrossEntropyOutput, class_axis, compute_dtype
+from tlkernels._core.dtypes import compute_dtype
+from tlkernels.losses.cross_entropy.call import Call, CrossEntropyOutput, class_axis
 
 
 def scaled_logits(call: Call) -> Tensor:

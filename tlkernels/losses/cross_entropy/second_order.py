@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tlkernels.losses.cross_entropy.call import class_axis, compute_dtype
+from tlkernels._core.dtypes import compute_dtype
+from tlkernels.losses.cross_entropy.call import class_axis
 
 
 def _target_terms(target: Tensor, weight: Tensor | None, like: Tensor, axis: int, numbers: Any) -> Tensor:

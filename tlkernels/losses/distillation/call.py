@@ -6,11 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tlkernels._core.dtypes import FLOATING, INTEGER, loss_dtype
+
 REDUCTIONS = ("none", "mean", "batchmean", "sum")
 DIVERGENCES = ("forward_kl", "reverse_kl", "js", "tv")
-
-_FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 
 
 class Options(NamedTuple):
@@ -47,12 +46,6 @@ class Call(NamedTuple):
         return rows_that_count(self.student, self.options)
 
 
-def loss_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
-    """Return the dtype of a loss between logits, or features, of these two."""
-    dtype = torch.promote_types(student.dtype, teacher.dtype)
-    return torch.promote_types(dtype, torch.float32) if torch.is_autocast_enabled(student.device.type) else dtype
-
-
 def rows_that_count(student: Tensor, options: Options) -> Tensor | float:
     """Return the number of rows of (rows..., C) whose target is not ignored."""
     if options.target is None:
@@ -86,7 +79,7 @@ def check_floating(name: str, tensor: Tensor) -> None:
     """Raise TypeError unless `tensor` is one of a floating-point dtype that losses take."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
-    if tensor.dtype not in _FLOATING:
+    if tensor.dtype not in FLOATING:
         raise TypeError(f"{name}: expected float64, float32, bfloat16 or float16, got {tensor.dtype}")
 
 
@@ -105,7 +98,7 @@ def check_options(options: Options, student: Tensor, reduction: str) -> None:
     if target is not None:
         if not isinstance(target, Tensor):
             raise TypeError(f"target: expected a Tensor or None, got {type(target).__name__}")
-        if target.dtype not in _INTEGER:
+        if target.dtype not in INTEGER:
             raise TypeError(f"target: expected class indices of an integer dtype, got {target.dtype}")
         if tuple(target.shape) != rows:
             raise ValueError(f"target: expected class indices of shape {rows}, got {tuple(target.shape)}")

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
 
-from tlkernels._core import native
-from tlkernels._core.autograd import Tensors, differentiate, one_sweep, plain
+from tlkernels._core.autograd import Tensors, differentiate, one_sweep, plain, refuse_native, where_needed
 from tlkernels._core.dispatch import Implementation
+from tlkernels._core.dtypes import compute_dtype
 from tlkernels._core.library import define
 from tlkernels._core.reduction import reduce
 from tlkernels.losses.distillation import reference
@@ -29,8 +29,7 @@ _NEEDS = "bool needs_student, bool needs_teacher"
 
 def fake_rows(student: Tensor, teacher: Tensor) -> Tensor:
     """Return a loss per row."""
-    dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
-    return student.new_empty(student.shape[:-1], dtype=dtype)
+    return student.new_empty(student.shape[:-1], dtype=compute_dtype(student, teacher))
 
 
 def fake_gradient(tensor: Tensor, needed: bool) -> Tensor:
@@ -51,11 +50,6 @@ def _fake_step(student: Tensor, teacher: Tensor, *rest: Any) -> tuple[Tensor, Te
 forward = define(f"distillation_fwd({_LOGITS}) -> Tensor", lambda student, teacher, *_: fake_rows(student, teacher))
 backward = define(f"distillation_bwd(Tensor grad_rows, {_LOGITS}, {_NEEDS}) -> (Tensor, Tensor)", _fake_backward)
 step = define(f"distillation_step({_LOGITS}, bool mean, {_NEEDS}) -> (Tensor loss, Tensor, Tensor)", _fake_step)
-
-
-def where_needed(grads: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
-    """Return None in place of the gradients that an op has not computed."""
-    return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
 
 
 def _losses(logits: Tensors, options: Options) -> Tensor:
@@ -115,25 +109,15 @@ def _run_native(call: Call) -> Tensor:
     return loss if loss.dtype == call.dtype else loss.to(call.dtype)
 
 
-def refuse_native(*tensors: Tensor | None, row_weight: Tensor | None) -> str | None:
-    """Return why the native implementation cannot serve a call with these tensors."""
-    if not native.available():
-        return native.why_not()
-    for tensor in tensors:
-        if tensor is not None and tensor.device.type != "cpu":
-            return f"it serves CPU tensors; there is one on {tensor.device}"
-    if row_weight is not None and row_weight.requires_grad:
+def refuse_row_weight(options: Options) -> str | None:
+    """Return why the native implementation cannot serve these options, or None."""
+    if options.row_weight is not None and options.row_weight.requires_grad:
         return "it gives no gradient for row_weight, which requires one"
-    if not torch.compiler.is_compiling():
-        if torch._C._are_functorch_transforms_active():
-            return "torch.func transforms go through the reference"
-        if forward_ad._current_level >= 0:
-            return "forward-mode derivatives go through the reference"
     return None
 
 
 def _refuse_native(call: Call) -> str | None:
-    return refuse_native(call.student, call.teacher, row_weight=call.options.row_weight)
+    return refuse_native(call.student, call.teacher) or refuse_row_weight(call.options)
 
 
 IMPLEMENTATIONS = (

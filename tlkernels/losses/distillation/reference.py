@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tlkernels._core.dtypes import compute_dtype
 from tlkernels._core.reduction import reduce
 from tlkernels.losses.distillation.call import Call, Options
 
@@ -20,7 +21,7 @@ def distillation(call: Call) -> Tensor:
 def losses(student: Tensor, teacher: Tensor, options: Options) -> Tensor:
     """Return the loss of each row, in the dtype of the computation."""
     target, row_weight, temperature, divergence, beta, hard_weight, ignore_index, label_smoothing = options
-    dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
+    dtype = compute_dtype(student, teacher)
     student, teacher = student.to(dtype), teacher.to(dtype)
     ignored = None
     if target is not None:

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from tlkernels._core.dispatch import Implementation, resolve
-from tlkernels._core.embeddings import compute_dtype, loss_dtype, resolve_scale
+from tlkernels._core.dtypes import compute_dtype, loss_dtype
+from tlkernels._core.embeddings import resolve_scale
 from tlkernels._core.group import check_equal_shares, check_group, exchange, gather
 from tlkernels.losses.info_nce.call import Call, Mask, Options, check_info_nce
 from tlkernels.losses.info_nce.ops import IMPLEMENTATIONS

@@ -10,10 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tlkernels._core.dtypes import INTEGER
 from tlkernels._core.embeddings import check_embeddings
 from tlkernels._core.reduction import REDUCTIONS
 
-INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 Mask = Tensor | tuple[Tensor, Tensor]
 
 

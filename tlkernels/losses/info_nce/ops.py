@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from tlkernels._core.autograd import Tensors, differentiate, one_sweep, plain
+from tlkernels._core.autograd import Tensors, differentiate, one_sweep, plain, refuse_native, where_needed
 from tlkernels._core.dispatch import Implementation
-from tlkernels._core.embeddings import as_tensor, compute_dtype, refuse_native
+from tlkernels._core.dtypes import compute_dtype
+from tlkernels._core.embeddings import as_tensor
 from tlkernels._core.library import define
 from tlkernels._core.reduction import reduce
 from tlkernels.losses.info_nce import reference
@@ -91,8 +92,8 @@ class _Rows(Function):
                 lambda t: reference.rows_and_counted(_with(call, t))[0], tensors[:4], needs, grad_rows
             )
         else:
-            grads = backward(grad_rows, state, *tensors, *ctx.options, needs)
-        return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *(None,) * 5
+            grads = where_needed(backward(grad_rows, state, *tensors, *ctx.options, needs), needs)
+        return *grads, *(None,) * 5
 
 
 def _run_native(call: Call) -> Tensor:
@@ -107,7 +108,7 @@ def _run_native(call: Call) -> Tensor:
 
         def compute(tensors: Tensors, needs: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
             loss, *grads = step(*tensors, *rest, *options, call.reduction == "mean", needs)
-            return loss, [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+            return loss, where_needed(grads, needs)
 
         def again(tensors: Tensors) -> Tensor:
             same = _with(call, tensors)

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tlkernels._core.embeddings import compute_dtype
+from tlkernels._core.dtypes import compute_dtype
 from tlkernels._core.reduction import reduce
 from tlkernels.losses.info_nce.call import Call
 

@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 
 from tlkernels._core.autograd import Tensors
+from tlkernels._core.dtypes import FLOATING
 from tlkernels.losses.cross_entropy.call import Call as CrossEntropyCall
 from tlkernels.losses.cross_entropy.call import Options
 from tlkernels.losses.cross_entropy.call import check as check_cross_entropy
-
-_FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Call(NamedTuple):
@@ -66,7 +65,7 @@ def check(call: Call) -> Call:
     if torch.is_autocast_enabled(input.device.type):
         call = _autocast(call)
         input, linear_weight, linear_bias, target = call[:4]
-    if input.dtype not in _FLOATING:
+    if input.dtype not in FLOATING:
         raise TypeError(f"input: expected float64, float32, bfloat16 or float16, got {input.dtype}")
     if input.dim() == 0:
         raise ValueError("input: expected shape (..., in_features), got a 0-d tensor")

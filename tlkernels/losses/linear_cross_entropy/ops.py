@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
 
-from tlkernels._core import native
-from tlkernels._core.autograd import Tensors, differentiate, one_sweep, plain
+from tlkernels._core.autograd import Tensors, differentiate, one_sweep, plain, refuse_native, where_needed
 from tlkernels._core.dispatch import Implementation
+from tlkernels._core.dtypes import compute_dtype
 from tlkernels._core.library import define
 from tlkernels._core.reduction import reduce
-from tlkernels.losses.cross_entropy.call import CrossEntropyOutput, Options, compute_dtype
-from tlkernels.losses.cross_entropy.ops import _OPTIONS
+from tlkernels.losses.cross_entropy.call import CrossEntropyOutput, Options
+from tlkernels.losses.cross_entropy.ops import OPTIONS
 from tlkernels.losses.linear_cross_entropy import reference
 from tlkernels.losses.linear_cross_entropy.call import Call
 
@@ -36,22 +36,21 @@ def _fake_gradients(input: Tensor, linear_weight: Tensor, needs: Any) -> tuple[T
 
 # `input` has rows, and `target` an index or probabilities for each. A gradient that is not needed has no elements.
 forward = define(
-    f"linear_cross_entropy_fwd({_LAYER}, {_OPTIONS}) -> Tensor",
+    f"linear_cross_entropy_fwd({_LAYER}, {OPTIONS}) -> Tensor",
     lambda input, *rest: _fake_row(input),
 )
 forward_stats = define(
-    f"linear_cross_entropy_fwd_stats({_LAYER}, {_OPTIONS})"
-    " -> (Tensor loss, Tensor lse, Tensor entropy, Tensor correct)",
+    f"linear_cross_entropy_fwd_stats({_LAYER}, {OPTIONS}) -> (Tensor loss, Tensor lse, Tensor entropy, Tensor correct)",
     lambda input, *rest: (*(_fake_row(input) for _ in range(3)), _fake_row(input, torch.bool)),
 )
 backward = define(
-    f"linear_cross_entropy_bwd(Tensor grad_loss, Tensor? grad_lse, {_LAYER}, {_OPTIONS}, {_NEEDS})"
+    f"linear_cross_entropy_bwd(Tensor grad_loss, Tensor? grad_lse, {_LAYER}, {OPTIONS}, {_NEEDS})"
     " -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
     lambda grad_loss, grad_lse, input, linear_weight, *rest: _fake_gradients(input, linear_weight, rest[-3:]),
 )
 # The reduced loss with its gradients.
 step = define(
-    f"linear_cross_entropy_step({_LAYER}, {_OPTIONS}, bool mean, {_NEEDS})"
+    f"linear_cross_entropy_step({_LAYER}, {OPTIONS}, bool mean, {_NEEDS})"
     " -> (Tensor loss, Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
     lambda input, linear_weight, *rest: (
         input.new_empty((), dtype=compute_dtype(input)),
@@ -106,7 +105,7 @@ class _Rows(Function):
             grads = differentiate(dot, layer, needs, torch.ones((), device=target.device))
         else:
             found = backward(grad_loss, grad_lse, *layer, target, weight, *ctx.numbers, *needs)
-            grads = [grad if need else None for grad, need in zip(found, needs, strict=True)]
+            grads = where_needed(found, needs)
         return *grads, None, None, None, None
 
 
@@ -116,7 +115,7 @@ def _reduced(call: Call) -> Tensor:
 
     def sweep(layer: Tensors, needs: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
         loss, *grads = step(*layer, target, weight, *numbers, mean, *needs)
-        return loss, [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+        return loss, where_needed(grads, needs)
 
     def again(layer: Tensors) -> Tensor:
         loss = reference.linear_cross_entropy(call.of(layer))
@@ -143,18 +142,10 @@ def _run_native(call: Call) -> Tensor | CrossEntropyOutput:
 
 
 def _refuse_native(call: Call) -> str | None:
-    if not native.available():
-        return native.why_not()
-    if call.input.device.type != "cpu":
-        return f"it serves CPU tensors; input is on {call.input.device}"
     for name, tensor in (("weight", call.options.weight), ("target", call.target)):
         if tensor is not None and tensor.requires_grad:
             return f"it gives no gradient for {name}, which requires one"
-    if torch._C._are_functorch_transforms_active():
-        return "it does not take part in torch.func transforms"
-    if forward_ad._current_level >= 0:
-        return "it has no forward-mode derivative"
-    return None
+    return refuse_native(*call.layer)
 
 
 IMPLEMENTATIONS = (

@@ -5,12 +5,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tlkernels._core.dtypes import loss_dtype
 from tlkernels.losses.distillation.call import (
     Options,
     check_device,
     check_floating,
     check_options,
-    loss_dtype,
     rows_that_count,
 )
 

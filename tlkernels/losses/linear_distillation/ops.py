@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from tlkernels._core.autograd import Tensors, differentiate, one_sweep, plain
+from tlkernels._core.autograd import Tensors, differentiate, one_sweep, plain, refuse_native, where_needed
 from tlkernels._core.dispatch import Implementation
 from tlkernels._core.library import define
 from tlkernels._core.reduction import reduce
 from tlkernels.losses.distillation.call import Options
-from tlkernels.losses.distillation.ops import OPTIONS, fake_gradient, fake_rows, refuse_native, where_needed
+from tlkernels.losses.distillation.ops import OPTIONS, fake_gradient, fake_rows, refuse_row_weight
 from tlkernels.losses.linear_distillation import reference
 from tlkernels.losses.linear_distillation.call import Call, Layers
 
@@ -107,7 +107,7 @@ def _run_native(call: Call) -> Tensor:
 
 
 def _refuse_native(call: Call) -> str | None:
-    return refuse_native(*call.layers, row_weight=call.options.row_weight)
+    return refuse_native(*call.layers) or refuse_row_weight(call.options)
 
 
 IMPLEMENTATIONS = (

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tlkernels._core.dtypes import FLOATING
 from tlkernels._core.reduction import REDUCTIONS, sum_in_order
 
-_FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -79,11 +79,11 @@ def check(call: Call) -> Call:
         if not isinstance(tensor, Tensor):
             expected = "a Tensor or None" if name == "weight" else "a Tensor"
             raise TypeError(f"{name}: expected {expected}, got {type(tensor).__name__}")
-        if tensor.dtype not in _FLOATING + _INTEGER:
+        if tensor.dtype not in FLOATING + _INTEGER:
             raise TypeError(f"{name}: expected float64, float32, bfloat16, float16 or integers, got {tensor.dtype}")
         if tensor.device != input.device:
             raise ValueError(f"{name}: expected it on the input's device {input.device}, got {tensor.device}")
-    if call.common not in _FLOATING:
+    if call.common not in FLOATING:
         raise TypeError(f"input: expected a floating-point dtype beside a target of {target.dtype}, got {input.dtype}")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected one of {REDUCTIONS}, got {reduction!r}")

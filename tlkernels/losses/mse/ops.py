@@ -9,21 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
 
-from tlkernels._core import native
-from tlkernels._core.autograd import Tensors, differentiate, one_sweep, plain
+from tlkernels._core.autograd import Tensors, differentiate, one_sweep, plain, refuse_native, where_needed
 from tlkernels._core.dispatch import Implementation
+from tlkernels._core.dtypes import compute_dtype
 from tlkernels._core.library import define
 from tlkernels.losses.mse import reference
 from tlkernels.losses.mse.call import Call
 
 _TENSORS = "Tensor input, Tensor target, Tensor? weight"
 _NEEDS = "bool needs_input, bool needs_target"
-
-
-def _compute(input: Tensor) -> torch.dtype:
-    return torch.float64 if input.dtype == torch.float64 else torch.float32
 
 
 def _fake_gradients(input: Tensor, target: Tensor, *needs: bool) -> tuple[Tensor, ...]:
@@ -34,11 +30,11 @@ def _fake_gradients(input: Tensor, target: Tensor, *needs: bool) -> tuple[Tensor
 # The squared errors, times the weights, and their sum. A gradient that is not needed has no elements.
 forward = define(
     f"mse_fwd({_TENSORS}) -> Tensor",
-    lambda input, *rest: torch.empty_like(input, dtype=_compute(input)),
+    lambda input, *rest: torch.empty_like(input, dtype=compute_dtype(input)),
 )
 total = define(
     f"mse_sum({_TENSORS}) -> Tensor",
-    lambda input, *rest: input.new_empty((), dtype=_compute(input)),
+    lambda input, *rest: input.new_empty((), dtype=compute_dtype(input)),
 )
 # `grad` is for the sum, 0-d, or one number for each error.
 backward = define(
@@ -49,7 +45,7 @@ backward = define(
 step = define(
     f"mse_step({_TENSORS}, float denominator, {_NEEDS}) -> (Tensor loss, Tensor grad_input, Tensor grad_target)",
     lambda input, target, weight, denominator, *needs: (
-        input.new_empty((), dtype=_compute(input)),
+        input.new_empty((), dtype=compute_dtype(input)),
         *_fake_gradients(input, target, *needs),
     ),
 )
@@ -77,9 +73,7 @@ class _Squared(Function):
             reduction = "sum" if ctx.summed else "none"
             grads = differentiate(_again(weight, reduction), (input, target), needs, grad)
         else:
-            grads = [
-                g if need else None for g, need in zip(backward(grad, *ctx.saved_tensors, *needs), needs, strict=True)
-            ]
+            grads = where_needed(backward(grad, *ctx.saved_tensors, *needs), needs)
         return *grads, None, None
 
 
@@ -98,7 +92,7 @@ def _reduced(call: Call, input: Tensor, target: Tensor, weight: Tensor | None) -
 
     def sweep(tensors: Tensors, needs: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
         loss, *grads = step(*tensors, weight, denominator, *needs)
-        return loss, [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+        return loss, where_needed(grads, needs)
 
     def again(tensors: Tensors) -> Tensor:
         loss: Tensor = _again(weight, "sum")(tensors)
@@ -121,17 +115,9 @@ def _run_native(call: Call) -> Tensor:
 
 
 def _refuse_native(call: Call) -> str | None:
-    if not native.available():
-        return native.why_not()
-    if call.input.device.type != "cpu":
-        return f"it serves CPU tensors; input is on {call.input.device}"
     if call.weight is not None and call.weight.requires_grad:
         return "it gives no gradient for weight, which requires one"
-    if torch._C._are_functorch_transforms_active():
-        return "it does not take part in torch.func transforms"
-    if forward_ad._current_level >= 0:
-        return "it has no forward-mode derivative"
-    return None
+    return refuse_native(call.input)
 
 
 IMPLEMENTATIONS = (

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.nn import Module
 
 from tlkernels._core.dispatch import resolve
-from tlkernels._core.embeddings import check_embeddings, loss_dtype, resolve_scale
+from tlkernels._core.dtypes import loss_dtype
+from tlkernels._core.embeddings import check_embeddings, resolve_scale
 from tlkernels._core.group import check_equal_shares, check_group, gather
 from tlkernels.losses.info_nce.call import Call, Options, check_reduction
 from tlkernels.losses.info_nce.ops import IMPLEMENTATIONS

@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.nn import Module
 
 from tlkernels._core.dispatch import resolve
-from tlkernels._core.embeddings import check_embeddings, check_scalar, loss_dtype
+from tlkernels._core.dtypes import loss_dtype
+from tlkernels._core.embeddings import check_embeddings, check_scalar
 from tlkernels._core.group import check_equal_shares, check_group, gather
 from tlkernels.losses.sigmoid_contrastive.call import Call
 from tlkernels.losses.sigmoid_contrastive.ops import IMPLEMENTATIONS

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from tlkernels._core.autograd import Tensors, differentiate, one_sweep, plain
+from tlkernels._core.autograd import Tensors, differentiate, one_sweep, plain, refuse_native, where_needed
 from tlkernels._core.dispatch import Implementation
-from tlkernels._core.embeddings import as_tensor, compute_dtype, refuse_native
+from tlkernels._core.dtypes import compute_dtype
+from tlkernels._core.embeddings import as_tensor
 from tlkernels._core.library import define
 from tlkernels.losses.sigmoid_contrastive import reference
 from tlkernels.losses.sigmoid_contrastive.call import Call
@@ -67,8 +68,8 @@ class _Loss(Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             grads = differentiate(lambda tensors: _again(own, tensors), ctx.saved_tensors, needs, upstream)
         else:
-            _, *grads = step(upstream, *ctx.saved_tensors, own, needs)
-        return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None
+            grads = where_needed(step(upstream, *ctx.saved_tensors, own, needs)[1:], needs)
+        return *grads, None
 
 
 def _run_native(call: Call) -> Tensor:
@@ -82,7 +83,7 @@ def _run_native(call: Call) -> Tensor:
         def compute(tensors: Tensors, needs: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
             one = torch.ones((), dtype=torch.float64)
             loss, *grads = step(one, *tensors, own, needs)
-            return loss, [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+            return loss, where_needed(grads, needs)
 
         loss = one_sweep(compute, lambda tensors: _again(own, tensors), *tensors)
     else:

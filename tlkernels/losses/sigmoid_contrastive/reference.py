@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tlkernels._core.embeddings import compute_dtype
+from tlkernels._core.dtypes import compute_dtype
 from tlkernels.losses.sigmoid_contrastive.call import Call
 
 
