@@ -85,7 +85,6 @@ def case(id, n, k, d, dtype, *, m=None, kind="none", scale=None, small=False, ta
 
 
 TENSOR, NUMBER = ("logit_scale", "tensor"), ("temperature", "number")
-FIXED = ("logit_scale", "number")  # its gradient: test_info_nce.py, test_gradient_of_the_scale
 DTYPES = (F64, F32, BF16, F16)
 CASES = [
     # sizes: one; fewer features than a vector; off the vector; a whole tile and one past it; several; K > N
@@ -105,7 +104,7 @@ CASES = [
         case(
             f"{kind}-symmetric={symmetric}-normalize={normalize}-smoothing={smoothing}-negatives={m}-own={own}",
             9, 9, 20, dtype, kind=kind, symmetric=symmetric, normalize=normalize, label_smoothing=smoothing, m=m,
-            own_negatives=own, scale=TENSOR if dtype == F64 else FIXED,
+            own_negatives=own, scale=TENSOR if dtype == F64 else NUMBER,
         )
         for dtype in (F64, F32, BF16)
         for kind, symmetric, normalize, smoothing, (m, own) in itertools.product(

@@ -13,9 +13,8 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 TARGETS = testing.targets()
 
 
-def check(case, target, seeds=3):
-    value_budget, grad_budget = testing.Budget(case.dtype), testing.Budget(case.dtype)
-    for seed in range(seeds):
+def check(case, target, most=12):
+    def draw(seed):
         input, classes, weight, options = case.make(seed)
         with testing.forced(target) as impl:
             ours, eager, oracle = case.functions(classes, weight, options, impl)
@@ -26,10 +25,9 @@ def check(case, target, seeds=3):
         assert grad.dtype == input.dtype
         eager_result, eager_grad = testing.gradients(eager, input, upstream)
         right, right_grad = testing.gradients(oracle, input.double(), upstream.to(result.dtype).double())
-        value_budget.add(result, eager_result, right)
-        grad_budget.add(grad, eager_grad, right_grad)
-    value_budget.check("loss")
-    grad_budget.check("gradient")
+        return [("loss", result, eager_result, right), ("gradient", grad, eager_grad, right_grad)]
+
+    testing.check_budgets(case.dtype, draw, most)
 
 
 @pytest.mark.core
@@ -45,7 +43,7 @@ def test_every_combination_of_options(target):
 @pytest.mark.parametrize("target", TARGETS, ids=str)
 def test_every_combination_of_options_on_tiles(target):
     for case in OPTIONS[::3]:
-        check(case._replace(shape=(2, 5, 19)), target, seeds=8)  # eager is lucky in fewer
+        check(case._replace(shape=(2, 5, 19)), target)
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=str)
@@ -56,8 +54,7 @@ def test_every_combination_of_options_on_tiles(target):
     Case((9,), options=MIXED[:4]),
 ], ids=str)  # fmt: skip
 def test_second_gradient(case, reduction, target):
-    budgets = {}
-    for seed in range(3):
+    def draw(seed):
         input, classes, weight, options = case.make(seed)
         options["reduction"] = reduction
         direction = torch.randn(input.shape)
@@ -67,10 +64,9 @@ def test_second_gradient(case, reduction, target):
             ours = testing.second_gradients(functions[0], input, upstream, direction)
         eager = testing.second_gradients(functions[1], input, upstream, direction)
         right = testing.second_gradients(functions[2], input.double(), upstream.double(), direction.double())
-        for name, *values in zip(("by input", "by upstream"), ours, eager, right, strict=True):
-            budgets.setdefault(name, testing.Budget(torch.float32)).add(*values)
-    for name, budget in budgets.items():
-        budget.check(name)
+        return zip(("by input", "by upstream"), ours, eager, right, strict=True)
+
+    testing.check_budgets(torch.float32, draw)
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=str)
@@ -152,5 +148,5 @@ def test_any_options_and_shapes(target, data):
             tuple(options.items()),
         ),
         target,
-        seeds=32,  # a small case has few values for eager to be wrong in
+        most=32,  # a small case has few values for eager to be wrong in
     )

@@ -82,8 +82,7 @@ def same(result, expected):
 @pytest.mark.parametrize("target", TARGETS, ids=str)
 @over()
 def test_value_and_gradients(loss, case, target):
-    budgets = {}
-    for seed in range(3):
+    def draw(seed):
         with testing.forced(target) as impl:
             call = Call(loss, case, impl, seed)
             before = [tensor.clone() for tensor in call.tensors]
@@ -96,10 +95,9 @@ def test_value_and_gradients(loss, case, target):
         right_value, right_grads = gradients(call.right, call.wide_tensors, seed)
         triples = [("loss", value, eager_value, right_value)]
         triples += zip(case.wants_grad, grads, eager_grads, right_grads, strict=True)
-        for name, *values in triples:
-            budgets.setdefault(name, testing.Budget(case.dtype)).add(*values)
-    for name, budget in budgets.items():
-        budget.check(name)
+        return triples
+
+    testing.check_budgets(case.dtype, draw)
 
 
 @pytest.mark.core

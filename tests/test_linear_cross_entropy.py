@@ -79,10 +79,15 @@ def test_pytorch_samples(impl, dtype):
     from torch.testing._internal.common_methods_invocations import op_db
 
     ops = [op for op in op_db if op.name == "nn.functional.linear_cross_entropy"]
-    samples = [sample for op in ops for sample in op.sample_inputs("cpu", dtype)]
-    samples = [sample for sample in samples if sample.args[0].dim() == 2 and "options" not in sample.kwargs]
-    assert len(samples) > 20
-    for sample in samples:
+
+    def draw(seed):
+        torch.manual_seed(seed)
+        samples = [sample for op in ops for sample in op.sample_inputs("cpu", dtype)]
+        samples = [sample for sample in samples if sample.args[0].dim() == 2 and "options" not in sample.kwargs]
+        assert len(samples) > 20
+        return [triple for sample in samples for triple in of_sample(sample)]
+
+    def of_sample(sample):
         arguments = dict(zip(("linear_weight", "target"), sample.args, strict=True)) | sample.kwargs
 
         def run(function, input, rest):
@@ -95,10 +100,12 @@ def test_pytorch_samples(impl, dtype):
 
         values = (run(ours, sample.input, arguments), run(F.linear_cross_entropy, sample.input, arguments),
                   run(F.linear_cross_entropy, sample.input.double(), testing.widened(arguments)))  # fmt: skip
-        for triple in zip(*values, strict=True):
-            budget = testing.Budget(dtype)
-            budget.add(*triple)
-            budget.check(f"{tuple(sample.input.shape)} {sample.kwargs}")
+        shown = {name: "given" if isinstance(value, torch.Tensor) else value for name, value in sample.kwargs.items()}
+        which = f"{tuple(sample.input.shape)} {shown}"
+        for name, *triple in zip(("loss", "input", "linear_weight"), *values, strict=True):
+            yield f"{name} of {which}", *triple
+
+    testing.check_budgets(dtype, draw)
 
 
 def products(function):

@@ -9,82 +9,33 @@
 #include <optional>
 #include <tuple>
 
-#include "tensor.h"
+#include "cross_entropy_call.h"
 
 namespace tlk {
 namespace {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-using Sizes = c10::SmallVector<int64_t, 6>;
 
-// A call and the tensors that it points into.
-struct Call : CrossEntropy {
-  Tensor input, target, weight_;
-  at::ScalarType compute;
-  Sizes shape;             // of a value per position
-  double denominator = 0;  // of the mean
+struct Call : CrossEntropyCall {
+  Tensor input;
 
-  Call(const Tensor& input_, const Tensor& target_, const OptionalTensor& weight_in, int64_t ignore, double smoothing_,
-       double temperature, std::optional<double> softcap_, double z_loss_)
-      : input(input_), target(target_), compute(compute_type(input_.scalar_type())) {
-    TORCH_CHECK_VALUE(input.dim() > 0, "input: expected a class dimension, got a 0-d tensor");
-    const int64_t class_axis = input.dim() == 1 ? 0 : 1;
-    classes = input.size(class_axis);
-    for (int64_t axis = 0; axis < input.dim(); ++axis)
-      if (axis != class_axis) shape.push_back(input.size(axis));
-    rows = c10::multiply_integers(shape);
-    ignore_index = ignore;
-    smoothing = smoothing_;
-    inv_temperature = 1 / temperature;
-    softcap = softcap_.value_or(0);
-    z_loss = z_loss_;
-    weight_sum = double(classes);
-    if (weight_in) {
-      TORCH_CHECK_VALUE(weight_in->dim() == 1 && weight_in->size(0) == classes, "weight: expected ", classes,
-                        " numbers, one per class, got shape ", weight_in->sizes());
-      weight_ = weight_in->to(compute).contiguous();
-      weight = weight_.const_data_ptr();
-      weight_sum = sum_in_order(weight_);
-    }
-    if (target.is_floating_point())
-      use_probabilities();
-    else
-      use_indices();
+  Call(const Tensor& input_, const Tensor& target_, const CrossEntropyOptions& options)
+      : CrossEntropyCall(input_.scalar_type(), input_.sizes(), positions(input_), input_.size(class_axis(input_)),
+                         target_, options),
+        input(input_) {
+    if (!indices && target.scalar_type() != input.scalar_type()) target = target.to(compute);
   }
 
-  void use_probabilities() {
-    TORCH_CHECK_VALUE(target.sizes() == input.sizes(), "target: expected probabilities of the input's shape ",
-                      input.sizes(), ", got ", target.sizes());
-    if (target.scalar_type() != input.scalar_type()) target = target.to(compute);
-    denominator = double(rows);
+  static int64_t class_axis(const Tensor& logits) {
+    TORCH_CHECK_VALUE(logits.dim() > 0, "input: expected a class dimension, got a 0-d tensor");
+    return logits.dim() == 1 ? 0 : 1;
   }
 
-  void use_indices() {
-    TORCH_CHECK_VALUE(target.sizes() == at::IntArrayRef(shape), "target: expected class indices of shape ",
-                      at::IntArrayRef(shape), ", got ", target.sizes());
-    target = target.to(at::kLong).contiguous();
-    indices = target.const_data_ptr<int64_t>();
-    compute == at::kDouble ? check_indices<double>() : check_indices<float>();
-  }
-
-  template <class A>
-  void check_indices() {
-    const A* w = static_cast<const A*>(weight);
-    for (int64_t i = 0; i < rows; ++i) {
-      const int64_t y = indices[i];
-      if (y == ignore_index) continue;
-      TORCH_CHECK_INDEX(y >= 0 && y < classes, "target: expected class indices in [0, ", classes, ") or ignore_index (",
-                        ignore_index, "), got ", y, " at position ", i);
-      denominator += w ? double(w[y]) : 1.0;
-    }
-  }
-
-  // A tensor of a value per position, and its memory for the kernel.
-  Tensor output(void*& slot, at::ScalarType dtype) {
-    Tensor t = at::empty(shape, input.options().dtype(dtype));
-    slot = t.data_ptr();
-    return t;
+  static PositionSizes positions(const Tensor& logits) {
+    PositionSizes sizes(logits.sizes().begin(), logits.sizes().end());
+    sizes.erase(sizes.begin() + class_axis(logits));
+    return sizes;
   }
 
   // Fills in the layout and runs. `grad` may be undefined, or be the input itself.
@@ -95,22 +46,22 @@ struct Call : CrossEntropy {
 };
 
 template <class Pointer>
-void place(Strided<Pointer>& to, const Tensor& t, Pointer data, const Sizes& axes, int64_t class_axis) {
+void place(Strided<Pointer>& to, const Tensor& t, Pointer data, const PositionSizes& axes, int64_t classes_at) {
   to.data = data;
   for (size_t i = 0; i < axes.size(); ++i) to.stride[i] = t.stride(axes[i]);
-  to.class_stride = t.stride(class_axis);
+  to.class_stride = t.stride(classes_at);
 }
 
 // Merges neighbouring axes that every tensor steps through as one. False if more than kMaxAxes are left.
 bool Call::lay_out(const Tensor& grad_out) {
-  const int64_t class_axis = input.dim() == 1 ? 0 : 1;
+  const int64_t classes_at = class_axis(input);
   c10::SmallVector<const Tensor*, 3> tensors = {&input};
   if (!indices) tensors.push_back(&target);
   if (grad_out.defined()) tensors.push_back(&grad_out);
-  Sizes last;  // the innermost axis of each merged one: it has the stride
-  Sizes sizes;
+  PositionSizes last;  // the innermost axis of each merged one: it has the stride
+  PositionSizes sizes;
   for (int64_t axis = 0; axis < input.dim(); ++axis) {
-    if (axis == class_axis || input.size(axis) == 1) continue;
+    if (axis == classes_at || input.size(axis) == 1) continue;
     const bool merges = !last.empty() && std::all_of(tensors.begin(), tensors.end(), [&](const Tensor* t) {
       return t->stride(last.back()) == t->stride(axis) * t->size(axis);
     });
@@ -126,9 +77,9 @@ bool Call::lay_out(const Tensor& grad_out) {
   axes = std::max<int>(1, int(last.size()));
   size[0] = 1;
   std::copy(sizes.begin(), sizes.end(), size);
-  place<const void*>(x, input, input.const_data_ptr(), last, class_axis);
-  if (!indices) place<const void*>(probabilities, target, target.const_data_ptr(), last, class_axis);
-  if (grad_out.defined()) place<void*>(grad, grad_out, grad_out.mutable_data_ptr(), last, class_axis);
+  place<const void*>(x, input, input.const_data_ptr(), last, classes_at);
+  if (!indices) place<const void*>(probabilities, target, target.const_data_ptr(), last, classes_at);
+  if (grad_out.defined()) place<void*>(grad, grad_out, grad_out.mutable_data_ptr(), last, classes_at);
   return true;
 }
 
@@ -176,7 +127,7 @@ void Call::run(const Tensor& grad_out) {
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                                            int64_t ignore_index, double label_smoothing, double temperature,
                                            std::optional<double> softcap, double z_loss) {
-  Call call(input, target, weight, ignore_index, label_smoothing, temperature, softcap, z_loss);
+  Call call(input, target, {weight, ignore_index, label_smoothing, temperature, softcap, z_loss});
   Tensor loss = call.output(call.loss, call.compute);
   Tensor peak = call.output(call.peak, call.compute), log_sum = call.output(call.log_sum, call.compute);
   call.run({});
@@ -187,7 +138,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_stats(const Tensor& i
                                                                  const OptionalTensor& weight, int64_t ignore_index,
                                                                  double label_smoothing, double temperature,
                                                                  std::optional<double> softcap, double z_loss) {
-  Call call(input, target, weight, ignore_index, label_smoothing, temperature, softcap, z_loss);
+  Call call(input, target, {weight, ignore_index, label_smoothing, temperature, softcap, z_loss});
   call.skip_ignored = false;  // their lse and entropy are asked for too
   Tensor loss = call.output(call.loss, call.compute);
   Tensor peak = call.output(call.peak, call.compute), log_sum = call.output(call.log_sum, call.compute);
@@ -199,70 +150,50 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_stats(const Tensor& i
   return {loss, peak, log_sum, entropy, correct};
 }
 
-void backward_into(const Tensor& grad, const Tensor& grad_loss, const OptionalTensor& grad_lse, const Tensor& input,
-                   const Tensor& target, const Tensor& peak, const Tensor& log_sum, const OptionalTensor& weight,
-                   int64_t ignore_index, double label_smoothing, double temperature, std::optional<double> softcap,
-                   double z_loss) {
-  Call call(input, target, weight, ignore_index, label_smoothing, temperature, softcap, z_loss);
+void backward_into(const Tensor& grad, const Tensor& grad_loss, const OptionalTensor& grad_lse, const Tensor& peak,
+                   const Tensor& log_sum, Call& call) {
   const Tensor peaks = peak.contiguous(), log_sums = log_sum.contiguous();
   call.normaliser_given = true;
   call.peak = const_cast<void*>(peaks.const_data_ptr());
   call.log_sum = const_cast<void*>(log_sums.const_data_ptr());
-  Tensor upstream = grad_loss.to(call.compute), upstream_lse;
-  call.grad_loss = per_position(upstream);
-  if (grad_lse) {
-    upstream_lse = grad_lse->to(call.compute);
-    call.grad_lse = per_position(upstream_lse);
-  }
+  call.use_upstream(grad_loss, grad_lse);
   call.run(grad);
 }
 
 Tensor backward(const Tensor& grad_loss, const OptionalTensor& grad_lse, const Tensor& input, const Tensor& target,
                 const Tensor& peak, const Tensor& log_sum, const OptionalTensor& weight, int64_t ignore_index,
                 double label_smoothing, double temperature, std::optional<double> softcap, double z_loss) {
+  Call call(input, target, {weight, ignore_index, label_smoothing, temperature, softcap, z_loss});
   Tensor grad = empty_gradient(input);
-  backward_into(grad, grad_loss, grad_lse, input, target, peak, log_sum, weight, ignore_index, label_smoothing,
-                temperature, softcap, z_loss);
+  backward_into(grad, grad_loss, grad_lse, peak, log_sum, call);
   return grad;
 }
 
 void backward_(const Tensor& grad_loss, const OptionalTensor& grad_lse, Tensor& input, const Tensor& target,
                const Tensor& peak, const Tensor& log_sum, const OptionalTensor& weight, int64_t ignore_index,
                double label_smoothing, double temperature, std::optional<double> softcap, double z_loss) {
-  backward_into(input, grad_loss, grad_lse, input, target, peak, log_sum, weight, ignore_index, label_smoothing,
-                temperature, softcap, z_loss);
-}
-
-Tensor reduced(const Tensor& losses, double denominator) {
-  Tensor loss = at::empty({}, losses.options());
-  const double value = sum_in_order(losses) / denominator;
-  if (losses.scalar_type() == at::kDouble)
-    *loss.mutable_data_ptr<double>() = value;
-  else
-    *loss.mutable_data_ptr<float>() = float(value);
-  return loss;
+  Call call(input, target, {weight, ignore_index, label_smoothing, temperature, softcap, z_loss});
+  backward_into(input, grad_loss, grad_lse, peak, log_sum, call);
 }
 
 Tensor total(const Tensor& input, const Tensor& target, const OptionalTensor& weight, int64_t ignore_index,
              double label_smoothing, double temperature, std::optional<double> softcap, double z_loss, bool mean) {
-  Call call(input, target, weight, ignore_index, label_smoothing, temperature, softcap, z_loss);
+  Call call(input, target, {weight, ignore_index, label_smoothing, temperature, softcap, z_loss});
   const Tensor losses = call.output(call.loss, call.compute);
   call.run({});
-  return reduced(losses, mean ? call.denominator : 1);
+  return sum_over(losses, mean ? call.denominator : 1);
 }
 
 std::tuple<Tensor, Tensor> step(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                                 int64_t ignore_index, double label_smoothing, double temperature,
                                 std::optional<double> softcap, double z_loss, bool mean) {
-  Call call(input, target, weight, ignore_index, label_smoothing, temperature, softcap, z_loss);
+  Call call(input, target, {weight, ignore_index, label_smoothing, temperature, softcap, z_loss});
   const double denominator = mean ? call.denominator : 1;
-  const double wide = 1 / denominator;
-  const float narrow = float(wide);
-  call.grad_loss.data = call.compute == at::kDouble ? static_cast<const void*>(&wide) : &narrow;
+  call.use_upstream(1 / denominator);
   const Tensor losses = call.output(call.loss, call.compute);
   Tensor grad = empty_gradient(input);
   call.run(grad);
-  return {reduced(losses, denominator), grad};
+  return {sum_over(losses, denominator), grad};
 }
 
 }  // namespace

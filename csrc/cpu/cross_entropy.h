@@ -3,6 +3,8 @@
 #pragma once
 #include <stdint.h>
 
+#include "types.h"
+
 namespace tlk {
 
 constexpr int kMaxAxes = 6;
@@ -13,12 +15,6 @@ struct Strided {
   Pointer data = nullptr;
   int64_t stride[kMaxAxes] = {};
   int64_t class_stride = 0;
-};
-
-// A value per position, or (stride 0) one for all.
-struct PerPosition {
-  const void* data = nullptr;
-  int64_t stride = 0;
 };
 
 struct CrossEntropy {
@@ -53,8 +49,6 @@ struct CrossEntropy {
   PerPosition grad_loss;  // upstream, compute type
   PerPosition grad_lse;   // upstream of lse = peak * softcap / temperature + log_sum; may be null
 };
-
-enum class Scalar { f64, f32, bf16, f16 };
 
 // Class axis contiguous in every tensor: `begin` and `end` are rows, and `scratch`, which may be null, has room for a
 // number of the compute type for each class.

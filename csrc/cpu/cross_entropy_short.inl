@@ -1,7 +1,7 @@
 // Cross entropy of short rows: the class axis is contiguous and a few vectors long. Row by row, the processor would
 // wait for the logarithm and the division that stand between a row's sum and its gradient; so a batch of rows takes
 // each step together, and those two in one vector.
-#include "cross_entropy_call.inl"
+#include "cross_entropy_terms.inl"
 
 namespace tlk {
 namespace TLK_ISA {

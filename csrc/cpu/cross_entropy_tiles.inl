@@ -1,6 +1,6 @@
 // Cross entropy where the class axis is not contiguous (segmentation: (N, C, H, W)): positions are the vector lanes. A
 // tile's logits, capped, lie in scratch as classes x width, so that memory is read once and no transposed copy is made.
-#include "cross_entropy_call.inl"
+#include "cross_entropy_terms.inl"
 
 namespace tlk {
 namespace TLK_ISA {

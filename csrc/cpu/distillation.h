@@ -2,7 +2,7 @@
 #pragma once
 #include <stdint.h>
 
-#include "cross_entropy.h"
+#include "types.h"
 
 namespace tlk {
 

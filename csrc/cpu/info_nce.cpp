@@ -36,10 +36,10 @@ struct Embeddings {
     }
     const Tensor from = (compute == at::kDouble ? given.to(compute) : given).contiguous();
     x = at::empty(from.sizes(), from.options().dtype(compute));
-    norm = at::empty(from.sizes().slice(0, size_t(from.dim() - 1)), x.options());
+    norm = at::empty(from.sizes().slice(0, size_t(from.dim() - 1)), x.options().dtype(at::kDouble));
     const auto kernel = kernels().info_nce(scalar_of(from.scalar_type()), Set::none).normalize;
     in_parallel(norm.numel(), from.size(-1), [&](int64_t begin, int64_t end) {
-      kernel(from.const_data_ptr(), x.mutable_data_ptr(), norm.mutable_data_ptr(), from.size(-1), begin, end);
+      kernel(from.const_data_ptr(), x.mutable_data_ptr(), norm.mutable_data_ptr<double>(), from.size(-1), begin, end);
     });
   }
 
@@ -51,7 +51,7 @@ struct Embeddings {
     if (norm.defined()) {
       const auto kernel = kernels().info_nce(scalar_of(x.scalar_type()), Set::none).normalize_backward;
       in_parallel(norm.numel(), x.size(-1), [&](int64_t begin, int64_t end) {
-        kernel(grad.mutable_data_ptr(), x.const_data_ptr(), norm.const_data_ptr(), x.size(-1), begin, end);
+        kernel(grad.mutable_data_ptr(), x.const_data_ptr(), norm.const_data_ptr<double>(), x.size(-1), begin, end);
       });
     }
     return grad.to(given.scalar_type());

@@ -2,8 +2,8 @@
 #pragma once
 #include <stdint.h>
 
-#include "cross_entropy.h"  // Scalar
 #include "tile.h"
+#include "types.h"
 
 namespace tlk {
 
@@ -53,14 +53,16 @@ struct InfoNce {
 // [begin, end) are rows or columns of the tile.
 using InfoNceKernel = void (*)(const InfoNce&, const Tile&, int64_t begin, int64_t end);
 
+constexpr double kLeastNorm = 1e-12;  // F.normalize's eps
+
 struct InfoNceKernels {
   InfoNceKernel row_statistics;     // of similarities. Marks what takes no part in the tile.
   InfoNceKernel column_statistics;  // after row_statistics, of the same tile
   InfoNceKernel gradient;           // puts the gradient by the logits in the place of similarities
-  // u = x / max(norm, 1e-12) over rows of `size` elements
-  void (*normalize)(const void* x, void* u, void* norm, int64_t size, int64_t begin, int64_t end);
+  // u = x / max(norm, kLeastNorm) over rows of `size` elements
+  void (*normalize)(const void* x, void* u, double* norm, int64_t size, int64_t begin, int64_t end);
   // turns the gradient by u into that by x, in its place
-  void (*normalize_backward)(void* grad, const void* u, const void* norm, int64_t size, int64_t begin, int64_t end);
+  void (*normalize_backward)(void* grad, const void* u, const double* norm, int64_t size, int64_t begin, int64_t end);
 };
 
 // `features` is the type of the embeddings.

@@ -210,40 +210,50 @@ void gradient(const InfoNce& call, const Tile& tile, int64_t begin, int64_t end)
   tile.both ? on.template gradient<true>(begin, end) : on.template gradient<false>(begin, end);
 }
 
+// Sum of x * y in double: an error of a row's length would be an error of all its similarities alike.
 template <class T>
-void normalize(const void* x, void* u, void* norm, int64_t size, int64_t begin, int64_t end) {
+double product_in_double(const T* x, const T* y, int64_t size) {
+  using A = typename Compute<T>::type;
+  constexpr int L = lanes<A>;
+  double part[L] = {};
+  sweep<A>(0, size, [&](int64_t k, int, int n) __attribute__((always_inline)) {
+    const Vec<A> a = load_some(x + k, n, A(0)), b = load_some(y + k, n, A(0));
+    for (int i = 0; i < L; ++i) part[i] += double(a[i]) * double(b[i]);
+  });
+  double sum = 0;
+  for (double lane : part) sum += lane;
+  return sum;
+}
+
+template <class T>
+void normalize(const void* x, void* u, double* norm, int64_t size, int64_t begin, int64_t end) {
   using A = typename Compute<T>::type;
   for (int64_t i = begin; i < end; ++i) {
     const T* from = static_cast<const T*>(x) + i * size;
     A* to = static_cast<A*>(u) + i * size;
-    Chains<A> squares;
-    sweep<A>(0, size, [&](int64_t k, int slot, int n) __attribute__((always_inline)) {
-      const Vec<A> v = load_some(from + k, n, A(0));
-      squares.part[slot] += v * v;
-    });
-    const A length = A(__builtin_sqrt(double(squares.sum())));
-    const A divisor = length < A(1e-12) ? A(1e-12) : length;
+    norm[i] = __builtin_sqrt(product_in_double(from, from, size));
+    const double inverse = 1 / (norm[i] < kLeastNorm ? kLeastNorm : norm[i]);
     sweep<A>(0, size, [&](int64_t k, int, int n) __attribute__((always_inline)) {
-      store_some(to + k, n, load_some(from + k, n, A(0)) / divisor);
+      Vec<A> v = load_some(from + k, n, A(0));
+      for (int j = 0; j < lanes<A>; ++j) v[j] = A(double(v[j]) * inverse);
+      store_some(to + k, n, v);
     });
-    static_cast<A*>(norm)[i] = length;
   }
 }
 
 template <class A>
-void normalize_backward(void* grad, const void* u, const void* norm, int64_t size, int64_t begin, int64_t end) {
+void normalize_backward(void* grad, const void* u, const double* norm, int64_t size, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     A* g = static_cast<A*>(grad) + i * size;
     const A* unit = static_cast<const A*>(u) + i * size;
-    const A length = static_cast<const A*>(norm)[i];
-    const bool constant = length < A(1e-12);  // the divisor is then 1e-12, whatever x
-    Chains<A> along;
-    sweep<A>(0, size, [&](int64_t k, int slot, int n) __attribute__((always_inline)) {
-      along.part[slot] += load_some(g + k, n, A(0)) * load_some(unit + k, n, A(0));
-    });
-    const A radial = constant ? A(0) : along.sum(), divisor = constant ? A(1e-12) : length;
+    const bool constant = norm[i] < kLeastNorm;  // the divisor, whatever x
+    const double radial = constant ? 0 : product_in_double(g, unit, size);
+    const double inverse = 1 / (constant ? kLeastNorm : norm[i]);
     sweep<A>(0, size, [&](int64_t k, int, int n) __attribute__((always_inline)) {
-      store_some(g + k, n, (load_some(g + k, n, A(0)) - load_some(unit + k, n, A(0)) * radial) / divisor);
+      Vec<A> v = load_some(g + k, n, A(0));
+      const Vec<A> along = load_some(unit + k, n, A(0));
+      for (int j = 0; j < lanes<A>; ++j) v[j] = A((double(v[j]) - double(along[j]) * radial) * inverse);
+      store_some(g + k, n, v);
     });
   }
 }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <string>
 
 #include "tensor.h"
 
@@ -37,43 +38,57 @@ at::ScalarType product_type(at::ScalarType dtype) {
 #endif
 }
 
-static Tensor workspace(int64_t rows, int64_t columns, at::ScalarType type) {
-  return empty_gradient(at::empty({1, 1}, type).expand({rows, columns}));
+LinearLayer::LinearLayer(const char* prefix, const Tensor& features, const Tensor& weight_,
+                         const std::optional<Tensor>& bias_)
+    : weight(weight_) {
+  const std::string name = prefix, input_name = name == "linear" ? "input" : name + "_input";
+  TORCH_CHECK_VALUE(features.dim() > 0, input_name, ": expected features in the last dimension, got a 0-d tensor");
+  TORCH_CHECK_VALUE(weight.dim() == 2 && weight.size(1) == features.size(-1) && weight.size(0) > 0, name,
+                    "_weight: expected shape (classes, ", features.size(-1), "), got ", weight.sizes());
+  TORCH_CHECK_TYPE(weight.scalar_type() == features.scalar_type(), name, "_weight: expected the dtype of ", input_name,
+                   ", ", features.scalar_type(), ", got ", weight.scalar_type());
+  shape = c10::DimVector(features.sizes().begin(), features.sizes().end() - 1);
+  input = features.reshape({c10::multiply_integers(shape), features.size(-1)});
+  if (!bias_) return;
+  bias = *bias_;
+  TORCH_CHECK_VALUE(bias.dim() == 1 && bias.size(0) == weight.size(0), name, "_bias: expected shape (", weight.size(0),
+                    ",), got ", bias.sizes());
+  TORCH_CHECK_TYPE(bias.scalar_type() == input.scalar_type(), name, "_bias: expected the dtype of ", input_name, ", ",
+                   input.scalar_type(), ", got ", bias.scalar_type());
 }
 
-LinearSweep::LinearSweep(const Tensor& input, const Tensor& weight, const Tensor& bias, std::array<bool, 3> needs,
-                         int64_t row_bytes)
-    : input_(input),
-      weight_(weight),
-      bias_(bias.defined() ? bias.to(product_type(input.scalar_type())) : bias),
+LinearSweep::LinearSweep(const LinearLayer& layer, std::array<bool, 3> needs, int64_t row_bytes)
+    : layer_(layer),
+      bias_(layer.bias.defined() ? layer.bias.to(product_type(layer.input.scalar_type())) : layer.bias),
       needs_(needs),
-      type_(product_type(input.scalar_type())),
-      classes_(weight.size(0)) {
+      type_(product_type(layer.input.scalar_type())),
+      classes_(layer.weight.size(0)) {
+  const Tensor &input = layer.input, &weight = layer.weight;
   const int64_t rows = input.size(0), features = input.size(1);
   chunks_ = linear_chunks(rows, features, classes_, row_bytes + classes_ * int64_t(c10::elementSize(type_)));
-  logits_ = workspace(std::min(rows, chunks_.rows), classes_, type_);
+  logits_ = empty_gradient({std::min(rows, chunks_.rows), classes_}, input.options().dtype(type_));
   const at::ScalarType wide = compute_type(weight.scalar_type());
   if (needs[0]) grad_input_ = empty_gradient(input);
   if (needs[1]) {  // sums over chunks are float32's; one chunk has none
-    grad_weight_ = rows <= chunks_.rows || wide == weight.scalar_type() ? empty_gradient(weight)
-                                                                        : workspace(classes_, features, wide);
+    const bool kept = rows <= chunks_.rows || wide == weight.scalar_type();
+    grad_weight_ = kept ? empty_gradient(weight) : empty_gradient(weight.sizes(), weight.options().dtype(wide));
     if (rows == 0) grad_weight_.zero_();
   }
-  if (needs[2]) grad_bias_ = at::zeros({classes_}, wide);
+  if (needs[2]) grad_bias_ = at::zeros({classes_}, weight.options().dtype(wide));
 }
 
 // Calls body(first class, their number, their weights in type_).
 template <class Body>
 void LinearSweep::for_tiles(Body body) {
-  if (type_ == weight_.scalar_type()) return body(0, classes_, weight_);
+  if (type_ == layer_.weight.scalar_type()) return body(0, classes_, layer_.weight);
   for (int64_t k = 0; k < classes_; k += chunks_.classes) {
     const int64_t n = std::min(chunks_.classes, classes_ - k);
-    body(k, n, weight_.narrow(0, k, n).to(type_));
+    body(k, n, layer_.weight.narrow(0, k, n).to(type_));
   }
 }
 
 Tensor LinearSweep::logits(int64_t begin, int64_t end) {
-  x_ = input_.narrow(0, begin, end - begin).to(type_);
+  x_ = layer_.input.narrow(0, begin, end - begin).to(type_);
   Tensor chunk = logits_.narrow(0, 0, end - begin);
   for_tiles([&](int64_t k, int64_t n, const Tensor& weight) {
     Tensor out = chunk.narrow(1, k, n);
@@ -117,9 +132,15 @@ void LinearSweep::take(int64_t begin, int64_t end, const Tensor& gradient) {
 std::array<Tensor, 3> LinearSweep::gradients() {
   std::array<Tensor, 3> found = {grad_input_, grad_weight_, grad_bias_};
   for (Tensor& grad : found)
-    if (!grad.defined()) grad = at::empty({0}, input_.options());
-  if (found[1].scalar_type() != weight_.scalar_type()) found[1] = empty_gradient(weight_).copy_(grad_weight_);
-  found[2] = found[2].to(input_.scalar_type());
+    if (!grad.defined()) grad = at::empty({0}, layer_.input.options());
+  if (found[1].scalar_type() != layer_.weight.scalar_type())
+    found[1] = empty_gradient(layer_.weight).copy_(grad_weight_);
+  if (needs_[0]) {
+    c10::DimVector given = layer_.shape;
+    given.push_back(layer_.input.size(1));
+    found[0] = found[0].view(given);
+  }
+  found[2] = found[2].to(layer_.input.scalar_type());
   return found;
 }
 

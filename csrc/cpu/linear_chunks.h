@@ -3,9 +3,19 @@
 #include <ATen/ATen.h>
 
 #include <array>
-#include <tuple>
+#include <optional>
 
 namespace tlk {
+
+// A linear layer, checked.
+struct LinearLayer {
+  // Errors name the tensors `prefix` + "_input" (for the prefix "linear": "input"), "_weight", "_bias".
+  LinearLayer(const char* prefix, const at::Tensor& input, const at::Tensor& weight,
+              const std::optional<at::Tensor>& bias);
+
+  at::Tensor input, weight, bias;  // (rows, features), (classes, features), (classes) or undefined
+  c10::DimVector shape;            // of the rows as they came
+};
 
 struct LinearChunks {
   int64_t rows;     // of a chunk: `logits` and what lies beside them exist for so many rows at once
@@ -19,24 +29,24 @@ LinearChunks linear_chunks(int64_t rows, int64_t features, int64_t classes, int6
 // than float32.
 at::ScalarType product_type(at::ScalarType dtype);
 
-// For each chunk in turn: `logits`, then where gradients are needed `take` with what has become of them. `input` is
-// (rows, features), `weight` (classes, features), `bias` (classes) or undefined.
+// For each chunk in turn: `logits`, then where gradients are needed `take` with what has become of them.
 class LinearSweep {
  public:
   // `needs`: the gradients of input, weight, bias. `row_bytes`: beside the logits.
-  LinearSweep(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias, std::array<bool, 3> needs,
-              int64_t row_bytes);
+  LinearSweep(const LinearLayer& layer, std::array<bool, 3> needs, int64_t row_bytes);
 
   int64_t chunk_rows() const { return chunks_.rows; }
   at::Tensor logits(int64_t begin, int64_t end);                      // in memory that the next chunk uses again
   void take(int64_t begin, int64_t end, const at::Tensor& gradient);  // of these logits
-  std::array<at::Tensor, 3> gradients();                              // without elements where not needed
+  bool differentiates() const { return needs_[0] || needs_[1] || needs_[2]; }
+  std::array<at::Tensor, 3> gradients();  // as the layer's tensors came; without elements where not needed
 
  private:
   template <class Body>
   void for_tiles(Body body);
 
-  const at::Tensor input_, weight_, bias_;
+  const LinearLayer& layer_;
+  const at::Tensor bias_;  // in type_
   const std::array<bool, 3> needs_;
   const at::ScalarType type_;
   const int64_t classes_;

@@ -3,7 +3,7 @@
 #pragma once
 #include <stdint.h>
 
-#include "cross_entropy.h"  // Scalar, PerPosition
+#include "types.h"
 
 namespace tlk {
 

@@ -70,12 +70,6 @@ class Similarity {
   at::Tensor memory_;
 };
 
-// While an op runs: products are in the compute type whatever autocast says, and autograd is attached in Python.
-struct Guards {
-  at::AutoDispatchBelowADInplaceOrView below_autograd;
-  c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::DispatchKeySet(c10::DispatchKey::AutocastCPU)};
-};
-
 // Calls body(begin, end) over parts of [0, n), on threads where there is work for them: `each` elements per item.
 template <class Body>
 void in_parallel(int64_t n, int64_t each, Body body) {

@@ -67,7 +67,13 @@ double sum_in_order(const at::Tensor& values) {
 }
 
 at::Tensor sum_over(const at::Tensor& values, double denominator) {
-  return at::scalar_tensor(sum_in_order(values) / denominator, values.options());
+  const double value = sum_in_order(values) / denominator;
+  at::Tensor result = at::empty({}, values.options());
+  if (values.scalar_type() == at::kDouble)
+    *result.mutable_data_ptr<double>() = value;
+  else
+    *result.mutable_data_ptr<float>() = float(value);
+  return result;
 }
 
 PerPosition per_position(at::Tensor& values) {
