@@ -166,7 +166,7 @@ class Budget:
 
 
 def check_budgets(
-    dtype: torch.dtype, draw: Callable[[int], Iterable[tuple[str, Tensor, Tensor, Tensor]]], most: int = 12
+    dtype: torch.dtype, draw: Callable[[int], Iterable[tuple[str, Tensor, Tensor, Tensor]]], most: int = 30
 ) -> None:
     """Raise AssertionError unless every result of a call keeps its budget.
 
