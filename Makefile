@@ -12,10 +12,10 @@ TEST_ARGS ?=
 BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench sanitize clean FORCE
+.PHONY: help setup demo test lint bench sanitize gpu-check clean FORCE
 
 help:  ## this list
-	@sed -nE 's/^([a-z]+):.*##/\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -nE 's/^([a-z-]+):.*##/\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 setup: $(VENV)/built  ## virtual environment, pinned dependencies, the extension built in place
 
@@ -43,6 +43,9 @@ sanitize: setup  ## the kernels' core tests under AddressSanitizer and UBSan
 	TLKERNELS_SANITIZE=1 $(PY) setup.py -q build -b build/sanitize --build-lib build/sanitize/lib
 	$(SANITIZED) $(PY) -P -c 'import torch; from tlkernels import _C; assert _C.build_info()["sanitize"] == "1", _C'
 	$(SANITIZED) $(BIN)/pytest -m core -k native tests $(TEST_ARGS)
+
+gpu-check: setup  ## what needs a GPU: build, tests, sanitizer, benchmarks, within 9 minutes
+	PY=$(PY) scripts/gpu_check.sh
 
 clean:  ## what was built, not the virtual environment
 	rm -rf build *.egg-info tlkernels/_C*.so .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache $(VENV)/built

@@ -14,12 +14,12 @@ from typing import Any, cast
 import pytest
 import torch
 
-from bench import cases, losses
+from bench import cases, gpu, losses
 from bench.contestants import NAMES, OURS
 from bench.report import RESULTS, table
 from tlkernels._core import native
 
-CASES: tuple[cases.Case | losses.Case, ...] = (*cases.CASES, *losses.CASES)
+ON_CPU: tuple[cases.Case | losses.Case, ...] = (*cases.CASES, *losses.CASES)
 ROOT = Path(__file__).parents[1]
 MEASURED = ("csrc", "tlkernels", "bench", "setup.py", "pyproject.toml", "constraints.txt", ":!bench/results")
 result_key = pytest.StashKey[dict[str, Any]]()
@@ -43,7 +43,7 @@ def results(pytestconfig: pytest.Config) -> list[dict[str, Any]]:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("quick"):
-        quick = {case.id for case in CASES if case.quick}
+        quick = {case.id for case in (*ON_CPU, *gpu.CASES) if case.quick}
         items[:] = [item for item in items if item.name.partition("[")[2].rstrip("]") in quick]
 
 
@@ -79,9 +79,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if not found:
         return
     # Only a whole run, in which every result was right, can become the README's table.
-    folder = RESULTS if {case["id"] for case in found} == {case.id for case in CASES} else ROOT / "build" / "bench"
+    device = "cpu"
+    ids = {case["id"] for case in found}
+    whole = ids == {case.id for case in ON_CPU}
+    if any("peak_bytes" in case for case in found):
+        device, whole = "gpu", ids == {case.id for case in gpu.CASES}
+        result["machine"]["device"] = torch.cuda.get_device_name()
+    folder = RESULTS if whole else ROOT / "build" / "bench"
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{result['date'][:10]}-{result['commit']}{'-dirty' * result['dirty']}-cpu.json"
+    path = folder / f"{result['date'][:10]}-{result['commit']}{'-dirty' * result['dirty']}-{device}.json"
     # One case a line: what changed between two files can be read in a diff.
     head = json.dumps({**result, "cases": []}, indent=1)
     lines = ",\n  ".join(json.dumps(case) for case in found)

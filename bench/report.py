@@ -14,9 +14,10 @@ HEADER = """\
 | logits | dtype | time | against eager | against torch.compile | time / `copy_` | of the roof | memory | error |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
 LOSSES_HEADER = """\
-| loss | size | dtype | time | against eager | against torch.compile | against torch's chunked | time / floor | error |
+| loss | size | dtype | time | against eager | against torch.compile | against others | time / floor | error |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
 Json = Mapping[str, Any]
+_COLUMNS = ("eager", "compile", "floor")  # the others share one
 
 
 def verdict(ratio: Sequence[float], bar: float) -> str:
@@ -82,7 +83,7 @@ def _loss_row(case: Json) -> str:
         _time(case),
         _ratio(case, "eager", inverse=case["bars"].get("eager", 1) < 1),
         _ratio(case, "compile"),
-        _ratio(case, "chunked"),
+        ", ".join(f"{name} {_ratio(case, name)}" for name in case["speedup"] if name not in _COLUMNS) or "–",
         _ratio(case, "floor", inverse=True),
         _errors(case),
     )
@@ -152,12 +153,12 @@ def rewrite(text: str, block: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "result", nargs="?", type=Path, help="the name of a file in bench/results (default: the newest)"
+        "result", nargs="?", type=Path, help="the name of a file in bench/results (default: the newest of a CPU)"
     )
     parser.add_argument("--readme", type=Path, default=Path(__file__).parents[1] / "README.md")
     arguments = parser.parse_args()
     # A file from elsewhere is refused: a figure in the README can be looked up in the repository.
-    paths = [RESULTS / arguments.result.name] if arguments.result else list(RESULTS.glob("*.json"))
+    paths = [RESULTS / arguments.result.name] if arguments.result else list(RESULTS.glob("*-cpu.json"))
     if not paths or not paths[0].exists():
         parser.error(f"bench/results/{arguments.result.name if arguments.result else ''}: no such result")
     path, result = max(((path, json.loads(path.read_text())) for path in paths), key=lambda pair: str(pair[1]["date"]))

@@ -30,15 +30,11 @@ def errors(case: Case, names: Sequence[str]) -> dict[str, dict[str, float]]:
     return found
 
 
-@pytest.mark.benchmark(timer=clock)
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_loss(
-    case: Case, benchmark: BenchmarkFixture, results: list[dict[str, Any]], pytestconfig: pytest.Config
-) -> None:
+def measure(case: Case, benchmark: BenchmarkFixture, results: list[dict[str, Any]], quick: bool, **more: Any) -> None:
+    """Time the contestants, add the figures and `more` to the results, and fail where ours is wrong."""
     work = case.make(case.shape, lambda tensor: tensor.to(case.dtype))
-    steps = {name: build(name, work) for name in ("auto", *case.contestants)}
-    seconds = min(case.seconds, 1.0) if pytestconfig.getoption("quick") else case.seconds
+    steps = {name: build(name, work) for name in ("auto", *case.contestants, *work.peers)}
+    seconds = min(case.seconds, 1.0) if quick else case.seconds
     samples = interleave(steps, seconds, min(LEAST_ROUNDS, 5) if seconds > 10 else LEAST_ROUNDS)
     info: dict[str, Any] = {
         "id": case.id,
@@ -53,6 +49,7 @@ def test_loss(
         "rounds": len(samples["auto"]),
         "seconds": {name: quartiles(times) for name, times in samples.items()},
         "speedup": speedups(samples, "auto"),
+        **more,
     }
     info["verdicts"] = verdicts(info)
     benchmark.extra_info.update(info)
@@ -61,3 +58,12 @@ def test_loss(
         eager = info["error"]["eager"][part]
         assert error <= error_bar(eager, case.dtype), f"{part}: relative error {error:.2e}, eager's {eager:.2e}"
     results.append(info)
+
+
+@pytest.mark.benchmark(timer=clock)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_loss(
+    case: Case, benchmark: BenchmarkFixture, results: list[dict[str, Any]], pytestconfig: pytest.Config
+) -> None:
+    measure(case, benchmark, results, pytestconfig.getoption("quick"))

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import cases, compare, contestants, measure, memory, report
+from bench import cases, compare, contestants, gpu, losses, measure, memory, report
 
 
 def case(**changes: Any) -> dict[str, Any]:
@@ -69,6 +69,18 @@ def test_bytes_are_one_read_and_one_write() -> None:
     soft = cases.Case("table", (4, 3, 5), torch.bfloat16, probabilities=True)
     assert soft.bytes == 3 * 2 * 60 + 2 * 20
     assert cases.Case("inplace", (4, 3, 5), torch.float32).memory_bar == 16 * 20 + cases.MEMORY_SLACK
+
+
+@pytest.mark.parametrize("case", [*losses.CASES, *gpu.CASES], ids=lambda case: case.id)
+def test_every_contestant_of_a_small_case_runs_and_agrees(case: losses.Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "FAR", 8)
+    work = case.make(tuple(min(size, 16) for size in case.shape), lambda tensor: tensor.to(case.dtype))
+    eager = losses.WorkStep(work.eager, work.inputs).results()
+    ours = losses.WorkStep(work.ours, work.inputs).results()
+    assert len(ours) == 1 + len(work.inputs)
+    for one, other in zip(ours, eager, strict=True):
+        torch.testing.assert_close(one, other, rtol=0.05, atol=0.02)
+    losses.build("floor", work)()
 
 
 @pytest.mark.parametrize("count", [2, 3, 4])
