@@ -1,12 +1,12 @@
 """Kernels of cross entropy for GPUs.
 
-Positions are laid out as (outer, P) and classes along a third axis, so that one kernel serves rows, channels-first images
-and any strides that merge into these three.
+Positions are laid out as (outer, P) and classes along a third axis, so that one kernel serves rows, channels-first
+images and any strides that merge into these three.
 
-Bytes. Up to a table's limit a tile of whole rows is in registers: the logits are read once, the gradient is written once.
-A longer row is swept twice by one program: the first sweep reads it from memory and finds its peak and sum, lane by lane
-with one exponential for each logit; the second reads it again, from L2 as long as a row for each multiprocessor fits
-there (H200: 132 rows of 128256 bfloat16 are 34 MB of 50), and writes the gradient. Where only the losses of class
+Bytes. Up to a table's limit a tile of whole rows is in registers: the logits are read once, the gradient is written
+once. A longer row is swept twice by one program: the first sweep reads it from memory and finds its peak and sum, lane
+by lane with one exponential for each logit; the second reads it again, from L2 as long as a row for each multiprocessor
+fits there (H200: 132 rows of 128256 bfloat16 are 34 MB of 50), and writes the gradient. Where only the losses of class
 indices are asked for, there is no second sweep. Ignored rows are not read.
 
 `second_order.py` has the formulas; q, Q, p, a are those of its first lines.
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from tlkernels._core.dtypes import compute_dtype
 from tlkernels._core.triton import Config, Example, Table, check_classes, launch
-from tlkernels._core.triton_kernels import DTYPES, sum_of, tanh_and_slope
+from tlkernels._core.triton_kernels import DTYPES, count, sum_of, tanh_and_slope
 
 
 @triton.jit
@@ -393,19 +393,6 @@ def _directional(
             )  # fmt: skip
 
 
-@triton.jit
-def _count(target, weight, partial, n, C, ignore_index, BLOCK: tl.constexpr):
-    """Write the number of targets of each block that are not ignored, or their weights' sum."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    y = tl.load(target + i, i < n, other=0).to(tl.int64)
-    counted = (i < n) & (y != ignore_index)
-    if weight is None:
-        counts = tl.where(counted, 1.0, 0.0).to(tl.float64)
-    else:
-        counts = tl.load(weight + y, counted & (y >= 0) & (y < C), other=0.0).to(tl.float64)
-    tl.store(partial + tl.program_id(0), tl.sum(counts, 0))
-
-
 # By the number of classes, where classes or where positions are next to each other. 2026-11-21, by reasoning and from
 # the compiler's report, unmeasured: 16 to 64 logits for a thread, as many as registers allow without spills, so that a
 # row's loads are all on their way before the first is used; a long row has 1024 threads, one program for a
@@ -436,14 +423,17 @@ COLUMNS = Table(
     Config("*", 0, None, {"WHOLE": 0, "ELEMENTS": 2048}, 8),
 )
 
+
+def _halved(row: Config) -> Config:
+    meta = {"WHOLE": 0, "ELEMENTS": row.meta["ELEMENTS"] // 2}
+    return row._replace(meta=meta, num_warps=max(1, row.num_warps // 2))
+
+
 # The second derivative holds twice as much of a tile.
 _SECOND, _SECOND_COLUMNS = (
     Table(
         f"{table.name}, second derivative",
-        *(
-            row if row.meta["WHOLE"] else row._replace(meta={"WHOLE": 0, "ELEMENTS": row.meta["ELEMENTS"] // 2})
-            for row in table.rows
-        ),
+        *(row if row.meta["WHOLE"] else _halved(row) for row in table.rows),
     )
     for table in (ROWS, COLUMNS)
 )
@@ -518,8 +508,8 @@ def sweep(
     if lying is None:  # a layout that three strides do not describe
         copy = None if grad is None else torch.empty_like(input, memory_format=torch.contiguous_format)
         sweep(
-            input.contiguous(), target.contiguous(), weight, ignore_index, label_smoothing, temperature, softcap, z_loss,
-            grad=copy, factor=factor, divisor=divisor, upstream=upstream, upstream_lse=upstream_lse, loss=loss,
+            input.contiguous(), target.contiguous(), weight, ignore_index, label_smoothing, temperature, softcap,
+            z_loss, grad=copy, factor=factor, divisor=divisor, upstream=upstream, upstream_lse=upstream_lse, loss=loss,
             peak=peak, log_sum=log_sum, entropy=entropy, correct=correct, total=total,
         )  # fmt: skip
         if grad is not None and copy is not None:
@@ -540,8 +530,8 @@ def sweep(
         entropy, correct, partial, grad, P, classes, x_outer, x_pos, x_class,
         *(lying.strides[-1] if probabilities else (P, 1, 0)), *(lying.strides[1] if grad is not None else (0, 0, 0)),
         ignore_index, factor, label_smoothing, temperature, softcap or 1.0, z_loss, PROBABILITIES=probabilities,
-        SMOOTHING=label_smoothing != 0, SOFTCAP=softcap is not None, Z_LOSS=z_loss != 0, WHOLE=bool(config.meta["WHOLE"]),
-        T=DTYPES[T], BP=BP, BC=BC, config=config._replace(meta={}),
+        SMOOTHING=label_smoothing != 0, SOFTCAP=softcap is not None, Z_LOSS=z_loss != 0,
+        WHOLE=bool(config.meta["WHOLE"]), T=DTYPES[T], BP=BP, BC=BC, config=config._replace(meta={}),
     )  # fmt: skip
     if total is not None and partial is not None:
         sum_of(partial, total, factor, divisor)
@@ -559,18 +549,6 @@ def _tile(config: Config, P: int, classes: int, columns: bool, held: int) -> tup
 
 def _rows(values: Tensor | None) -> Tensor | None:
     return None if values is None else values.contiguous()
-
-
-def count(target: Tensor, classes: int, weight: Tensor | None, ignore_index: int) -> Tensor:
-    """Return the number of targets that are not ignored, or the sum of their weights; 0-d, float64."""
-    n = target.numel()
-    counted = torch.empty((), dtype=torch.float64, device=target.device)
-    partial = torch.empty(max(1, triton.cdiv(n, 1024)), dtype=torch.float64, device=target.device)
-    if n == 0:
-        return counted.zero_()
-    config = Config("*", 0, None, {"BLOCK": 1024}, 4)
-    launch(_count, (partial.numel(),), target.contiguous(), weight, partial, n, classes, ignore_index, config=config)
-    return partial.view(()) if partial.numel() == 1 else sum_of(partial, counted)
 
 
 def _each(input: Tensor, dtype: torch.dtype | None = None) -> Tensor:
