@@ -17,8 +17,9 @@ divergence, and with it the gradient where that needs no sum over the row (the s
 teacher's of the reverse); else a third writes it. Ignored rows are not read.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -77,7 +78,7 @@ def _distillation(
     loss,  # of each row, or None
     partial,  # the sum of each program's rows, or None
     grad_student, grad_teacher,  # contiguous, or None; may be the logits
-    N, C, s_row, s_class, t_row, t_class, gs_row, gt_row, ignore_index,
+    N, inner, C, s_outer, s_inner, s_class, t_outer, t_inner, t_class, ignore_index,
     factor: tl.float64, temperature: tl.float64, beta: tl.float64, hard: tl.float64, smoothing: tl.float64,
     DIVERGENCE: tl.constexpr, HARD: tl.constexpr, WHOLE: tl.constexpr, T: tl.constexpr, BP: tl.constexpr,
     BC: tl.constexpr,
@@ -94,12 +95,13 @@ def _distillation(
         y = tl.load(target + row, here, other=0).to(tl.int64)
         counted = here & (y != ignore_index)
         bad = counted & ((y < 0) | (y >= C))
-    at_s = (row * s_row)[:, None] + classes[None, :].to(tl.int64) * s_class
-    at_t = (row * t_row)[:, None] + classes[None, :].to(tl.int64) * t_class
-    at_gs = (row * gs_row)[:, None] + classes[None, :].to(tl.int64)
-    at_gt = (row * gt_row)[:, None] + classes[None, :].to(tl.int64)
+    row_s = row // inner * s_outer + row % inner * s_inner
+    row_t = row // inner * t_outer + row % inner * t_inner
+    at_s = row_s[:, None] + classes[None, :].to(tl.int64) * s_class
+    at_t = row_t[:, None] + classes[None, :].to(tl.int64) * t_class
+    at_g = (row * C)[:, None] + classes[None, :].to(tl.int64)
     if HARD:
-        own_at = row * s_row + y * s_class
+        own_at = row_s + y * s_class
         own_logit = tl.load(student + own_at, counted & (y >= 0) & (y < C), other=0.0).to(T)
 
     g = tl.full([BP], factor, T)
@@ -133,7 +135,7 @@ def _distillation(
             s = tl.load(student + at_s + far * s_class, valid, other=float("-inf"), eviction_policy="evict_last").to(T)
             t = tl.load(teacher + at_t + far * t_class, valid, other=float("-inf"), eviction_policy="evict_last").to(T)
             peaks_s, sums_s, sums_1 = _lanes(s, peaks_s, sums_s, sums_1, k, HARD)
-            peaks_t, sums_t, sums_t = _lanes(t, peaks_t, sums_t, sums_t, k, False)
+            peaks_t, sums_t, _ = _lanes(t, peaks_t, sums_t, sums_t, k, False)
         peak_s, peak_t = tl.max(peaks_s, 1), tl.max(peaks_t, 1)
         sum_s = tl.sum(sums_s * tl.exp((peaks_s - peak_s[:, None]) * k), 1)
         sum_t = tl.sum(sums_t * tl.exp((peaks_t - peak_t[:, None]) * k), 1)
@@ -146,17 +148,19 @@ def _distillation(
     DIRECT: tl.constexpr = (grad_student is None or DIVERGENCE == FORWARD) and (
         grad_teacher is None or DIVERGENCE == REVERSE
     )
-    under = tl.zeros([BP], T)
+    soft = (1 - hard) * temperature * temperature
     if WHOLE:
         log_p = (s - peak_s[:, None]) * k - log_s[:, None]
         log_q = (t - peak_t[:, None]) * k - log_t[:, None]
         a, slope_p, slope_q = _slopes(p, q, log_p, log_q, beta, DIVERGENCE)
-        divergence, mean_p, mean_q = tl.sum(a, 1), tl.sum(p * slope_p, 1), tl.sum(q * slope_q, 1)
+        mean_p, mean_q = tl.sum(p * slope_p, 1), tl.sum(q * slope_q, 1)
+        a *= soft
         if HARD:
-            under = tl.sum(tl.where(valid, peak_s[:, None] - s, 0.0), 1)
+            spread = tl.where(valid, hard * smoothing / C * (peak_s[:, None] - s), 0.0)
+            a += tl.where(smoothing == 0, 0.0, spread)
+        value = tl.sum(a, 1)
     else:
         sums_a, sums_p, sums_q = tl.zeros([BP, BC], T), tl.zeros([BP, BC], T), tl.zeros([BP, BC], T)
-        unders = tl.zeros([BP, BC], T)
         for start in range(0, C, BC):
             c, far = start + classes, tl.cast(start, tl.int64)
             valid = counted[:, None] & (c < C)[None, :]
@@ -166,9 +170,10 @@ def _distillation(
             log_q = (t - peak_t[:, None]) * k - log_t[:, None]
             p, q = tl.exp(log_p), tl.exp(log_q)
             a, slope_p, slope_q = _slopes(p, q, log_p, log_q, beta, DIVERGENCE)
-            sums_a += a
+            sums_a += soft * a
             if HARD:
-                unders += tl.where(valid, peak_s[:, None] - s, 0.0)
+                spread = tl.where(valid, hard * smoothing / C * (peak_s[:, None] - s), 0.0)
+                sums_a += tl.where(smoothing == 0, 0.0, spread)
             if not DIRECT:
                 sums_p += p * slope_p
                 sums_q += q * slope_q
@@ -180,18 +185,15 @@ def _distillation(
                         y_1 = tl.where(c[None, :] == y[:, None], 1 - smoothing, 0.0) + smoothing / C
                         d += hard_g * (tl.exp(s - peak_s[:, None] - log_1[:, None]) - y_1)
                     d = tl.where(counted[:, None], d, 0.0).to(grad_student.dtype.element_ty)
-                    tl.store(grad_student + at_gs + far, d, stored, eviction_policy="evict_first")
+                    tl.store(grad_student + at_g + far, d, stored, eviction_policy="evict_first")
                 if grad_teacher is not None:
                     d = tl.where(counted[:, None], soft_g * (q - p), 0.0).to(grad_teacher.dtype.element_ty)
-                    tl.store(grad_teacher + at_gt + far, d, stored, eviction_policy="evict_first")
-        divergence, mean_p, mean_q = tl.sum(sums_a, 1), tl.sum(sums_p, 1), tl.sum(sums_q, 1)
-        under = tl.sum(unders, 1)
+                    tl.store(grad_teacher + at_g + far, d, stored, eviction_policy="evict_first")
+        value, mean_p, mean_q = tl.sum(sums_a, 1), tl.sum(sums_p, 1), tl.sum(sums_q, 1)
 
     if loss is not None or partial is not None:
-        value = (1 - hard) * temperature * temperature * divergence
         if HARD:
             value += hard * ((1 - smoothing) * (peak_s - own_logit) + log_1)
-            value += hard * tl.where(smoothing == 0, 0.0, smoothing * under / C)
         value = tl.where(bad, float("nan"), tl.where(counted, value * weight, 0.0))
         if loss is not None:
             tl.store(loss + row, value, here)
@@ -209,13 +211,13 @@ def _distillation(
                 y_1 = tl.where(classes[None, :] == y[:, None], 1 - smoothing, 0.0) + smoothing / C
                 d += hard_g * (p_1 - y_1)
             d = tl.where(counted[:, None], d, 0.0).to(grad_student.dtype.element_ty)
-            tl.store(grad_student + at_gs, d, stored)
+            tl.store(grad_student + at_g, d, stored)
         if grad_teacher is not None:
             if DIVERGENCE == REVERSE:
                 d = soft_g * (q - p)
             else:
                 d = soft_g * tl.where(q == 0, 0.0, q * (slope_q - mean_q[:, None]))
-            tl.store(grad_teacher + at_gt, tl.where(counted[:, None], d, 0.0).to(grad_teacher.dtype.element_ty), stored)
+            tl.store(grad_teacher + at_g, tl.where(counted[:, None], d, 0.0).to(grad_teacher.dtype.element_ty), stored)
     elif not DIRECT:
         for start in range(0, C, BC):
             c, far = start + classes, tl.cast(start, tl.int64)
@@ -236,14 +238,14 @@ def _distillation(
                     y_1 = tl.where(c[None, :] == y[:, None], 1 - smoothing, 0.0) + smoothing / C
                     d += hard_g * (tl.exp(s - peak_s[:, None] - log_1[:, None]) - y_1)
                 d = tl.where(counted[:, None], d, 0.0).to(grad_student.dtype.element_ty)
-                tl.store(grad_student + at_gs + far, d, stored, eviction_policy="evict_first")
+                tl.store(grad_student + at_g + far, d, stored, eviction_policy="evict_first")
             if grad_teacher is not None:
                 if DIVERGENCE == REVERSE:
                     d = soft_g * (q - p)
                 else:
                     d = soft_g * tl.where(q == 0, 0.0, q * (slope_q - mean_q[:, None]))
                 d = tl.where(counted[:, None], d, 0.0).to(grad_teacher.dtype.element_ty)
-                tl.store(grad_teacher + at_gt + far, d, stored, eviction_policy="evict_first")
+                tl.store(grad_teacher + at_g + far, d, stored, eviction_policy="evict_first")
 
 
 # By the number of classes. 2026-11-21, by reasoning and from the compiler's report, unmeasured: as cross entropy's,
@@ -252,6 +254,14 @@ TABLE = Table(
     "distillation",
     Config("interpreter", 0, 128, {"WHOLE": 1, "ELEMENTS": 1024}, 1),
     Config("interpreter", 0, None, {"WHOLE": 0, "ELEMENTS": 2048}, 1),
+    Config("gfx*", 0, 1024, {"WHOLE": 1, "ELEMENTS": 1024}, 2),  # 64 lanes in a warp
+    Config("gfx*", 0, 2048, {"WHOLE": 1, "ELEMENTS": 2048}, 4),
+    Config("gfx*", 0, 4096, {"WHOLE": 1, "ELEMENTS": 4096}, 8),
+    Config("gfx*", 8, None, {"WHOLE": 0, "ELEMENTS": 1024}, 8),
+    Config("gfx*", 2, 8192, {"WHOLE": 1, "ELEMENTS": 8192}, 16),
+    Config("gfx*", 2, None, {"WHOLE": 0, "ELEMENTS": 4096}, 8),
+    Config("gfx*", 4, 8192, {"WHOLE": 1, "ELEMENTS": 8192}, 16),
+    Config("gfx*", 4, None, {"WHOLE": 0, "ELEMENTS": 2048}, 8),
     Config("*", 0, 1024, {"WHOLE": 1, "ELEMENTS": 1024}, 4),
     Config("*", 0, 2048, {"WHOLE": 1, "ELEMENTS": 2048}, 8),
     Config("*", 0, 4096, {"WHOLE": 1, "ELEMENTS": 4096}, 16),
@@ -260,6 +270,32 @@ TABLE = Table(
     Config("*", 2, None, {"WHOLE": 0, "ELEMENTS": 4096}, 16),
     Config("*", 4, None, {"WHOLE": 0, "ELEMENTS": 2048}, 16),
 )
+
+
+def _rows(*tensors: Tensor) -> tuple[int | None, list[int]]:
+    """Return the number of rows behind the first axis, or of all, and each tensor's strides along both and classes.
+
+    None for the number if that does not describe a tensor.
+    """
+    shape = tensors[0].shape
+    merged = [_merged(tensor.shape[:-1], tensor.stride()[:-1]) for tensor in tensors]
+    if None not in merged:
+        whole = [(0, each, tensor.stride(-1)) for each, tensor in zip(merged, tensors, strict=True)]
+        return shape[:-1].numel(), [stride or 0 for strides in whole for stride in strides]
+    behind = [_merged(tensor.shape[1:-1], tensor.stride()[1:-1]) for tensor in tensors]
+    if None in behind:
+        return None, []
+    split = [(tensor.stride(0), each, tensor.stride(-1)) for each, tensor in zip(behind, tensors, strict=True)]
+    return shape[1:-1].numel(), [stride or 0 for strides in split for stride in strides]
+
+
+def _merged(shape: Sequence[int], strides: Sequence[int]) -> int | None:
+    """Return the stride along axes as if they were one, or None."""
+    axes = [(size, stride) for size, stride in zip(shape, strides, strict=True) if size != 1]
+    for (_, outer), (size, stride) in pairwise(axes):
+        if outer != size * stride:
+            return None
+    return axes[-1][1] if axes else 1
 
 
 def sweep(
@@ -282,23 +318,32 @@ def sweep(
     classes = student.shape[-1]
     if target is not None:
         check_classes(target, classes, ignore_index)
-    s, t = (x.reshape(-1, classes) for x in (student, teacher))  # copies only what two strides do not describe
+    inner, strides = _rows(student, teacher)
+    if inner is None:  # more strides along the rows than two
+        student, teacher = student.contiguous(), teacher.contiguous()
+        inner, strides = _rows(student, teacher)
+    rows = student.shape[:-1].numel()
     T = compute_dtype(student, teacher)
     wide = compute_dtype(student, teacher).itemsize == 8
     itemsize = 8 if wide else max(student.element_size(), teacher.element_size())
-    config = TABLE.find(student.device, itemsize, classes)
+    # The Jensen-Shannon divergence has more in registers, as if the row were longer.
+    held = classes * (2 if divergence == "js" else 1)
+    config = TABLE.find(student.device, itemsize, held)
+    if divergence == "js" and not config.meta["WHOLE"]:
+        meta = {"WHOLE": 0, "ELEMENTS": config.meta["ELEMENTS"] // 2}
+        config = config._replace(meta=meta, num_warps=max(1, config.num_warps // 2))
     BP, BC = 1, config.meta["ELEMENTS"]
     if config.meta["WHOLE"]:
         BC = triton.next_power_of_2(classes)
-        BP = max(1, min(config.meta["ELEMENTS"] // BC, triton.next_power_of_2(max(1, s.shape[0]))))
-    programs = triton.cdiv(s.shape[0], BP)
+        BP = max(1, min(config.meta["ELEMENTS"] // triton.next_power_of_2(held), triton.next_power_of_2(max(1, rows))))
+    programs = triton.cdiv(rows, BP)
     partial = None if total is None else student.new_empty(programs, dtype=T)
+    target, row_weight, upstream = (x if x is None else x.contiguous() for x in (target, row_weight, upstream))
     launch(
-        _distillation, (programs,), s, t, *(x if x is None else x.contiguous() for x in (target, row_weight, upstream)),
-        divisor, loss, partial, grad_student, grad_teacher, *s.shape, *s.stride(), *t.stride(), classes, classes,
-        ignore_index, factor, temperature, beta, hard_weight, label_smoothing,
-        DIVERGENCE=DIVERGENCES.index(divergence), HARD=hard_weight != 0, WHOLE=bool(config.meta["WHOLE"]),
-        T=DTYPES[T], BP=BP, BC=BC, config=config._replace(meta={}),
+        _distillation, (programs,), student, teacher, target, row_weight, upstream, divisor, loss, partial,
+        grad_student, grad_teacher, rows, inner, classes, *strides, ignore_index, factor, temperature, beta,
+        hard_weight, label_smoothing, DIVERGENCE=DIVERGENCES.index(divergence), HARD=hard_weight != 0,
+        WHOLE=bool(config.meta["WHOLE"]), T=DTYPES[T], BP=BP, BC=BC, config=config._replace(meta={}),
     )  # fmt: skip
     if total is not None and partial is not None:
         sum_of(partial, total, factor, divisor)
