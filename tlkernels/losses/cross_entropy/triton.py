@@ -646,9 +646,8 @@ def directional(
         return found[0], found[1], v_input.copy_(found[2]), v_target.copy_(found[3])
     P = lying.inner
     columns = lying.strides[0][1] == 1 and lying.strides[0][2] != 1 and P > 1
-    config = _SECOND_COLUMNS if columns else _SECOND
     held = classes * (4 if softcap else 2)
-    config = config.find(input.device, input.element_size(), held)
+    config = (_SECOND_COLUMNS if columns else _SECOND).find(input.device, input.element_size(), held)
     BP, BC = _tile(config, P, classes, columns, held)
     T = compute_dtype(input)
     launch(
