@@ -419,7 +419,8 @@ TABLE = Table(
 _SECOND = Table(
     "distillation, second derivative",
     Config("interpreter", 0, None, {"ELEMENTS": 512}, 1),
-    Config("gfx*", 0, None, {"ELEMENTS": 1024}, 4),
+    Config("gfx*", 0, None, {"ELEMENTS": 1024}, 2),
+    Config("sm_100", 0, None, {"ELEMENTS": 512}, 4),  # 8 for a thread spill there
     Config("*", 0, None, {"ELEMENTS": 1024}, 4),
 )
 
@@ -480,26 +481,32 @@ def sweep(
     itemsize = 8 if wide else max(student.element_size(), teacher.element_size())
     # The Jensen-Shannon divergence has more in registers, as if the row were longer.
     held = classes * (2 if divergence == "js" else 1)
-    config = TABLE.find(student.device, itemsize, held)
-    heavy = divergence == "js" or hard_weight != 0 or (grad_student is not None and grad_teacher is not None)
-    if heavy and not config.meta["WHOLE"]:  # the same for each thread, but room for twice as many registers
-        meta = {"WHOLE": 0, "ELEMENTS": config.meta["ELEMENTS"] // 2}
-        config = config._replace(meta=meta, num_warps=max(1, config.num_warps // 2))
-    BP, BC = 1, config.meta["ELEMENTS"]
-    if config.meta["WHOLE"]:
-        BC = triton.next_power_of_2(classes)
-        BP = max(1, min(config.meta["ELEMENTS"] // triton.next_power_of_2(held), triton.next_power_of_2(max(1, rows))))
-    programs = triton.cdiv(rows, BP)
-    partial = None if total is None else student.new_empty(programs, dtype=T)
     target, row_weight, upstream = (x if x is None else x.contiguous() for x in (target, row_weight, upstream))
-    launch(
-        _distillation, (programs,), student, teacher, target, row_weight, upstream, divisor, loss, partial,
-        grad_student, grad_teacher, rows, inner, classes, *strides, ignore_index, factor, temperature, beta,
-        hard_weight, label_smoothing, DIVERGENCE=DIVERGENCES.index(divergence), HARD=hard_weight != 0,
-        WHOLE=bool(config.meta["WHOLE"]), T=DTYPES[T], BP=BP, BC=BC, config=config._replace(meta={}),
-    )  # fmt: skip
-    if total is not None and partial is not None:
-        sum_of(partial, total, factor, divisor)
+    heavy = divergence == "js" or hard_weight != 0 or (grad_student is not None and grad_teacher is not None)
+
+    def launches(config: Config) -> None:
+        if heavy and not config.meta["WHOLE"]:  # the same for each thread, but room for twice as many registers
+            meta = {"WHOLE": 0, "ELEMENTS": config.meta["ELEMENTS"] // 2}
+            config = config._replace(meta=meta, num_warps=max(1, config.num_warps // 2))
+        BP, BC = 1, config.meta["ELEMENTS"]
+        if config.meta["WHOLE"]:
+            BC = triton.next_power_of_2(classes)
+            BP = max(
+                1, min(config.meta["ELEMENTS"] // triton.next_power_of_2(held), triton.next_power_of_2(max(1, rows)))
+            )
+        programs = triton.cdiv(rows, BP)
+        partial = None if total is None else student.new_empty(programs, dtype=T)
+        launch(
+            _distillation, (programs,), student, teacher, target, row_weight, upstream, divisor, loss, partial,
+            grad_student, grad_teacher, rows, inner, classes, *strides, ignore_index, factor, temperature, beta,
+            hard_weight, label_smoothing, DIVERGENCE=DIVERGENCES.index(divergence), HARD=hard_weight != 0,
+            WHOLE=bool(config.meta["WHOLE"]), T=DTYPES[T], BP=BP, BC=BC, config=config._replace(meta={}),
+        )  # fmt: skip
+        if total is not None and partial is not None:
+            sum_of(partial, total, factor, divisor)
+
+    repeatable = grad_student is not student and grad_teacher is not teacher
+    TABLE.run(student.device, itemsize, held, launches, repeatable)
 
 
 def forward(student: Tensor, teacher: Tensor, *options: Any) -> Tensor:
@@ -561,8 +568,9 @@ def second(
     T = compute_dtype(student, teacher)
     (by_student, by_teacher), _ = _gradients(student, teacher, needs_student, needs_teacher)
     by_rows = torch.empty(student.shape[:-1], dtype=T, device=student.device)
-    v_student, v_teacher, grad_rows, target, row_weight = (
-        x if x is None else x.contiguous() for x in (v_student, v_teacher, grad_rows, target, row_weight)
+    grad_rows = grad_rows.contiguous()
+    v_student, v_teacher, target, row_weight = (
+        x if x is None else x.contiguous() for x in (v_student, v_teacher, target, row_weight)
     )
     config = _SECOND.find(student.device, T.itemsize, classes)
     BC = min(config.meta["ELEMENTS"], triton.next_power_of_2(classes))
@@ -604,6 +612,13 @@ def examples() -> Iterator[Example]:
             f"second-{divergence}",
             partial(second, x, x, rows, x, x, *options, True, True),
             {"_second": wide["_distillation"]},
+            {
+                (
+                    "_second",
+                    "sm_100",
+                    "LDG.E.128",
+                ): "half as wide: what it reads is in L2, and registers are what is short"
+            },
         )
     x = logits(32000, torch.bfloat16)
     yield Example("losses", partial(forward, x, x, *plain[:-1]), {"_distillation": ("LDG.E.128",)})
