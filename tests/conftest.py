@@ -1,9 +1,18 @@
 """Fixtures of all tests."""
 
+import os
+
 import pytest
 import torch
 
-from tlkernels._core import native
+if not torch.cuda.is_available():  # before triton and tlkernels are imported, which ask for it once
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from tlkernels import testing
+from tlkernels._core import native, triton
+
+if triton.INTERPRETED and triton.available():
+    testing.mend_interpreter()
 
 
 @pytest.fixture(autouse=True)
