@@ -1,0 +1,699 @@
+"""InfoNCE in Triton; nt_xent and sup_con are calls of it too. What the ops mean is in `ops.py`.
+
+Forward: one sweep over the matrix of similarities finds the log-sum-exp of rows, and with `symmetric` of columns, in
+the same tiles. Backward: another sweep, panel by panel, and the two products with each panel. That is four products of
+N·K·D for the symmetric loss, and none of them twice; `_core/similarity.py` has the model. Where the matrix is symmetric
+(nt_xent, sup_con) the tiles from the diagonal on give the statistics of all rows, and one product the gradient: 2.5.
+
+What a program finds of its tile goes to a place of its own, and `fold` joins these in a fixed order: no atomics. That
+is 4·P·K / BM bytes a statistic, for a panel of P rows.
+
+The positive is kept apart from the sum of exponentials, as on CPU, so that neither a small loss nor its gradient is a
+difference of large numbers. Exponentials are of base 2; `peak` and `top` are logits in that base.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tlkernels._core.dtypes import compute_dtype
+from tlkernels._core.similarity import (
+    TILES,
+    Embeddings,
+    panel_rows,
+    precision,
+    prepare,
+    product,
+    similarity_tile,
+    write_gradient,
+)
+from tlkernels._core.triton import Config, Table, launch
+
+LOG2E = tl.constexpr(math.log2(math.e))
+LN2 = tl.constexpr(math.log(2))
+INF = tl.constexpr(math.inf)
+# Entries whose similarities are summed: for label smoothing all but the positive; for sup_con those of the label.
+NO_SET, ALL, LABEL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
+@triton.jit
+def taking_part(
+    counts, i, j, mask, row_ids, column_ids, own, mask_row, mask_column, SET: tl.constexpr, OWN: tl.constexpr
+):
+    """Return which of the entries that count are not taken out, and which of those are in the set; i and j exist."""
+    if OWN:
+        counts = counts & ((i + own)[:, None] != j[None, :])
+    if mask is not None:
+        counts = counts & (tl.load(mask + i.to(tl.int64)[:, None] * mask_row + j.to(tl.int64)[None, :] * mask_column) == 0)
+    in_set = counts
+    if row_ids is not None:
+        same = tl.load(row_ids + i)[:, None] == tl.load(column_ids + j)[None, :]
+        if SET == LABEL:
+            in_set = counts & same
+        else:
+            counts = counts & (same == 0)
+            in_set = counts
+    return counts, in_set
+
+
+@triton.jit
+def finite_or_zero(peak):
+    """Return what to subtract from logits of which none is above `peak`."""
+    return tl.where(peak == -INF, 0.0, peak)
+
+
+@triton.jit
+def statistics(
+    rows, columns, known, row_norms, column_norms, scale, target, mask, row_ids, column_ids, by_row, by_column,
+    first_row, row_end, column_count, first_column, classes, own, D, row_stride, column_stride, known_stride,
+    mask_row, mask_column, row_part, row_items, column_part, column_items, skipped, row_tiles, tile_offset,
+    SET: tl.constexpr, OWN: tl.constexpr, PAIRED: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Of one tile: peak and sum of exponentials, sum and number of the set, of its rows and where wanted its columns.
+
+    With PAIRED, tiles below the diagonal are left out, and those beyond it give their columns as rows.
+    """
+    C: tl.constexpr = by_row.dtype.element_ty
+    tile_row, tile_column = tl.program_id(0) % row_tiles, tl.program_id(0) // row_tiles + skipped
+    if PAIRED:
+        if tile_column < first_row // BM + tile_row:
+            return
+    i = first_row + tile_row * BM + tl.arange(0, BM)
+    j = tile_column * BN + tl.arange(0, BN)
+    row, column = tl.minimum(i, row_end - 1), tl.minimum(j, column_count - 1)
+    s = similarity_tile(
+        rows, columns, known, row_norms, column_norms, row, column, D, first_row,
+        row_stride, column_stride, known_stride, BM, BN, BK, PRECISION,
+    )  # fmt: skip
+    counts = (i < row_end)[:, None] & (j < column_count)[None, :]
+    if SET != LABEL:
+        positive = row
+        if target is not None:
+            positive = tl.load(target + row)
+            positive = tl.where((positive >= 0) & (positive < classes), positive, -1).to(tl.int32)
+        counts = counts & ((positive - first_column)[:, None] != j[None, :])
+    counts, in_set = taking_part(
+        counts, row, column, mask, row_ids, column_ids, own, mask_row, mask_column, SET, OWN
+    )  # fmt: skip
+    x = tl.where(counts, s * (tl.load(scale).to(C) * LOG2E), -INF)
+    peak = tl.max(x, 1)
+    total = tl.sum(tl.exp2(x - finite_or_zero(peak)[:, None]), 1)
+    to = by_row + (tile_offset + tile_column).to(tl.int64) * row_part + (i - first_row)
+    tl.store(to, peak, i < row_end)
+    tl.store(to + row_items, total, i < row_end)
+    if SET != NO_SET:
+        tl.store(to + 2 * row_items, tl.sum(tl.where(in_set, s, 0.0), 1), i < row_end)
+        tl.store(to + 3 * row_items, tl.sum(in_set.to(C), 1), i < row_end)
+    if by_column is not None:
+        peak = tl.max(x, 0)
+        total = tl.sum(tl.exp2(x - finite_or_zero(peak)[None, :]), 0)
+        to = by_column + tile_row.to(tl.int64) * column_part + j
+        tl.store(to, peak, j < column_count)
+        tl.store(to + column_items, total, j < column_count)
+        if SET != NO_SET:
+            tl.store(to + 2 * column_items, tl.sum(tl.where(in_set, s, 0.0), 0), j < column_count)
+            tl.store(to + 3 * column_items, tl.sum(in_set.to(C), 0), j < column_count)
+
+
+@triton.jit
+def fold(
+    parts, state, first, items, tiles, first_tile, part_stride, part_items, state_stride,
+    SET: tl.constexpr, FRESH: tl.constexpr, SIDE: tl.constexpr, TILE: tl.constexpr, BT: tl.constexpr, BI: tl.constexpr,
+):  # fmt: skip
+    """Join the parts of `tiles` tiles into the state of items `first` ..., tile after tile in their order.
+
+    With FRESH there is nothing in the state yet. SIDE is 0, or 1 where only tiles from the item's own on were written,
+    or -1 where only those before it.
+    """
+    C: tl.constexpr = state.dtype.element_ty
+    r = tl.program_id(0) * BI + tl.arange(0, BI)
+    i = first + r
+    at = state + i
+    peak, total = tl.full([BI], -INF, C), tl.zeros([BI], C)
+    in_set, count = tl.zeros([BI], C), tl.zeros([BI], C)
+    if not FRESH:
+        peak, total = tl.load(at, r < items, other=-INF), tl.load(at + state_stride, r < items, other=0.0)
+        if SET != NO_SET:
+            in_set = tl.load(at + 3 * state_stride, r < items, other=0.0)
+            count = tl.load(at + 4 * state_stride, r < items, other=0.0)
+    for start in range(0, tiles, BT):
+        t = start + tl.arange(0, BT)
+        written = (t < tiles)[:, None] & (r < items)[None, :]
+        if SIDE == 1:
+            written = written & ((first_tile + t)[:, None] >= (i // TILE)[None, :])
+        if SIDE == -1:
+            written = written & ((first_tile + t)[:, None] < (i // TILE)[None, :])
+        part = parts + t.to(tl.int64)[:, None] * part_stride + r[None, :]
+        peaks = tl.load(part, written, other=-INF)
+        higher = tl.maximum(peak, tl.max(peaks, 0))
+        base = finite_or_zero(higher)
+        sums = tl.load(part + part_items, written, other=0.0) * tl.exp2(peaks - base[None, :])
+        total = total * tl.exp2(peak - base) + tl.sum(sums, 0)
+        peak = higher
+        if SET != NO_SET:
+            in_set += tl.sum(tl.load(part + 2 * part_items, written, other=0.0), 0)
+            count += tl.sum(tl.load(part + 3 * part_items, written, other=0.0), 0)
+    tl.store(at, peak, r < items)
+    tl.store(at + state_stride, total, r < items)
+    if SET != NO_SET:
+        tl.store(at + 3 * state_stride, in_set, r < items)
+        tl.store(at + 4 * state_stride, count, r < items)
+
+
+@triton.jit
+def positives(
+    rows, keys, negatives, own_negatives, row_norms, key_norms, negative_norms, target, out, row_count, key_count,
+    classes, D, row_stride, key_stride, negative_stride, BI: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Write the similarity of each row to its positive, NaN where that is no column; such a column is not read."""
+    C: tl.constexpr = out.dtype.element_ty
+    i = tl.program_id(0).to(tl.int64) * BI + tl.arange(0, BI)
+    at = i
+    if target is not None:
+        at = tl.load(target + i, i < row_count, other=-1)
+    among_keys = (i < row_count) & (at >= 0) & (at < key_count)
+    further = (i < row_count) & (at >= key_count) & (at < classes)
+    n = at - key_count
+    s = tl.zeros([BI], C)
+    for start in range(0, D, BD):
+        d = start + tl.arange(0, BD)[None, :]
+        x = tl.load(rows + i[:, None] * row_stride + d, (i[:, None] < row_count) & (d < D), other=0.0).to(C)
+        y = tl.load(keys + at[:, None] * key_stride + d, among_keys[:, None] & (d < D), other=0.0).to(C)
+        if negatives is not None:
+            y += tl.load(negatives + n[:, None] * negative_stride + d, further[:, None] & (d < D), other=0.0).to(C)
+        s += tl.sum(x * y, 1)
+    if row_norms is not None:
+        norm = tl.load(key_norms + at, among_keys, other=1.0)
+        if negatives is not None:
+            norm *= tl.load(negative_norms + n, further, other=1.0)
+        s = s * tl.load(row_norms + i, i < row_count, other=0.0) * norm
+    if own_negatives is not None:
+        s += tl.load(own_negatives + i * (classes - key_count) + n, further, other=0.0)
+    tl.store(out + i, tl.where(among_keys | further, s, float("nan")), i < row_count)
+
+
+@triton.jit
+def softmax(peak, total, positive):
+    """Return top, and relative to it the sum of the others and the positive's exponential, of a logit in base 2."""
+    top = tl.maximum(peak, positive)
+    return top, total * tl.exp2(peak - top), tl.exp2(positive - top)
+
+
+@triton.jit
+def row_loss(state, positive, i, here, stride, scale, smoothing, SET: tl.constexpr):
+    """Return the loss of rows or columns by their statistics."""
+    peak, total = tl.load(state + i, here, other=0.0), tl.load(state + stride + i, here, other=1.0)
+    if SET != NO_SET:
+        in_set, count = tl.load(state + 3 * stride + i, here, other=0.0), tl.load(state + 4 * stride + i, here, other=1.0)
+    if SET == LABEL:
+        mean = scale * in_set / tl.where(count > 0, count, 1.0)
+        return tl.where(count > 0, tl.log(total) + (peak * LN2 - mean), 0.0)
+    s = tl.load(positive + i, here, other=0.0)
+    logit = s * (scale * LOG2E)
+    top, others, own = softmax(peak, total, logit)
+    ratio = others / own
+    one_more = 1 + ratio  # log(1 + ratio), with what rounding took from the sum
+    near = tl.log(one_more) + (ratio - (one_more - 1)) / one_more
+    loss = tl.where(others <= own, near, tl.log(others + own) + (top - logit) * LN2)
+    if SET == ALL:
+        loss += smoothing * (scale * s - scale * (in_set + s) / (count + 1))
+    return loss
+
+
+@triton.jit
+def losses(by_row, by_column, positive, scale, loss, rows, smoothing: tl.float64, SET: tl.constexpr, BI: tl.constexpr):
+    """Write the loss of each row, with `by_column` the mean of both directions."""
+    C: tl.constexpr = loss.dtype.element_ty
+    i = tl.program_id(0) * BI + tl.arange(0, BI)
+    factor, share = tl.load(scale).to(C), tl.full([], smoothing, C)
+    result = row_loss(by_row, positive, i, i < rows, rows, factor, share, SET)
+    if by_column is not None:
+        result = (result + row_loss(by_column, positive, i, i < rows, rows, factor, share, SET)) * 0.5
+    tl.store(loss + i, result, i < rows)
+
+
+@triton.jit
+def slopes(
+    state, positive, target, scale, upstream, extra, out, rows, classes, upstream_stride, smoothing: tl.float64,
+    part: tl.float64, SET: tl.constexpr, BI: tl.constexpr,
+):  # fmt: skip
+    """Write what the gradient by the logits is made of: factor * exp2(logit - top), less `share` in the set, and at the
+    positive the number that is last; for an upstream gradient times `part`, and times `extra` if given.
+
+    A row without a positive has zeros, and a top above all logits.
+    """
+    C: tl.constexpr = out.dtype.element_ty
+    i = tl.program_id(0) * BI + tl.arange(0, BI)
+    here = i < rows
+    g = tl.load(upstream + i.to(tl.int64) * upstream_stride, here, other=0.0).to(C) * tl.full([], part, C)
+    if extra is not None:
+        g *= tl.load(extra).to(C)
+    peak, total = tl.load(state + i, here, other=0.0), tl.load(state + rows + i, here, other=1.0)
+    share, count = tl.zeros([BI], C), tl.zeros([BI], C)
+    if SET != NO_SET:
+        count = tl.load(state + 4 * rows + i, here, other=1.0)
+    if SET == LABEL:
+        valid = count > 0
+        top, factor, own = peak, g / total, tl.zeros([BI], C)
+        share = g / tl.where(valid, count, 1.0)
+    else:
+        valid = here
+        if target is not None:
+            at = tl.load(target + i, here, other=0)
+            valid = (at >= 0) & (at < classes)
+        top, others, e = softmax(peak, total, tl.load(positive + i, here, other=0.0) * (tl.load(scale).to(C) * LOG2E))
+        factor, own = g / (others + e), -g * (others / (others + e))
+        if SET == ALL:
+            smooth = tl.full([], smoothing, C)
+            share = g * (smooth / (count + 1))
+            own += g * smooth - share
+    tl.store(out + i, tl.where(valid, top, 1e30), here)
+    tl.store(out + rows + i, tl.where(valid, factor, 0.0), here)
+    tl.store(out + 2 * rows + i, tl.where(valid, share, 0.0), here)
+    tl.store(out + 3 * rows + i, tl.where(valid, own, 0.0), here)
+
+
+@triton.jit
+def gradient(
+    rows, columns, known, row_norms, column_norms, scale, target, mask, row_ids, column_ids, row_slopes, column_slopes,
+    panel, first_row, row_end, column_count, first_column, classes, own, D, row_stride, column_stride,
+    known_stride, mask_row, mask_column, slopes_stride, panel_stride, row_tiles,
+    SET: tl.constexpr, OWN: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Write a tile of the gradient by the products of rows as they are, over `scale`.
+
+    Positives are written as if they were others, and then over by `gradient_at_positives`: to tell them apart here, in
+    every tile, would take registers that a second program on the multiprocessor needs.
+    """
+    C: tl.constexpr = row_slopes.dtype.element_ty
+    tile_row, tile_column = tl.program_id(0) % row_tiles, tl.program_id(0) // row_tiles
+    i = first_row + tile_row * BM + tl.arange(0, BM)
+    j = tile_column * BN + tl.arange(0, BN)
+    row, column = tl.minimum(i, row_end - 1), tl.minimum(j, column_count - 1)
+    s = similarity_tile(
+        rows, columns, known, row_norms, column_norms, row, column, D, first_row,
+        row_stride, column_stride, known_stride, BM, BN, BK, PRECISION,
+    )  # fmt: skip
+    x = s * (tl.load(scale).to(C) * LOG2E)
+    of_row, of_column = row_slopes + row, column_slopes
+    g = tl.load(of_row + slopes_stride)[:, None] * tl.exp2(x - tl.load(of_row)[:, None])
+    if column_slopes is not None:
+        of_column = column_slopes + column
+        g += tl.load(of_column + slopes_stride)[None, :] * tl.exp2(x - tl.load(of_column)[None, :])
+    if OWN or mask is not None or row_ids is not None or SET != NO_SET:
+        counts, in_set = taking_part(
+            (row >= 0)[:, None] & (column >= 0)[None, :], row, column, mask, row_ids, column_ids, own,
+            mask_row, mask_column, SET, OWN,
+        )  # fmt: skip
+        g = tl.where(counts, g, 0.0)
+        if SET != NO_SET:
+            share = tl.load(of_row + 2 * slopes_stride)[:, None]
+            if column_slopes is not None:
+                share = share + tl.load(of_column + 2 * slopes_stride)[None, :]
+            g -= tl.where(in_set, share, 0.0)
+    if row_norms is not None:
+        g = g * tl.load(row_norms + row)[:, None] * tl.load(column_norms + column)[None, :]
+    at = panel + (i - first_row).to(tl.int64)[:, None] * panel_stride + j[None, :]
+    tl.store(at, g.to(panel.dtype.element_ty), (i < row_end)[:, None] & (j < column_count)[None, :])
+
+
+@triton.jit
+def gradient_at_positives(
+    row_slopes, column_slopes, target, row_norms, column_norms, panel, begin, end, first, columns, rows, panel_stride,
+    BI: tl.constexpr,
+):  # fmt: skip
+    """Write what `gradient` leaves out where the positives are among columns `first` ... of the matrix."""
+    i = begin + tl.program_id(0) * BI + tl.arange(0, BI)
+    at = i.to(tl.int64)
+    if target is not None:
+        at = tl.load(target + i, i < end, other=-1)
+    j = at - first
+    here = (i < end) & (j >= 0) & (j < columns)
+    g = tl.load(row_slopes + 3 * rows + i, here, other=0.0)
+    if column_slopes is not None:
+        g += tl.load(column_slopes + 3 * rows + j, here, other=0.0)
+    if row_norms is not None:
+        g = g * tl.load(row_norms + i, here, other=0.0) * tl.load(column_norms + j, here, other=0.0)
+    tl.store(panel + (i - begin).to(tl.int64) * panel_stride + j, g.to(panel.dtype.element_ty), here)
+
+
+@triton.jit
+def own_similarities(
+    rows, row_norms, negatives, out, inverse_norms, count, features, row_stride, by_row, by_negative, by_feature,
+    BN: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Write the similarities of a row to its own negatives, and with norms the inverse norm of each negative."""
+    C: tl.constexpr = out.dtype.element_ty
+    i, m = tl.program_id(0).to(tl.int64), tl.program_id(1) * BN + tl.arange(0, BN).to(tl.int64)
+    at = negatives + i * by_row + m[:, None] * by_negative
+    s, squares = tl.zeros([BN], C), tl.zeros([BN], C)
+    for start in range(0, features, BD):
+        d = start + tl.arange(0, BD).to(tl.int64)
+        x = tl.load(rows + i * row_stride + d, d < features, other=0.0).to(C)
+        y = tl.load(at + d[None, :] * by_feature, (m < count)[:, None] & (d < features)[None, :], other=0.0).to(C)
+        s += tl.sum(x[None, :] * y, 1)
+        squares += tl.sum(y * y, 1)
+    if row_norms is not None:
+        norm = tl.sqrt(squares)
+        inverse = 1 / tl.where(norm < 1e-12, 1e-12, norm)
+        s = s * tl.load(row_norms + i) * inverse
+        tl.store(inverse_norms + i * count + m, inverse, m < count)
+    tl.store(out + i * count + m, s, m < count)
+
+
+@triton.jit
+def own_gradients(
+    rows, row_norms, negatives, similarities, inverse_norms, panel, scale, extra, total, grad, first, count, features,
+    row_stride, by_row, by_negative, by_feature, panel_stride, total_stride, BN: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Add a row's own negatives to `total`, the gradient by the row over `scale`, and write the gradient by them."""
+    C: tl.constexpr = panel.dtype.element_ty
+    r, d = tl.program_id(0).to(tl.int64), tl.program_id(1) * BD + tl.arange(0, BD).to(tl.int64)
+    i = first + r
+    x = tl.load(rows + i * row_stride + d, d < features, other=0.0).to(C)
+    factor = tl.load(scale).to(C)
+    if extra is not None:
+        factor = factor / tl.load(extra).to(C)
+    by_x = tl.zeros([BD], C)
+    for start in range(0, count, BN):
+        m = start + tl.arange(0, BN).to(tl.int64)
+        here = (m < count)[:, None] & (d < features)[None, :]
+        y = tl.load(negatives + i * by_row + m[:, None] * by_negative + d[None, :] * by_feature, here, other=0.0).to(C)
+        g = tl.load(panel + r * panel_stride + m, m < count, other=0.0)
+        by_product = g
+        if row_norms is not None:
+            inverse = tl.load(inverse_norms + i * count + m, m < count, other=0.0)
+            by_product = g * tl.load(row_norms + i) * inverse
+        by_x += tl.sum(by_product[:, None] * y, 0)
+        if grad is not None:
+            by_y = by_product[:, None] * x[None, :]
+            if row_norms is not None:  # a norm below 1e-12 does not vary
+                s = tl.load(similarities + i * count + m, m < count, other=0.0)
+                along = tl.where(inverse < 1e12, g * s * inverse * inverse, 0.0)
+                by_y -= along[:, None] * y
+            at = grad + (i * count + m[:, None]) * features + d[None, :]
+            tl.store(at, (by_y * factor).to(grad.dtype.element_ty), here)
+    if total is not None:
+        at = total + r * total_stride + d
+        tl.store(at, tl.load(at, d < features, other=0.0) + by_x, d < features)
+
+
+# By reasoning on 2026-11-21, no GPU at hand: all are small beside the sweeps. Vectors: a few programs for every
+# multiprocessor at 65536 rows. Folds: the tiles' statistics lie apart, so a program reads lines of 32 or more items.
+_VECTORS = Table(
+    "contrastive vectors",
+    Config("interpreter", 0, None, {"BI": 64}, 1),
+    Config("*", 0, None, {"BI": 256}, 4),
+)
+_FOLDS = Table(
+    "contrastive folds",
+    Config("interpreter", 0, None, {"BT": 4, "BI": 64}, 1),
+    Config("*", 0, None, {"BT": 16, "BI": 64}, 4),
+)
+_POSITIVES = Table(
+    "contrastive positives",
+    Config("interpreter", 0, None, {"BI": 16, "BD": 32}, 1),
+    Config("*", 0, None, {"BI": 8, "BD": 256}, 4),
+)
+_OWN = Table(
+    "contrastive own negatives",
+    Config("interpreter", 0, None, {"BN": 32, "BD": 32}, 1),
+    Config("*", 0, None, {"BN": 16, "BD": 128}, 4),
+)
+_STATISTICS = 5  # peak, sum, the positive's similarity, sum and number of the set; the third of the first direction only
+
+
+class _Part(NamedTuple):
+    """Some columns of the matrix, with one launch a panel."""
+
+    columns: Embeddings | None
+    known: Tensor | None
+    """The similarities, where they are not computed tile by tile."""
+    count: int
+    first: int
+    keys: bool
+
+
+class _Call:
+    """The tensors of a call as the kernels take them."""
+
+    def __init__(
+        self, query: Tensor, key: Tensor | None, negatives: Tensor | None, logit_scale: Tensor, target: Tensor | None,
+        mask: Tensor | None, query_ids: Tensor | None, key_ids: Tensor | None, own: int, by_label: bool,
+        symmetric: bool, normalize: bool, label_smoothing: float,
+    ):  # fmt: skip
+        given = query, key, negatives
+        self.given = given
+        self.compute = compute_dtype(*given)
+        dtype = query.dtype
+        for tensor in given[1:]:
+            dtype = dtype if tensor is None else torch.promote_types(dtype, tensor.dtype)
+        self.precision = precision(dtype)
+        self.rows = query.shape[0]
+        self.paired, self.symmetric = key is None, symmetric
+        self.scale = logit_scale.to(query.device)
+        self.own, self.smoothing = own, label_smoothing
+        self.set = (LABEL if by_label else ALL if label_smoothing > 0 else NO_SET).value
+        keys = self.rows if key is None else key.shape[0]
+        self.config = TILES.find(query.device, dtype.itemsize, max(self.rows * keys, 1))
+        self.tile = {**self.config.meta, "BN": self.config.meta["BM"]} if self.paired else self.config.meta
+        self.query = prepare(query, dtype, normalize, self.config)
+        self.key = self.query if key is None else prepare(key, dtype, normalize, self.config)
+        self.parts = [_Part(self.key, None, keys, 0, True)]
+        self.negatives: Embeddings | None = None
+        self.own_negatives: Tensor | None = None
+        if negatives is not None and negatives.dim() == 2:
+            self.negatives = prepare(negatives, dtype, normalize, self.config)
+            self.parts.append(_Part(self.negatives, None, negatives.shape[0], keys, False))
+        elif negatives is not None:
+            self.own_negatives = negatives
+            self.own_norms = negatives.new_empty(negatives.shape[:2] if normalize else (0,), dtype=self.compute)
+            known = self._own_similarities(negatives)
+            self.parts.append(_Part(None, known, negatives.shape[1], keys, False))
+        self.classes = keys + sum(part.count for part in self.parts[1:])
+        self.target = None if target is None else target.long().contiguous()
+        self.mask = None if mask is None else mask.view(torch.uint8)
+        self.query_ids = None if query_ids is None else query_ids.long().contiguous()
+        self.key_ids = self.query_ids if key_ids is None else key_ids.long().contiguous()
+        self.step = panel_rows(self.rows, query.shape[1], self.config)
+
+    def _own_similarities(self, negatives: Tensor) -> Tensor:
+        rows, count, features = negatives.shape
+        out = negatives.new_empty((rows, count), dtype=self.compute)
+        config = _OWN.find(negatives.device, 0, count)
+        x, norms = self.query.x, self.query.norms
+        args = x, norms, negatives, out, self.own_norms, count, features, x.stride(0), *negatives.stride()
+        launch(own_similarities, (rows, triton.cdiv(count, config.meta["BN"])), *args, config=config)
+        return out
+
+    def panels(self) -> Iterator[tuple[int, int]]:
+        """Yield where each panel begins and ends."""
+        for begin in range(0, self.rows, self.step):
+            yield begin, min(begin + self.step, self.rows)
+
+    def tiles(self, part: _Part) -> int:
+        """Return how many tiles the columns of a part are."""
+        return triton.cdiv(part.count, self.tile["BN"])
+
+    def matrix(self, part: _Part, begin: int, end: int) -> tuple[tuple[Tensor | None, ...], tuple[int, ...]]:
+        """Return the tensors of some rows of a part, and the numbers that go with them."""
+        known, columns = part.known, part.columns
+        x = self.query.x
+        if columns is None:
+            assert known is not None
+            known = known[begin:end]
+        elif self.compute == torch.float64:  # no tensor core multiplies them as float64; the library does what there is
+            known = product(x[begin:end], columns.x.T)
+        if known is not None:
+            strides = 0, 0, 0, known.stride(0)
+            row_norms, column_norms = (None, None) if columns is None else (self.query.norms, columns.norms)
+            tensors = None, None, known, row_norms, column_norms
+        else:
+            assert columns is not None
+            strides = x.shape[1], x.stride(0), columns.x.stride(0), 0
+            tensors = x, columns.x, None, self.query.norms, columns.norms
+        mask = self.mask if part.keys else None
+        ids = (self.query_ids, self.key_ids) if part.keys else (None, None)
+        mask_strides = (0, 0) if mask is None else mask.stride()
+        numbers = begin, end, part.count, part.first, self.classes, self.own, *strides, *mask_strides
+        return (*tensors, self.scale, self.target, mask, *ids), numbers
+
+    def constants(self, part: _Part) -> dict[str, object]:
+        """Return the constants of the kernels on tiles."""
+        own = part.keys and self.own >= 0
+        return {"SET": self.set, "OWN": own, "PRECISION": self.precision, **self.tile}
+
+    def launch(self, kernel: object, tiles: int, *args: object, **constants: object) -> None:
+        """Launch a kernel on tiles."""
+        launch(kernel, (tiles,), *args, config=self.config, **constants)
+
+    def vectors(self, kernel: object, *args: object, **constants: object) -> None:
+        """Launch a kernel on numbers for each row."""
+        config = _VECTORS.find(self.query.x.device, 0, self.rows)
+        launch(kernel, (triton.cdiv(self.rows, config.meta["BI"]),), *args, config=config, **constants)
+
+
+def forward(query: Tensor, *arguments: object) -> tuple[Tensor, Tensor]:
+    """Return the loss of each row, and the state."""
+    call = _Call(query, *arguments)
+    rows, compute = call.rows, call.compute
+    state = query.new_empty((1 + call.symmetric, _STATISTICS, rows), dtype=compute)
+    loss = query.new_empty((rows,), dtype=compute)
+    if rows == 0:
+        return loss, state
+    if call.set != LABEL.value:
+        _positives(call, state[0, 2])
+    kinds = 4 if call.set != NO_SET.value else 2
+    row_tiles = triton.cdiv(min(call.step, rows), call.tile["BM"])
+    tiles = sum(map(call.tiles, call.parts))
+    by_row = query.new_empty((tiles, kinds, min(call.step, rows)), dtype=compute)
+    columns = state[1] if call.symmetric else state[0]
+    by_column = None
+    if call.symmetric or call.paired:
+        by_column = query.new_empty((row_tiles, kinds, call.parts[0].count), dtype=compute)
+    for begin, end in call.panels():
+        panel_tiles = triton.cdiv(end - begin, call.tile["BM"])
+        offset = 0
+        skipped = begin // call.tile["BM"] if call.paired else 0
+        for part in call.parts:
+            tensors, numbers = call.matrix(part, begin, end)
+            there = by_column if part.keys else None
+            strides = (*by_row.stride()[:2], *((0, 0) if there is None else there.stride()[:2]))
+            grid = panel_tiles * (call.tiles(part) - skipped)
+            args = *tensors, by_row, there, *numbers, *strides, skipped, panel_tiles, offset
+            call.launch(statistics, grid, *args, PAIRED=call.paired, **call.constants(part))
+            offset += call.tiles(part)
+        if by_column is not None:
+            _fold(call, by_column, columns, 0, call.parts[0].count, panel_tiles, skipped, begin == 0, -call.paired)
+        _fold(call, by_row, state[0], begin, end - begin, tiles, 0, not call.paired, int(call.paired))
+    other = state[1] if call.symmetric else None
+    call.vectors(losses, state[0], other, state[0, 2], call.scale, loss, rows, call.smoothing, SET=call.set)
+    return loss, state
+
+
+def _positives(call: _Call, out: Tensor) -> None:
+    config = _POSITIVES.find(out.device, 0, call.rows)
+    query, key, negatives = call.query, call.key, call.negatives
+    known = call.parts[-1].known
+    tensors = query.x, key.x, negatives and negatives.x, known
+    norms = query.norms, key.norms, negatives and negatives.norms
+    strides = query.x.stride(0), key.x.stride(0), 0 if negatives is None else negatives.x.stride(0)
+    numbers = call.rows, call.parts[0].count, call.classes, query.x.shape[1]
+    grid = (triton.cdiv(call.rows, config.meta["BI"]),)
+    launch(positives, grid, *tensors, *norms, call.target, out, *numbers, *strides, config=config)
+
+
+def _fold(
+    call: _Call, parts: Tensor, state: Tensor, first: int, items: int, tiles: int, first_tile: int, fresh: bool, side: int
+) -> None:  # fmt: skip
+    config = _FOLDS.find(parts.device, 0, items)
+    args = parts, state, first, items, tiles, first_tile, *parts.stride()[:2], state.stride(0)
+    constants = {"SET": call.set, "FRESH": fresh, "SIDE": side, "TILE": call.tile["BM"]}
+    launch(fold, (triton.cdiv(items, config.meta["BI"]),), *args, config=config, **constants)
+
+
+def backward(
+    grad_loss: Tensor, state: Tensor, query: Tensor, key: Tensor | None, negatives: Tensor | None, *rest: object
+) -> tuple[Tensor, ...]:
+    """Return the gradients by query, key, negatives and scale; one that is not wanted has no elements, or is 0."""
+    *arguments, wanted = rest
+    assert isinstance(wanted, Sequence)
+    call = _Call(query, key, negatives, *arguments)
+    grads = [
+        query.new_empty((0,)) if tensor is None or not want else tensor.new_zeros(tensor.shape)
+        if call.rows == 0 else torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        for tensor, want in zip(call.given, wanted, strict=False)
+    ]  # fmt: skip
+    by_scale = call.scale.new_zeros(())
+    if call.rows == 0:
+        return *grads, by_scale
+    extra = _range_of_float16(grad_loss) if call.query.x.dtype == torch.float16 else None
+    row_slopes, column_slopes = _slopes(call, grad_loss, state, extra)
+    moments = query.new_empty((call.rows,), dtype=call.compute) if wanted[3] else None
+    memory = [
+        query.new_empty(
+            (min(call.step, call.rows), triton.cdiv(part.count, 64) * 64),
+            dtype=call.compute if part.columns is None else call.query.x.dtype,
+        )
+        for part in call.parts
+    ]
+    totals: list[Tensor | None] = [None, None]
+    for begin, end in call.panels():
+        total = None
+        for k, part in enumerate(call.parts):
+            tensors, numbers = call.matrix(part, begin, end)
+            there = column_slopes if part.keys else None
+            panel_tiles = triton.cdiv(end - begin, call.tile["BM"])
+            args = *tensors, row_slopes, there, memory[k], *numbers, call.rows, memory[k].stride(0), panel_tiles
+            call.launch(gradient, panel_tiles * call.tiles(part), *args, **call.constants(part))
+            if call.set != LABEL.value:
+                _gradient_at_positives(call, part, row_slopes, there, memory[k], begin, end)
+            panel = memory[k][: end - begin, : part.count]
+            if part.columns is None:
+                _own_gradients(call, part, memory[k], extra, total, grads[2] if wanted[2] else None, begin, end)
+                continue
+            if wanted[0] or wanted[3]:
+                total = product(panel, part.columns.x, total)
+            if wanted[k + 1] and not call.paired:
+                totals[k] = product(panel.T, call.query.x[begin:end], totals[k])
+        if total is not None:
+            write_gradient(call.query, total, call.scale, extra, grads[0] if wanted[0] else None, moments, begin)
+    for of, whole, grad in zip((call.key, call.negatives), totals, grads[1:], strict=True):
+        if of is not None and whole is not None:
+            write_gradient(of, whole, call.scale, extra, grad)
+    if moments is not None:  # paired: each row has both directions' gradients
+        moment = moments.sum(dtype=torch.float64) / (1 + call.paired)
+        by_scale = (moment if extra is None else moment / extra).to(call.scale.dtype)
+    return *grads, by_scale
+
+
+def _slopes(call: _Call, upstream: Tensor, state: Tensor, extra: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def of(direction: int) -> Tensor:
+        out = state.new_empty((4, call.rows))
+        part = 0.5 if call.symmetric else 1.0
+        numbers = call.rows, call.classes, upstream.stride(0), call.smoothing, part
+        tensors = state[direction], state[0, 2], call.target, call.scale, upstream, extra, out
+        call.vectors(slopes, *tensors, *numbers, SET=call.set)
+        return out
+
+    rows = of(0)
+    return rows, of(1) if call.symmetric else rows if call.paired else None
+
+
+def _gradient_at_positives(
+    call: _Call, part: _Part, row_slopes: Tensor, column_slopes: Tensor | None, panel: Tensor, begin: int, end: int
+) -> None:  # fmt: skip
+    norms = (None, None) if part.columns is None else (call.query.norms, part.columns.norms)
+    tensors = row_slopes, column_slopes, call.target, *norms, panel
+    config = _VECTORS.find(panel.device, 0, end - begin)
+    numbers = begin, end, part.first, part.count, call.rows, panel.stride(0)
+    launch(gradient_at_positives, (triton.cdiv(end - begin, config.meta["BI"]),), *tensors, *numbers, config=config)
+
+
+def _range_of_float16(upstream: Tensor) -> Tensor:
+    """Return a power of two that brings gradients of this upstream, at most two of them together, to float16's range."""
+    _, exponent = torch.frexp(upstream.abs().amax().float())
+    return torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), (13 - exponent).clamp(-100, 100))
+
+
+def _own_gradients(
+    call: _Call, part: _Part, panel: Tensor, extra: Tensor | None, total: Tensor | None, grad: Tensor | None, begin: int,
+    end: int,
+) -> None:  # fmt: skip
+    negatives = call.own_negatives
+    assert negatives is not None
+    if total is None and grad is None:
+        return
+    config = _OWN.find(negatives.device, 0, part.count)
+    x, features = call.query.x, negatives.shape[2]
+    tensors = x, call.query.norms, negatives, part.known, call.own_norms, panel, call.scale, extra, total, grad
+    strides = x.stride(0), *negatives.stride(), panel.stride(0), 0 if total is None else total.stride(0)
+    grid = (end - begin, triton.cdiv(features, config.meta["BD"]))
+    launch(own_gradients, grid, *tensors, begin, part.count, features, *strides, config=config)
