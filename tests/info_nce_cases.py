@@ -149,10 +149,13 @@ def registered():
     paired = (query, None, None, scale, None, None, ids, None, 0, True, False, False, 0.0)
     for arguments in (plain, paired):
         detached = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in arguments)
-        _, state = ops.forward(*detached)
-        yield ops.forward, arguments
-        yield ops.backward, (torch.rand(5), state, *detached, [True, arguments is plain, False, True])
-        yield ops.step, (*detached, True, [True, arguments is plain, arguments is plain, True])
+        for made in (ops.NATIVE, ops.TRITON):
+            fake = torch.empty(1 + arguments[10], 6 if made is ops.NATIVE else 5, 5)
+            state = torch.rand_like(fake, dtype=F64 if made is ops.NATIVE else F32) + 1
+            yield made.forward, arguments
+            yield made.backward, (torch.rand(5), state, *detached, [True, arguments is plain, False, True])
+            if made.step:
+                yield made.step, (*detached, True, [True, arguments is plain, arguments is plain, True])
 
 
 LOSS = testing.Loss(tlk.info_nce, pytorch, CASES, module, lambda: list(registered()), rowwise=False)

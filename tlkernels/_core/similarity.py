@@ -25,6 +25,9 @@ from tlkernels._core.dtypes import compute_dtype
 from tlkernels._core.triton import INTERPRETED, Config, Table, launch
 
 
+_WIDEN = tl.constexpr(INTERPRETED)  # the interpreter's tl.dot takes bfloat16 for integers
+
+
 @triton.jit
 def similarities(
     rows, columns, i, j, D, row_stride, column_stride,
@@ -36,7 +39,10 @@ def similarities(
     column_at = columns + j.to(tl.int64)[None, :] * column_stride + d[:, None]
     products = tl.zeros([BM, BN], tl.float32)
     for _ in range(0, D, BK):
-        products = tl.dot(tl.load(row_at), tl.load(column_at), products, input_precision=PRECISION)
+        x, y = tl.load(row_at), tl.load(column_at)
+        if _WIDEN:
+            x, y = x.to(tl.float32), y.to(tl.float32)
+        products = tl.dot(x, y, products, input_precision=PRECISION)
         row_at += BK
         column_at += BK
     return products
@@ -138,9 +144,12 @@ def finish(
 
 
 # Tiles of similarities, by reasoning on 2026-11-21, no GPU at hand. 16-bit: 128 x 128 accumulators are 64 registers of a
-# thread at 8 warps, so that two programs share a multiprocessor and one's epilogue runs beside the other's products; 64
-# features are a 128-byte line of shared memory. float32: half the features for the same bytes. float64 is read, not
-# multiplied. A few hundred rows are cut finer, so that there are programs for all multiprocessors.
+# thread at 8 warps. With at most 128 in all, two programs share a multiprocessor, so that one's exponentials run beside
+# the other's products; a few values that are then spilled cost once a tile, not in the loop over features. 64 features
+# are a 128-byte line of shared memory, 32 where three such stages would leave no place for a second program. float32:
+# a tile for products without tensor cores. float64 is read, not multiplied. A few hundred rows are cut finer, so that
+# there are programs for all multiprocessors.
+_TWO = {"maxnreg": 128}
 TILES = Table(
     "similarity",
     Config("interpreter", 0, 80 * 80, {"BM": 16, "BN": 16, "BK": 16}, 1),
@@ -148,9 +157,10 @@ TILES = Table(
     Config("gfx*", 2, 1 << 20, {"BM": 64, "BN": 64, "BK": 64}, 4, 2),
     Config("gfx*", 2, None, {"BM": 128, "BN": 128, "BK": 64}, 8, 2),
     Config("gfx*", 4, None, {"BM": 64, "BN": 64, "BK": 32}, 4, 2),
-    Config("sm_12*", 2, None, {"BM": 128, "BN": 128, "BK": 32}, 8, 3),
-    Config("*", 2, 1 << 20, {"BM": 64, "BN": 64, "BK": 64}, 4, 3),
-    Config("*", 2, None, {"BM": 128, "BN": 128, "BK": 64}, 8, 3),
+    Config("sm_*", 2, 1 << 20, {"BM": 64, "BN": 64, "BK": 64}, 4, 3),
+    Config("sm_9*", 2, None, {"BM": 128, "BN": 128, "BK": 64, **_TWO}, 8, 3),
+    Config("sm_10*", 2, None, {"BM": 128, "BN": 128, "BK": 64, **_TWO}, 8, 3),
+    Config("sm_*", 2, None, {"BM": 128, "BN": 128, "BK": 32, **_TWO}, 8, 3),
     Config("*", 4, None, {"BM": 64, "BN": 64, "BK": 32}, 4, 3),
     Config("*", 8, None, {"BM": 32, "BN": 64, "BK": 32}, 4, 1),
 )
@@ -211,13 +221,16 @@ def panel_rows(rows: int, features: int, config: Config) -> int:
 def product(a: Tensor, b: Tensor, total: Tensor | None = None) -> Tensor:
     """Return a @ b, in float32 for 16-bit operands; or add it to `total`, in place."""
     narrow = a.dtype in (torch.bfloat16, torch.float16)
-    if narrow and a.device.type == "cuda":
-        if total is None:
-            return torch.mm(a, b, out_dtype=torch.float32)
-        return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-    if narrow:  # only GPUs have that
+    on_gpu = a.device.type == "cuda"
+    if narrow and not on_gpu:  # only GPUs give float32
         a, b = a.float(), b.float()
-    return torch.mm(a, b) if total is None else total.addmm_(a, b)
+    # With `out=`, which autocast does not touch.
+    if total is None:
+        total = a.new_empty((a.shape[0], b.shape[1]), dtype=torch.float32 if narrow else None)
+        return torch.mm(a, b, out_dtype=torch.float32, out=total) if narrow and on_gpu else torch.mm(a, b, out=total)
+    if narrow and on_gpu:
+        return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    return torch.addmm(total, a, b, out=total)
 
 
 def write_gradient(

@@ -427,7 +427,7 @@ _OWN = Table(
     Config("interpreter", 0, None, {"BN": 32, "BD": 32}, 1),
     Config("*", 0, None, {"BN": 16, "BD": 128}, 4),
 )
-_STATISTICS = 5  # peak, sum, the positive's similarity, sum and number of the set; the third of the first direction only
+STATISTICS = 5  # peak, sum, the positive's similarity, sum and number of the set; the third of the first direction only
 
 
 class _Part(NamedTuple):
@@ -540,11 +540,12 @@ class _Call:
         launch(kernel, (triton.cdiv(self.rows, config.meta["BI"]),), *args, config=config, **constants)
 
 
+@torch.no_grad()
 def forward(query: Tensor, *arguments: object) -> tuple[Tensor, Tensor]:
     """Return the loss of each row, and the state."""
     call = _Call(query, *arguments)
     rows, compute = call.rows, call.compute
-    state = query.new_empty((1 + call.symmetric, _STATISTICS, rows), dtype=compute)
+    state = query.new_empty((1 + call.symmetric, STATISTICS, rows), dtype=compute)
     loss = query.new_empty((rows,), dtype=compute)
     if rows == 0:
         return loss, state
@@ -599,19 +600,21 @@ def _fold(
     launch(fold, (triton.cdiv(items, config.meta["BI"]),), *args, config=config, **constants)
 
 
+@torch.no_grad()
 def backward(
-    grad_loss: Tensor, state: Tensor, query: Tensor, key: Tensor | None, negatives: Tensor | None, *rest: object
-) -> tuple[Tensor, ...]:
+    grad_loss: Tensor, state: Tensor, query: Tensor, key: Tensor | None, negatives: Tensor | None, logit_scale: Tensor,
+    *rest: object,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """Return the gradients by query, key, negatives and scale; one that is not wanted has no elements, or is 0."""
     *arguments, wanted = rest
     assert isinstance(wanted, Sequence)
-    call = _Call(query, key, negatives, *arguments)
+    call = _Call(query, key, negatives, logit_scale, *arguments)
     grads = [
         query.new_empty((0,)) if tensor is None or not want else tensor.new_zeros(tensor.shape)
         if call.rows == 0 else torch.empty_like(tensor, memory_format=torch.contiguous_format)
         for tensor, want in zip(call.given, wanted, strict=False)
     ]  # fmt: skip
-    by_scale = call.scale.new_zeros(())
+    by_scale = torch.zeros_like(logit_scale)
     if call.rows == 0:
         return *grads, by_scale
     extra = _range_of_float16(grad_loss) if call.query.x.dtype == torch.float16 else None
@@ -650,7 +653,7 @@ def backward(
             write_gradient(of, whole, call.scale, extra, grad)
     if moments is not None:  # paired: each row has both directions' gradients
         moment = moments.sum(dtype=torch.float64) / (1 + call.paired)
-        by_scale = (moment if extra is None else moment / extra).to(call.scale.dtype)
+        by_scale = (moment if extra is None else moment / extra).to(logit_scale)
     return *grads, by_scale
 
 
