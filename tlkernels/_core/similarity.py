@@ -24,7 +24,6 @@ from torch import Tensor
 from tlkernels._core.dtypes import compute_dtype
 from tlkernels._core.triton import INTERPRETED, Config, Table, launch
 
-
 _WIDEN = tl.constexpr(INTERPRETED)  # the interpreter's tl.dot takes bfloat16 for integers
 
 
@@ -75,7 +74,9 @@ def _power_below(x):
 
 
 @triton.jit
-def scale_rows(x, out, norms, rows, features, row_stride, feature_stride, out_stride, BR: tl.constexpr, BD: tl.constexpr):
+def scale_rows(
+    x, out, norms, rows, features, row_stride, feature_stride, out_stride, BR: tl.constexpr, BD: tl.constexpr
+):
     """Write rows divided by the power of two below their 2-norm, which rounds nothing, and with zeros as padding.
 
     Three norms for each: the inverse norm of what was written (or of the 1e-12 that stands for a smaller norm); its
@@ -143,8 +144,8 @@ def finish(
             tl.store(grad + i[:, None] * features + d, (g * factor).to(grad.dtype.element_ty), kept)
 
 
-# Tiles of similarities, by reasoning on 2026-11-21, no GPU at hand. 16-bit: 128 x 128 accumulators are 64 registers of a
-# thread at 8 warps. With at most 128 in all, two programs share a multiprocessor, so that one's exponentials run beside
+# Tiles of similarities, by reasoning on 2026-11-21, no GPU at hand. 16-bit: 128 x 128 accumulators are 64 registers
+# of a thread at 8 warps. With at most 128 in all, two programs share a multiprocessor, so that one's exponentials run beside
 # the other's products; a few values that are then spilled cost once a tile, not in the loop over features. 64 features
 # are a 128-byte line of shared memory, 32 where three such stages would leave no place for a second program. float32:
 # a tile for products without tensor cores. float64 is read, not multiplied. A few hundred rows are cut finer, so that
@@ -164,6 +165,16 @@ TILES = Table(
     Config("*", 4, None, {"BM": 64, "BN": 64, "BK": 32}, 4, 3),
     Config("*", 8, None, {"BM": 32, "BN": 64, "BK": 32}, 4, 1),
 )
+CLAIMS = {name: ("HGMMA",) for name in ("statistics", "gradient", "pairs")}
+"""What the model of a sweep over 16-bit operands counts on, for `examples()`."""
+SPILLS = {
+    (name, where, what): "some values of the epilogue, once a tile, so that two programs share a multiprocessor"
+    for name, where in (
+        ("statistics", "sm_80"), ("statistics", "sm_100"), ("gradient", "sm_80"), ("gradient", "sm_90"),
+        ("gradient", "sm_100"), ("pairs", "sm_*"), ("pairs", "gfx*"),
+    )
+    for what in ("spills", "local")
+}  # fmt: skip
 # Passes over rows of features, bound by memory: 16 bytes a lane.
 _ROWS = Table(
     "embedding rows",
@@ -231,6 +242,12 @@ def product(a: Tensor, b: Tensor, total: Tensor | None = None) -> Tensor:
     if narrow and on_gpu:
         return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     return torch.addmm(total, a, b, out=total)
+
+
+def range_of_float16(upstream: Tensor) -> Tensor:
+    """Return a power of two that brings gradients of this upstream, two of them together, to float16's range."""
+    _, exponent = torch.frexp(upstream.abs().amax().float())
+    return torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), (13 - exponent).clamp(-100, 100))
 
 
 def write_gradient(

@@ -103,7 +103,7 @@ def _with(call: Call, tensors: Tensors) -> Call:
 
 
 class _Rows(Function):
-    """(query, key, negatives, logit_scale, target, mask, query_ids, key_ids, options, ops) -> loss of each row, state."""
+    """(query, key, negatives, logit_scale, target, mask, query_ids, key_ids, options, ops) -> each row's loss, state."""
 
     @staticmethod
     def forward(*args: Any) -> Any:
@@ -162,8 +162,6 @@ def _run_triton(call: Call) -> Tensor:
 
 IMPLEMENTATIONS = (
     Implementation("native", lambda call: refuse_native(call.query), partial(_run, NATIVE)),
-    Implementation(
-        "triton", lambda call: refuse_triton(call.query), _run_triton, by_name_only=triton.INTERPRETED
-    ),
+    Implementation("triton", lambda call: refuse_triton(call.query), _run_triton, by_name_only=triton.INTERPRETED),
     Implementation("reference", lambda call: None, reference.loss),
 )

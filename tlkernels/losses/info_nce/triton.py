@@ -14,7 +14,8 @@ difference of large numbers. Exponentials are of base 2; `peak` and `top` are lo
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -23,16 +24,19 @@ from torch import Tensor
 
 from tlkernels._core.dtypes import compute_dtype
 from tlkernels._core.similarity import (
+    CLAIMS,
+    SPILLS,
     TILES,
     Embeddings,
     panel_rows,
     precision,
     prepare,
     product,
+    range_of_float16,
     similarity_tile,
     write_gradient,
 )
-from tlkernels._core.triton import Config, Table, launch
+from tlkernels._core.triton import Config, Example, Table, launch
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2))
@@ -49,7 +53,9 @@ def taking_part(
     if OWN:
         counts = counts & ((i + own)[:, None] != j[None, :])
     if mask is not None:
-        counts = counts & (tl.load(mask + i.to(tl.int64)[:, None] * mask_row + j.to(tl.int64)[None, :] * mask_column) == 0)
+        counts = counts & (
+            tl.load(mask + i.to(tl.int64)[:, None] * mask_row + j.to(tl.int64)[None, :] * mask_column) == 0
+        )
     in_set = counts
     if row_ids is not None:
         same = tl.load(row_ids + i)[:, None] == tl.load(column_ids + j)[None, :]
@@ -81,9 +87,8 @@ def statistics(
     """
     C: tl.constexpr = by_row.dtype.element_ty
     tile_row, tile_column = tl.program_id(0) % row_tiles, tl.program_id(0) // row_tiles + skipped
-    if PAIRED:
-        if tile_column < first_row // BM + tile_row:
-            return
+    if PAIRED and tile_column < first_row // BM + tile_row:
+        return
     i = first_row + tile_row * BM + tl.arange(0, BM)
     j = tile_column * BN + tl.arange(0, BN)
     row, column = tl.minimum(i, row_end - 1), tl.minimum(j, column_count - 1)
@@ -210,7 +215,10 @@ def row_loss(state, positive, i, here, stride, scale, smoothing, SET: tl.constex
     """Return the loss of rows or columns by their statistics."""
     peak, total = tl.load(state + i, here, other=0.0), tl.load(state + stride + i, here, other=1.0)
     if SET != NO_SET:
-        in_set, count = tl.load(state + 3 * stride + i, here, other=0.0), tl.load(state + 4 * stride + i, here, other=1.0)
+        in_set, count = (
+            tl.load(state + 3 * stride + i, here, other=0.0),
+            tl.load(state + 4 * stride + i, here, other=1.0),
+        )
     if SET == LABEL:
         mean = scale * in_set / tl.where(count > 0, count, 1.0)
         return tl.where(count > 0, tl.log(total) + (peak * LN2 - mean), 0.0)
@@ -592,7 +600,8 @@ def _positives(call: _Call, out: Tensor) -> None:
 
 
 def _fold(
-    call: _Call, parts: Tensor, state: Tensor, first: int, items: int, tiles: int, first_tile: int, fresh: bool, side: int
+    call: _Call, parts: Tensor, state: Tensor, first: int, items: int, tiles: int, first_tile: int, fresh: bool,
+    side: int,
 ) -> None:  # fmt: skip
     config = _FOLDS.find(parts.device, 0, items)
     args = parts, state, first, items, tiles, first_tile, *parts.stride()[:2], state.stride(0)
@@ -617,7 +626,7 @@ def backward(
     by_scale = torch.zeros_like(logit_scale)
     if call.rows == 0:
         return *grads, by_scale
-    extra = _range_of_float16(grad_loss) if call.query.x.dtype == torch.float16 else None
+    extra = range_of_float16(grad_loss) if call.query.x.dtype == torch.float16 else None
     row_slopes, column_slopes = _slopes(call, grad_loss, state, extra)
     moments = query.new_empty((call.rows,), dtype=call.compute) if wanted[3] else None
     memory = [
@@ -680,15 +689,9 @@ def _gradient_at_positives(
     launch(gradient_at_positives, (triton.cdiv(end - begin, config.meta["BI"]),), *tensors, *numbers, config=config)
 
 
-def _range_of_float16(upstream: Tensor) -> Tensor:
-    """Return a power of two that brings gradients of this upstream, at most two of them together, to float16's range."""
-    _, exponent = torch.frexp(upstream.abs().amax().float())
-    return torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), (13 - exponent).clamp(-100, 100))
-
-
 def _own_gradients(
-    call: _Call, part: _Part, panel: Tensor, extra: Tensor | None, total: Tensor | None, grad: Tensor | None, begin: int,
-    end: int,
+    call: _Call, part: _Part, panel: Tensor, extra: Tensor | None, total: Tensor | None, grad: Tensor | None,
+    begin: int, end: int,
 ) -> None:  # fmt: skip
     negatives = call.own_negatives
     assert negatives is not None
@@ -700,3 +703,47 @@ def _own_gradients(
     strides = x.stride(0), *negatives.stride(), panel.stride(0), 0 if total is None else total.stride(0)
     grid = (end - begin, triton.cdiv(features, config.meta["BD"]))
     launch(own_gradients, grid, *tensors, begin, part.count, features, *strides, config=config)
+
+
+def _meta(
+    n: int, d: int, dtype: torch.dtype, *, negatives: tuple[int, ...] | None = None, paired: bool = False,
+    target: bool = False, mask: bool = False, ids: bool = False, **options: Any,
+) -> tuple[Any, ...]:  # fmt: skip
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    numbers = empty(n, dtype=torch.int64)
+    values = {"own": -1, "by_label": False, "symmetric": False, "normalize": False, "label_smoothing": 0.0, **options}
+    return (
+        empty(n, d), None if paired else empty(n, d), None if negatives is None else empty(*negatives),
+        empty(dtype=torch.float32), numbers if target else None, empty(n, n, dtype=torch.bool) if mask else None,
+        numbers if ids else None, None, *values.values(),
+    )  # fmt: skip
+
+
+def _both(call: tuple[Any, ...]) -> None:
+    loss, state = forward(*call)
+    backward(loss, state, *call, [True] * 4)
+
+
+def examples() -> Iterator[Example]:
+    """Yield calls that take every kernel and every row of the tables, and the options with most in a kernel."""
+    bf16, f16, f32, f64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+    views = {"paired": True, "own": 0, "normalize": True}
+    everything = {"mask": True, "symmetric": True, "normalize": True, "label_smoothing": 0.1}
+    for name, n, d, dtype, options in (
+        ("clip", 65536, 1024, bf16, {"symmetric": True}),
+        ("clip-small", 512, 512, bf16, {"symmetric": True}),
+        ("clip", 65536, 1024, f16, {"symmetric": True}),
+        ("clip", 8192, 384, f32, {"symmetric": True}),
+        ("clip", 8192, 384, f64, {"symmetric": True}),
+        ("nt_xent", 8192, 128, bf16, {**views, "target": True}),
+        ("sup_con", 8192, 128, bf16, {**views, "ids": True, "by_label": True}),
+        ("everything", 8192, 384, bf16, {**everything, "negatives": (4096, 384)}),
+        ("everything", 8192, 384, f32, {**everything, "negatives": (8192, 64, 384)}),
+        ("moco", 8192, 128, bf16, {"negatives": (65536, 128), "normalize": True}),
+        ("own-negatives", 8192, 384, bf16, {"negatives": (8192, 64, 384)}),
+    ):
+        call = _meta(n, d, dtype, **options)
+        claims = CLAIMS if dtype in (bf16, f16) else {}
+        yield Example(f"{name}-{str(dtype).removeprefix('torch.')}", partial(_both, call), claims, SPILLS)
