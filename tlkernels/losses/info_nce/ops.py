@@ -103,7 +103,7 @@ def _with(call: Call, tensors: Tensors) -> Call:
 
 
 class _Rows(Function):
-    """(query, key, negatives, logit_scale, target, mask, query_ids, key_ids, options, ops) -> each row's loss, state."""
+    """(query, key, negatives, logit_scale, target, mask, query_ids, key_ids, options, ops) -> rows' losses, state."""
 
     @staticmethod
     def forward(*args: Any) -> Any:

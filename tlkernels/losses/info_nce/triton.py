@@ -2,8 +2,9 @@
 
 Forward: one sweep over the matrix of similarities finds the log-sum-exp of rows, and with `symmetric` of columns, in
 the same tiles. Backward: another sweep, panel by panel, and the two products with each panel. That is four products of
-N·K·D for the symmetric loss, and none of them twice; `_core/similarity.py` has the model. Where the matrix is symmetric
-(nt_xent, sup_con) the tiles from the diagonal on give the statistics of all rows, and one product the gradient: 2.5.
+N·K·D for the symmetric loss, and none of them twice; `_core/triton_similarity.py` has the model. Where the matrix is
+symmetric (nt_xent, sup_con) the tiles from the diagonal on give the statistics of all rows, and one product the
+gradient: 2.5.
 
 What a program finds of its tile goes to a place of its own, and `fold` joins these in a fixed order: no atomics. That
 is 4·P·K / BM bytes a statistic, for a panel of P rows.
@@ -13,7 +14,7 @@ difference of large numbers. Exponentials are of base 2; `peak` and `top` are lo
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,7 +24,9 @@ import triton.language as tl
 from torch import Tensor
 
 from tlkernels._core.dtypes import compute_dtype
-from tlkernels._core.similarity import (
+from tlkernels._core.triton import Config, Example, Table, launch
+from tlkernels._core.triton_kernels import sum_of
+from tlkernels._core.triton_similarity import (
     CLAIMS,
     SPILLS,
     TILES,
@@ -34,15 +37,25 @@ from tlkernels._core.similarity import (
     product,
     range_of_float16,
     similarity_tile,
+    tiles_of,
     write_gradient,
 )
-from tlkernels._core.triton import Config, Example, Table, launch
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2))
 INF = tl.constexpr(math.inf)
 # Entries whose similarities are summed: for label smoothing all but the positive; for sup_con those of the label.
 NO_SET, ALL, LABEL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
+@triton.jit
+def positive_column(target, i, classes):
+    """Return the column of each row's positive, -1 where the target is none; without targets the row's own number."""
+    column = i
+    if target is not None:
+        at = tl.load(target + i)
+        column = tl.where((at >= 0) & (at < classes), at, -1).to(tl.int32)
+    return column
 
 
 @triton.jit
@@ -98,11 +111,8 @@ def statistics(
     )  # fmt: skip
     counts = (i < row_end)[:, None] & (j < column_count)[None, :]
     if SET != LABEL:
-        positive = row
-        if target is not None:
-            positive = tl.load(target + row)
-            positive = tl.where((positive >= 0) & (positive < classes), positive, -1).to(tl.int32)
-        counts = counts & ((positive - first_column)[:, None] != j[None, :])
+        positive = positive_column(target, row, classes) - first_column
+        counts = counts & (positive[:, None] != j[None, :])
     counts, in_set = taking_part(
         counts, row, column, mask, row_ids, column_ids, own, mask_row, mask_column, SET, OWN
     )  # fmt: skip
@@ -221,16 +231,18 @@ def row_loss(state, positive, i, here, stride, scale, smoothing, SET: tl.constex
         )
     if SET == LABEL:
         mean = scale * in_set / tl.where(count > 0, count, 1.0)
-        return tl.where(count > 0, tl.log(total) + (peak * LN2 - mean), 0.0)
-    s = tl.load(positive + i, here, other=0.0)
-    logit = s * (scale * LOG2E)
-    top, others, own = softmax(peak, total, logit)
-    ratio = others / own
-    one_more = 1 + ratio  # log(1 + ratio), with what rounding took from the sum
-    near = tl.log(one_more) + (ratio - (one_more - 1)) / one_more
-    loss = tl.where(others <= own, near, tl.log(others + own) + (top - logit) * LN2)
-    if SET == ALL:
-        loss += smoothing * (scale * s - scale * (in_set + s) / (count + 1))
+        loss = tl.where(count > 0, tl.log(total) + (peak * LN2 - mean), 0.0)
+    else:
+        s = tl.load(positive + i, here, other=0.0)
+        logit = s * (scale * LOG2E)
+        top, others, own = softmax(peak, total, logit)
+        near = others <= own
+        ratio = others / tl.where(near, own, 1.0)
+        one_more = 1 + ratio  # log(1 + ratio), with what rounding took from the sum
+        of_ratio = tl.log(one_more) + (ratio - (one_more - 1)) / one_more
+        loss = tl.where(near, of_ratio, tl.log(others + own) + (top - logit) * LN2)
+        if SET == ALL:
+            loss += smoothing * (scale * s - scale * (in_set + s) / (count + 1))
     return loss
 
 
@@ -290,12 +302,12 @@ def slopes(
 @triton.jit
 def gradient(
     rows, columns, known, row_norms, column_norms, scale, target, mask, row_ids, column_ids, row_slopes, column_slopes,
-    panel, first_row, row_end, column_count, first_column, classes, own, D, row_stride, column_stride,
+    panel, by_scale, first_row, row_end, column_count, first_column, classes, own, D, row_stride, column_stride,
     known_stride, mask_row, mask_column, slopes_stride, panel_stride, row_tiles,
     SET: tl.constexpr, OWN: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Write a tile of the gradient by the products of rows as they are, over `scale`.
+    """Write a tile of the gradient by the products of rows as they are, over `scale`, and its sum with similarities.
 
     Positives are written as if they were others, and then over by `gradient_at_positives`: to tell them apart here, in
     every tile, would take registers that a second program on the multiprocessor needs.
@@ -326,6 +338,12 @@ def gradient(
             if column_slopes is not None:
                 share = share + tl.load(of_column + 2 * slopes_stride)[None, :]
             g -= tl.where(in_set, share, 0.0)
+    if by_scale is not None:
+        moments = tl.where((i < row_end)[:, None] & (j < column_count)[None, :], g * s, 0.0)
+        if SET != LABEL:
+            positive = positive_column(target, row, classes) - first_column
+            moments = tl.where(positive[:, None] == j[None, :], 0.0, moments)
+        tl.store(by_scale + tl.program_id(0), tl.sum(tl.sum(moments, 1), 0))
     if row_norms is not None:
         g = g * tl.load(row_norms + row)[:, None] * tl.load(column_norms + column)[None, :]
     at = panel + (i - first_row).to(tl.int64)[:, None] * panel_stride + j[None, :]
@@ -334,8 +352,8 @@ def gradient(
 
 @triton.jit
 def gradient_at_positives(
-    row_slopes, column_slopes, target, row_norms, column_norms, panel, begin, end, first, columns, rows, panel_stride,
-    BI: tl.constexpr,
+    row_slopes, column_slopes, similarity, target, row_norms, column_norms, panel, by_scale, begin, end, first, columns,
+    rows, panel_stride, BI: tl.constexpr,
 ):  # fmt: skip
     """Write what `gradient` leaves out where the positives are among columns `first` ... of the matrix."""
     i = begin + tl.program_id(0) * BI + tl.arange(0, BI)
@@ -347,6 +365,8 @@ def gradient_at_positives(
     g = tl.load(row_slopes + 3 * rows + i, here, other=0.0)
     if column_slopes is not None:
         g += tl.load(column_slopes + 3 * rows + j, here, other=0.0)
+    if by_scale is not None:
+        tl.store(by_scale + i, g * tl.load(similarity + i, here, other=0.0), here)
     if row_norms is not None:
         g = g * tl.load(row_norms + i, here, other=0.0) * tl.load(column_norms + j, here, other=0.0)
     tl.store(panel + (i - begin).to(tl.int64) * panel_stride + j, g.to(panel.dtype.element_ty), here)
@@ -444,7 +464,7 @@ class _Part(NamedTuple):
     columns: Embeddings | None
     known: Tensor | None
     """The similarities, where they are not computed tile by tile."""
-    count: int
+    size: int
     first: int
     keys: bool
 
@@ -485,7 +505,7 @@ class _Call:
             self.own_norms = negatives.new_empty(negatives.shape[:2] if normalize else (0,), dtype=self.compute)
             known = self._own_similarities(negatives)
             self.parts.append(_Part(None, known, negatives.shape[1], keys, False))
-        self.classes = keys + sum(part.count for part in self.parts[1:])
+        self.classes = keys + sum(part.size for part in self.parts[1:])
         self.target = None if target is None else target.long().contiguous()
         self.mask = None if mask is None else mask.view(torch.uint8)
         self.query_ids = None if query_ids is None else query_ids.long().contiguous()
@@ -498,7 +518,7 @@ class _Call:
         config = _OWN.find(negatives.device, 0, count)
         x, norms = self.query.x, self.query.norms
         args = x, norms, negatives, out, self.own_norms, count, features, x.stride(0), *negatives.stride()
-        launch(own_similarities, (rows, triton.cdiv(count, config.meta["BN"])), *args, config=config)
+        launch(own_similarities, (rows, tiles_of(count, config.meta["BN"])), *args, config=config)
         return out
 
     def panels(self) -> Iterator[tuple[int, int]]:
@@ -508,7 +528,7 @@ class _Call:
 
     def tiles(self, part: _Part) -> int:
         """Return how many tiles the columns of a part are."""
-        return triton.cdiv(part.count, self.tile["BN"])
+        return tiles_of(part.size, self.tile["BN"])
 
     def matrix(self, part: _Part, begin: int, end: int) -> tuple[tuple[Tensor | None, ...], tuple[int, ...]]:
         """Return the tensors of some rows of a part, and the numbers that go with them."""
@@ -519,19 +539,18 @@ class _Call:
             known = known[begin:end]
         elif self.compute == torch.float64:  # no tensor core multiplies them as float64; the library does what there is
             known = product(x[begin:end], columns.x.T)
+        norms = (None, None) if columns is None else (self.query.norms, columns.norms)
+        tensors: tuple[Tensor | None, ...]
         if known is not None:
-            strides = 0, 0, 0, known.stride(0)
-            row_norms, column_norms = (None, None) if columns is None else (self.query.norms, columns.norms)
-            tensors = None, None, known, row_norms, column_norms
+            strides, tensors = (0, 0, 0, known.stride(0)), (None, None, known)
         else:
             assert columns is not None
-            strides = x.shape[1], x.stride(0), columns.x.stride(0), 0
-            tensors = x, columns.x, None, self.query.norms, columns.norms
+            strides, tensors = (x.shape[1], x.stride(0), columns.x.stride(0), 0), (x, columns.x, None)
         mask = self.mask if part.keys else None
         ids = (self.query_ids, self.key_ids) if part.keys else (None, None)
         mask_strides = (0, 0) if mask is None else mask.stride()
-        numbers = begin, end, part.count, part.first, self.classes, self.own, *strides, *mask_strides
-        return (*tensors, self.scale, self.target, mask, *ids), numbers
+        numbers = begin, end, part.size, part.first, self.classes, self.own, *strides, *mask_strides
+        return (*tensors, *norms, self.scale, self.target, mask, *ids), numbers
 
     def constants(self, part: _Part) -> dict[str, object]:
         """Return the constants of the kernels on tiles."""
@@ -545,11 +564,11 @@ class _Call:
     def vectors(self, kernel: object, *args: object, **constants: object) -> None:
         """Launch a kernel on numbers for each row."""
         config = _VECTORS.find(self.query.x.device, 0, self.rows)
-        launch(kernel, (triton.cdiv(self.rows, config.meta["BI"]),), *args, config=config, **constants)
+        launch(kernel, (tiles_of(self.rows, config.meta["BI"]),), *args, config=config, **constants)
 
 
 @torch.no_grad()
-def forward(query: Tensor, *arguments: object) -> tuple[Tensor, Tensor]:
+def forward(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     """Return the loss of each row, and the state."""
     call = _Call(query, *arguments)
     rows, compute = call.rows, call.compute
@@ -560,15 +579,15 @@ def forward(query: Tensor, *arguments: object) -> tuple[Tensor, Tensor]:
     if call.set != LABEL.value:
         _positives(call, state[0, 2])
     kinds = 4 if call.set != NO_SET.value else 2
-    row_tiles = triton.cdiv(min(call.step, rows), call.tile["BM"])
+    row_tiles = tiles_of(min(call.step, rows), call.tile["BM"])
     tiles = sum(map(call.tiles, call.parts))
     by_row = query.new_empty((tiles, kinds, min(call.step, rows)), dtype=compute)
     columns = state[1] if call.symmetric else state[0]
     by_column = None
     if call.symmetric or call.paired:
-        by_column = query.new_empty((row_tiles, kinds, call.parts[0].count), dtype=compute)
+        by_column = query.new_empty((row_tiles, kinds, call.parts[0].size), dtype=compute)
     for begin, end in call.panels():
-        panel_tiles = triton.cdiv(end - begin, call.tile["BM"])
+        panel_tiles = tiles_of(end - begin, call.tile["BM"])
         offset = 0
         skipped = begin // call.tile["BM"] if call.paired else 0
         for part in call.parts:
@@ -580,7 +599,7 @@ def forward(query: Tensor, *arguments: object) -> tuple[Tensor, Tensor]:
             call.launch(statistics, grid, *args, PAIRED=call.paired, **call.constants(part))
             offset += call.tiles(part)
         if by_column is not None:
-            _fold(call, by_column, columns, 0, call.parts[0].count, panel_tiles, skipped, begin == 0, -call.paired)
+            _fold(call, by_column, columns, 0, call.parts[0].size, panel_tiles, skipped, begin == 0, -call.paired)
         _fold(call, by_row, state[0], begin, end - begin, tiles, 0, not call.paired, int(call.paired))
     other = state[1] if call.symmetric else None
     call.vectors(losses, state[0], other, state[0, 2], call.scale, loss, rows, call.smoothing, SET=call.set)
@@ -594,8 +613,8 @@ def _positives(call: _Call, out: Tensor) -> None:
     tensors = query.x, key.x, negatives and negatives.x, known
     norms = query.norms, key.norms, negatives and negatives.norms
     strides = query.x.stride(0), key.x.stride(0), 0 if negatives is None else negatives.x.stride(0)
-    numbers = call.rows, call.parts[0].count, call.classes, query.x.shape[1]
-    grid = (triton.cdiv(call.rows, config.meta["BI"]),)
+    numbers = call.rows, call.parts[0].size, call.classes, query.x.shape[1]
+    grid = (tiles_of(call.rows, config.meta["BI"]),)
     launch(positives, grid, *tensors, *norms, call.target, out, *numbers, *strides, config=config)
 
 
@@ -606,17 +625,16 @@ def _fold(
     config = _FOLDS.find(parts.device, 0, items)
     args = parts, state, first, items, tiles, first_tile, *parts.stride()[:2], state.stride(0)
     constants = {"SET": call.set, "FRESH": fresh, "SIDE": side, "TILE": call.tile["BM"]}
-    launch(fold, (triton.cdiv(items, config.meta["BI"]),), *args, config=config, **constants)
+    launch(fold, (tiles_of(items, config.meta["BI"]),), *args, config=config, **constants)
 
 
 @torch.no_grad()
 def backward(
     grad_loss: Tensor, state: Tensor, query: Tensor, key: Tensor | None, negatives: Tensor | None, logit_scale: Tensor,
-    *rest: object,
+    *rest: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Return the gradients by query, key, negatives and scale; one that is not wanted has no elements, or is 0."""
     *arguments, wanted = rest
-    assert isinstance(wanted, Sequence)
     call = _Call(query, key, negatives, logit_scale, *arguments)
     grads = [
         query.new_empty((0,)) if tensor is None or not want else tensor.new_zeros(tensor.shape)
@@ -628,41 +646,56 @@ def backward(
         return *grads, by_scale
     extra = range_of_float16(grad_loss) if call.query.x.dtype == torch.float16 else None
     row_slopes, column_slopes = _slopes(call, grad_loss, state, extra)
-    moments = query.new_empty((call.rows,), dtype=call.compute) if wanted[3] else None
+    tiles = [tiles_of(min(call.step, call.rows), call.tile["BM"]) * call.tiles(part) for part in call.parts]
+    # Of every panel's tiles, then of the positives.
+    sums = query.new_zeros((len(list(call.panels())) * sum(tiles) + call.rows,), dtype=call.compute)
+    by_tile = iter(sums[: -call.rows].view(-1, sum(tiles)))
     memory = [
         query.new_empty(
-            (min(call.step, call.rows), triton.cdiv(part.count, 64) * 64),
+            (min(call.step, call.rows), tiles_of(part.size, 64) * 64),
             dtype=call.compute if part.columns is None else call.query.x.dtype,
         )
         for part in call.parts
     ]
     totals: list[Tensor | None] = [None, None]
     for begin, end in call.panels():
-        total = None
+        total, of_panel = None, next(by_tile)
         for k, part in enumerate(call.parts):
             tensors, numbers = call.matrix(part, begin, end)
             there = column_slopes if part.keys else None
-            panel_tiles = triton.cdiv(end - begin, call.tile["BM"])
-            args = *tensors, row_slopes, there, memory[k], *numbers, call.rows, memory[k].stride(0), panel_tiles
+            panel_tiles = tiles_of(end - begin, call.tile["BM"])
+            of_part = of_panel[sum(tiles[:k]) :] if wanted[3] else None
+            args = (
+                *tensors,
+                row_slopes,
+                there,
+                memory[k],
+                of_part,
+                *numbers,
+                call.rows,
+                memory[k].stride(0),
+                panel_tiles,
+            )
             call.launch(gradient, panel_tiles * call.tiles(part), *args, **call.constants(part))
             if call.set != LABEL.value:
-                _gradient_at_positives(call, part, row_slopes, there, memory[k], begin, end)
-            panel = memory[k][: end - begin, : part.count]
+                of_positives = sums[-call.rows :] if wanted[3] else None
+                slopes_there = row_slopes, there, state[0, 2]
+                _gradient_at_positives(call, part, slopes_there, memory[k], of_positives, begin, end)
+            panel = memory[k][: end - begin, : part.size]
             if part.columns is None:
                 _own_gradients(call, part, memory[k], extra, total, grads[2] if wanted[2] else None, begin, end)
                 continue
-            if wanted[0] or wanted[3]:
+            if wanted[0]:
                 total = product(panel, part.columns.x, total)
             if wanted[k + 1] and not call.paired:
                 totals[k] = product(panel.T, call.query.x[begin:end], totals[k])
         if total is not None:
-            write_gradient(call.query, total, call.scale, extra, grads[0] if wanted[0] else None, moments, begin)
+            write_gradient(call.query, total, call.scale, extra, grads[0], begin)
     for of, whole, grad in zip((call.key, call.negatives), totals, grads[1:], strict=True):
         if of is not None and whole is not None:
             write_gradient(of, whole, call.scale, extra, grad)
-    if moments is not None:  # paired: each row has both directions' gradients
-        moment = moments.sum(dtype=torch.float64) / (1 + call.paired)
-        by_scale = (moment if extra is None else moment / extra).to(logit_scale)
+    if wanted[3]:  # paired: each tile has both directions' gradients
+        by_scale = sum_of(sums, sums.new_empty(()), 0.5 if call.paired else 1.0, extra).to(logit_scale)
     return *grads, by_scale
 
 
@@ -680,13 +713,14 @@ def _slopes(call: _Call, upstream: Tensor, state: Tensor, extra: Tensor | None) 
 
 
 def _gradient_at_positives(
-    call: _Call, part: _Part, row_slopes: Tensor, column_slopes: Tensor | None, panel: Tensor, begin: int, end: int
+    call: _Call, part: _Part, slopes: tuple[Tensor | None, ...], panel: Tensor, by_scale: Tensor | None, begin: int,
+    end: int,
 ) -> None:  # fmt: skip
     norms = (None, None) if part.columns is None else (call.query.norms, part.columns.norms)
-    tensors = row_slopes, column_slopes, call.target, *norms, panel
+    tensors = *slopes, call.target, *norms, panel, by_scale
     config = _VECTORS.find(panel.device, 0, end - begin)
-    numbers = begin, end, part.first, part.count, call.rows, panel.stride(0)
-    launch(gradient_at_positives, (triton.cdiv(end - begin, config.meta["BI"]),), *tensors, *numbers, config=config)
+    numbers = begin, end, part.first, part.size, call.rows, panel.stride(0)
+    launch(gradient_at_positives, (tiles_of(end - begin, config.meta["BI"]),), *tensors, *numbers, config=config)
 
 
 def _own_gradients(
@@ -697,12 +731,12 @@ def _own_gradients(
     assert negatives is not None
     if total is None and grad is None:
         return
-    config = _OWN.find(negatives.device, 0, part.count)
+    config = _OWN.find(negatives.device, 0, part.size)
     x, features = call.query.x, negatives.shape[2]
     tensors = x, call.query.norms, negatives, part.known, call.own_norms, panel, call.scale, extra, total, grad
     strides = x.stride(0), *negatives.stride(), panel.stride(0), 0 if total is None else total.stride(0)
-    grid = (end - begin, triton.cdiv(features, config.meta["BD"]))
-    launch(own_gradients, grid, *tensors, begin, part.count, features, *strides, config=config)
+    grid = (end - begin, tiles_of(features, config.meta["BD"]))
+    launch(own_gradients, grid, *tensors, begin, part.size, features, *strides, config=config)
 
 
 def _meta(

@@ -1,8 +1,8 @@
 """The sigmoid contrastive loss in Triton. What the ops mean is in `ops.py`.
 
 Each entry's loss and gradient are known from its similarity alone, so one sweep gives all: one product of N·K·D for the
-similarities, and two with each panel of their gradient, which `_core/similarity.py` explains. A program's sums go to
-places of their own and are added in a fixed order.
+similarities, and two with each panel of their gradient, which `_core/triton_similarity.py` explains. A program's sums
+go to places of their own and are added in a fixed order.
 
 With z = scale * similarity + bias a negative's loss is log(1 + exp(z)), its gradient sigmoid(z); a positive's are those
 of -z, with the sign turned.
@@ -11,6 +11,7 @@ of -z, with the sign turned.
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import triton
@@ -18,7 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 from tlkernels._core.dtypes import compute_dtype
-from tlkernels._core.similarity import (
+from tlkernels._core.triton import Example, launch
+from tlkernels._core.triton_kernels import sum_of
+from tlkernels._core.triton_similarity import (
     CLAIMS,
     SPILLS,
     TILES,
@@ -28,10 +31,9 @@ from tlkernels._core.similarity import (
     product,
     range_of_float16,
     similarity_tile,
+    tiles_of,
     write_gradient,
 )
-from tlkernels._core.triton import Example, launch
-from tlkernels._core.triton_kernels import sum_of
 
 LOG2E = tl.constexpr(math.log2(math.e))
 
@@ -49,13 +51,13 @@ def log_of_one_more(e, TERMS: tl.constexpr):
 
 @triton.jit
 def pairs(
-    rows, columns, known, scale, bias, upstream, extra, panel, losses, slopes, first_row, row_end, column_count, own, D,
-    row_stride, column_stride, known_stride, panel_stride, row_tiles,
+    rows, columns, known, scale, bias, upstream, extra, panel, losses, by_scale, by_bias,
+    first_row, row_end, column_count, own, D, row_stride, column_stride, known_stride, panel_stride, row_tiles,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Sum the losses of a tile's pairs; with a panel also write their gradients, times `upstream`, and sum those.
+    """Sum the losses of a tile's pairs; with a panel also write their gradients, and sum those by scale and bias.
 
-    The gradients written are further times `extra`, if given.
+    Gradients are times `upstream`, and times `extra` if given.
     """
     C: tl.constexpr = losses.dtype.element_ty
     tile_row, tile_column = tl.program_id(0) % row_tiles, tl.program_id(0) // row_tiles
@@ -80,7 +82,9 @@ def pairs(
             factor *= tl.load(extra).to(C)
         g = tl.where(z < 0, e, 1.0) / (1 + e) * factor
         g = tl.where(positive, -g, g)
-        tl.store(slopes + tl.program_id(0), tl.sum(tl.sum(tl.where(here, g, 0.0), 1), 0))
+        g = tl.where(here, g, 0.0)
+        tl.store(by_scale + tl.program_id(0), tl.sum(tl.sum(g * s, 1), 0))
+        tl.store(by_bias + tl.program_id(0), tl.sum(tl.sum(g, 1), 0))
         at = panel + (i - first_row).to(tl.int64)[:, None] * panel_stride + j[None, :]
         tl.store(at, g.to(panel.dtype.element_ty), here)
 
@@ -98,27 +102,34 @@ class _Sweep:
         self.query, self.key = (prepare(x, dtype, False, self.config) for x in (query, key))
         self.step = panel_rows(self.rows, query.shape[1], self.config)
         tile = self.config.meta
-        self.row_tiles = triton.cdiv(min(self.step, self.rows), tile["BM"])
-        self.column_tiles = triton.cdiv(self.columns, tile["BN"])
+        self.row_tiles = tiles_of(min(self.step, self.rows), tile["BM"])
+        self.column_tiles = tiles_of(self.columns, tile["BN"])
         self.panels = [(begin, min(begin + self.step, self.rows)) for begin in range(0, self.rows, self.step)]
-        self.losses, self.slopes = query.new_zeros(
-            (2, len(self.panels), self.row_tiles * self.column_tiles), dtype=self.compute
+        self.losses, self.by_scale, self.by_bias = query.new_zeros(
+            (3, len(self.panels), self.row_tiles * self.column_tiles), dtype=self.compute
         )
 
     def run(self, n: int, panel: Tensor | None, upstream: Tensor | None, extra: Tensor | None) -> None:
         """Sweep over panel n."""
         begin, end = self.panels[n]
         x, y = self.query.x, self.key.x
-        known, rows, columns = None, x, y
+        known = None
         numbers: tuple[int, ...] = x.shape[1], x.stride(0), y.stride(0), 0
         if self.compute == torch.float64:  # no tensor core multiplies them as float64; the library does what there is
-            known, rows, columns = product(x[begin:end], y.T), None, None
+            known = product(x[begin:end], y.T)
             numbers = 0, 0, 0, known.stride(0)
-        row_tiles = triton.cdiv(end - begin, self.config.meta["BM"])
-        tensors = rows, columns, known, self.scale, self.bias, upstream, extra, panel, self.losses[n], self.slopes[n]
+        row_tiles = tiles_of(end - begin, self.config.meta["BM"])
+        tensors = *((x, y) if known is None else (None, None)), known, self.scale, self.bias, upstream, extra, panel
+        sums = self.losses[n], self.by_scale[n], self.by_bias[n]
         numbers = begin, end, self.columns, self.own, *numbers, 0 if panel is None else panel.stride(0), row_tiles
         launch(
-            pairs, (row_tiles * self.column_tiles,), *tensors, *numbers, PRECISION=self.precision, config=self.config
+            pairs,
+            (row_tiles * self.column_tiles,),
+            *tensors,
+            *sums,
+            *numbers,
+            PRECISION=self.precision,
+            config=self.config,
         )
 
     def loss(self) -> Tensor:
@@ -153,41 +164,41 @@ def step(
     # The gradient of the mean, which is of the dtype of the computation on the device whatever the upstream is.
     factor = upstream.to(query.device, sweep.compute) / sweep.rows
     extra = range_of_float16(factor) if sweep.query.x.dtype == torch.float16 else None
-    memory = query.new_empty(
-        (min(sweep.step, sweep.rows), triton.cdiv(sweep.columns, 64) * 64), dtype=sweep.query.x.dtype
-    )
-    moments = sweep.losses.new_empty((sweep.rows,)) if wanted[2] else None
+    memory = query.new_empty((min(sweep.step, sweep.rows), tiles_of(sweep.columns, 64) * 64), dtype=sweep.query.x.dtype)
     by_key: Tensor | None = None
     for n, (begin, end) in enumerate(sweep.panels):
         sweep.run(n, memory, factor, extra)
         panel = memory[: end - begin, : sweep.columns]
-        if wanted[0] or wanted[2]:
-            grad = grads[0] if wanted[0] else None
-            write_gradient(sweep.query, product(panel, sweep.key.x), sweep.scale, extra, grad, moments, begin)
+        if wanted[0]:
+            write_gradient(sweep.query, product(panel, sweep.key.x), sweep.scale, extra, grads[0], begin)
         if wanted[1]:
             by_key = product(panel.T, sweep.query.x[begin:end], by_key)
     if by_key is not None:
         write_gradient(sweep.key, by_key, sweep.scale, extra, grads[1])
     by_scale, by_bias = (
-        torch.zeros_like(value) if sums is None else sum_of(sums, sums.new_empty(()), 1.0, extra).to(value)
-        for sums, value in ((moments, logit_scale), (sweep.slopes, logit_bias))
+        sum_of(sums, sums.new_empty(()), 1.0, extra).to(value)
+        for sums, value in ((sweep.by_scale, logit_scale), (sweep.by_bias, logit_bias))
     )
     return sweep.loss(), *grads, by_scale, by_bias
 
 
-def _meta(n: int, d: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    x, number = torch.empty(n, d, dtype=dtype, device="meta"), torch.empty((), device="meta")
-    return x, x, number, number
+def _example(n: int, dtype: torch.dtype, function: Any) -> Any:
+    x, number = torch.empty(n, 768, dtype=dtype, device="meta"), torch.empty((), device="meta")
+    if function is forward:
+        return partial(forward, x, x, number, number, 0)
+    return partial(step, number, x, x, number, number, 0, [True] * 4)
 
 
 def examples() -> Iterator[Example]:
     """Yield calls that take every kernel and every row of the table."""
-    for dtype in (torch.bfloat16, torch.float32, torch.float64):
-        for n in (512, 32768):
-            x = _meta(n, 768, dtype)
-            claims = CLAIMS if dtype == torch.bfloat16 else {}
-            name = f"{n}-{str(dtype).removeprefix('torch.')}"
-            yield Example(f"step-{name}", partial(step, x[2], *x, 0, [True] * 4), claims, SPILLS)
-    yield Example("forward", partial(forward, *_meta(32768, 768, torch.bfloat16), 0), CLAIMS, SPILLS)
-    half = _meta(32768, 768, torch.float16)
-    yield Example("step-float16", partial(step, half[2], *half, 0, [True] * 4), CLAIMS, SPILLS)
+    for function, n, dtype in (
+        (step, 512, torch.bfloat16),
+        (step, 32768, torch.bfloat16),
+        (forward, 32768, torch.bfloat16),
+        (step, 32768, torch.float16),
+        (step, 32768, torch.float32),
+        (step, 32768, torch.float64),
+    ):
+        claims = CLAIMS if dtype.itemsize == 2 else {}
+        name = f"{function.__name__}-{n}-{str(dtype).removeprefix('torch.')}"
+        yield Example(name, _example(n, dtype, function), claims, SPILLS)

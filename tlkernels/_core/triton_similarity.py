@@ -69,8 +69,10 @@ def similarity_tile(
 def _power_below(x):
     """Return the power of two in (x / 2, x]; x is positive, normal and finite."""
     if x.dtype == tl.float64:
-        return (x.to(tl.int64, bitcast=True) & 0x7FF0000000000000).to(tl.float64, bitcast=True)
-    return (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+        power = (x.to(tl.int64, bitcast=True) & 0x7FF0000000000000).to(tl.float64, bitcast=True)
+    else:
+        power = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    return power
 
 
 @triton.jit
@@ -107,11 +109,11 @@ def scale_rows(
 
 @triton.jit
 def finish(
-    total, x, norms, scale, extra, grad, moments, first, rows, features, all_rows, total_stride, x_stride,
+    total, x, norms, scale, extra, grad, first, rows, features, all_rows, total_stride, x_stride,
     BR: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient by rows from `first` on as they were given; `total`, which begins there, is the gradient by
-    them as they were multiplied, times extra / scale. And the products of both, whose sum is extra times that by scale.
+    them as they were multiplied, times extra / scale.
     """
     C: tl.constexpr = total.dtype.element_ty
     factor = tl.load(scale).to(C)
@@ -122,34 +124,30 @@ def finish(
     here = (r < rows)[:, None]
     along = tl.zeros([BR], C)
     shrink = tl.full([BR], 1.0, C)
-    if norms is not None or moments is not None:
+    if norms is not None:  # less the part along the row, whose norm does not matter
         for start in range(0, features, BD):
             d = start + tl.arange(0, BD).to(tl.int64)[None, :]
             kept = here & (d < features)
             value = tl.load(x + i[:, None] * x_stride + d, kept, other=0.0).to(C)
             along += tl.sum(value * tl.load(total + r[:, None] * total_stride + d, kept, other=0.0), 1)
-        if moments is not None:
-            tl.store(moments + i, along, r < rows)
-    if norms is not None:  # less the part along the row, whose norm does not matter
         along *= tl.load(norms + all_rows + i, r < rows, other=0.0)
         shrink = tl.load(norms + 2 * all_rows + i, r < rows, other=0.0)
-    if grad is not None:
-        for start in range(0, features, BD):
-            d = start + tl.arange(0, BD).to(tl.int64)[None, :]
-            kept = here & (d < features)
-            g = tl.load(total + r[:, None] * total_stride + d, kept, other=0.0)
-            if norms is not None:
-                value = tl.load(x + i[:, None] * x_stride + d, kept, other=0.0).to(C)
-                g = (g - along[:, None] * value) * shrink[:, None]
-            tl.store(grad + i[:, None] * features + d, (g * factor).to(grad.dtype.element_ty), kept)
+    for start in range(0, features, BD):
+        d = start + tl.arange(0, BD).to(tl.int64)[None, :]
+        kept = here & (d < features)
+        g = tl.load(total + r[:, None] * total_stride + d, kept, other=0.0)
+        if norms is not None:
+            value = tl.load(x + i[:, None] * x_stride + d, kept, other=0.0).to(C)
+            g = (g - along[:, None] * value) * shrink[:, None]
+        tl.store(grad + i[:, None] * features + d, (g * factor).to(grad.dtype.element_ty), kept)
 
 
 # Tiles of similarities, by reasoning on 2026-11-21, no GPU at hand. 16-bit: 128 x 128 accumulators are 64 registers
-# of a thread at 8 warps. With at most 128 in all, two programs share a multiprocessor, so that one's exponentials run beside
-# the other's products; a few values that are then spilled cost once a tile, not in the loop over features. 64 features
-# are a 128-byte line of shared memory, 32 where three such stages would leave no place for a second program. float32:
-# a tile for products without tensor cores. float64 is read, not multiplied. A few hundred rows are cut finer, so that
-# there are programs for all multiprocessors.
+# of a thread at 8 warps. With at most 128 in all, two programs share a multiprocessor, so that one's exponentials run
+# beside the other's products; a few values that are then spilled cost once a tile, not in the loop over features. 64
+# features are a 128-byte line of shared memory, 32 where three such stages would leave no place for a second program.
+# float32: a tile for products without tensor cores. float64 is read, not multiplied. A few hundred rows are cut finer,
+# so that there are programs for all multiprocessors.
 _TWO = {"maxnreg": 128}
 TILES = Table(
     "similarity",
@@ -183,6 +181,11 @@ _ROWS = Table(
 )
 
 
+def tiles_of(size: int, tile: int) -> int:
+    """Return how many tiles cover the size."""
+    return -(-size // tile)
+
+
 class Embeddings(NamedTuple):
     """Rows of features as the tiles take them: contiguous, aligned, the features padded with zeros."""
 
@@ -193,19 +196,19 @@ class Embeddings(NamedTuple):
 
     @property
     def rows(self) -> int:
-        return self.x.shape[0]
+        return int(self.x.shape[0])
 
 
 def prepare(given: Tensor, dtype: torch.dtype, normalize: bool, config: Config) -> Embeddings:
     """Return the embeddings in the dtype of the operands; copied only where they have to be."""
     rows, features = given.shape
     step = config.meta["BK"]
-    padded = triton.cdiv(features, step) * step
+    padded = tiles_of(features, step) * step
     if normalize:
         x = given.new_empty((rows, padded), dtype=dtype)
         norms = given.new_empty((3, rows), dtype=compute_dtype(given))
         row = _ROWS.find(given.device, 0, rows)
-        grid = (triton.cdiv(rows, row.meta["BR"]),)
+        grid = (tiles_of(rows, row.meta["BR"]),)
         launch(scale_rows, grid, given, x, norms, rows, features, *given.stride(), padded, config=row)
         return Embeddings(given, x, norms)
     if padded == features and given.dtype == dtype and given.is_contiguous() and given.data_ptr() % 16 == 0:
@@ -226,7 +229,7 @@ def panel_rows(rows: int, features: int, config: Config) -> int:
     tile = config.meta["BM"]
     few, many = (3 * tile, 3 * tile) if INTERPRETED else (2048, 4096)
     wanted = min(max(4 * features, few), many, max(rows, 1))
-    return triton.cdiv(wanted, tile) * tile
+    return tiles_of(wanted, tile) * tile
 
 
 def product(a: Tensor, b: Tensor, total: Tensor | None = None) -> Tensor:
@@ -251,12 +254,10 @@ def range_of_float16(upstream: Tensor) -> Tensor:
 
 
 def write_gradient(
-    of: Embeddings, total: Tensor, scale: Tensor, extra: Tensor | None, grad: Tensor | None,
-    moments: Tensor | None = None, first: int = 0,
-) -> None:  # fmt: skip
-    """Write rows `first` ... of what `finish` says, where there is a tensor for it, from a product with a panel."""
-    rows, features = total.shape[0], of.given.shape[-1]
+    of: Embeddings, total: Tensor, scale: Tensor, extra: Tensor | None, grad: Tensor, first: int = 0
+) -> None:
+    """Write rows `first` ... of the gradient, as `finish` says, from a product with a panel."""
+    rows, features = total.shape[0], grad.shape[1]
     row = _ROWS.find(total.device, 0, rows)
-    tensors = total, of.x, of.norms, scale, extra, grad, moments
     args = first, rows, features, of.rows, total.stride(0), of.x.stride(0)
-    launch(finish, (triton.cdiv(rows, row.meta["BR"]),), *tensors, *args, config=row)
+    launch(finish, (tiles_of(rows, row.meta["BR"]),), total, of.x, of.norms, scale, extra, grad, *args, config=row)
