@@ -100,6 +100,13 @@ CASES = [
     case("symmetric-ids-600x600x20", 600, 600, 20, F32, symmetric=True, scale=TENSOR, kind="ids", normalize=True),
     case("negatives-530x530x9", 530, 530, 9, F32, symmetric=True, m=515, scale=TENSOR, kind="bool"),
     case("own-negatives-530x530x9", 530, 530, 9, F32, m=515, own_negatives=True, scale=TENSOR, normalize=True),
+    # small enough for Triton's interpreter, which has several panels of several tiles of them
+    *(
+        case(f"{kind}-negatives-70x70x9-{own}", 70, 70, 9, F32, symmetric=not own, m=37, own_negatives=own, kind=kind,
+             scale=TENSOR, normalize=own, label_smoothing=0.1)
+        for kind in ("bool", "ids")
+        for own in (False, True)
+    ),
     # options together
     *(
         case(

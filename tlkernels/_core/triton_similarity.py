@@ -144,10 +144,11 @@ def finish(
 
 # Tiles of similarities, by reasoning on 2026-11-21, no GPU at hand. 16-bit: 128 x 128 accumulators are 64 registers
 # of a thread at 8 warps. With at most 128 in all, two programs share a multiprocessor, so that one's exponentials run
-# beside the other's products; a few values that are then spilled cost once a tile, not in the loop over features. 64
-# features are a 128-byte line of shared memory, 32 where three such stages would leave no place for a second program.
-# float32: a tile for products without tensor cores. float64 is read, not multiplied. A few hundred rows are cut finer,
-# so that there are programs for all multiprocessors.
+# beside the other's products; values that are then spilled cost once a tile, not in the loop over features. (Kernels
+# with options that take many more registers get them: `with_all_registers`.) 64 features are a 128-byte line of shared
+# memory, 32 where three such stages would leave no place for a second program. float32: a tile for products without
+# tensor cores. float64 is read, not multiplied. A few hundred rows are cut finer, so that there are programs for all
+# multiprocessors.
 _TWO = {"maxnreg": 128}
 TILES = Table(
     "similarity",
@@ -166,19 +167,22 @@ TILES = Table(
 CLAIMS = {name: ("HGMMA",) for name in ("statistics", "gradient", "pairs")}
 """What the model of a sweep over 16-bit operands counts on, for `examples()`."""
 SPILLS = {
-    (name, where, what): "some values of the epilogue, once a tile, so that two programs share a multiprocessor"
-    for name, where in (
-        ("statistics", "sm_80"), ("statistics", "sm_100"), ("gradient", "sm_80"), ("gradient", "sm_90"),
-        ("gradient", "sm_100"), ("pairs", "sm_*"), ("pairs", "gfx*"),
-    )
+    (name, "sm_*", what): "some values of the epilogue, once a tile, so that two programs share a multiprocessor"
+    for name in ("statistics", "gradient", "pairs")
     for what in ("spills", "local")
-}  # fmt: skip
+}
+"""The exceptions of kernels with a bound on registers."""
 # Passes over rows of features, bound by memory: 16 bytes a lane.
 _ROWS = Table(
     "embedding rows",
     Config("interpreter", 0, None, {"BR": 16, "BD": 32}, 1),
     Config("*", 0, None, {"BR": 4, "BD": 512}, 4),
 )
+
+
+def with_all_registers(config: Config) -> Config:
+    """Return the configuration without its bound on registers."""
+    return config._replace(meta={name: value for name, value in config.meta.items() if name != "maxnreg"})
 
 
 def tiles_of(size: int, tile: int) -> int:

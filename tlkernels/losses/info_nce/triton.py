@@ -25,7 +25,6 @@ from torch import Tensor
 
 from tlkernels._core.dtypes import compute_dtype
 from tlkernels._core.triton import Config, Example, Table, launch
-from tlkernels._core.triton_kernels import sum_of
 from tlkernels._core.triton_similarity import (
     CLAIMS,
     SPILLS,
@@ -38,6 +37,7 @@ from tlkernels._core.triton_similarity import (
     range_of_float16,
     similarity_tile,
     tiles_of,
+    with_all_registers,
     write_gradient,
 )
 
@@ -491,7 +491,9 @@ class _Call:
         self.set = (LABEL if by_label else ALL if label_smoothing > 0 else NO_SET).value
         keys = self.rows if key is None else key.shape[0]
         self.config = TILES.find(query.device, dtype.itemsize, max(self.rows * keys, 1))
-        self.tile = {**self.config.meta, "BN": self.config.meta["BM"]} if self.paired else self.config.meta
+        self.tile = {name: self.config.meta[name] for name in ("BM", "BN", "BK")}
+        if self.paired:  # a tile beyond the diagonal gives the statistics of its columns as those of rows
+            self.tile["BN"] = self.tile["BM"]
         self.query = prepare(query, dtype, normalize, self.config)
         self.key = self.query if key is None else prepare(key, dtype, normalize, self.config)
         self.parts = [_Part(self.key, None, keys, 0, True)]
@@ -552,14 +554,13 @@ class _Call:
         numbers = begin, end, part.size, part.first, self.classes, self.own, *strides, *mask_strides
         return (*tensors, *norms, self.scale, self.target, mask, *ids), numbers
 
-    def constants(self, part: _Part) -> dict[str, object]:
-        """Return the constants of the kernels on tiles."""
-        own = part.keys and self.own >= 0
-        return {"SET": self.set, "OWN": own, "PRECISION": self.precision, **self.tile}
-
-    def launch(self, kernel: object, tiles: int, *args: object, **constants: object) -> None:
-        """Launch a kernel on tiles."""
-        launch(kernel, (tiles,), *args, config=self.config, **constants)
+    def launch(self, kernel: Any, part: _Part, tiles: int, *args: Any, **constants: Any) -> None:
+        """Launch a kernel on tiles of a part."""
+        out = part.keys and (self.own >= 0 or self.mask is not None or self.query_ids is not None)
+        plain = not out and self.query.norms is None and self.set == NO_SET.value
+        config = self.config if plain else with_all_registers(self.config)
+        known = {"SET": self.set, "OWN": part.keys and self.own >= 0, "PRECISION": self.precision}
+        launch(kernel, (tiles,), *args, config=config, **known, **self.tile, **constants)
 
     def vectors(self, kernel: object, *args: object, **constants: object) -> None:
         """Launch a kernel on numbers for each row."""
@@ -596,7 +597,7 @@ def forward(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
             strides = (*by_row.stride()[:2], *((0, 0) if there is None else there.stride()[:2]))
             grid = panel_tiles * (call.tiles(part) - skipped)
             args = *tensors, by_row, there, *numbers, *strides, skipped, panel_tiles, offset
-            call.launch(statistics, grid, *args, PAIRED=call.paired, **call.constants(part))
+            call.launch(statistics, part, grid, *args, PAIRED=call.paired)
             offset += call.tiles(part)
         if by_column is not None:
             _fold(call, by_column, columns, 0, call.parts[0].size, panel_tiles, skipped, begin == 0, -call.paired)
@@ -676,7 +677,7 @@ def backward(
                 memory[k].stride(0),
                 panel_tiles,
             )
-            call.launch(gradient, panel_tiles * call.tiles(part), *args, **call.constants(part))
+            call.launch(gradient, part, panel_tiles * call.tiles(part), *args)
             if call.set != LABEL.value:
                 of_positives = sums[-call.rows :] if wanted[3] else None
                 slopes_there = row_slopes, there, state[0, 2]
@@ -695,7 +696,8 @@ def backward(
         if of is not None and whole is not None:
             write_gradient(of, whole, call.scale, extra, grad)
     if wanted[3]:  # paired: each tile has both directions' gradients
-        by_scale = sum_of(sums, sums.new_empty(()), 0.5 if call.paired else 1.0, extra).to(logit_scale)
+        moment = sums.sum(dtype=torch.float64) / (1 + call.paired)
+        by_scale = (moment if extra is None else moment / extra).to(logit_scale)
     return *grads, by_scale
 
 
@@ -770,14 +772,15 @@ def examples() -> Iterator[Example]:
         ("clip-small", 512, 512, bf16, {"symmetric": True}),
         ("clip", 65536, 1024, f16, {"symmetric": True}),
         ("clip", 8192, 384, f32, {"symmetric": True}),
-        ("clip", 8192, 384, f64, {"symmetric": True}),
+        ("clip", 8192, 384, f64, {"symmetric": True, "normalize": True}),
         ("nt_xent", 8192, 128, bf16, {**views, "target": True}),
         ("sup_con", 8192, 128, bf16, {**views, "ids": True, "by_label": True}),
         ("everything", 8192, 384, bf16, {**everything, "negatives": (4096, 384)}),
         ("everything", 8192, 384, f32, {**everything, "negatives": (8192, 64, 384)}),
-        ("moco", 8192, 128, bf16, {"negatives": (65536, 128), "normalize": True}),
         ("own-negatives", 8192, 384, bf16, {"negatives": (8192, 64, 384)}),
     ):
         call = _meta(n, d, dtype, **options)
-        claims = CLAIMS if dtype in (bf16, f16) else {}
-        yield Example(f"{name}-{str(dtype).removeprefix('torch.')}", partial(_both, call), claims, SPILLS)
+        claims = CLAIMS if dtype in (bf16, f16) and name != "own-negatives" else {}  # those are read, not multiplied
+        plain = name in ("clip", "own-negatives")
+        title = f"{name}-{str(dtype).removeprefix('torch.')}"
+        yield Example(title, partial(_both, call), claims, SPILLS if plain else {})

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from tlkernels._core.dtypes import compute_dtype
 from tlkernels._core.triton import Example, launch
-from tlkernels._core.triton_kernels import sum_of
 from tlkernels._core.triton_similarity import (
     CLAIMS,
     SPILLS,
@@ -105,9 +104,8 @@ class _Sweep:
         self.row_tiles = tiles_of(min(self.step, self.rows), tile["BM"])
         self.column_tiles = tiles_of(self.columns, tile["BN"])
         self.panels = [(begin, min(begin + self.step, self.rows)) for begin in range(0, self.rows, self.step)]
-        self.losses, self.by_scale, self.by_bias = query.new_zeros(
-            (3, len(self.panels), self.row_tiles * self.column_tiles), dtype=self.compute
-        )
+        # Of every tile: the loss, and its gradient by scale and bias.
+        self.sums = query.new_zeros((3, len(self.panels), self.row_tiles * self.column_tiles), dtype=self.compute)
 
     def run(self, n: int, panel: Tensor | None, upstream: Tensor | None, extra: Tensor | None) -> None:
         """Sweep over panel n."""
@@ -120,7 +118,7 @@ class _Sweep:
             numbers = 0, 0, 0, known.stride(0)
         row_tiles = tiles_of(end - begin, self.config.meta["BM"])
         tensors = *((x, y) if known is None else (None, None)), known, self.scale, self.bias, upstream, extra, panel
-        sums = self.losses[n], self.by_scale[n], self.by_bias[n]
+        sums = self.sums[:, n]
         numbers = begin, end, self.columns, self.own, *numbers, 0 if panel is None else panel.stride(0), row_tiles
         launch(
             pairs,
@@ -132,10 +130,10 @@ class _Sweep:
             config=self.config,
         )
 
-    def loss(self) -> Tensor:
-        """Return the mean over rows of the sums found, for no rows NaN."""
-        loss = self.losses.new_empty(())
-        return sum_of(self.losses, loss, 1 / self.rows if self.rows else float("nan"))
+    def totals(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the loss, for no rows NaN, and its gradients by scale and bias."""
+        loss, by_scale, by_bias = self.sums.flatten(1).sum(1, dtype=torch.float64)
+        return (loss / self.rows).to(self.compute), by_scale, by_bias
 
 
 @torch.no_grad()
@@ -144,7 +142,7 @@ def forward(query: Tensor, key: Tensor, logit_scale: Tensor, logit_bias: Tensor,
     sweep = _Sweep(query, key, logit_scale, logit_bias, own)
     for n in range(len(sweep.panels)):
         sweep.run(n, None, None, None)
-    return sweep.loss()
+    return sweep.totals()[0]
 
 
 @torch.no_grad()
@@ -160,7 +158,7 @@ def step(
         for x, want in zip(of, wanted, strict=False)
     ]
     if not sweep.rows:
-        return sweep.loss(), *grads, torch.zeros_like(logit_scale), torch.zeros_like(logit_bias)
+        return sweep.totals()[0], *grads, torch.zeros_like(logit_scale), torch.zeros_like(logit_bias)
     # The gradient of the mean, which is of the dtype of the computation on the device whatever the upstream is.
     factor = upstream.to(query.device, sweep.compute) / sweep.rows
     extra = range_of_float16(factor) if sweep.query.x.dtype == torch.float16 else None
@@ -175,11 +173,10 @@ def step(
             by_key = product(panel.T, sweep.query.x[begin:end], by_key)
     if by_key is not None:
         write_gradient(sweep.key, by_key, sweep.scale, extra, grads[1])
-    by_scale, by_bias = (
-        sum_of(sums, sums.new_empty(()), 1.0, extra).to(value)
-        for sums, value in ((sweep.by_scale, logit_scale), (sweep.by_bias, logit_bias))
-    )
-    return sweep.loss(), *grads, by_scale, by_bias
+    loss, by_scale, by_bias = sweep.totals()
+    if extra is not None:
+        by_scale, by_bias = by_scale / extra, by_bias / extra
+    return loss, *grads, by_scale.to(logit_scale), by_bias.to(logit_bias)
 
 
 def _example(n: int, dtype: torch.dtype, function: Any) -> Any:
