@@ -156,7 +156,7 @@ def _run(ops: Ops, call: Call) -> Tensor:
 
 
 def _run_triton(call: Call) -> Tensor:
-    reference.check_target(call)
+    reference.check_target(call, on_gpu=triton.CHECK)
     return _run(TRITON, call)
 
 

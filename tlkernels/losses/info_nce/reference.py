@@ -1,7 +1,5 @@
 """The oracle of InfoNCE, nt_xent and sup_con: plain PyTorch, on any device, differentiable to any order."""
 
-import os
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -66,14 +64,14 @@ def _by_label(call: Call) -> tuple[Tensor, Tensor]:
     return rows, (count > 0).sum()
 
 
-def check_target(call: Call) -> None:
-    """Raise IndexError for a target that is no column; on a GPU only where TLKERNELS_CHECK=1, else its row gets NaN."""
+def check_target(call: Call, on_gpu: bool = False) -> None:
+    """Raise IndexError for a target that is no column, unless it is not to be read: its row gets NaN then."""
     query, target = call.query, call.target
     columns = [query if call.key is None else call.key] + [call.negatives] * (call.negatives is not None)
     classes = sum(x.shape[-2] for x in columns if x is not None)
     if call.options.by_label or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return
-    if query.device.type != "cpu" and os.environ.get("TLKERNELS_CHECK") != "1":
+    if query.device.type != "cpu" and not on_gpu:
         return
     if target is None:
         if query.shape[0] <= classes:
