@@ -99,6 +99,13 @@ CASES = [
     case("symmetric-ids-600x600x20", 600, 600, 20, F32, symmetric=True, scale=TENSOR, kind="ids", normalize=True),
     case("negatives-530x530x9", 530, 530, 9, F32, symmetric=True, m=515, scale=TENSOR, kind="bool"),
     case("own-negatives-530x530x9", 530, 530, 9, F32, m=515, own_negatives=True, scale=TENSOR, normalize=True),
+    # small enough for Triton's interpreter, which has several panels of several tiles of them
+    *(
+        case(f"{kind}-negatives-70x70x9-{own}", 70, 70, 9, F32, symmetric=not own, m=37, own_negatives=own, kind=kind,
+             scale=TENSOR, normalize=own, label_smoothing=0.1)
+        for kind in ("bool", "ids")
+        for own in (False, True)
+    ),
     # options together
     *(
         case(
@@ -148,10 +155,13 @@ def registered():
     paired = (query, None, None, scale, None, None, ids, None, 0, True, False, False, 0.0)
     for arguments in (plain, paired):
         detached = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in arguments)
-        _, state = ops.forward(*detached)
-        yield ops.forward, arguments
-        yield ops.backward, (torch.rand(5), state, *detached, [True, arguments is plain, False, True])
-        yield ops.step, (*detached, True, [True, arguments is plain, arguments is plain, True])
+        for made in (ops.NATIVE, ops.TRITON):
+            fake = torch.empty(1 + arguments[10], 6 if made is ops.NATIVE else 5, 5)
+            state = torch.rand_like(fake, dtype=F64 if made is ops.NATIVE else F32) + 1
+            yield made.forward, arguments
+            yield made.backward, (torch.rand(5), state, *detached, [True, arguments is plain, False, True])
+            if made.step:
+                yield made.step, (*detached, True, [True, arguments is plain, arguments is plain, True])
 
 
 LOSS = testing.Loss(tlk.info_nce, pytorch, CASES, module, lambda: list(registered()), rowwise=False)

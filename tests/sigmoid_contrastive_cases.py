@@ -54,9 +54,13 @@ def registered():
     arguments = (query, key, scale, bias, 0)
     detached = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in arguments)
     return [
-        (ops.forward, arguments),
-        (ops.step, (torch.tensor(2.0), *detached, [True, True, True, True])),
-        (ops.step, (torch.tensor(2.0), *detached, [False, True, False, True])),
+        call
+        for made in (ops.NATIVE, ops.TRITON)
+        for call in (
+            (made.forward, arguments),
+            (made.step, (torch.tensor(2.0), *detached, [True, True, True, True])),
+            (made.step, (torch.tensor(2.0), *detached, [False, True, False, True])),
+        )
     ]
 
 

@@ -75,11 +75,16 @@ def test_double_backward(impl):
     (ValueError, r"key: expected the query's shape \(4, 5\), got \(3, 5\)", torch.randn(3, 5), {}),
     (TypeError, "logit_bias: expected a number or a 0-d tensor, got NoneType", torch.randn(4, 5), {"logit_bias": None}),
     (ValueError, "logit_scale: expected a finite number, got inf", torch.randn(4, 5), {"logit_scale": float("inf")}),
-    (NotImplementedError, "sigmoid_contrastive has no triton", torch.randn(4, 5), {"impl": "triton"}),
 ])  # fmt: skip
 def test_bad_arguments(error, message, key, options):
     with pytest.raises(error, match=message):
         tlk.sigmoid_contrastive(torch.randn(4, 5), key, **{"logit_scale": 1.0, "logit_bias": 0.0, **options})
+
+
+def test_triton_serves_where_it_runs():
+    z = torch.empty(4, 5, device="meta")
+    with pytest.raises(NotImplementedError, match=r"triton: it serves|triton is not"):
+        tlk.sigmoid_contrastive(z, z, logit_scale=1.0, logit_bias=0.0, impl="triton")
 
 
 def test_module_trains_its_scale_and_bias():

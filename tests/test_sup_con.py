@@ -64,11 +64,16 @@ def test_two_views_of_each_is_nt_xent(impl):
     (TypeError, "labels: expected an integer dtype, got torch.float32", torch.rand(4), {}),
     (TypeError, "labels: expected a Tensor, got list", [0, 1, 2, 3], {}),
     (ValueError, "reduction", torch.arange(4), {"reduction": "median"}),
-    (NotImplementedError, "sup_con has no triton", torch.arange(4), {"impl": "triton"}),
 ])  # fmt: skip
 def test_bad_arguments(error, message, labels, options):
     with pytest.raises(error, match=message):
         tlk.sup_con(torch.randn(4, 5), labels, **options)
+
+
+def test_triton_serves_where_it_runs():
+    z = torch.empty(4, 5, device="meta")
+    with pytest.raises(NotImplementedError, match=r"triton: it serves|triton is not"):
+        tlk.sup_con(z, torch.arange(4, device="meta"), impl="triton")
 
 
 def test_module():

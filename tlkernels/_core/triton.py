@@ -100,7 +100,7 @@ class Config(NamedTuple):
     up_to: int | None
     """The largest size that the row is for, or None."""
     meta: dict[str, int]
-    """The constants of the kernel, such as block sizes."""
+    """The constants of the kernel, such as block sizes, and further options of the compiler, such as `maxnreg`."""
     num_warps: int
     num_stages: int = 1
 
@@ -197,6 +197,8 @@ def launch(kernel: Any, grid: Sequence[int], *args: Any, config: Config | None =
     if config is not None:
         constants = {**config.meta, **constants}
         options.update(num_warps=config.num_warps, num_stages=config.num_stages)
+        options.update((name, value) for name, value in config.meta.items() if name not in kernel.arg_names)
+        constants = {name: value for name, value in constants.items() if name not in options}
     if _recorder is not None:
         named = dict(zip(kernel.arg_names, args, strict=False))
         _recorder.launches.append(Launch(kernel, tuple(grid), {**named, **constants}, options))

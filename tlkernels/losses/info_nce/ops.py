@@ -1,17 +1,28 @@
 """InfoNCE's ops: schemas, fakes, autograd, and the list of implementations; nt_xent and sup_con are calls of them too.
 
-The native path has two forms. Under plain autograd a reduced loss and its gradients come from one op, which sweeps over
-the logits twice (`step`). Everywhere else an op gives the loss of each row and another the gradients.
+An op gives the loss of each row and another the gradients. The native path has a second form: under plain autograd a
+reduced loss and its gradients come from one op (`step`), which keeps a small matrix of logits from the first sweep to
+the second; on a GPU that would save nothing.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from tlkernels._core.autograd import Tensors, differentiate, one_sweep, plain, refuse_native, where_needed
+from tlkernels._core import triton
+from tlkernels._core.autograd import (
+    Tensors,
+    differentiate,
+    one_sweep,
+    plain,
+    refuse_native,
+    refuse_triton,
+    where_needed,
+)
 from tlkernels._core.dispatch import Implementation
 from tlkernels._core.dtypes import compute_dtype
 from tlkernels._core.embeddings import as_tensor
@@ -24,13 +35,17 @@ _ARGUMENTS = (
     "Tensor query, Tensor? key, Tensor? negatives, Tensor logit_scale, Tensor? target, Tensor? mask,"
     " Tensor? query_ids, Tensor? key_ids, int own, bool by_label, bool symmetric, bool normalize, float label_smoothing"
 )
-_STATISTICS = 6  # per row and direction: kStatistics in csrc/cpu/info_nce.h
 
 
-def _fake_rows(query: Tensor, key: Tensor | None, negatives: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+def _fake_native(query: Tensor, key: Tensor | None, negatives: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     rows, symmetric = query.shape[0], rest[-3]
     loss = query.new_empty((rows,), dtype=compute_dtype(query, key, negatives))
-    return loss, query.new_empty((1 + symmetric, _STATISTICS, rows), dtype=torch.float64)
+    return loss, query.new_empty((1 + symmetric, 6, rows), dtype=torch.float64)  # kStatistics in csrc/cpu/info_nce.h
+
+
+def _fake_triton(query: Tensor, key: Tensor | None, negatives: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+    loss, state = _fake_native(query, key, negatives, *rest)
+    return loss, loss.new_empty((state.shape[0], 5, state.shape[2]))  # STATISTICS in triton.py
 
 
 def _fake_gradients(tensors: Tensors, wanted: Sequence[bool]) -> tuple[Tensor, ...]:
@@ -50,15 +65,34 @@ def _fake_step(query: Tensor, key: Tensor | None, negatives: Tensor | None, *res
 
 _GRADIENTS = "Tensor grad_query, Tensor grad_key, Tensor grad_negatives, Tensor grad_logit_scale"
 
-# The loss of each row, and the statistics that the gradients need.
-forward = define(f"info_nce_fwd({_ARGUMENTS}) -> (Tensor loss, Tensor state)", _fake_rows)
-# A gradient that is not wanted has no elements; the scale's comes along for nothing.
-backward = define(
-    f"info_nce_bwd(Tensor grad_loss, Tensor state, {_ARGUMENTS}, bool[4] wanted) -> ({_GRADIENTS})",
-    lambda grad_loss, state, *rest: _fake_gradients(rest[:4], rest[-1]),
+_FORWARD = f"info_nce_fwd{{}}({_ARGUMENTS}) -> (Tensor loss, Tensor state)"
+_BACKWARD = f"info_nce_bwd{{}}(Tensor grad_loss, Tensor state, {_ARGUMENTS}, bool[4] wanted) -> ({_GRADIENTS})"
+_STEP = f"info_nce_step({_ARGUMENTS}, bool mean, bool[4] wanted) -> (Tensor loss, {_GRADIENTS})"
+_KERNELS = "tlkernels.losses.info_nce.triton"
+
+
+def _fake_backward(grad_loss: Tensor, state: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return _fake_gradients(rest[:4], rest[-1])
+
+
+class Ops(NamedTuple):
+    """The ops of an implementation."""
+
+    forward: Any
+    """The loss of each row, and the statistics that the gradients need; the last is the number of the set."""
+    backward: Any
+    """The gradients. One that is not wanted has no elements; the scale's then has some value."""
+    step: Any = None
+    """The mean or sum, and its gradients."""
+
+
+NATIVE = Ops(
+    define(_FORWARD.format(""), _fake_native), define(_BACKWARD.format(""), _fake_backward), define(_STEP, _fake_step)
 )
-# The mean or sum, and its gradients.
-step = define(f"info_nce_step({_ARGUMENTS}, bool mean, bool[4] wanted) -> (Tensor loss, {_GRADIENTS})", _fake_step)
+TRITON = Ops(
+    triton.define(_FORWARD.format("_triton"), _fake_triton, _KERNELS, "forward"),
+    triton.define(_BACKWARD.format("_triton"), _fake_backward, _KERNELS, "backward"),
+)
 
 
 def _with(call: Call, tensors: Tensors) -> Call:
@@ -69,16 +103,16 @@ def _with(call: Call, tensors: Tensors) -> Call:
 
 
 class _Rows(Function):
-    """(query, key, negatives, logit_scale, target, mask, query_ids, key_ids, options) -> loss of each row, state."""
+    """(query, key, negatives, logit_scale, target, mask, query_ids, key_ids, options, ops) -> rows' losses, state."""
 
     @staticmethod
     def forward(*args: Any) -> Any:
-        *tensors, options = args
-        return forward(*tensors, *options)
+        *tensors, options, ops = args
+        return ops.forward(*tensors, *options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        *tensors, ctx.options = inputs
+        *tensors, ctx.options, ctx.ops = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(*tensors, output[1])
 
@@ -92,11 +126,11 @@ class _Rows(Function):
                 lambda t: reference.rows_and_counted(_with(call, t))[0], tensors[:4], needs, grad_rows
             )
         else:
-            grads = where_needed(backward(grad_rows, state, *tensors, *ctx.options, needs), needs)
-        return *grads, *(None,) * 5
+            grads = where_needed(ctx.ops.backward(grad_rows, state, *tensors, *ctx.options, needs), needs)
+        return *grads, *(None,) * 6
 
 
-def _run_native(call: Call) -> Tensor:
+def _run(ops: Ops, call: Call) -> Tensor:
     query, key, negatives, scale = call.differentiable
     tensors = (query, key, negatives, as_tensor(scale, query.device))
     rest: tuple[Any, ...] = (call.target, call.mask, call.query_ids, call.key_ids)
@@ -104,10 +138,10 @@ def _run_native(call: Call) -> Tensor:
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     # A float16 gradient waits for the loss scale that comes with its upstream: before, small values would be 0.
     narrow = any(t is not None and t.dtype == torch.float16 for t in tensors)
-    if wanted and call.reduction != "none" and not narrow and plain(*tensors):
+    if ops.step and wanted and call.reduction != "none" and not narrow and plain(*tensors):
 
         def compute(tensors: Tensors, needs: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
-            loss, *grads = step(*tensors, *rest, *options, call.reduction == "mean", needs)
+            loss, *grads = ops.step(*tensors, *rest, *options, call.reduction == "mean", needs)
             return loss, where_needed(grads, needs)
 
         def again(tensors: Tensors) -> Tensor:
@@ -116,12 +150,18 @@ def _run_native(call: Call) -> Tensor:
 
         return one_sweep(compute, again, *tensors).to(call.dtype)
     rows: Tensor
-    rows, state = _Rows.apply(*tensors, *rest, options)  # type: ignore[no-untyped-call]
-    counted = (state[0, _STATISTICS - 1] > 0).sum() if options.by_label else query.shape[0]
+    rows, state = _Rows.apply(*tensors, *rest, options, ops)  # type: ignore[no-untyped-call]
+    counted = (state[0, -1] > 0).sum() if options.by_label else query.shape[0]
     return reduce(rows, counted, call.reduction).to(call.dtype)
 
 
+def _run_triton(call: Call) -> Tensor:
+    reference.check_target(call, on_gpu=triton.CHECK)
+    return _run(TRITON, call)
+
+
 IMPLEMENTATIONS = (
-    Implementation("native", lambda call: refuse_native(call.query), _run_native),
+    Implementation("native", lambda call: refuse_native(call.query), partial(_run, NATIVE)),
+    Implementation("triton", lambda call: refuse_triton(call.query), _run_triton, by_name_only=triton.INTERPRETED),
     Implementation("reference", lambda call: None, reference.loss),
 )

@@ -64,11 +64,30 @@ def _by_label(call: Call) -> tuple[Tensor, Tensor]:
     return rows, (count > 0).sum()
 
 
+def check_target(call: Call, on_gpu: bool = False) -> None:
+    """Raise IndexError for a target that is no column, unless it is not to be read: its row gets NaN then."""
+    query, target = call.query, call.target
+    columns = [query if call.key is None else call.key] + [call.negatives] * (call.negatives is not None)
+    classes = sum(x.shape[-2] for x in columns if x is not None)
+    if call.options.by_label or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return
+    if query.device.type != "cpu" and not on_gpu:
+        return
+    if target is None:
+        if query.shape[0] <= classes:
+            return
+        target = torch.arange(query.shape[0], device=query.device)
+    wrong = (target.long() < 0) | (target.long() >= classes)
+    if bool(wrong.any()):
+        i = int(wrong.nonzero()[0])
+        raise IndexError(f"target: expected indices of keys in [0, {classes}), got {target[i]} at position {i}")
+
+
 def _by_target(call: Call) -> tuple[Tensor, int]:
+    check_target(call)
     logits, keys = _logits(call)
     rows, classes = logits.shape
     target = torch.arange(rows, device=logits.device) if call.target is None else call.target.long()
-    _check_range(target, classes)
     out = None
     if call.mask is not None or call.query_ids is not None or call.options.own >= 0:
         out = logits.new_zeros((rows, keys), dtype=torch.bool)
@@ -86,15 +105,6 @@ def _by_target(call: Call) -> tuple[Tensor, int]:
         out = None if out is None else out[:, :keys].T
         losses = (losses + _cross_entropy(logits[:, :keys].T, out, target, smoothing)) / 2
     return losses, rows
-
-
-def _check_range(target: Tensor, classes: int) -> None:
-    if target.device.type != "cpu" or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return  # the row gets NaN
-    wrong = (target < 0) | (target >= classes)
-    if bool(wrong.any()):
-        i = int(wrong.nonzero()[0])
-        raise IndexError(f"target: expected indices of keys in [0, {classes}), got {target[i]} at position {i}")
 
 
 def _cross_entropy(logits: Tensor, out: Tensor | None, target: Tensor, smoothing: float) -> Tensor:

@@ -4,13 +4,23 @@ One sweep over the logits gives the loss and, where wanted, all gradients: each 
 """
 
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from tlkernels._core.autograd import Tensors, differentiate, one_sweep, plain, refuse_native, where_needed
+from tlkernels._core import triton
+from tlkernels._core.autograd import (
+    Tensors,
+    differentiate,
+    one_sweep,
+    plain,
+    refuse_native,
+    refuse_triton,
+    where_needed,
+)
 from tlkernels._core.dispatch import Implementation
 from tlkernels._core.dtypes import compute_dtype
 from tlkernels._core.embeddings import as_tensor
@@ -34,12 +44,29 @@ def _fake_step(upstream: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return _fake_loss(*tensors), *grads
 
 
-forward = define(f"sigmoid_contrastive_fwd({_ARGUMENTS}) -> Tensor", _fake_loss)
-# The loss, and its gradients times `upstream`. One that is not wanted has no elements, but scale and bias get theirs.
-step = define(
-    f"sigmoid_contrastive_step(Tensor upstream, {_ARGUMENTS}, bool[4] wanted)"
-    " -> (Tensor loss, Tensor grad_query, Tensor grad_key, Tensor grad_logit_scale, Tensor grad_logit_bias)",
-    _fake_step,
+class Ops(NamedTuple):
+    """The ops of an implementation."""
+
+    forward: Any
+    step: Any
+    """The loss, and its gradients times `upstream`. One that is not wanted has no elements, but scale and bias get
+    theirs, or with Triton some value."""
+
+
+_SCHEMAS: tuple[tuple[str, Any], ...] = (
+    (f"sigmoid_contrastive_fwd{{}}({_ARGUMENTS}) -> Tensor", _fake_loss),
+    (
+        f"sigmoid_contrastive_step{{}}(Tensor upstream, {_ARGUMENTS}, bool[4] wanted)"
+        " -> (Tensor loss, Tensor grad_query, Tensor grad_key, Tensor grad_logit_scale, Tensor grad_logit_bias)",
+        _fake_step,
+    ),
+)
+NATIVE = Ops(*(define(schema.format(""), fake) for schema, fake in _SCHEMAS))
+TRITON = Ops(
+    *(
+        triton.define(schema.format("_triton"), fake, "tlkernels.losses.sigmoid_contrastive.triton", name)
+        for name, (schema, fake) in zip(Ops._fields, _SCHEMAS, strict=True)
+    )
 )
 
 
@@ -50,15 +77,16 @@ def _again(own: int, tensors: Tensors) -> Tensor:
 
 
 class _Loss(Function):
-    """(query, key, logit_scale, logit_bias, own) -> loss."""
+    """(query, key, logit_scale, logit_bias, own, ops) -> loss."""
 
     @staticmethod
     def forward(*args: Any) -> Any:
-        return forward(*args)
+        *tensors, own, ops = args
+        return ops.forward(*tensors, own)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        *tensors, ctx.own = inputs
+        *tensors, ctx.own, ctx.ops = inputs
         ctx.save_for_backward(*tensors)
 
     @staticmethod
@@ -68,11 +96,11 @@ class _Loss(Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             grads = differentiate(lambda tensors: _again(own, tensors), ctx.saved_tensors, needs, upstream)
         else:
-            grads = where_needed(step(upstream, *ctx.saved_tensors, own, needs)[1:], needs)
-        return *grads, None
+            grads = where_needed(ctx.ops.step(upstream, *ctx.saved_tensors, own, needs)[1:], needs)
+        return *grads, None, None
 
 
-def _run_native(call: Call) -> Tensor:
+def _run(ops: Ops, call: Call) -> Tensor:
     query, key, own = call.query, call.key, call.own
     tensors = (query, key, *(as_tensor(value, query.device) for value in (call.logit_scale, call.logit_bias)))
     wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
@@ -81,17 +109,20 @@ def _run_native(call: Call) -> Tensor:
     if wanted and not any(tensor.dtype == torch.float16 for tensor in tensors) and plain(*tensors):
 
         def compute(tensors: Tensors, needs: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
-            one = torch.ones((), dtype=torch.float64)
-            loss, *grads = step(one, *tensors, own, needs)
+            one = torch.ones((), dtype=torch.float64, device=query.device)
+            loss, *grads = ops.step(one, *tensors, own, needs)
             return loss, where_needed(grads, needs)
 
-        loss = one_sweep(compute, lambda tensors: _again(own, tensors), *tensors)
+        loss = one_sweep(compute, lambda tensors: _again(own, tensors), *tensors, by_triton=ops is TRITON)
     else:
-        loss = _Loss.apply(*tensors, own)  # type: ignore[no-untyped-call]
+        loss = _Loss.apply(*tensors, own, ops)  # type: ignore[no-untyped-call]
     return loss.to(call.dtype)
 
 
 IMPLEMENTATIONS = (
-    Implementation("native", lambda call: refuse_native(call.query), _run_native),
+    Implementation("native", lambda call: refuse_native(call.query), partial(_run, NATIVE)),
+    Implementation(
+        "triton", lambda call: refuse_triton(call.query), partial(_run, TRITON), by_name_only=triton.INTERPRETED
+    ),
     Implementation("reference", lambda call: None, reference.loss),
 )
