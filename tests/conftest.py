@@ -1,7 +1,12 @@
 """Fixtures of all tests."""
 
+import os
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # before triton and tlkernels are imported, which ask for it once
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from tlkernels._core import native
 

@@ -89,13 +89,14 @@ def op_calls():
     calls = []
     for weight in (None, torch.rand(3, 5)):
         tensors = torch.randn(3, 5), torch.randn(3, 5), weight
-        calls += [
-            (ops.forward, tensors),
-            (ops.total, tensors),
-            (ops.backward, (torch.rand(3, 5), *tensors, True, False)),
-            (ops.backward, (torch.rand(()), *tensors, True, True)),
-            (ops.step, (*tensors, 3.0, False, True)),
-        ]
+        for made, divided in ((ops.NATIVE, (3.0,)), (ops.TRITON, (torch.tensor(2.0), 0.5))):
+            calls += [
+                (made.forward, tensors),
+                (made.total, tensors),
+                (made.backward, (torch.rand(3, 5), *tensors, True, False)),
+                (made.backward, (torch.rand(()), *tensors, True, True)),
+                (made.step, (*tensors, *divided, False, True)),
+            ]
     return calls
 
 

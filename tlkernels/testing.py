@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tlkernels._core import native
+from tlkernels._core import native, triton
 
 
 class Target(NamedTuple):
@@ -24,9 +24,22 @@ class Target(NamedTuple):
         return f"{self.impl}-{self.isa}" if self.isa else self.impl
 
 
-def targets() -> list[Target]:
-    """Return what can run here on CPU tensors."""
-    return [Target("reference"), *(Target("native", isa) for isa in native.isas())]
+def targets(device: str = "cpu") -> list[Target]:
+    """Return what can run here on tensors of the device: "cpu" or "cuda"."""
+    on_cpu = [Target("reference"), *(Target("native", isa) for isa in native.isas())]
+    on_both = [Target("triton")] if triton.available() and device == triton.DEVICE else []
+    return (on_cpu if device == "cpu" else []) + on_both
+
+
+INTERPRETED_ELEMENTS = 40_000
+"""The size rule of Triton's interpreter: calls with a larger tensor are left out for it. It takes some 5 ms for a
+program, and two blocks of a kernel on the way to the next behave as two hundred do."""
+
+
+def too_large(impl: str, *arguments: Any) -> bool:
+    """Return whether the size rule leaves out a call with these arguments."""
+    sizes = [argument.numel() for argument in arguments if isinstance(argument, Tensor)]
+    return impl == "triton" and triton.INTERPRETED and max(sizes, default=0) > INTERPRETED_ELEMENTS
 
 
 @contextmanager

@@ -1,12 +1,13 @@
 """Autograd that losses share: a gradient computed along with the loss, and derivatives of gradients."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+from torch.autograd import Function, forward_ad
 
-from tlkernels._core import native
+from tlkernels._core import native, triton
 
 Tensors = Sequence[Tensor | None]
 Step = Callable[[Tensors, Sequence[bool]], tuple[Tensor, list[Tensor | None]]]
@@ -37,7 +38,7 @@ def differentiate(again: Again, tensors: Tensors, needs: Sequence[bool], upstrea
     return [next(found) if need else None for need in needs]
 
 
-def where_needed(grads: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+def where_needed(grads: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor | None]:
     """Return None in place of the gradients that an op has not computed."""
     return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
 
@@ -49,6 +50,15 @@ def refuse_native(*tensors: Tensor | None) -> str | None:
     for tensor in tensors:
         if tensor is not None and tensor.device.type != "cpu":
             return f"it serves CPU tensors; there is one on {tensor.device}"
+    return _refuse_transforms()
+
+
+def refuse_triton(*tensors: Tensor | None) -> str | None:
+    """Return why a Triton implementation without functorch support cannot serve a call with these tensors, or None."""
+    return triton.refuse_triton(*tensors) or _refuse_transforms()
+
+
+def _refuse_transforms() -> str | None:
     if torch._C._are_functorch_transforms_active():
         return "torch.func transforms go through the reference"
     if forward_ad._current_level >= 0:
@@ -56,7 +66,7 @@ def refuse_native(*tensors: Tensor | None) -> str | None:
     return None
 
 
-def one_sweep(step: Step, again: Again, *tensors: Tensor | None) -> Tensor:
+def one_sweep(step: Step, again: Again, *tensors: Tensor | None, by_triton: bool = False) -> Tensor:
     """Return a loss whose gradients are computed along with it; only where `plain(*tensors)`, and for a 0-d loss.
 
     The first backward gives the gradients away, so that theirs is the only memory; a second one computes them again,
@@ -66,6 +76,7 @@ def one_sweep(step: Step, again: Again, *tensors: Tensor | None) -> Tensor:
         step: (tensors, whether each needs a gradient) -> the loss and a fresh gradient for each that does.
         again: the same loss of the same tensors in plain PyTorch.
         tensors: what may need a gradient; `step` and `again` hold everything else.
+        by_triton: whether a kernel multiplies gradients by their upstream, which then is not read on the host.
     """
     needs = [_needs_grad(tensor) for tensor in tensors]
     with torch.no_grad():
@@ -74,12 +85,21 @@ def one_sweep(step: Step, again: Again, *tensors: Tensor | None) -> Tensor:
     def compute(upstream: Tensor, tensors: Tensors, needs: Sequence[bool], create_graph: bool) -> list[Tensor | None]:
         if create_graph:
             return differentiate(again, tensors, needs, upstream)
-        _, grads = step(tensors, needs)
-        return [None if grad is None else grad.mul_(upstream) for grad in grads]
+        found = ready.pop() if ready else step(tensors, needs)[1]
+        return [grad if grad is None else scale(grad, upstream) for grad in where_needed(found, needs)]
 
-    if any(needs):
-        native.attach(loss, tensors, grads, compute)
-    return loss
+    def scale(grad: Tensor, upstream: Tensor) -> Tensor:
+        if not by_triton:
+            return grad.mul_(upstream)
+        from tlkernels._core.triton_kernels import scale_
+
+        return scale_(grad, upstream)
+
+    if not any(needs):
+        return loss
+    given = native.available() and not by_triton
+    ready = [] if given else [grads]
+    return _attach(loss, tensors, grads if given else [], compute)
 
 
 def two_sweeps(loss: Tensor, backward: Backward, again: Again, *tensors: Tensor | None) -> Tensor:
@@ -99,10 +119,31 @@ def two_sweeps(loss: Tensor, backward: Backward, again: Again, *tensors: Tensor 
             return differentiate(again, tensors, needs, upstream)
         return backward(upstream, tensors, needs)
 
-    if any(map(_needs_grad, tensors)):
-        native.attach(loss, tensors, [], compute)
-    return loss
+    return _attach(loss, tensors, [], compute) if any(map(_needs_grad, tensors)) else loss
 
 
 def _needs_grad(tensor: Tensor | None) -> bool:
     return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
+
+
+def _attach(loss: Tensor, tensors: Tensors, grads: Sequence[Tensor | None], compute: Any) -> Tensor:
+    """Return `loss` as the result of `tensors`, by the extension where it is here; `native.attach` says the rest."""
+    if native.available():
+        native.attach(loss, tensors, grads, compute)
+        return loss
+    attached: Tensor = _Attached.apply([loss], compute, *tensors)  # type: ignore[no-untyped-call]
+    return attached
+
+
+class _Attached(Function):
+    """What `native.attach` does, without gradients that are ready."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: list[Tensor], compute: Any, *tensors: Tensor | None) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        ctx.compute = compute
+        return loss[0]
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        return None, None, *ctx.compute(upstream, ctx.saved_tensors, ctx.needs_input_grad[2:], torch.is_grad_enabled())

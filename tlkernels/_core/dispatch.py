@@ -12,6 +12,8 @@ class Implementation(NamedTuple):
     name: str
     refuse: Callable[[Any], str | None]
     run: Callable[[Any], Any]
+    by_name_only: bool = False
+    """Whether "auto" passes over it."""
 
 
 class _Explained(Exception):
@@ -33,9 +35,13 @@ def resolve(loss: str, implementations: Sequence[Implementation], call: Any, imp
     if _explaining:
         raise _Explained(_report(loss, implementations, call, impl))
     for implementation in implementations:
-        if impl in ("auto", implementation.name) and implementation.refuse(call) is None:
+        if _asked_for(implementation, impl) and implementation.refuse(call) is None:
             return implementation
     raise NotImplementedError(_report(loss, implementations, call, impl))
+
+
+def _asked_for(implementation: Implementation, impl: str) -> bool:
+    return impl == implementation.name or (impl == "auto" and not implementation.by_name_only)
 
 
 def _report(loss: str, implementations: Sequence[Implementation], call: Any, impl: str) -> str:
@@ -44,12 +50,13 @@ def _report(loss: str, implementations: Sequence[Implementation], call: Any, imp
         name: here[name].refuse(call) if name in here else f"{loss} has no {name} implementation" for name in NAMES
     }
     order = [implementation.name for implementation in implementations]
-    serving = [name for name in order if reasons[name] is None]
-    chosen = next((name for name in serving if impl in ("auto", name)), None)
+    chosen = next((name for name in order if reasons[name] is None and _asked_for(here[name], impl)), None)
     lines = [f"{loss}(impl={impl!r}): " + (f"served by {chosen}" if chosen else "cannot be served")]
     for name in [*order, *(name for name in NAMES if name not in here)]:
         if name != chosen:
-            why = reasons[name] or (f"could serve it; {chosen} comes first" if impl == "auto" else "not asked for")
+            why = reasons[name] or (
+                f"could serve it; {chosen} comes first" if _asked_for(here[name], impl) else "not asked for"
+            )
             lines.append(f"  {name}: {why}")
     return "\n".join(lines)
 

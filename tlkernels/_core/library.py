@@ -17,6 +17,13 @@ def define(schema: str, fake: Callable[..., Any]) -> Any:
     return getattr(torch.ops.tlkernels, name).default
 
 
+def define_implemented(schema: str, fake: Callable[..., Any], implementation: Callable[..., Any], key: str) -> Any:
+    """As `define`, with an implementation in Python for the dispatch key."""
+    op = define(schema, fake)
+    _library.impl(op._schema.name.split("::")[1], implementation, key)
+    return op
+
+
 take_memory = define("take_memory(Tensor(a!) tensor, str why) -> Tensor", lambda tensor, why: torch.empty_like(tensor))
 """A tensor that owns `tensor`'s memory from now on; reading `tensor` or a view of it raises RuntimeError saying `why`.
 

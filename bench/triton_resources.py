@@ -1,0 +1,207 @@
+"""Compiles the Triton kernels ahead of time, no GPU needed, and reads what they take from the machine code.
+
+    python -m bench.triton_resources            all losses, writes bench/results/triton_resources.csv
+    python -m bench.triton_resources mse ...    some losses, to standard output
+
+The kernels and their arguments are those of each loss's `examples()`, which calls its launcher on meta tensors while
+launches are recorded; what is not a function of the tensors' shapes alone could not pass there.
+"""
+
+import csv
+import importlib
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from tlkernels._core import triton as core
+
+LOSSES = sorted(path.parent.name for path in Path(core.__file__).parents[1].glob("losses/*/triton.py"))
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+CSV = Path(__file__).parent / "results" / "triton_resources.csv"
+# What an instruction of a claim is called on AMD.
+_AMD = {"LDG.E.128": "global_load_dwordx4", "STG.E.128": "global_store_dwordx4", "HGMMA": "v_mfma"}
+_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
+
+
+class Row(NamedTuple):
+    """One kernel, compiled for one architecture."""
+
+    loss: str
+    example: str
+    kernel: str
+    architecture: str
+    constants: str
+    num_warps: int
+    num_stages: int
+    registers: int
+    shared: int
+    local: int
+    """Bytes of stack and local memory of a thread, spills among them."""
+    spills: int
+    """LDL and STL instructions; registers on AMD."""
+    loads_128: int
+    stores_128: int
+    hgmma: int
+    problem: str
+    """What a claim of the example or the absence of spills asks, and is not there."""
+    exception: str
+    """Why that is right all the same."""
+
+
+def compile_all(loss: str) -> list[Row]:
+    """Compile what the examples of a loss launch, each distinct kernel once."""
+    module = importlib.import_module(f"tlkernels.losses.{loss}.triton")
+    rows = []
+    for architecture in ARCHITECTURES:
+        seen = set()
+        for example in module.examples():
+            with core.recorded(architecture) as launches:
+                example.run()
+            for launch in launches:
+                key = launch.kernel.__name__, *specialised(launch)
+                if repr(key) not in seen:
+                    seen.add(repr(key))
+                    rows.append(_row(loss, example, architecture, launch))
+    return rows
+
+
+def specialised(launch: core.Launch) -> tuple[dict[str, str], dict[tuple[int], Any], dict[tuple[int], Any]]:
+    """Return signature, constants and attributes as Triton derives them from the arguments of a launch."""
+    signature, constants, attributes = {}, {}, {}
+    for position, parameter in enumerate(launch.kernel.params):
+        name, place = parameter.name, (position,)
+        value = launch.args.get(name, parameter.default)
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            signature[name], constants[place] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = "*" + (_TYPES.get(value.dtype) or _integer(value.dtype))
+            if value.storage_offset() * value.element_size() % 16 == 0:
+                attributes[place] = [["tt.divisibility", 16]]
+        elif isinstance(value, bool):
+            signature[name] = "i1"
+        elif isinstance(value, int):
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[place] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = parameter.annotation_type or "fp32"
+    return signature, constants, attributes
+
+
+def _integer(dtype: torch.dtype) -> str:
+    if dtype == torch.bool:
+        return "i1"
+    return ("i" if dtype.is_signed else "u") + str(dtype.itemsize * 8)
+
+
+def _row(loss: str, example: core.Example, architecture: str, launch: core.Launch) -> Row:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    backend, number, lanes = "cuda", architecture.removeprefix("sm_"), 32
+    if architecture.startswith("gfx"):
+        backend, number, lanes = "hip", architecture, 64
+    target = GPUTarget(backend, int(number) if number.isdigit() else number, lanes)
+    signature, constants, attributes = specialised(launch)
+    compiled = triton.compile(ASTSource(launch.kernel, signature, constants, attributes), target, launch.options)
+    found = _nvidia(compiled.asm["cubin"]) if backend == "cuda" else _amd(compiled.asm["amdgcn"])
+    kernel = launch.kernel.__name__.lstrip("_")
+    names = launch.kernel.arg_names
+    meta = " ".join(f"{names[place[0]]}={_short(value)}" for place, value in constants.items())
+    problem = ", ".join(_problems(example, kernel, architecture, found))
+    exceptions = {
+        why
+        for (of, pattern, what), why in example.exceptions.items()
+        if of.lstrip("_") == kernel and fnmatchcase(architecture, pattern) and what in problem
+    }
+    return Row(
+        loss, example.name, kernel, architecture, meta, compiled.metadata.num_warps, compiled.metadata.num_stages,
+        found["registers"], compiled.metadata.shared, found["local"], found["spills"], found["LDG.E.128"],
+        found["STG.E.128"], found["HGMMA"], problem, "; ".join(sorted(exceptions)),
+    )  # fmt: skip
+
+
+def _short(value: Any) -> str:
+    return str(value).replace(" ", "")
+
+
+def _problems(example: core.Example, kernel: str, architecture: str, found: dict[str, int]) -> Iterator[str]:
+    if found["spills"]:
+        yield f"spills: {found['spills']}"
+    if found["local"]:
+        yield f"local: {found['local']} bytes"
+    claims = next((what for name, what in example.claims.items() if name.lstrip("_") == kernel), ())
+    for instruction in claims:
+        if instruction == "HGMMA" and architecture not in ("sm_90", "gfx942"):
+            continue  # other tensor instructions there
+        if not found[instruction]:
+            yield f"no {instruction}"
+
+
+def _nvidia(cubin: bytes) -> dict[str, int]:
+    from triton import knobs
+
+    tool = knobs.nvidia.cuobjdump.path
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage, code = (
+            subprocess.run([tool, what, file.name], check=True, capture_output=True, text=True).stdout
+            for what in ("--dump-resource-usage", "--dump-sass")
+        )
+    used = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    counts = {name: len(re.findall(rf"\b{re.escape(name)}\b", code)) for name in (*_AMD, "LDL", "STL")}
+    return {
+        **counts,
+        "registers": used["REG"],
+        "local": used["STACK"] + used["LOCAL"],
+        "spills": counts["LDL"] + counts["STL"],
+    }
+
+
+def _amd(text: str) -> dict[str, int]:
+    def field(name: str) -> int:
+        return int(re.findall(rf"\.{name}:\s*(\d+)", text)[-1])
+
+    counts = {
+        ours: len(re.findall(rf"\b({theirs}|{theirs.replace('global', 'buffer')})", text))
+        for ours, theirs in _AMD.items()
+    }
+    return {
+        **counts,
+        "registers": field("vgpr_count"),
+        "local": field("private_segment_fixed_size"),
+        "spills": field("vgpr_spill_count") + field("sgpr_spill_count"),
+    }
+
+
+def main(losses: list[str]) -> int:
+    """Compile, write, and return whether anything is wrong."""
+    if core.INTERPRETED:
+        print("TRITON_INTERPRET is set: nothing would be compiled", file=sys.stderr)
+        return 2
+    with ProcessPoolExecutor() as pool:
+        rows = [row for found in pool.map(compile_all, losses or LOSSES) for row in found]
+    with sys.stdout if losses else CSV.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(Row._fields)
+        writer.writerows(rows)
+    wrong = [row for row in rows if row.problem and not row.exception]
+    for row in wrong:
+        print(
+            f"{row.loss} {row.example} {row.kernel} {row.architecture} {row.constants}: {row.problem}", file=sys.stderr
+        )
+    return bool(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

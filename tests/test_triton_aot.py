@@ -1,0 +1,69 @@
+"""Every Triton kernel and table row compiles for every architecture, with what its byte model counts on."""
+
+import csv
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="the package triton is not installed")
+ROOT = Path(__file__).parent.parent
+LOSSES = sorted(path.parent.name for path in ROOT.glob("tlkernels/losses/*/triton.py"))
+ARCHITECTURES = {"sm_80", "sm_90", "sm_100", "sm_120", "gfx942"}
+
+
+def python(*arguments):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200
+    )
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_compiles_without_spills_and_as_the_byte_model_says(loss):
+    run = python("-m", "bench.triton_resources", loss)
+    assert run.returncode == 0, run.stderr
+    rows = list(csv.DictReader(run.stdout.splitlines()))
+    assert {row["architecture"] for row in rows} == ARCHITECTURES
+    assert all(int(row["registers"]) > 0 for row in rows)
+
+
+PROBLEMS = """
+import torch, triton, triton.language as tl
+from bench import triton_resources as resources
+from tlkernels._core import triton as core
+
+@triton.jit
+def spilling(x, y, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(y + i, tl.sort(tl.load(x + i)) + tl.load(x + i))
+
+@triton.jit
+def narrow(x, y, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(y + i, tl.load(x + 3 * i))
+
+x = torch.empty(2**16, device="meta")
+one_warp = core.Config("*", 0, None, {}, 1)
+example = core.Example("", lambda: (
+    core.launch(spilling, (1,), x, x, BLOCK=16384, config=one_warp), core.launch(narrow, (1,), x, x, BLOCK=1024)
+), {"narrow": ("LDG.E.128", "HGMMA")}, {("narrow", "sm_*", "LDG.E.128"): "for the test"})
+with core.recorded("sm_90") as launches:
+    example.run()
+for launch in launches:
+    row = resources._row("", example, "sm_90", launch)
+    print(row.kernel, row.problem, row.exception, sep="|")
+"""
+
+
+def test_the_check_can_fail(tmp_path):
+    script = tmp_path / "problems.py"
+    script.write_text(PROBLEMS)
+    run = python("-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import problems")
+    assert run.returncode == 0, run.stderr
+    spilling, narrow = (line.split("|") for line in run.stdout.splitlines())
+    assert spilling[1].startswith("spills: ")
+    assert narrow[1:] == ["no LDG.E.128, no HGMMA", "for the test"]

@@ -1,0 +1,62 @@
+"""Kernels and functions of kernels that losses share. Imported with a loss's kernels, since this imports triton."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tlkernels._core.triton import Config, Table, launch
+
+DTYPES = {torch.float64: tl.float64, torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+"""Triton's name of each dtype."""
+
+
+@triton.jit
+def number(x, T: tl.constexpr):
+    """Return an option as a scalar of dtype T; parameters for it are annotated `tl.float64`, to lose nothing of it."""
+    return tl.full([], x, T)
+
+
+@triton.jit
+def _sum(values, divisor, out, n, factor: tl.float64, BLOCK: tl.constexpr):
+    """Write factor * sum(values) / divisor; added up in float64 in a fixed order."""
+    total = tl.zeros([BLOCK], tl.float64)
+    for start in range(0, n, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        total += tl.load(values + i, i < n, other=0.0).to(tl.float64)
+    result = tl.sum(total, 0) * number(factor, tl.float64)
+    if divisor is not None:
+        result /= tl.load(divisor).to(tl.float64)
+    tl.store(out, result.to(out.dtype.element_ty))
+
+
+@triton.jit
+def _scale(values, factor, n, BLOCK: tl.constexpr):
+    """Multiply in place by the number in memory; where it is 1 nothing is read or written, nor asked of the host."""
+    by = tl.load(factor)
+    if by != 1:
+        i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        x = tl.load(values + i, i < n)
+        tl.store(values + i, (x.to(by.dtype) * by).to(x.dtype), i < n)
+
+
+# 2026-11-21, by reasoning: one program sums what the programs of a loss left, a few thousand numbers, so more lanes
+# would idle; scaling moves 16 KiB a program, so that the grid of a gradient that needs no scaling stays small.
+_SUM = Table("sum", Config("interpreter", 0, None, {"BLOCK": 64}, 1), Config("*", 0, None, {"BLOCK": 1024}, 4))
+_SCALE = Table("scale", Config("interpreter", 0, None, {"BLOCK": 1024}, 1), Config("*", 0, None, {"BLOCK": 8192}, 8))
+
+
+def sum_of(values: Tensor, out: Tensor, factor: float = 1.0, divisor: Tensor | None = None) -> Tensor:
+    """Return `out`, 0-d, with factor * sum of the contiguous `values`, over the 0-d `divisor` where given."""
+    config = _SUM.find(values.device, 0, values.numel())
+    launch(_sum, (1,), values, divisor, out, values.numel(), factor, config=config)
+    return out
+
+
+def scale_(values: Tensor, factor: Tensor) -> Tensor:
+    """Return a dense tensor multiplied in place by the 0-d `factor`, which is read on the device."""
+    from_64 = values.dtype == torch.float64
+    factor = factor.to(torch.float64 if from_64 else torch.float32)
+    config = _SCALE.find(values.device, 0, values.numel())
+    launch(_scale, (triton.cdiv(values.numel(), config.meta["BLOCK"]),), values, factor, values.numel(), config=config)
+    return values
