@@ -5,7 +5,8 @@ weight, whose rows are classes too, can take the logits' memory block by block.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
@@ -94,13 +95,27 @@ def plan(layers: Sequence[Layer], needs: Sequence[Needs]) -> Plan:
         return Plan(strategy, max(rows, 1), classes)
     # Each further chunk passes once more over the gradient of the weight, so that one pays for large chunks; where the
     # weight needs a gradient, logits of its size are no more than what it takes for a moment when it is rounded.
-    sizes = [
-        max(here.chunk, w.numel() * w.element_size() if need[1] and len(layers) == 1 else 0) // w.element_size()
-        for (_, w, _), need in zip(layers, needs, strict=True)
-    ]
-    most = max(1, min(sizes) // classes)
+    most = min(
+        max(here.chunk // w.element_size(), w.numel() if need[1] else 0) // classes
+        for (x, w, b), need in zip(layers, needs, strict=True)
+        if not in_place((x, w, b), need, rows)
+    )
+    most = max(1, most)
     chunks = -(-rows // most)
     return Plan(strategy, _multiple(-(-rows // max(chunks, 1)), here.align) if chunks > 1 else max(rows, 1), classes)
+
+
+@contextmanager
+def forced(strategy: str) -> Iterator[None]:
+    """Take this strategy meanwhile, whatever the model says."""
+    before = os.environ.get(_ENVIRONMENT)
+    os.environ[_ENVIRONMENT] = strategy
+    try:
+        yield
+    finally:
+        del os.environ[_ENVIRONMENT]
+        if before is not None:
+            os.environ[_ENVIRONMENT] = before
 
 
 def in_place(layer: Layer, needs: Needs, rows: int) -> bool:
@@ -179,10 +194,10 @@ class Sweep:
         self.logits = memory[start:].view(self.classes, stride)
         self.totals[1] = memory[: self.weight.numel()].view(self.weight.shape)
 
-    def part(self, begin: int, end: int, first: int = 0, last: int | None = None) -> Tensor:
+    def part(self, begin: int, end: int, first: int, last: int) -> Tensor:
         """Return the memory of the transposed logits of these rows and classes, which other parts may share."""
-        begin = begin if self.whole else 0
-        return self.logits[: (self.classes if last is None else last) - first, begin : begin + min(end, self.rows)]
+        begin, end = (begin, end) if self.whole else (0, end - begin)
+        return self.logits[: last - first, begin:end]
 
     def make(self, begin: int, end: int) -> Tensor:
         """Return the transposed logits of some rows, made by the library."""
@@ -216,8 +231,9 @@ class Sweep:
         """Return the gradients of input, weight and bias; without elements where not needed."""
         if not self.rows and self.totals[1] is not None:
             self.totals[1].zero_()
-        empty = self.input.new_empty(0)
-        return tuple(empty if total is None else total.to(self.input.dtype) for total in self.totals)
+        return tuple(
+            self.input.new_empty(0) if total is None else total.to(self.input.dtype) for total in self.totals
+        )
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:

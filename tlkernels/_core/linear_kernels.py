@@ -61,21 +61,3 @@ def finite(peak):
     """Return what differences from a peak are taken from: 0 where all logits so far are -inf."""
     return tl.where(peak == float("-inf"), 0.0, peak)
 
-
-@triton.jit
-def tanh(x):
-    """Return tanh(x), small ones with their relative accuracy."""
-    u = tl.abs(x)
-    e = tl.exp(-2 * u)
-    far = (1 - e) / (1 + e)
-    if x.dtype == tl.float64:
-        # 1 - e without its rounding: e = exp(log(e)), and both of their logarithms' errors cancel.
-        em = tl.where(e == 1, 2 * u, (1 - e) * (2 * u) / -tl.log(tl.where(e == 1, 0.5, e)))
-        near = em / (2 - em)
-    else:  # fitted at Chebyshev nodes: within 1.5 units in the last place
-        s = x * x
-        p = -0.006053698563496198 * s + 0.020968188030967568
-        p = (p * s - 0.05384498928987089) * s + 0.13332732793914015
-        near = u + u * (s * (p * s - 0.33333328610725854))
-    t = tl.where(u < 0.625, near, far)
-    return tl.where(x < 0, -t, t)

@@ -9,6 +9,7 @@ for 4096 x 128256 at 4.3 TB/s, beside 16.3 ms of products.
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,9 +19,9 @@ from torch import Tensor
 
 from tlkernels._core import linear
 from tlkernels._core.dtypes import compute_dtype
-from tlkernels._core.linear_kernels import finite, logits_tile, tanh
-from tlkernels._core.triton import Config, Example, Table, launch
-from tlkernels._core.triton_kernels import DTYPES, number, sum_of
+from tlkernels._core.linear_kernels import finite, logits_tile
+from tlkernels._core.triton import Config, Example, Table, check_classes, launch
+from tlkernels._core.triton_kernels import DTYPES, number, sum_of, tanh_and_slope
 from tlkernels.losses.cross_entropy.call import Call as CrossEntropyCall
 from tlkernels.losses.cross_entropy.call import Options
 
@@ -31,9 +32,9 @@ _NOWHERE = tl.constexpr(2**31 - 1)
 def _scaled(x, inv_temperature, softcap, CAPPED: tl.constexpr):
     """Return the logits after softcap and temperature, and their slope."""
     if CAPPED:
-        t = tanh(x / softcap)
+        t, bend = tanh_and_slope(x / softcap)
         z = t * (softcap * inv_temperature)
-        slope = (1 - t * t) * inv_temperature
+        slope = bend * inv_temperature
     else:
         z = x * inv_temperature
         slope = inv_temperature
@@ -223,7 +224,7 @@ def _finish(
         heats = tl.load(at + 5 * next_field, there, other=0.0)
     peak, total, far, mass, heat = _join(peaks, totals, fars, masses, heats)
     peak = finite(peak)
-    log_sum = tl.log(total)
+    log_sum = tl.log(tl.where(r < rows, total, 1.0))
     counted = r < rows
     if PROBABILITIES:
         row_loss = far + mass * log_sum
@@ -351,26 +352,41 @@ def _gradient(
     tl.store(at, d.to(gradient.dtype.element_ty), there)
 
 
-# 2026-11-21, by reasoning, unmeasured. Chunks: a thread has 16 bytes of a class, DEEP times, so that DEEP loads are on
-# their way before the first is used, and a warp half a kilobyte of each class that it reads. Lean: the tiles with which
-# products of 16-bit numbers reach the tensor cores' rate with two programs on a multiprocessor; those of float32 and
-# float64 are bound by arithmetic at any size.
+# 2026-11-21, by reasoning and from the compiler's report, unmeasured. Chunks: a thread has 16 bytes of a class, DEEP times,
+# so that DEEP loads are on their way before the first is used, and two programs find room on a multiprocessor. Lean: the
+# tiles with which products of 16-bit numbers come near the tensor cores' rate; those of float32 and float64 are bound by
+# arithmetic at any size. With softcap, smoothing, probabilities or statistics the same tiles would spill registers.
 _CHUNKS = Table(
     "linear_cross_entropy chunks",
-    Config("interpreter", 0, None, {"DEEP": 2, "LANES": 16, "BLOCK": 64}, 1),
-    Config("*", 8, None, {"DEEP": 4, "LANES": 8, "BLOCK": 64}, 8),
-    Config("*", 4, None, {"DEEP": 8, "LANES": 8, "BLOCK": 128}, 8),
-    Config("*", 2, None, {"DEEP": 8, "LANES": 16, "BLOCK": 128}, 8),
+    Config("interpreter", 0, None, {"DEEP": 2, "LANES": 32, "BLOCK": 128}, 1),
+    Config("*", 8, None, {"DEEP": 2, "LANES": 8, "BLOCK": 64}, 8),
+    Config("*", 4, None, {"DEEP": 4, "LANES": 8, "BLOCK": 128}, 8),
+    Config("*", 2, None, {"DEEP": 4, "LANES": 16, "BLOCK": 128}, 8),
+)
+_CHUNKS_OPTIONS = Table(
+    "linear_cross_entropy chunks with options",
+    Config("interpreter", 0, None, {"DEEP": 2, "LANES": 32, "BLOCK": 128}, 1),
+    Config("*", 8, None, {"DEEP": 2, "LANES": 8, "BLOCK": 64}, 8),
+    Config("*", 4, None, {"DEEP": 2, "LANES": 8, "BLOCK": 128}, 8),
+    Config("*", 2, None, {"DEEP": 2, "LANES": 16, "BLOCK": 128}, 8),
 )
 _LEAN = Table(
     "linear_cross_entropy lean",
-    Config("interpreter", 0, None, {"DEEP": 32, "LANES": 1, "BLOCK": 64, "BLOCK_K": 32}, 1),
+    Config("interpreter", 0, None, {"DEEP": 64, "LANES": 1, "BLOCK": 128, "BLOCK_K": 32}, 1),
     Config("*", 8, None, {"DEEP": 32, "LANES": 1, "BLOCK": 32, "BLOCK_K": 16}, 4, 2),
     Config("*", 4, None, {"DEEP": 64, "LANES": 1, "BLOCK": 64, "BLOCK_K": 32}, 4, 2),
     Config("gfx9*", 2, None, {"DEEP": 128, "LANES": 1, "BLOCK": 128, "BLOCK_K": 32}, 8, 2),
-    Config("sm_9*", 2, None, {"DEEP": 128, "LANES": 1, "BLOCK": 128, "BLOCK_K": 64}, 8, 3),
+    Config("sm_90", 2, None, {"DEEP": 128, "LANES": 1, "BLOCK": 128, "BLOCK_K": 64}, 8, 3),
     Config("sm_10*", 2, None, {"DEEP": 128, "LANES": 1, "BLOCK": 128, "BLOCK_K": 64}, 8, 3),
     Config("*", 2, None, {"DEEP": 128, "LANES": 1, "BLOCK": 128, "BLOCK_K": 32}, 8, 3),
+)
+_LEAN_OPTIONS = Table(
+    "linear_cross_entropy lean with options",
+    Config("interpreter", 0, None, {"DEEP": 64, "LANES": 1, "BLOCK": 128, "BLOCK_K": 32}, 1),
+    Config("*", 8, None, {"DEEP": 32, "LANES": 1, "BLOCK": 32, "BLOCK_K": 16}, 4, 2),
+    Config("*", 4, None, {"DEEP": 32, "LANES": 1, "BLOCK": 64, "BLOCK_K": 32}, 4, 2),
+    Config("gfx9*", 2, None, {"DEEP": 64, "LANES": 1, "BLOCK": 128, "BLOCK_K": 32}, 8, 2),
+    Config("*", 2, None, {"DEEP": 64, "LANES": 1, "BLOCK": 128, "BLOCK_K": 32}, 8, 3),
 )
 _FINISH = Table("linear_cross_entropy finish", Config("*", 0, None, {"BLOCK": 32}, 4))
 _SPLITS = 64  # at most, of a row: one program joins them
@@ -401,7 +417,10 @@ class _Call:
         self.rows, self.classes = input.shape[0], weight.shape[0]
         self.wide = compute_dtype(input)
         self.probabilities = target.is_floating_point()
-        self.target = target if self.probabilities else target.to(torch.int64).contiguous()
+        self.target = target
+        if not self.probabilities:
+            check_classes(target, self.classes, options.ignore_index)
+            self.target = target.to(torch.int64).contiguous()
         self.options = options
         self.class_weight = None if options.weight is None else options.weight.contiguous()
         self.constants: dict[str, Any] = {
@@ -421,23 +440,26 @@ class _Call:
                 continue
             for first in range(0, self.classes, plan.classes):
                 last = min(first + plan.classes, self.classes)
-                gradient = sweep.part(begin, end, first, last)[:, : end - begin]
+                gradient = sweep.part(begin, end, first, last)
                 self.gradient(begin, end, first, last, logits, gradient, out.narrow(begin, end), upstream)
                 sweep.take(begin, end, first, last, gradient)
         return sweep.gradients()
 
-    def _operands(self, begin: int, end: int, logits: Tensor | None) -> tuple[tuple[Any, ...], tuple[Any, ...], Config]:
+    def _operands(
+        self, begin: int, end: int, logits: Tensor | None, stats: bool
+    ) -> tuple[tuple[Any, ...], tuple[Any, ...], Config]:
         """The arguments that kernels begin with; those for the target; and the row of the table."""
         input, weight, bias = self.layer
-        size = input.element_size()
-        x = input[begin:end]
+        size, x = input.element_size(), input[begin:end]
+        options = stats or self.probabilities or self.options.label_smoothing or self.options.softcap is not None
         if logits is None:
             operands = (None, 0, x, *x.stride(), weight, *weight.stride(), bias)
-            config = _LEAN.find(input.device, size, self.rows * self.classes)
+            table = _LEAN_OPTIONS if options else _LEAN
         else:
             operands = (logits, logits.stride(0), None, 0, 0, None, 0, 0, None)
-            config = _CHUNKS.find(input.device, size, self.rows * self.classes)
-            config = config._replace(meta={**config.meta, "BLOCK_K": 16})
+            table = _CHUNKS_OPTIONS if options else _CHUNKS
+        config = table.find(input.device, size, self.rows * self.classes)
+        config = config._replace(meta={"BLOCK_K": 16, **config.meta})  # chunks make no product
         target = self.target[begin:end]
         strides = target.stride() if self.probabilities else (1, 0)
         return operands, (target, *strides, self.class_weight), config
@@ -452,7 +474,7 @@ class _Call:
     def statistics(self, begin: int, end: int, logits: Tensor | None, out: _Rows) -> None:
         """Fill `out` for some rows."""
         input, rows = self.layer[0], end - begin
-        operands, target, config = self._operands(begin, end, logits)
+        operands, target, config = self._operands(begin, end, logits, out.correct is not None)
         blocks = triton.cdiv(rows, config.meta["BLOCK"])
         tiles = triton.cdiv(self.classes, config.meta["DEEP"] * config.meta["LANES"])
         tiles_of_one = triton.cdiv(tiles, max(1, min(_SPLITS, linear.machine(input.device).programs // blocks)))
@@ -479,7 +501,7 @@ class _Call:
     ) -> None:  # fmt: skip
         """Write the gradient of the logits of some rows and classes."""
         input, rows = self.layer[0], end - begin
-        operands, target, config = self._operands(begin, end, logits)
+        operands, target, config = self._operands(begin, end, logits, False)
         by_row: list[Any] = []
         for value in upstream:
             each = value is not None and value.dim() > 0
@@ -547,3 +569,52 @@ def step(*args: Any) -> tuple[Tensor, ...]:
     upstream = out.loss.new_ones(()) if divisor is None else divisor.reciprocal()
     grads = call.run(call.plan(needs), needs, out, upstream, None)
     return sum_of(out.loss, loss, divisor=divisor), *grads
+
+
+# 8 bytes of a thread, with which the compiler keeps to 64 registers; and scalar registers, kept in vector registers.
+_FEW = {
+    ("_gradient", "sm_80", "spills: 2,"): "two words, so that four programs fit on a multiprocessor",
+    ("_statistics", "sm_100", "spills: 2,"): "two words, so that four programs fit on a multiprocessor",
+    ("_statistics", "gfx942", "spills"): "scalar registers, kept in vector registers, not in memory",
+}
+_WIDE = {"_statistics": ("LDG.E.128",), "_gradient": ("LDG.E.128", "STG.E.128")}
+_PRODUCTS = {"_statistics": ("HGMMA",), "_gradient": ("HGMMA",)}
+
+
+def examples() -> Iterator[Example]:
+    """Yield calls that take every kernel and every row of the tables."""
+    for strategy, claims in (("chunks", _WIDE), ("lean", _PRODUCTS)):
+        for dtype in (torch.bfloat16, torch.float32, torch.float64):
+            yield Example(
+                f"{strategy}-{dtype}", partial(_example, strategy, dtype), claims if dtype == torch.bfloat16 else {}, _FEW
+            )
+        every = partial(_example, strategy, torch.bfloat16, 0.1, 30.0, every_option=True)
+        yield Example(f"{strategy}-every-option", every, {}, _FEW)
+        for dtype in (torch.float32, torch.float64):
+            yield Example(f"{strategy}-softcap-{dtype}", partial(_example, strategy, dtype, 0.0, 30.0), {}, _FEW)
+    probabilities = partial(_example, "chunks", torch.bfloat16, 0.1, probabilities=True)
+    yield Example("chunks-probabilities", probabilities, {}, _FEW)
+    yield Example("lean-tf32", partial(_example, "lean", torch.float32, tf32=True))
+
+
+def _example(
+    strategy: str, dtype: torch.dtype, smoothing: float = 0.0, softcap: float | None = None, *,
+    every_option: bool = False, probabilities: bool = False, tf32: bool = False,
+) -> None:  # fmt: skip
+    rows, features, classes = 4096, 4096, 128256
+    with torch.device("meta"):
+        x, w = torch.empty(rows, features, dtype=dtype), torch.empty(classes, features, dtype=dtype)
+        b, y, g = torch.empty(classes, dtype=dtype), torch.empty(rows, dtype=torch.int64), torch.empty(rows)
+    target = y.new_empty((rows, classes), dtype=dtype) if probabilities else y
+    args = x, w, b if every_option else None, target, b if every_option else None, -100, smoothing, 1.0, softcap, 0.0
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
+    try:
+        with linear.forced(strategy):
+            if every_option:
+                forward_stats(*args)
+                backward(g, g, *args, True, True, True)
+            else:
+                step(*args, True, True, True, False)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
