@@ -153,17 +153,17 @@ def ops():
     from tlkernels.losses.cross_entropy import ops
 
     options = (torch.rand(5), -100, 0.1, 2.0, 3.0, 0.01)
-    for requires_grad in (False, True):
-        for y in (torch.randint(0, 5, (4, 3)), torch.randn(4, 5, 3).softmax(1)):
-            x, g = torch.randn(4, 5, 3), torch.rand(4, 3)
-            _, peak, log_sum = ops.forward(x, y, *options)
-            yield ops.backward_, (g, None, x.clone(), y, peak, log_sum, *options)
-            x.requires_grad_(requires_grad)
-            yield ops.forward, (x, y, *options)
-            yield ops.forward_stats, (x, y, *options)
-            yield ops.backward, (g, g, x, y, peak, log_sum, *options)
-            yield ops.total, (x, y, *options, True)
-            yield ops.step, (x, y, *options, True)
+    for made in (ops.NATIVE, ops.TRITON):
+        for requires_grad in (False, True):
+            for y in (torch.randint(0, 5, (4, 3)), torch.randn(4, 5, 3).softmax(1)):
+                x, g, peak, log_sum = torch.randn(4, 5, 3), torch.rand(4, 3), torch.rand(4, 3), torch.rand(4, 3)
+                yield made.backward_, (g, None, x.clone(), y, peak, log_sum, *options)
+                x.requires_grad_(requires_grad)
+                yield made.forward, (x, y, *options)
+                yield made.forward_stats, (x, y, *options)
+                yield made.backward, (g, g, x, y, peak, log_sum, *options)
+                yield made.total, (x, y, *options, True)
+                yield made.step, (x, y, *options, True)
 
 
 LOSS = testing.Loss(

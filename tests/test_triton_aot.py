@@ -39,7 +39,8 @@ from tlkernels._core import triton as core
 @triton.jit
 def spilling(x, y, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)
-    tl.store(y + i, tl.sort(tl.load(x + i)) + tl.load(x + i))
+    row = tl.load(x + i)  # 512 numbers for a thread
+    tl.store(y + i, row - tl.max(row, 0))
 
 @triton.jit
 def narrow(x, y, BLOCK: tl.constexpr):

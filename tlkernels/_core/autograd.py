@@ -85,8 +85,7 @@ def one_sweep(step: Step, again: Again, *tensors: Tensor | None, by_triton: bool
     def compute(upstream: Tensor, tensors: Tensors, needs: Sequence[bool], create_graph: bool) -> list[Tensor | None]:
         if create_graph:
             return differentiate(again, tensors, needs, upstream)
-        found = ready.pop() if ready else step(tensors, needs)[1]
-        return [grad if grad is None else scale(grad, upstream) for grad in where_needed(found, needs)]
+        return [grad if grad is None else scale(grad, upstream) for grad in where_needed(step(tensors, needs)[1], needs)]
 
     def scale(grad: Tensor, upstream: Tensor) -> Tensor:
         if not by_triton:
@@ -97,9 +96,7 @@ def one_sweep(step: Step, again: Again, *tensors: Tensor | None, by_triton: bool
 
     if not any(needs):
         return loss
-    given = native.available() and not by_triton
-    ready = [] if given else [grads]
-    return _attach(loss, tensors, grads if given else [], compute)
+    return _attach(loss, tensors, grads, compute, scale if by_triton else None)
 
 
 def two_sweeps(loss: Tensor, backward: Backward, again: Again, *tensors: Tensor | None) -> Tensor:
@@ -126,24 +123,33 @@ def _needs_grad(tensor: Tensor | None) -> bool:
     return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
 
 
-def _attach(loss: Tensor, tensors: Tensors, grads: Sequence[Tensor | None], compute: Any) -> Tensor:
-    """Return `loss` as the result of `tensors`, by the extension where it is here; `native.attach` says the rest."""
-    if native.available():
+def _attach(loss: Tensor, tensors: Tensors, grads: Sequence[Tensor | None], compute: Any, scale: Any = None) -> Tensor:
+    """Return `loss` as the result of `tensors`, as `native.attach` says; `scale(grad, upstream)` multiplies in place.
+
+    The extension does it where it is here, but it multiplies by any upstream that is not on the CPU, 1 or not.
+    """
+    if native.available() and scale is None:
         native.attach(loss, tensors, grads, compute)
         return loss
-    attached: Tensor = _Attached.apply([loss], compute, *tensors)  # type: ignore[no-untyped-call]
+    attached: Tensor = _Attached.apply([loss], list(grads), scale or Tensor.mul_, compute, *tensors)  # type: ignore[no-untyped-call]
     return attached
 
 
 class _Attached(Function):
-    """What `native.attach` does, without gradients that are ready."""
+    """What `native.attach` does."""
 
     @staticmethod
-    def forward(ctx: Any, loss: list[Tensor], compute: Any, *tensors: Tensor | None) -> Tensor:
+    def forward(ctx: Any, loss: list[Tensor], grads: Any, scale: Any, compute: Any, *tensors: Tensor | None) -> Tensor:
         ctx.save_for_backward(*tensors)
-        ctx.compute = compute
+        ctx.grads, ctx.scale, ctx.compute = grads, scale, compute
         return loss[0]
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:
-        return None, None, *ctx.compute(upstream, ctx.saved_tensors, ctx.needs_input_grad[2:], torch.is_grad_enabled())
+        needs = ctx.needs_input_grad[4:]
+        if ctx.grads and not torch.is_grad_enabled():
+            ready, ctx.grads = where_needed(ctx.grads, needs), []
+            found = [grad if grad is None else ctx.scale(grad, upstream) for grad in ready]
+        else:
+            found = ctx.compute(upstream, ctx.saved_tensors, needs, torch.is_grad_enabled())
+        return None, None, None, None, *found

@@ -22,6 +22,9 @@ from tlkernels._core.library import define_implemented
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 """Whether kernels are interpreted on CPU tensors, for tests."""
 
+CHECK = os.environ.get("TLKERNELS_CHECK") == "1"
+"""Whether class indices on a GPU are checked, which the host then waits for."""
+
 AUTOTUNE = os.environ.get("TLKERNELS_AUTOTUNE") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 """The type of device that kernels run on; "cuda" is also torch's name for AMD GPUs."""
@@ -62,6 +65,15 @@ def define(schema: str, fake: Callable[..., Any], module: str, function: str) ->
         return getattr(importlib.import_module(module), function)(*args)
 
     return define_implemented(schema, fake, implementation, DEVICE.upper())
+
+
+def check_classes(target: Tensor, classes: int, ignore_index: int) -> None:
+    """Raise IndexError if a class index is out of range; on a GPU only with TLKERNELS_CHECK=1."""
+    if target.device.type == "cpu" or (CHECK and target.device.type == "cuda"):
+        y = target.long()
+        bad = (y != ignore_index) & ((y < 0) | (y >= classes))
+        if bool(bad.any()):
+            raise IndexError(f"target: expected class indices in [0, {classes}), got {int(y[bad][0])}")
 
 
 def architecture(device: torch.device) -> str:

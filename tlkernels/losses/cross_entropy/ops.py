@@ -6,7 +6,8 @@ their own (`_Rows`, `_Gradient`), and the reduction is plain PyTorch.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch._C._functorch import TransformType
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.autograd import Function
 
-from tlkernels._core import native
+from tlkernels._core import native, triton
 from tlkernels._core.autograd import Tensors, one_sweep, plain, two_sweeps
 from tlkernels._core.dispatch import Implementation
 from tlkernels._core.dtypes import compute_dtype
@@ -40,34 +41,55 @@ def _fake_stats(input: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, .
     return *(_fake_row(input) for _ in range(4)), _fake_row(input, torch.bool)
 
 
-# Losses of rows, and the two parts of their lse: peak * softcap (or 1) / temperature + log_sum.
-forward = define(
-    f"cross_entropy_fwd(Tensor input, Tensor target, {OPTIONS}) -> (Tensor loss, Tensor peak, Tensor log_sum)",
-    _fake_forward,
-)
-forward_stats = define(
-    f"cross_entropy_fwd_stats(Tensor input, Tensor target, {OPTIONS})"
-    " -> (Tensor loss, Tensor peak, Tensor log_sum, Tensor entropy, Tensor correct)",
-    _fake_stats,
-)
+class Ops(NamedTuple):
+    """The ops of an implementation."""
+
+    forward: Any
+    """Losses of rows, and the two parts of their lse: peak * softcap (or 1) / temperature + log_sum."""
+    forward_stats: Any
+    backward: Any
+    backward_: Any
+    """Writes the gradient over `input`."""
+    total: Any
+    """The reduced loss."""
+    step: Any
+    """The reduced loss with its gradient."""
+
+
 _BACKWARD = f"Tensor grad_loss, Tensor? grad_lse, {{input}}, Tensor target, Tensor peak, Tensor log_sum, {OPTIONS}"
-backward = define(
-    f"cross_entropy_bwd({_BACKWARD.format(input='Tensor input')}) -> Tensor",
-    lambda grad_loss, grad_lse, input, *rest: torch.empty_like(input),
+_SCHEMAS: tuple[tuple[str, str, Any], ...] = (
+    ("fwd", f"(Tensor input, Tensor target, {OPTIONS}) -> (Tensor loss, Tensor peak, Tensor log_sum)", _fake_forward),
+    (
+        "fwd_stats",
+        f"(Tensor input, Tensor target, {OPTIONS})"
+        " -> (Tensor loss, Tensor peak, Tensor log_sum, Tensor entropy, Tensor correct)",
+        _fake_stats,
+    ),
+    (
+        "bwd",
+        f"({_BACKWARD.format(input='Tensor input')}) -> Tensor",
+        lambda grad_loss, grad_lse, input, *rest: torch.empty_like(input),
+    ),
+    ("bwd_", f"({_BACKWARD.format(input='Tensor(a!) input')}) -> ()", lambda *args: None),
+    (
+        "total",
+        f"(Tensor input, Tensor target, {OPTIONS}, bool mean) -> Tensor",
+        lambda input, *rest: input.new_empty((), dtype=compute_dtype(input)),
+    ),
+    (
+        "step",
+        f"(Tensor input, Tensor target, {OPTIONS}, bool mean) -> (Tensor loss, Tensor grad)",
+        lambda input, *rest: (input.new_empty((), dtype=compute_dtype(input)), torch.empty_like(input)),
+    ),
 )
-# Writes the gradient over `input`.
-backward_ = define(
-    f"cross_entropy_bwd_({_BACKWARD.format(input='Tensor(a!) input')}) -> ()",
-    lambda *args: None,
-)
-# The reduced loss; and with its gradient.
-total = define(
-    f"cross_entropy_total(Tensor input, Tensor target, {OPTIONS}, bool mean) -> Tensor",
-    lambda input, *rest: input.new_empty((), dtype=compute_dtype(input)),
-)
-step = define(
-    f"cross_entropy_step(Tensor input, Tensor target, {OPTIONS}, bool mean) -> (Tensor loss, Tensor grad)",
-    lambda input, *rest: (input.new_empty((), dtype=compute_dtype(input)), torch.empty_like(input)),
+NATIVE = Ops(*(define(f"cross_entropy_{name}{schema}", fake) for name, schema, fake in _SCHEMAS))
+TRITON = Ops(
+    *(
+        triton.define(
+            f"cross_entropy_{name}_triton{schema}", fake, "tlkernels.losses.cross_entropy.triton", function
+        )
+        for function, (name, schema, fake) in zip(Ops._fields, _SCHEMAS, strict=True)
+    )
 )
 
 _OVERWRITTEN = (
@@ -107,19 +129,21 @@ def _over_batch(function: Any, info: Any, in_dims: tuple[Any, ...], args: tuple[
 
 
 class _Rows(Function):
-    """(input, target, weight, other options, stats, inplace) -> loss, peak, log_sum[, lse, entropy, correct]."""
+    """(input, target, weight, other options, ops, stats, inplace) -> loss, peak, log_sum[, lse, entropy, correct]."""
 
     @staticmethod
-    def forward(input: Tensor, target: Tensor, weight: Tensor | None, numbers: Any, stats: bool, inplace: bool) -> Any:
+    def forward(
+        input: Tensor, target: Tensor, weight: Tensor | None, numbers: Any, ops: Ops, stats: bool, inplace: bool
+    ) -> Any:
         if not stats:
-            return forward(input, target, weight, *numbers)
-        loss, peak, log_sum, entropy, correct = forward_stats(input, target, weight, *numbers)
+            return ops.forward(input, target, weight, *numbers)
+        loss, peak, log_sum, entropy, correct = ops.forward_stats(input, target, weight, *numbers)
         _, _, temperature, softcap, _ = numbers
         return loss, peak, log_sum, peak * ((softcap or 1) / temperature) + log_sum, entropy, correct
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        input, target, weight, ctx.numbers, ctx.stats, ctx.inplace = inputs
+        input, target, weight, ctx.numbers, ctx.ops, ctx.stats, ctx.inplace = inputs
         ctx.mark_non_differentiable(*output[1:3], *output[4:])
         ctx.save_for_backward(input, target, weight, *output[1:3])
         ctx.save_for_forward(input, target, weight)
@@ -133,26 +157,26 @@ class _Rows(Function):
             grad_loss = torch.zeros_like(peak)
         needs_input, needs_target, needs_weight = ctx.needs_input_grad[:3]
         if needs_weight:
-            raise NotImplementedError("weight: cross_entropy(impl='native') gives no gradient for it")
+            raise NotImplementedError("weight: cross_entropy's kernels give no gradient for it")
         grad_input = grad_target = None
         if needs_input and ctx.inplace:
-            grad_input = _overwrite(grad_loss, grad_lse, input, target, peak, log_sum, weight, ctx.numbers)
+            grad_input = _overwrite(ctx.ops, grad_loss, grad_lse, input, target, peak, log_sum, weight, ctx.numbers)
         elif needs_input:
             grad_input = _apply(
-                _Gradient, grad_loss, grad_lse, input, target, weight, peak.detach(), log_sum.detach(), ctx.numbers
+                _Gradient, grad_loss, grad_lse, input, target, weight, peak.detach(), log_sum.detach(), ctx.numbers, ctx.ops
             )
         if needs_target:
             grad_target = target_gradient(grad_loss, input, target, weight, ctx.numbers)
-        return grad_input, grad_target, None, None, None, None
+        return grad_input, grad_target, None, None, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        input, target, weight, numbers, stats, inplace = args
+        input, target, weight, numbers, ops, stats, inplace = args
         if in_dims[2] is not None:
             return _over_batch(_Rows, info, in_dims, args)
         rows = _has_rows(input, in_dims[0])
         folded = (_fold(t, d, info.batch_size, rows) for t, d in zip((input, target), in_dims, strict=False))
-        output = _apply(_Rows, *folded, weight, numbers, stats, inplace)
+        output = _apply(_Rows, *folded, weight, numbers, ops, stats, inplace)
         return tuple(_unfold(t, info.batch_size, rows) for t in output), (0,) * len(output)
 
 
@@ -161,7 +185,7 @@ class _RowsWithJvp(_Rows):
     def jvp(ctx: Any, input_t: Tensor | None, target_t: Tensor | None, weight_t: Tensor | None, *_: Any) -> Any:
         input, target, weight = ctx.saved_tensors
         if weight_t is not None:
-            raise NotImplementedError("weight: cross_entropy(impl='native') gives no derivative for it")
+            raise NotImplementedError("weight: cross_entropy's kernels give no derivative for it")
         ones = torch.ones_like(input.select(class_axis(input), 0), dtype=compute_dtype(input))
         loss_t = lse_t = torch.zeros_like(ones)
         if input_t is not None:
@@ -173,7 +197,7 @@ class _RowsWithJvp(_Rows):
 
 
 class _Gradient(Function):
-    """(grad_loss, grad_lse, input, target, weight, peak, log_sum, options without weight) -> gradient of the input."""
+    """(grad_loss, grad_lse, input, target, weight, peak, log_sum, options without weight, ops) -> its gradient."""
 
     @staticmethod
     def forward(
@@ -185,13 +209,14 @@ class _Gradient(Function):
         peak: Tensor,
         log_sum: Tensor,
         numbers: Any,
+        ops: Ops,
     ) -> Tensor:
-        grad: Tensor = backward(grad_loss, grad_lse, input, target, peak, log_sum, weight, *numbers)
+        grad: Tensor = ops.backward(grad_loss, grad_lse, input, target, peak, log_sum, weight, *numbers)
         return grad
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        *tensors, ctx.numbers = inputs
+        *tensors, ctx.numbers, ctx.ops = inputs
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
         ctx.set_materialize_grads(False)
@@ -199,16 +224,16 @@ class _Gradient(Function):
     @staticmethod
     def backward(ctx: Any, direction: Tensor | None) -> Any:
         if direction is None:
-            return (None,) * 8
+            return (None,) * 9
         v_loss, v_lse, v_input, v_target = directional(direction, *ctx.saved_tensors, ctx.numbers)
         if ctx.needs_input_grad[4]:
-            raise NotImplementedError("weight: cross_entropy(impl='native') gives no gradient for it")
+            raise NotImplementedError("weight: cross_entropy's kernels give no gradient for it")
         return (
             v_loss,
             v_lse if ctx.needs_input_grad[1] else None,
             v_input,
             v_target if ctx.needs_input_grad[3] else None,
-            *(None,) * 4,
+            *(None,) * 5,
         )
 
     @staticmethod
@@ -220,7 +245,7 @@ class _Gradient(Function):
             t if t is None or position == 4 else _fold(t, d, info.batch_size, rows)
             for position, (t, d) in enumerate(zip(args[:7], in_dims, strict=False))
         ]
-        return _unfold(_apply(_Gradient, *folded_tensors, args[7]), info.batch_size, rows), 0
+        return _unfold(_apply(_Gradient, *folded_tensors, *args[7:]), info.batch_size, rows), 0
 
 
 class _GradientWithJvp(_Gradient):
@@ -228,7 +253,7 @@ class _GradientWithJvp(_Gradient):
     def jvp(ctx: Any, loss_t: Any, lse_t: Any, input_t: Any, target_t: Any, weight_t: Any, *_: Any) -> Any:
         grad_loss, grad_lse, input, target, weight, peak, log_sum = ctx.saved_tensors
         if weight_t is not None:
-            raise NotImplementedError("weight: cross_entropy(impl='native') gives no derivative for it")
+            raise NotImplementedError("weight: cross_entropy's kernels give no derivative for it")
         total = torch.zeros_like(input)
         if input_t is not None:  # the second derivative is symmetric
             total = total + directional(input_t, grad_loss, grad_lse, input, target, weight, ctx.numbers)[2]
@@ -236,7 +261,7 @@ class _GradientWithJvp(_Gradient):
             total = total + along_target(target_t, grad_loss, input, target, weight, ctx.numbers)
         if loss_t is not None or lse_t is not None:
             loss_t = torch.zeros_like(grad_loss) if loss_t is None else loss_t
-            total = total + _apply(_Gradient, loss_t, lse_t, input, target, weight, peak, log_sum, ctx.numbers)
+            total = total + _apply(_Gradient, loss_t, lse_t, input, target, weight, peak, log_sum, ctx.numbers, ctx.ops)
         return total
 
 
@@ -244,54 +269,61 @@ _WITH_JVP: dict[Any, Any] = {_Rows: _RowsWithJvp, _Gradient: _GradientWithJvp}
 
 
 def _overwrite(
-    grad_loss: Tensor, grad_lse: Tensor | None, input: Tensor, target: Tensor, peak: Tensor, log_sum: Tensor, *rest: Any
-) -> Tensor:
+    ops: Ops, grad_loss: Tensor, grad_lse: Tensor | None, input: Tensor, target: Tensor, peak: Tensor, log_sum: Tensor,
+    *rest: Any,
+) -> Tensor:  # fmt: skip
     """Return the input's gradient in the input's memory, and make every later use of the input an error."""
     if torch.is_grad_enabled():
         raise RuntimeError("inplace_grad=True: the gradient overwrites the input, so it cannot be differentiated again")
     weight, numbers = rest
     input = input.detach()
-    backward_(grad_loss, grad_lse, input, target, peak, log_sum, weight, *numbers)
+    ops.backward_(grad_loss, grad_lse, input, target, peak, log_sum, weight, *numbers)
     torch.autograd.graph.increment_version(input)  # shared with the tensor that autograd knows
     grad: Tensor = take_memory(input, _OVERWRITTEN)
     return grad
 
 
-def _run_plain(call: Call) -> Tensor:
+def _run_plain(ops: Ops, call: Call) -> Tensor:
     input, target, (weight, *numbers), reduction = call.input, call.target, call.options, call.reduction
 
     def again(tensors: Tensors) -> Tensor:
         (input,) = tensors
+        if ops is TRITON:  # it has a kernel of the second derivative
+            return _run_rows(ops, call._replace(input=input))  # type: ignore[arg-type, return-value]
         return reference.cross_entropy(call._replace(input=input))  # type: ignore[arg-type, return-value]
 
     # A float16 gradient waits for the loss scale that comes with its upstream: before, small values would be 0.
     if reduction == "none" or input.dtype == torch.float16:
         with torch.no_grad():
-            rows, peak, log_sum = forward(input, target, weight, *numbers)
+            rows, peak, log_sum = ops.forward(input, target, weight, *numbers)
             denominator = call.denominator() if reduction == "mean" else 1
             loss = reduce(rows, denominator, reduction).to(call.dtype)
 
         def backward_(upstream: Tensor, tensors: Tensors, needs: Sequence[bool]) -> list[Tensor | None]:
             upstream = (upstream.to(rows.dtype) / denominator).expand(peak.shape)
-            return [backward(upstream, None, tensors[0], target, peak, log_sum, weight, *numbers)]
+            return [ops.backward(upstream, None, tensors[0], target, peak, log_sum, weight, *numbers)]
 
         return two_sweeps(loss, backward_, again, input)
 
     def step_(tensors: Tensors, needs: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
-        sweep, grad = step if needs[0] else total, None
+        sweep, grad = ops.step if needs[0] else ops.total, None
         loss = sweep(tensors[0], target, weight, *numbers, reduction == "mean")
         if needs[0]:
             loss, grad = loss
         return loss if loss.dtype == call.dtype else loss.to(call.dtype), [grad]
 
-    return one_sweep(step_, again, input)
+    return one_sweep(step_, again, input, by_triton=ops is TRITON)
 
 
-def _run_native(call: Call) -> Tensor | CrossEntropyOutput:
+def _run(ops: Ops, call: Call) -> Tensor | CrossEntropyOutput:
+    if not (call.stats or call.inplace_grad or call.target.requires_grad) and plain(call.input):
+        return _run_plain(ops, call)
+    return _run_rows(ops, call)
+
+
+def _run_rows(ops: Ops, call: Call) -> Tensor | CrossEntropyOutput:
     input, target, (weight, *numbers), reduction = call.input, call.target, call.options, call.reduction
-    if not (call.stats or call.inplace_grad or target.requires_grad) and plain(input):
-        return _run_plain(call)
-    rows, _, _, *stats = _apply(_Rows, input, target, weight, numbers, call.stats, call.inplace_grad)
+    rows, _, _, *stats = _apply(_Rows, input, target, weight, numbers, ops, call.stats, call.inplace_grad)
     loss = reduce(rows, call.denominator() if reduction == "mean" else 1, reduction).to(call.dtype)
     return CrossEntropyOutput(loss, *stats) if call.stats else loss
 
@@ -301,6 +333,14 @@ def _refuse_native(call: Call) -> str | None:
         return native.why_not()
     if call.input.device.type != "cpu":
         return f"it serves CPU tensors; input is on {call.input.device}"
+    return _refuse_kernels(call)
+
+
+def _refuse_triton(call: Call) -> str | None:
+    return triton.refuse_triton(call.input) or _refuse_kernels(call)
+
+
+def _refuse_kernels(call: Call) -> str | None:
     if call.options.weight is not None and call.options.weight.requires_grad:
         return "it gives no gradient for weight, which requires one"
     compiling = torch.compiler.is_compiling()
@@ -317,6 +357,7 @@ def _refuse_reference(call: Call) -> str | None:
 
 
 IMPLEMENTATIONS = (
-    Implementation("native", _refuse_native, _run_native),
+    Implementation("native", _refuse_native, partial(_run, NATIVE)),
+    Implementation("triton", _refuse_triton, partial(_run, TRITON), by_name_only=triton.INTERPRETED),
     Implementation("reference", _refuse_reference, reference.cross_entropy),
 )
