@@ -41,10 +41,10 @@ class Machine(NamedTuple):
 
 _SHARE = {2: 0.65, 4: 0.5, 8: 0.3}
 _CHUNK = 256 << 20
-# 2026-11-21. sm_9*: flops of 2 bytes and bandwidth as measured on an H200; all others are vendors' figures times 0.8, and
-# the shares are estimates: what is wrong about them moves the hidden size at which the strategies change places. With 256
-# MiB a chunk of 128256 classes has 1046 rows, at which the library's products run at their full rate. The interpreter's
-# row makes chunks, blocks and both strategies of small tests.
+# 2026-11-21. sm_9*: flops of 2 bytes and bandwidth as measured on an H200; all others are vendors' figures times 0.8,
+# and the shares are estimates: what is wrong about them moves the hidden size at which the strategies change places.
+# With 256 MiB a chunk of 128256 classes has 1046 rows, at which the library's products run at their full rate. The
+# interpreter's row makes chunks and blocks of small tests.
 _MACHINES = (
     Machine("interpreter", {2: 8e14, 4: 5e13, 8: 5e13}, _SHARE, 4e12, 1 << 17, 16, 8),
     Machine("sm_8*", {2: 2.5e14, 4: 1.6e13, 8: 1.6e13}, _SHARE, 1.6e12, _CHUNK, 128, 1024),
@@ -79,7 +79,7 @@ def plan(layers: Sequence[Layer], needs: Sequence[Needs]) -> Plan:
 
     Chunks: the library makes the logits of some rows, kernels turn them into gradients in place, and the library takes
     those back to the layer. Lean: the logits are made in kernels, tile by tile, twice where gradients are needed, and
-    never stored; only a block of gradients is. Whichever the model says is faster for these shapes, whatever the values.
+    never stored; only a block of gradients is. The model says which is faster for these shapes, whatever the values.
     """
     input, weight, _ = layers[0]
     here = machine(input.device)
@@ -231,9 +231,7 @@ class Sweep:
         """Return the gradients of input, weight and bias; without elements where not needed."""
         if not self.rows and self.totals[1] is not None:
             self.totals[1].zero_()
-        return tuple(
-            self.input.new_empty(0) if total is None else total.to(self.input.dtype) for total in self.totals
-        )
+        return tuple(self.input.new_empty(0) if total is None else total.to(self.input.dtype) for total in self.totals)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:

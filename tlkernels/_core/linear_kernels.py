@@ -1,4 +1,4 @@
-"""What the kernels of linear losses share: a tile of transposed logits, from memory or as a product made on the spot."""
+"""What kernels of linear losses share: a tile of transposed logits, from memory or as a product made on the spot."""
 
 import triton
 import triton.language as tl
@@ -60,4 +60,3 @@ def logits_tile(
 def finite(peak):
     """Return what differences from a peak are taken from: 0 where all logits so far are -inf."""
     return tl.where(peak == float("-inf"), 0.0, peak)
-

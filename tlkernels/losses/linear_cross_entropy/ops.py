@@ -94,7 +94,7 @@ TRITON = Ops(
 
 
 class _Rows(Function):
-    """(input, linear_weight, linear_bias, target, weight, other options, stats, ops) -> loss[, lse, entropy, correct]."""
+    """(layer's tensors, target, weight, other options, stats, ops) -> loss[, lse, entropy, correct]."""
 
     @staticmethod
     def forward(

@@ -4,8 +4,8 @@ Both strategies run the same kernels on tiles of transposed logits: `_statistics
 over several programs; `_finish`, which joins the splits to a row's loss and normaliser; `_gradient`. In chunks a tile is
 read from memory, and its gradient takes its place; in the lean strategy it is a product made on the spot.
 
-Bytes of chunks, beside the products: the logits are read twice and written once, 3 * 2 bytes in bfloat16. That is 0.73 ms
-for 4096 x 128256 at 4.3 TB/s, beside 16.3 ms of products.
+Bytes of chunks, beside the products: the logits are read twice and written once, 3 * 2 bytes in bfloat16. That is
+0.73 ms for 4096 x 128256 at 4.3 TB/s, beside 16.3 ms of products.
 """
 
 from collections.abc import Iterator
@@ -352,10 +352,10 @@ def _gradient(
     tl.store(at, d.to(gradient.dtype.element_ty), there)
 
 
-# 2026-11-21, by reasoning and from the compiler's report, unmeasured. Chunks: a thread has 16 bytes of a class, DEEP times,
-# so that DEEP loads are on their way before the first is used, and two programs find room on a multiprocessor. Lean: the
-# tiles with which products of 16-bit numbers come near the tensor cores' rate; those of float32 and float64 are bound by
-# arithmetic at any size. With softcap, smoothing, probabilities or statistics the same tiles would spill registers.
+# 2026-11-21, by reasoning and from the compiler's report, unmeasured. Chunks: a thread has 16 bytes of a class, DEEP
+# times, so that DEEP loads are on their way before the first is used, and two programs find room on a multiprocessor.
+# Lean: the tiles with which products of 16-bit numbers come near the tensor cores' rate; those of float32 and float64
+# are bound by arithmetic at any size. With softcap, smoothing, probabilities or statistics the same tiles would spill.
 _CHUNKS = Table(
     "linear_cross_entropy chunks",
     Config("interpreter", 0, None, {"DEEP": 2, "LANES": 32, "BLOCK": 128}, 1),
@@ -406,13 +406,16 @@ class _Rows(NamedTuple):
     correct: Tensor | None
 
     def narrow(self, begin: int, end: int) -> "_Rows":
-        return _Rows(*(None if tensor is None else tensor[begin:end] for tensor in self))
+        return _Rows(self.loss[begin:end], *(None if tensor is None else tensor[begin:end] for tensor in self[1:]))
 
 
 class _Call:
     """The launches of a call of flat tensors."""
 
-    def __init__(self, input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, options: Options):
+    def __init__(self, *args: Any):
+        """Take an op's arguments up to its options."""
+        input, weight, bias, target = args[:4]
+        options = Options(*args[4:])
         self.layer = input, weight, bias
         self.rows, self.classes = input.shape[0], weight.shape[0]
         self.wide = compute_dtype(input)
@@ -517,25 +520,28 @@ class _Call:
 
     def rows_of(self, gradients: bool, stats: bool = False) -> _Rows:
         new = self.layer[0].new_empty
-        loss, *more = (new(self.rows, dtype=self.wide) for _ in range(1 + 4 * gradients + 2 * stats))
-        kept = more[:4] if gradients else [None] * 4
-        watched = [*more[-2:], new(self.rows, dtype=torch.bool)] if stats else [None] * 3
-        return _Rows(loss, *kept, *watched)
+        of_dtype = [self.wide] + [self.wide if gradients else None] * 4 + [self.wide if stats else None] * 2
+        of_dtype += [torch.bool if stats else None]
+        loss, *rest = (None if dtype is None else new(self.rows, dtype=dtype) for dtype in of_dtype)
+        assert loss is not None
+        return _Rows(loss, *rest)
 
     def plan(self, needs: linear.Needs) -> linear.Plan:
         return linear.plan([self.layer], [needs])
 
     def denominator(self) -> Tensor:
         """Return what `mean` divides by, on the device."""
-        input, weight, _ = self.layer
+        input = self.layer[0]
         logits = input.new_empty(()).expand(self.rows, self.classes)
         found = CrossEntropyCall(logits, self.target, self.options, "mean", False, False).denominator()
-        return torch.full((), found, dtype=self.wide, device=input.device) if not isinstance(found, Tensor) else found.to(self.wide)
+        if isinstance(found, Tensor):
+            return found.to(self.wide)
+        return torch.full((), found, dtype=self.wide, device=input.device)
 
 
 def forward(*args: Any) -> Tensor:
     """Return the loss of each row."""
-    call = _Call(*args[:4], Options(*args[4:]))
+    call = _Call(*args)
     out = call.rows_of(gradients=False)
     needs = (False, False, False)
     call.run(call.plan(needs), needs, out)
@@ -544,7 +550,7 @@ def forward(*args: Any) -> Tensor:
 
 def forward_stats(*args: Any) -> tuple[Tensor | None, ...]:
     """Return loss, lse, entropy and correct of each row."""
-    call = _Call(*args[:4], Options(*args[4:]))
+    call = _Call(*args)
     out = call.rows_of(gradients=False, stats=True)
     needs = (False, False, False)
     call.run(call.plan(needs), needs, out)
@@ -554,7 +560,7 @@ def forward_stats(*args: Any) -> tuple[Tensor | None, ...]:
 def backward(grad_loss: Tensor, grad_lse: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
     """Return the gradients of input, weight and bias for an upstream of each row's loss, and of its lse."""
     needs = args[-3:]
-    call = _Call(*args[:4], Options(*args[4:-3]))
+    call = _Call(*args[:-3])
     return call.run(call.plan(needs), needs, call.rows_of(gradients=True), grad_loss, grad_lse)
 
 
@@ -562,7 +568,7 @@ def step(*args: Any) -> tuple[Tensor, ...]:
     """Return the reduced loss, and its gradients."""
     *rest, mean, needs_input, needs_weight, needs_bias = args
     needs = (needs_input, needs_weight, needs_bias)
-    call = _Call(*rest[:4], Options(*rest[4:]))
+    call = _Call(*rest)
     out = call.rows_of(gradients=any(needs))
     loss = out.loss.new_empty(())
     divisor = call.denominator() if mean else None
@@ -585,9 +591,8 @@ def examples() -> Iterator[Example]:
     """Yield calls that take every kernel and every row of the tables."""
     for strategy, claims in (("chunks", _WIDE), ("lean", _PRODUCTS)):
         for dtype in (torch.bfloat16, torch.float32, torch.float64):
-            yield Example(
-                f"{strategy}-{dtype}", partial(_example, strategy, dtype), claims if dtype == torch.bfloat16 else {}, _FEW
-            )
+            claimed = claims if dtype == torch.bfloat16 else {}
+            yield Example(f"{strategy}-{dtype}", partial(_example, strategy, dtype), claimed, _FEW)
         every = partial(_example, strategy, torch.bfloat16, 0.1, 30.0, every_option=True)
         yield Example(f"{strategy}-every-option", every, {}, _FEW)
         for dtype in (torch.float32, torch.float64):

@@ -69,9 +69,7 @@ _NAME = "linear_distillation_{}"
 NATIVE = Ops(*(define(_NAME.format(schema.format("")), fake) for schema, fake in _SCHEMAS))
 TRITON = Ops(
     *(
-        triton.define(
-            _NAME.format(schema.format("_triton")), fake, "tlkernels.losses.linear_distillation.triton", name
-        )
+        triton.define(_NAME.format(schema.format("_triton")), fake, "tlkernels.losses.linear_distillation.triton", name)
         for name, (schema, fake) in zip(Ops._fields, _SCHEMAS, strict=True)
     )
 )

@@ -9,7 +9,7 @@ slope_k = dD / dp_k, of which a constant drops out:
 
     dD / du_k = p_k * (slope_k - sum of p_k * slope_k)
 
-    forward_kl: slope_t = log(p_t / p_s), of sum D; slope_s = -p_t / p_s, which leaves p_s - p_t; reverse_kl is its mirror
+    forward_kl: slope_t = log(p_t / p_s), of average D; slope_s = -p_t / p_s, which leaves p_s - p_t; reverse_kl mirrors
     js: slope_t = beta * log(p_t / m), slope_s = (1 - beta) * log(p_s / m);    tv: slope_k = sign(p_k - p_other) / 2
 
 so D is the sum of both averages of slopes, or the one. Bytes of chunks, beside the products: both logits are read twice
@@ -32,6 +32,7 @@ from tlkernels._core.triton import Config, Example, Table, check_classes, launch
 from tlkernels._core.triton_kernels import DTYPES, number, sum_of
 from tlkernels.losses.distillation.call import DIVERGENCES, Options, rows_that_count
 
+# From js on, the loss waits for both normalisers.
 FORWARD_KL, REVERSE_KL, JS, TV = (tl.constexpr(k) for k in range(len(DIVERGENCES)))
 
 
@@ -83,12 +84,12 @@ def _normalise(
     for tile in range(split * tiles, tl.minimum((split + 1) * tiles, tl.cdiv(classes, size))):
         first = tile * size
         xs = logits_tile(
-            s_logits, s_stride, s_input, s_row, s_k, s_weight, s_weight_row, s_weight_k, s_bias, first, r, rows, classes,
-            s_features, S_TYPE, DEEP, LANES, BLOCK_K, PRECISION,
+            s_logits, s_stride, s_input, s_row, s_k, s_weight, s_weight_row, s_weight_k, s_bias, first, r, rows,
+            classes, s_features, S_TYPE, DEEP, LANES, BLOCK_K, PRECISION,
         ).to(T)  # fmt: skip
         xt = logits_tile(
-            t_logits, t_stride, t_input, t_row, t_k, t_weight, t_weight_row, t_weight_k, t_bias, first, r, rows, classes,
-            t_features, T_TYPE, DEEP, LANES, BLOCK_K, PRECISION,
+            t_logits, t_stride, t_input, t_row, t_k, t_weight, t_weight_row, t_weight_k, t_bias, first, r, rows,
+            classes, t_features, T_TYPE, DEEP, LANES, BLOCK_K, PRECISION,
         ).to(T)  # fmt: skip
         c = _classes(first, DEEP, LANES)
         there = c < classes
@@ -197,12 +198,12 @@ def _average(
     for tile in range(split * tiles, tl.minimum((split + 1) * tiles, tl.cdiv(classes, size))):
         first = tile * size
         xs = logits_tile(
-            s_logits, s_stride, s_input, s_row, s_k, s_weight, s_weight_row, s_weight_k, s_bias, first, r, rows, classes,
-            s_features, S_TYPE, DEEP, LANES, BLOCK_K, PRECISION,
+            s_logits, s_stride, s_input, s_row, s_k, s_weight, s_weight_row, s_weight_k, s_bias, first, r, rows,
+            classes, s_features, S_TYPE, DEEP, LANES, BLOCK_K, PRECISION,
         ).to(T)  # fmt: skip
         xt = logits_tile(
-            t_logits, t_stride, t_input, t_row, t_k, t_weight, t_weight_row, t_weight_k, t_bias, first, r, rows, classes,
-            t_features, T_TYPE, DEEP, LANES, BLOCK_K, PRECISION,
+            t_logits, t_stride, t_input, t_row, t_k, t_weight, t_weight_row, t_weight_k, t_bias, first, r, rows,
+            classes, t_features, T_TYPE, DEEP, LANES, BLOCK_K, PRECISION,
         ).to(T)  # fmt: skip
         there = _classes(first, DEEP, LANES) < classes
         s_gap = xs - s_peak[None, None, :]
@@ -272,13 +273,13 @@ def _finish(
                 hard += smooth * (far / classes + hard_log_sum)
             tl.store(kept + 6 * kept_rows + r, hard_log_sum, here)
             hard *= number(hard_weight, T)
-            if DIVERGENCE == JS or DIVERGENCE == TV:
+            if DIVERGENCE >= JS:
                 tl.store(loss + r, hard, here)  # until `_average` has been there
         if DIVERGENCE == FORWARD_KL:
             divergence = distance / t_total + (s_log_sum - t_log_sum)
         if DIVERGENCE == REVERSE_KL:
             divergence = distance / s_total + (t_log_sum - s_log_sum)
-        if DIVERGENCE == FORWARD_KL or DIVERGENCE == REVERSE_KL:
+        if DIVERGENCE < JS:
             tl.store(kept + 4 * kept_rows + r, divergence, here)
             tl.store(kept + 5 * kept_rows + r, divergence, here)
     if averages is not None:
@@ -289,7 +290,7 @@ def _finish(
         tl.store(kept + 5 * kept_rows + r, of_t, here)
         if HARD:
             hard = tl.load(loss + r, here, other=0.0)
-    if averages is not None or DIVERGENCE == FORWARD_KL or DIVERGENCE == REVERSE_KL:
+    if averages is not None or DIVERGENCE < JS:
         result = number(soft_weight, T) * divergence
         if HARD:
             result += hard
@@ -382,8 +383,8 @@ def _gradient(
         tl.store(at, d.to(t_gradient.dtype.element_ty), there)
 
 
-# 2026-11-21, by reasoning and from the compiler's report, unmeasured: as linear cross entropy's with options, since there
-# are tiles of two sides.
+# 2026-11-21, by reasoning and from the compiler's report, unmeasured: as linear cross entropy's with options, since
+# there are tiles of two sides.
 _CHUNKS = Table(
     "linear_distillation chunks",
     Config("interpreter", 0, None, {"DEEP": 2, "LANES": 16, "BLOCK": 64}, 1),
@@ -535,7 +536,8 @@ def forward(*args: Any) -> Tensor:
     layers, options = args[:6], Options(*args[6:])
     call = _Call(layers, options)
     call.run([False] * 6)
-    return call.loss.view(layers[0].shape[:-1])
+    loss: Tensor = call.loss.view(layers[0].shape[:-1])
+    return loss
 
 
 def backward(grad_rows: Tensor, *args: Any) -> tuple[Tensor, ...]:
