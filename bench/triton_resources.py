@@ -159,13 +159,18 @@ def _nvidia(cubin: bytes) -> dict[str, int]:
             for what in ("--dump-resource-usage", "--dump-sass")
         )
     used = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
-    counts = {name: len(re.findall(rf"\b{re.escape(name)}\b", code)) for name in (*_AMD, "LDL", "STL")}
+    counts = {name: len(re.findall(_with_modifiers(name), code)) for name in (*_AMD, "LDL", "STL")}
     return {
         **counts,
         "registers": used["REG"],
         "local": used["STACK"] + used["LOCAL"],
         "spills": counts["LDL"] + counts["STL"],
     }
+
+
+def _with_modifiers(instruction: str) -> str:
+    """Return a pattern that also finds, for "LDG.E.128", the same with a hint to the cache, "LDG.E.EF.128"."""
+    return r"\b" + re.escape(instruction).replace(r"\.128", r"(\.\w+)*\.128") + r"\b"
 
 
 def _amd(text: str) -> dict[str, int]:

@@ -8,7 +8,11 @@ import torch
 if not torch.cuda.is_available():  # before triton and tlkernels are imported, which ask for it once
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from tlkernels._core import native
+from tlkernels import testing
+from tlkernels._core import native, triton
+
+if triton.INTERPRETED and triton.available():
+    testing.round_to_nearest()
 
 
 @pytest.fixture(autouse=True)

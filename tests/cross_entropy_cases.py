@@ -164,6 +164,8 @@ def ops():
                 yield made.backward, (g, g, x, y, peak, log_sum, *options)
                 yield made.total, (x, y, *options, True)
                 yield made.step, (x, y, *options, True)
+                if made.directional:
+                    yield made.directional, (torch.randn(4, 5, 3), g, g, x.detach(), y, *options)
 
 
 LOSS = testing.Loss(

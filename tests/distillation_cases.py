@@ -142,11 +142,16 @@ def registered():
     student, teacher = torch.randn(2, 3, 5), torch.randn(2, 3, 5, dtype=BF16)
     target, rows = torch.tensor([[0, 1, -100], [2, 3, 4]]), torch.rand(2, 3)
     options = (target, rows, 2.0, "js", 0.3, 0.5, -100, 0.1)
+    strided = student.transpose(0, 1).contiguous().transpose(0, 1)
     return [
-        (ops.forward, (student, teacher, *options)),
-        (ops.backward, (rows, student, teacher, *options, True, True)),
-        (ops.backward, (rows, student.transpose(0, 1).contiguous().transpose(0, 1), teacher, *options, True, False)),
-        (ops.step, (student, teacher, *options, True, True, False)),
+        call
+        for made in (ops.NATIVE, ops.TRITON)
+        for call in (
+            (made.forward, (student, teacher, *options)),
+            (made.backward, (rows, student, teacher, *options, True, True)),
+            (made.backward, (rows, strided, teacher, *options, True, False)),
+            (made.step, (student, teacher, *options, True, True, False)),
+        )
     ]
 
 

@@ -42,6 +42,26 @@ def too_large(impl: str, *arguments: Any) -> bool:
     return impl == "triton" and triton.INTERPRETED and max(sizes, default=0) > INTERPRETED_ELEMENTS
 
 
+def round_to_nearest() -> None:
+    """Make Triton's interpreter round float32 to bfloat16 as GPUs do: it cuts off, and does not carry."""
+    import numpy as np
+    from triton.language import bfloat16, float32
+    from triton.runtime import interpreter
+
+    original = interpreter._convert_float
+
+    def convert(input: Any, source: Any, target: Any, rounding_mode: Any) -> Any:
+        if (source, target) == (bfloat16, float32):
+            return np.ascontiguousarray(input).view(np.uint16).astype(np.uint32) << 16
+        if (source, target) != (float32, bfloat16):
+            return original(input, source, target, rounding_mode)
+        bits = np.ascontiguousarray(input, np.float32).view(np.uint32)
+        rounded = (bits + (((bits >> 16) & 1) + 0x7FFF)) >> 16
+        return np.where(np.isnan(input), 0x7FC0, rounded).astype(np.uint16)
+
+    interpreter._convert_float = convert
+
+
 @contextmanager
 def forced(target: Target) -> Iterator[str]:
     """Force the target's instruction set meanwhile; gives the name for `impl=`."""

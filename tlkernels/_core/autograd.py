@@ -85,7 +85,9 @@ def one_sweep(step: Step, again: Again, *tensors: Tensor | None, by_triton: bool
     def compute(upstream: Tensor, tensors: Tensors, needs: Sequence[bool], create_graph: bool) -> list[Tensor | None]:
         if create_graph:
             return differentiate(again, tensors, needs, upstream)
-        return [grad if grad is None else scale(grad, upstream) for grad in where_needed(step(tensors, needs)[1], needs)]
+        return [
+            grad if grad is None else scale(grad, upstream) for grad in where_needed(step(tensors, needs)[1], needs)
+        ]
 
     def scale(grad: Tensor, upstream: Tensor) -> Tensor:
         if not by_triton:

@@ -44,6 +44,19 @@ def _sum(values, divisor, out, n, factor: tl.float64, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _count(target, weight, partial, n, C, ignore_index, BLOCK: tl.constexpr):
+    """Write the number of targets of each block that are not ignored, or their weights' sum."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    y = tl.load(target + i, i < n, other=0).to(tl.int64)
+    counted = (i < n) & (y != ignore_index)
+    if weight is None:
+        counts = tl.where(counted, 1.0, 0.0).to(tl.float64)
+    else:
+        counts = tl.load(weight + y, counted & (y >= 0) & (y < C), other=0.0).to(tl.float64)
+    tl.store(partial + tl.program_id(0), tl.sum(counts, 0))
+
+
+@triton.jit
 def _scale(values, factor, n, BLOCK: tl.constexpr):
     """Multiply in place by the number in memory; where it is 1 nothing is read or written, nor asked of the host."""
     by = tl.load(factor)
@@ -56,6 +69,7 @@ def _scale(values, factor, n, BLOCK: tl.constexpr):
 # 2026-11-21, by reasoning: one program sums what the programs of a loss left, a few thousand numbers, so more lanes
 # would idle; scaling moves 16 KiB a program, so that the grid of a gradient that needs no scaling stays small.
 _SUM = Table("sum", Config("interpreter", 0, None, {"BLOCK": 64}, 1), Config("*", 0, None, {"BLOCK": 1024}, 4))
+_COUNT = Config("*", 0, None, {"BLOCK": 1024}, 4)
 _SCALE = Table("scale", Config("interpreter", 0, None, {"BLOCK": 1024}, 1), Config("*", 0, None, {"BLOCK": 8192}, 8))
 
 
@@ -73,3 +87,14 @@ def scale_(values: Tensor, factor: Tensor) -> Tensor:
     config = _SCALE.find(values.device, 0, values.numel())
     launch(_scale, (triton.cdiv(values.numel(), config.meta["BLOCK"]),), values, factor, values.numel(), config=config)
     return values
+
+
+def count(target: Tensor, classes: int, weight: Tensor | None, ignore_index: int) -> Tensor:
+    """Return the number of targets that are not ignored, or the sum of their weights; 0-d, float64."""
+    n = target.numel()
+    counted = torch.empty((), dtype=torch.float64, device=target.device)
+    partial = torch.empty(max(1, triton.cdiv(n, _COUNT.meta["BLOCK"])), dtype=torch.float64, device=target.device)
+    if n == 0:
+        return counted.zero_()
+    launch(_count, (partial.numel(),), target.contiguous(), weight, partial, n, classes, ignore_index, config=_COUNT)
+    return partial.view(()) if partial.numel() == 1 else sum_of(partial, counted)

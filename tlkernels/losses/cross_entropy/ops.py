@@ -41,6 +41,11 @@ def _fake_stats(input: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, .
     return *(_fake_row(input) for _ in range(4)), _fake_row(input, torch.bool)
 
 
+def _fake_directional(direction: Tensor, grad: Any, lse: Any, input: Tensor, target: Tensor, *rest: Any) -> Any:
+    v_target = torch.empty_like(target) if target.is_floating_point() else input.new_empty((0,))
+    return _fake_row(input), _fake_row(input), torch.empty_like(input), v_target
+
+
 class Ops(NamedTuple):
     """The ops of an implementation."""
 
@@ -54,6 +59,8 @@ class Ops(NamedTuple):
     """The reduced loss."""
     step: Any
     """The reduced loss with its gradient."""
+    directional: Any = None
+    """What second_order.directional returns, no elements for None; nothing where that serves."""
 
 
 _BACKWARD = f"Tensor grad_loss, Tensor? grad_lse, {{input}}, Tensor target, Tensor peak, Tensor log_sum, {OPTIONS}"
@@ -81,13 +88,17 @@ _SCHEMAS: tuple[tuple[str, str, Any], ...] = (
         f"(Tensor input, Tensor target, {OPTIONS}, bool mean) -> (Tensor loss, Tensor grad)",
         lambda input, *rest: (input.new_empty((), dtype=compute_dtype(input)), torch.empty_like(input)),
     ),
+    (
+        "directional",
+        f"(Tensor direction, Tensor grad_loss, Tensor? grad_lse, Tensor input, Tensor target, {OPTIONS})"
+        " -> (Tensor v_loss, Tensor v_lse, Tensor v_input, Tensor v_target)",
+        _fake_directional,
+    ),
 )
-NATIVE = Ops(*(define(f"cross_entropy_{name}{schema}", fake) for name, schema, fake in _SCHEMAS))
+NATIVE = Ops(*(define(f"cross_entropy_{name}{schema}", fake) for name, schema, fake in _SCHEMAS[:6]))
 TRITON = Ops(
     *(
-        triton.define(
-            f"cross_entropy_{name}_triton{schema}", fake, "tlkernels.losses.cross_entropy.triton", function
-        )
+        triton.define(f"cross_entropy_{name}_triton{schema}", fake, "tlkernels.losses.cross_entropy.triton", function)
         for function, (name, schema, fake) in zip(Ops._fields, _SCHEMAS, strict=True)
     )
 )
@@ -163,7 +174,16 @@ class _Rows(Function):
             grad_input = _overwrite(ctx.ops, grad_loss, grad_lse, input, target, peak, log_sum, weight, ctx.numbers)
         elif needs_input:
             grad_input = _apply(
-                _Gradient, grad_loss, grad_lse, input, target, weight, peak.detach(), log_sum.detach(), ctx.numbers, ctx.ops
+                _Gradient,
+                grad_loss,
+                grad_lse,
+                input,
+                target,
+                weight,
+                peak.detach(),
+                log_sum.detach(),
+                ctx.numbers,
+                ctx.ops,
             )
         if needs_target:
             grad_target = target_gradient(grad_loss, input, target, weight, ctx.numbers)
@@ -225,7 +245,12 @@ class _Gradient(Function):
     def backward(ctx: Any, direction: Tensor | None) -> Any:
         if direction is None:
             return (None,) * 9
-        v_loss, v_lse, v_input, v_target = directional(direction, *ctx.saved_tensors, ctx.numbers)
+        grad_loss, grad_lse, input, target, weight, *_ = ctx.saved_tensors
+        if ctx.ops.directional is None or torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+            derivatives = directional(direction, grad_loss, grad_lse, input, target, weight, ctx.numbers)
+        else:
+            derivatives = ctx.ops.directional(direction, grad_loss, grad_lse, input, target, weight, *ctx.numbers)
+        v_loss, v_lse, v_input, v_target = derivatives
         if ctx.needs_input_grad[4]:
             raise NotImplementedError("weight: cross_entropy's kernels give no gradient for it")
         return (

@@ -1,12 +1,12 @@
 """Kernels of cross entropy for GPUs.
 
-Positions are laid out as (outer, P) and classes along a third axis, so that one kernel serves rows, channels-first images
-and any strides that merge into these three.
+Positions are laid out as (outer, P) and classes along a third axis, so that one kernel serves rows, channels-first
+images and any strides that merge into these three.
 
-Bytes. Up to a table's limit a tile of whole rows is in registers: the logits are read once, the gradient is written once.
-A longer row is swept twice by one program: the first sweep reads it from memory and finds its peak and sum, lane by lane
-with one exponential for each logit; the second reads it again, from L2 as long as a row for each multiprocessor fits
-there (H200: 132 rows of 128256 bfloat16 are 34 MB of 50), and writes the gradient. Where only the losses of class
+Bytes. Up to a table's limit a tile of whole rows is in registers: the logits are read once, the gradient is written
+once. A longer row is swept twice by one program: the first sweep reads it from memory and finds its peak and sum, lane
+by lane with one exponential for each logit; the second reads it again, from L2 as long as a row for each multiprocessor
+fits there (H200: 132 rows of 128256 bfloat16 are 34 MB of 50), and writes the gradient. Where only the losses of class
 indices are asked for, there is no second sweep. Ignored rows are not read.
 
 `second_order.py` has the formulas; q, Q, p, a are those of its first lines.
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from tlkernels._core.dtypes import compute_dtype
 from tlkernels._core.triton import Config, Example, Table, check_classes, launch
-from tlkernels._core.triton_kernels import DTYPES, number, sum_of, tanh_and_slope
+from tlkernels._core.triton_kernels import DTYPES, count, sum_of, tanh_and_slope
 
 
 @triton.jit
@@ -46,9 +46,13 @@ def _peak_and_sum(at, step, there, classes, C, softcap, k, SOFTCAP: tl.constexpr
     sums = tl.zeros(at.shape, T)
     for start in range(0, C, BC):
         valid = there[:, None] & (start + classes < C)[None, :]
-        x = tl.load(at + tl.cast(start, tl.int64) * step, valid, other=float("-inf"), eviction_policy="evict_last").to(T)
-        u, _ = _bounded(x, softcap, SOFTCAP)
-        u = tl.where(valid, u, float("-inf"))
+        x = tl.load(at + tl.cast(start, tl.int64) * step, valid, other=float("-inf"), eviction_policy="evict_last").to(
+            T
+        )
+        u = x
+        if SOFTCAP:
+            u, _ = tanh_and_slope(x / softcap)
+            u = tl.where(valid, u, float("-inf"))
         e = tl.where(u == peaks, 1.0, tl.exp(-tl.abs(u - peaks) * k))  # 1 where both are -inf, too: it meets a 0 below
         sums = tl.where(u > peaks, sums * e + 1, sums + e)
         peaks = tl.maximum(peaks, u)
@@ -92,8 +96,9 @@ def _target(
         own = tl.where(mine, 1 - smoothing, 0.0)
         if weight is not None:
             own *= tl.load(weight + y, mine, other=0.0).to(T)
-    u, _ = _bounded(x, softcap, SOFTCAP)
-    return y, counted, bad, own, u
+    if SOFTCAP:
+        x, _ = tanh_and_slope(x / softcap)
+    return y, counted, bad, own, x
 
 
 @triton.jit
@@ -110,8 +115,9 @@ def _sweep(
     PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr, Z_LOSS: tl.constexpr,
     WHOLE: tl.constexpr, T: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    smoothing, softcap, z_loss = number(smoothing, T), number(softcap, T), number(z_loss, T)
-    slope = 1 / number(temperature, T)
+    # As `number` has it, in place: the interpreter takes long to call a function.
+    smoothing, softcap, z_loss = tl.full([], smoothing, T), tl.full([], softcap, T), tl.full([], z_loss, T)
+    slope = 1 / tl.full([], temperature, T)
     k = slope * softcap if SOFTCAP else slope
     tiles = tl.cdiv(P, BP)
     outer = (tl.program_id(0) // tiles).to(tl.int64)
@@ -137,13 +143,16 @@ def _sweep(
     valid = read[:, None] & (classes < C)[None, :]
     if WHOLE:
         x = tl.load(input + at, valid, other=float("-inf")).to(T)
-        u, bend = _bounded(x, softcap, SOFTCAP)
-        u = tl.where(valid, u, float("-inf"))
+        u, bend = x, 1.0
+        if SOFTCAP:
+            u, bend = tanh_and_slope(x / softcap)
+            u = tl.where(valid, u, float("-inf"))
         peak = tl.max(u, 1)
         e = tl.exp((u - peak[:, None]) * k)
         total = tl.sum(e, 1)
-        q = _spread(target, weight, at_t, valid, classes, C, counted, smoothing, PROBABILITIES, SMOOTHING, T)
+        q = tl.zeros([BP, BC], T)
         if PROBABILITIES or SMOOTHING:
+            q = _spread(target, weight, at_t, valid, classes, C, counted, smoothing, PROBABILITIES, SMOOTHING, T)
             Q += tl.sum(q, 1)
     else:
         peak, total = _peak_and_sum(input + at, x_class, read, classes, C, softcap, k, SOFTCAP, T, BC)
@@ -160,7 +169,7 @@ def _sweep(
     lse = peak * k + log_sum
 
     if grad is not None:
-        g = number(factor, T) + tl.zeros([BP], T)
+        g = tl.full([BP], factor, T)
         if divisor is not None:
             g /= tl.load(divisor).to(T)
         if upstream is not None:
@@ -208,13 +217,16 @@ def _sweep(
             valid = read[:, None] & inside
             far = tl.cast(start, tl.int64)
             x = tl.load(input + at + far * x_class, valid, other=float("-inf"), eviction_policy="evict_first").to(T)
-            u, bend = _bounded(x, softcap, SOFTCAP)
-            u = tl.where(valid, u, float("-inf"))
+            u, bend = x, 1.0
+            if SOFTCAP:
+                u, bend = tanh_and_slope(x / softcap)
+                u = tl.where(valid, u, float("-inf"))
             depth = (peak[:, None] - u) * k
-            q = _spread(
-                target, weight, at_t + far * t_class, valid, c, C, counted, smoothing, PROBABILITIES, SMOOTHING, T
-            )
+            q = tl.zeros([BP, BC], T)
             if PROBABILITIES or SMOOTHING:
+                q = _spread(
+                    target, weight, at_t + far * t_class, valid, c, C, counted, smoothing, PROBABILITIES, SMOOTHING, T
+                )
                 unders += tl.where(valid & counted[:, None], q * depth, 0.0)
             if entropy_out is not None or grad is not None:
                 p = tl.exp(-depth - log_sum[:, None])
@@ -257,16 +269,128 @@ def _sweep(
 
 
 @triton.jit
-def _count(target, weight, partial, n, C, ignore_index, BLOCK: tl.constexpr):
-    """Write the number of targets of each block that are not ignored, or their weights' sum."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    y = tl.load(target + i, i < n, other=0).to(tl.int64)
-    counted = (i < n) & (y != ignore_index)
-    if weight is None:
-        counts = tl.where(counted, 1.0, 0.0).to(tl.float64)
+def _direction_tile(
+    input, direction, target, weight, at, at_v, at_t, valid, c, C, y, own, counted, smoothing, softcap,
+    PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    """Return a tile's bounded logits, their derivative by the logits but for the temperature, the direction, and q."""
+    u, bend = _bounded(tl.load(input + at, valid, other=float("-inf")).to(T), softcap, SOFTCAP)
+    v = tl.load(direction + at_v, valid, other=0.0).to(T)
+    q = _spread(target, weight, at_t, valid, c, C, counted, smoothing, PROBABILITIES, SMOOTHING, T)
+    q += tl.where(c[None, :] == y[:, None], own[:, None], 0.0)
+    return tl.where(valid, u, float("-inf")), bend, v, q
+
+
+@triton.jit
+def _directional_tile(
+    v_input, v_target, weight, at_o, at_u, stored, c, C, u, bend, v, q, p, g, a, twice, along, kept, slope, softcap,
+    smoothing, SOFTCAP: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    """Write a tile of the derivatives by the input and by the target."""
+    first = bend * slope
+    w = v * first
+    result = first * p * (a[:, None] * (w - along[:, None]) + (twice * g * along)[:, None])
+    if SOFTCAP:
+        result += v * (-2 / softcap * u * first) * (a[:, None] * p - g[:, None] * q)
+    result = tl.where(kept[:, None], result, 0.0)
+    tl.store(v_input + at_o, result.to(v_input.dtype.element_ty), stored)
+    if v_target is not None:
+        by_target = (1 - smoothing) * g[:, None] * (along[:, None] - w)
+        if weight is not None:
+            by_target *= tl.load(weight + c, c < C, other=0.0).to(T)[None, :]
+        tl.store(v_target + at_u, by_target.to(v_target.dtype.element_ty), stored)
+
+
+@triton.jit
+def _directional(
+    direction, grad_loss, grad_lse, input, target, weight, v_loss, v_lse, v_input, v_target,
+    P, C, x_outer, x_pos, x_class, v_outer, v_pos, v_class, o_outer, o_pos, o_class, t_outer, t_pos, t_class,
+    u_outer, u_pos, u_class, ignore_index,
+    smoothing: tl.float64, temperature: tl.float64, softcap: tl.float64, z_loss: tl.float64,
+    PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr,
+    WHOLE: tl.constexpr, T: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    # As `number` has it, in place: the interpreter takes long to call a function.
+    smoothing, softcap, z_loss = tl.full([], smoothing, T), tl.full([], softcap, T), tl.full([], z_loss, T)
+    slope = 1 / tl.full([], temperature, T)
+    k = slope * softcap if SOFTCAP else slope
+    tiles = tl.cdiv(P, BP)
+    outer = (tl.program_id(0) // tiles).to(tl.int64)
+    pos = (tl.program_id(0) % tiles).to(tl.int64) * BP + tl.arange(0, BP)
+    classes = tl.arange(0, BC)
+    here = pos < P
+    row = outer * P + pos
+    at_row = outer * x_outer + pos * x_pos
+    at_target = outer * t_outer + pos * t_pos
+    y, counted, bad, own, _ = _target(
+        target, weight, input, at_target, at_row, x_class, here, C, ignore_index, smoothing, softcap,
+        PROBABILITIES, SOFTCAP, T,
+    )  # fmt: skip
+    along_classes = classes[None, :].to(tl.int64)
+    at = at_row[:, None] + along_classes * x_class
+    at_v = (outer * v_outer + pos * v_pos)[:, None] + along_classes * v_class
+    at_o = (outer * o_outer + pos * o_pos)[:, None] + along_classes * o_class
+    at_t = at_target[:, None] + along_classes * t_class
+    at_u = (outer * u_outer + pos * u_pos)[:, None] + along_classes * u_class
+    kept = here if grad_lse is not None else counted
+    g = tl.where(counted, tl.load(grad_loss + row, here, other=0.0).to(T), 0.0)
+    g = tl.where(bad, float("nan"), g)
+    inside = (classes < C)[None, :]
+    if WHOLE:
+        u, bend, v, q = _direction_tile(
+            input, direction, target, weight, at, at_v, at_t, kept[:, None] & inside, classes, C, y, own, counted,
+            smoothing, softcap, PROBABILITIES, SMOOTHING, SOFTCAP, T,
+        )  # fmt: skip
+        peak = tl.max(u, 1)
+        e = tl.exp((u - peak[:, None]) * k)
+        total = tl.sum(e, 1)
+        p = e * (1 / total)[:, None]
+        along, target_along, Q = tl.sum(v * bend * slope * p, 1), tl.sum(v * bend * slope * q, 1), tl.sum(q, 1)
+        log_sum = tl.log(total)
     else:
-        counts = tl.load(weight + y, counted & (y >= 0) & (y < C), other=0.0).to(tl.float64)
-    tl.store(partial + tl.program_id(0), tl.sum(counts, 0))
+        peak, total = _peak_and_sum(input + at, x_class, kept, classes, C, softcap, k, SOFTCAP, T, BC)
+        log_sum = tl.log(total)
+        alongs, target_alongs, Qs = tl.zeros([BP, BC], T), tl.zeros([BP, BC], T), tl.zeros([BP, BC], T)
+        for start in range(0, C, BC):
+            c, far = start + classes, tl.cast(start, tl.int64)
+            u, bend, v, q = _direction_tile(
+                input, direction, target, weight, at + far * x_class, at_v + far * v_class, at_t + far * t_class,
+                kept[:, None] & (c < C)[None, :], c, C, y, own, counted, smoothing, softcap,
+                PROBABILITIES, SMOOTHING, SOFTCAP, T,
+            )  # fmt: skip
+            alongs += v * bend * slope * tl.exp((u - peak[:, None]) * k - log_sum[:, None])
+            target_alongs += v * bend * slope * q
+            Qs += q
+        along, target_along, Q = tl.sum(alongs, 1), tl.sum(target_alongs, 1), tl.sum(Qs, 1)
+
+    twice = 2 * z_loss
+    share = Q + twice * (peak * k + log_sum)
+    a = tl.where(counted, g * share, 0.0)
+    if grad_lse is not None:
+        a += tl.load(grad_lse + row, here, other=0.0).to(T)
+    by_loss = tl.where(counted, share * along - target_along, 0.0)
+    tl.store(v_loss + row, tl.where(bad, float("nan"), by_loss), here)
+    tl.store(v_lse + row, along, here)
+
+    if WHOLE:
+        _directional_tile(
+            v_input, v_target, weight, at_o, at_u, here[:, None] & inside, classes, C, u, bend, v, q, p, g, a, twice,
+            along, kept, slope, softcap, smoothing, SOFTCAP, T,
+        )  # fmt: skip
+    else:
+        for start in range(0, C, BC):
+            c, far = start + classes, tl.cast(start, tl.int64)
+            u, bend, v, q = _direction_tile(
+                input, direction, target, weight, at + far * x_class, at_v + far * v_class, at_t + far * t_class,
+                kept[:, None] & (c < C)[None, :], c, C, y, own, counted, smoothing, softcap,
+                PROBABILITIES, SMOOTHING, SOFTCAP, T,
+            )  # fmt: skip
+            p = tl.exp((u - peak[:, None]) * k - log_sum[:, None])
+            _directional_tile(
+                v_input, v_target, weight, at_o + far * o_class, at_u + far * u_class,
+                here[:, None] & (c < C)[None, :], c, C, u, bend, v, q, p, g, a, twice, along, kept, slope, softcap,
+                smoothing, SOFTCAP, T,
+            )  # fmt: skip
 
 
 # By the number of classes, where classes or where positions are next to each other. 2026-11-21, by reasoning and from
@@ -276,22 +400,42 @@ def _count(target, weight, partial, n, C, ignore_index, BLOCK: tl.constexpr):
 ROWS = Table(
     "cross_entropy rows",
     Config("interpreter", 0, 128, {"WHOLE": 1, "ELEMENTS": 1024}, 1),
-    Config("interpreter", 0, None, {"WHOLE": 0, "ELEMENTS": 512}, 1),
+    Config("interpreter", 0, None, {"WHOLE": 0, "ELEMENTS": 2048}, 1),
     Config("*", 0, 2048, {"WHOLE": 1, "ELEMENTS": 2048}, 4),
     Config("*", 0, 4096, {"WHOLE": 1, "ELEMENTS": 4096}, 8),
+    Config("sm_120", 8, None, {"WHOLE": 0, "ELEMENTS": 4096}, 16),  # 8192 spill there
     Config("*", 0, 8192, {"WHOLE": 1, "ELEMENTS": 8192}, 16),
-    Config("*", 2, 32768, {"WHOLE": 1, "ELEMENTS": 8192}, 16),
-    Config("*", 4, 32768, {"WHOLE": 1, "ELEMENTS": 8192}, 16),
+    Config("*", 8, None, {"WHOLE": 0, "ELEMENTS": 4096}, 16),
+    Config("sm_120", 4, 16384, {"WHOLE": 1, "ELEMENTS": 16384}, 16),  # 32768 spill there
+    Config("sm_120", 4, None, {"WHOLE": 0, "ELEMENTS": 4096}, 32),
+    Config("*", 0, 32768, {"WHOLE": 1, "ELEMENTS": 32768}, 16),
+    Config("gfx*", 2, None, {"WHOLE": 0, "ELEMENTS": 8192}, 16),  # 64 lanes in a warp: 1024 threads
+    Config("gfx*", 4, None, {"WHOLE": 0, "ELEMENTS": 4096}, 16),
     Config("*", 2, None, {"WHOLE": 0, "ELEMENTS": 8192}, 32),
     Config("*", 4, None, {"WHOLE": 0, "ELEMENTS": 4096}, 32),
-    Config("*", 8, None, {"WHOLE": 0, "ELEMENTS": 4096}, 16),
 )
 COLUMNS = Table(
     "cross_entropy columns",
     Config("interpreter", 0, 128, {"WHOLE": 1, "ELEMENTS": 1024}, 1),
-    Config("interpreter", 0, None, {"WHOLE": 0, "ELEMENTS": 512}, 1),
+    Config("interpreter", 0, None, {"WHOLE": 0, "ELEMENTS": 2048}, 1),
     Config("*", 0, 64, {"WHOLE": 1, "ELEMENTS": 4096}, 8),
-    Config("*", 0, None, {"WHOLE": 0, "ELEMENTS": 2048}, 4),
+    Config("gfx*", 0, None, {"WHOLE": 0, "ELEMENTS": 2048}, 4),
+    Config("*", 0, None, {"WHOLE": 0, "ELEMENTS": 2048}, 8),
+)
+
+
+def _halved(row: Config) -> Config:
+    meta = {"WHOLE": 0, "ELEMENTS": row.meta["ELEMENTS"] // 2}
+    return row._replace(meta=meta, num_warps=max(1, row.num_warps // 2))
+
+
+# The second derivative holds twice as much of a tile.
+_SECOND, _SECOND_COLUMNS = (
+    Table(
+        f"{table.name}, second derivative",
+        *(row if row.meta["WHOLE"] else _halved(row) for row in table.rows),
+    )
+    for table in (ROWS, COLUMNS)
 )
 
 
@@ -312,7 +456,9 @@ def _merged(tensor: Tensor) -> tuple[int, int, int] | None:
     first, classes, *behind = tensor.stride()
     if not behind:
         return 0, first, classes
-    inner = next((stride for size, stride in zip(reversed(tensor.shape[2:]), reversed(behind), strict=True) if size > 1), 1)
+    inner = next(
+        (stride for size, stride in zip(reversed(tensor.shape[2:]), reversed(behind), strict=True) if size > 1), 1
+    )
     expected = inner
     for size, stride in zip(reversed(tensor.shape[2:]), reversed(behind), strict=True):
         if size > 1 and stride != expected:
@@ -362,8 +508,8 @@ def sweep(
     if lying is None:  # a layout that three strides do not describe
         copy = None if grad is None else torch.empty_like(input, memory_format=torch.contiguous_format)
         sweep(
-            input.contiguous(), target.contiguous(), weight, ignore_index, label_smoothing, temperature, softcap, z_loss,
-            grad=copy, factor=factor, divisor=divisor, upstream=upstream, upstream_lse=upstream_lse, loss=loss,
+            input.contiguous(), target.contiguous(), weight, ignore_index, label_smoothing, temperature, softcap,
+            z_loss, grad=copy, factor=factor, divisor=divisor, upstream=upstream, upstream_lse=upstream_lse, loss=loss,
             peak=peak, log_sum=log_sum, entropy=entropy, correct=correct, total=total,
         )  # fmt: skip
         if grad is not None and copy is not None:
@@ -372,8 +518,10 @@ def sweep(
     P = lying.inner
     x_outer, x_pos, x_class = lying.strides[0]
     columns = x_pos == 1 and x_class != 1 and P > 1
-    config = (COLUMNS if columns else ROWS).find(input.device, input.element_size(), classes)
-    BP, BC = _tile(config, P, classes, columns)
+    # What is held beside the logits counts as if the row were longer.
+    held = classes * (4 if softcap else 2 if probabilities or label_smoothing or entropy is not None else 1)
+    config = (COLUMNS if columns else ROWS).find(input.device, input.element_size(), held)
+    BP, BC = _tile(config, P, classes, columns, held)
     programs = lying.outer * triton.cdiv(P, BP)
     T = compute_dtype(input)
     partial = None if total is None else input.new_empty(programs, dtype=T)
@@ -382,37 +530,25 @@ def sweep(
         entropy, correct, partial, grad, P, classes, x_outer, x_pos, x_class,
         *(lying.strides[-1] if probabilities else (P, 1, 0)), *(lying.strides[1] if grad is not None else (0, 0, 0)),
         ignore_index, factor, label_smoothing, temperature, softcap or 1.0, z_loss, PROBABILITIES=probabilities,
-        SMOOTHING=label_smoothing != 0, SOFTCAP=softcap is not None, Z_LOSS=z_loss != 0, WHOLE=bool(config.meta["WHOLE"]),
-        T=DTYPES[T], BP=BP, BC=BC, config=config._replace(meta={}),
+        SMOOTHING=label_smoothing != 0, SOFTCAP=softcap is not None, Z_LOSS=z_loss != 0,
+        WHOLE=bool(config.meta["WHOLE"]), T=DTYPES[T], BP=BP, BC=BC, config=config._replace(meta={}),
     )  # fmt: skip
     if total is not None and partial is not None:
         sum_of(partial, total, factor, divisor)
 
 
-def _tile(config: Config, P: int, classes: int, columns: bool) -> tuple[int, int]:
+def _tile(config: Config, P: int, classes: int, columns: bool, held: int) -> tuple[int, int]:
     """Return a tile's positions and classes."""
     elements, most = config.meta["ELEMENTS"], triton.next_power_of_2(max(P, 1))
     if config.meta["WHOLE"]:
         BC = triton.next_power_of_2(max(classes, 1))
-        return max(1, min(elements // BC, most)), BC
+        return max(1, min(elements // triton.next_power_of_2(max(held, 1)), most)), BC
     BP = min(64, most) if columns else 1
     return BP, elements // BP
 
 
 def _rows(values: Tensor | None) -> Tensor | None:
     return None if values is None else values.contiguous()
-
-
-def count(target: Tensor, classes: int, weight: Tensor | None, ignore_index: int) -> Tensor:
-    """Return the number of targets that are not ignored, or the sum of their weights; 0-d, float64."""
-    n = target.numel()
-    counted = torch.empty((), dtype=torch.float64, device=target.device)
-    partial = torch.empty(max(1, triton.cdiv(n, 1024)), dtype=torch.float64, device=target.device)
-    if n == 0:
-        return counted.zero_()
-    config = Config("*", 0, None, {"BLOCK": 1024}, 4)
-    launch(_count, (partial.numel(),), target.contiguous(), weight, partial, n, classes, ignore_index, config=config)
-    return partial.view(()) if partial.numel() == 1 else sum_of(partial, counted)
 
 
 def _each(input: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -436,7 +572,13 @@ def forward_stats(input: Tensor, target: Tensor, *options: Any) -> tuple[Tensor,
 
 
 def backward(
-    grad_loss: Tensor, grad_lse: Tensor | None, input: Tensor, target: Tensor, peak: Tensor, log_sum: Tensor, *options: Any
+    grad_loss: Tensor,
+    grad_lse: Tensor | None,
+    input: Tensor,
+    target: Tensor,
+    peak: Tensor,
+    log_sum: Tensor,
+    *options: Any,
 ) -> Tensor:
     """Return the gradient of the input. It finds peak and sum again: its row is there, and it has to find Q anyway."""
     grad = torch.empty_like(input)
@@ -445,7 +587,13 @@ def backward(
 
 
 def backward_(
-    grad_loss: Tensor, grad_lse: Tensor | None, input: Tensor, target: Tensor, peak: Tensor, log_sum: Tensor, *options: Any
+    grad_loss: Tensor,
+    grad_lse: Tensor | None,
+    input: Tensor,
+    target: Tensor,
+    peak: Tensor,
+    log_sum: Tensor,
+    *options: Any,
 ) -> None:
     """Write the gradient over the input."""
     sweep(input, target, *options, grad=input, upstream=grad_loss, upstream_lse=grad_lse)
@@ -477,23 +625,74 @@ def _reduced(
     return loss
 
 
+def directional(
+    direction: Tensor, grad_loss: Tensor, grad_lse: Tensor | None, input: Tensor, target: Tensor, weight: Tensor | None,
+    ignore_index: int, label_smoothing: float, temperature: float, softcap: float | None, z_loss: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return the derivatives of <direction, gradient of the input> by grad_loss, grad_lse, input and probabilities."""
+    probabilities = target.is_floating_point()
+    classes = input.shape[min(input.dim() - 1, 1)]
+    v_loss, v_lse, v_input = _each(input), _each(input), torch.empty_like(input)
+    v_target = torch.empty_like(target) if probabilities else input.new_empty((0,))
+    if not probabilities:
+        target = target.contiguous()
+    more = (target, v_target) if probabilities else ()
+    lying = positions(input, direction, v_input, *more)
+    if lying is None:
+        found = directional(
+            direction.contiguous(), grad_loss, grad_lse, input.contiguous(), target.contiguous(), weight, ignore_index,
+            label_smoothing, temperature, softcap, z_loss,
+        )  # fmt: skip
+        return found[0], found[1], v_input.copy_(found[2]), v_target.copy_(found[3])
+    P = lying.inner
+    columns = lying.strides[0][1] == 1 and lying.strides[0][2] != 1 and P > 1
+    config = _SECOND_COLUMNS if columns else _SECOND
+    held = classes * (4 if softcap else 2)
+    config = config.find(input.device, input.element_size(), held)
+    BP, BC = _tile(config, P, classes, columns, held)
+    T = compute_dtype(input)
+    launch(
+        _directional, (lying.outer * triton.cdiv(P, BP),), direction, _rows(grad_loss), _rows(grad_lse), input, target,
+        weight, v_loss, v_lse, v_input, v_target if probabilities else None, P, classes,
+        *(stride for strides in lying.strides[:3] for stride in strides),
+        *(stride for strides in (lying.strides[3:] or ((P, 1, 0), (0, 0, 0))) for stride in strides),
+        ignore_index, label_smoothing, temperature, softcap or 1.0, z_loss, PROBABILITIES=probabilities,
+        SMOOTHING=label_smoothing != 0, SOFTCAP=softcap is not None, WHOLE=bool(config.meta["WHOLE"]), T=DTYPES[T],
+        BP=BP, BC=BC, config=config._replace(meta={}),
+    )  # fmt: skip
+    return v_loss, v_lse, v_input, v_target
+
+
 _WIDE = {"_sweep": ("LDG.E.128", "STG.E.128")}
 _PLAIN = (None, -100, 0.0, 1.0, None, 0.0)
 
 
 def examples() -> Iterator[Example]:
     """Yield calls that take every kernel and every row of the tables."""
-    for dtype in (torch.bfloat16, torch.float32, torch.float64):
-        for classes in (1024, 4096, 8192, 32000, 128256):
+    for dtype, *sizes in (
+        (torch.bfloat16, 1024, 4096, 8192, 32000, 128256),
+        (torch.float32, 1024, 16384, 32000, 128256),
+        (torch.float64, 4096, 8192, 32000),
+    ):
+        for classes in sizes:
             x, y = _meta((4096, classes), dtype), _meta((4096,), torch.int64)
             yield Example(f"step-{classes}-{dtype}", partial(step, x, y, *_PLAIN, True), _WIDE)
     x, y = _meta((4096, 32000), torch.bfloat16), _meta((4096,), torch.int64)
-    every = (_meta((32000,), torch.bfloat16), -100, 0.1, 2.0, 30.0, 1e-4)
-    yield Example("step-weighted", partial(step, x, y, *every, True), _WIDE)
-    yield Example("step-probabilities", partial(step, x, x, *_PLAIN, True), _WIDE)
-    yield Example("stats", partial(forward_stats, x, y, *_PLAIN), {"_sweep": ("LDG.E.128",)})
+    for classes in (8192, 32000):
+        z, weight = _meta((4096, classes), torch.bfloat16), _meta((classes,), torch.bfloat16)
+        every = (weight, -100, 0.1, 2.0, 30.0, 1e-4, True)
+        yield Example(f"step-weighted-{classes}", partial(step, z, y, *every), _WIDE)
+        yield Example(f"step-probabilities-{classes}", partial(step, z, z, *every), _WIDE)
+        yield Example(f"stats-{classes}", partial(forward_stats, z, y, *_PLAIN), {"_sweep": ("LDG.E.128",)})
     rows = _meta((4096,), torch.float32)
     yield Example("backward-in-place", partial(backward_, rows, rows, x, y, rows, rows, *_PLAIN), _WIDE)
+    for options in (_PLAIN, (None, -100, 0.1, 2.0, 30.0, 1e-4)):
+        for classes in (8192, 32000):
+            z = x[:, :classes]
+            yield Example(
+                f"directional-{classes}-{options}", partial(directional, z, rows, rows, z, y, *options),
+                {"_directional": ("LDG.E.128", "STG.E.128")},
+            )  # fmt: skip
     yield Example("step-odd", partial(step, _meta((4096, 50257), torch.bfloat16), y, *_PLAIN, True))
     for classes in (21, 300):
         x, y = _meta((8, classes, 512, 512), torch.bfloat16), _meta((8, 512, 512), torch.int64)

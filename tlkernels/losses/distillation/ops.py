@@ -5,13 +5,23 @@ loss of each row and another the gradients, from the logits again, and the reduc
 """
 
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from tlkernels._core.autograd import Tensors, differentiate, one_sweep, plain, refuse_native, where_needed
+from tlkernels._core import triton
+from tlkernels._core.autograd import (
+    Tensors,
+    differentiate,
+    one_sweep,
+    plain,
+    refuse_native,
+    refuse_triton,
+    where_needed,
+)
 from tlkernels._core.dispatch import Implementation
 from tlkernels._core.dtypes import compute_dtype
 from tlkernels._core.library import define
@@ -46,10 +56,29 @@ def _fake_step(student: Tensor, teacher: Tensor, *rest: Any) -> tuple[Tensor, Te
     return loss, fake_gradient(student, rest[-2]), fake_gradient(teacher, rest[-1])
 
 
-# The loss of each row; the gradients for an upstream of each; the reduced loss with its gradients.
-forward = define(f"distillation_fwd({_LOGITS}) -> Tensor", lambda student, teacher, *_: fake_rows(student, teacher))
-backward = define(f"distillation_bwd(Tensor grad_rows, {_LOGITS}, {_NEEDS}) -> (Tensor, Tensor)", _fake_backward)
-step = define(f"distillation_step({_LOGITS}, bool mean, {_NEEDS}) -> (Tensor loss, Tensor, Tensor)", _fake_step)
+class Ops(NamedTuple):
+    """The ops of an implementation."""
+
+    forward: Any
+    """The loss of each row."""
+    backward: Any
+    """The gradients for an upstream of each."""
+    step: Any
+    """The reduced loss with its gradients."""
+
+
+_SCHEMAS: tuple[tuple[str, str, Any], ...] = (
+    ("fwd", f"({_LOGITS}) -> Tensor", lambda student, teacher, *_: fake_rows(student, teacher)),
+    ("bwd", f"(Tensor grad_rows, {_LOGITS}, {_NEEDS}) -> (Tensor, Tensor)", _fake_backward),
+    ("step", f"({_LOGITS}, bool mean, {_NEEDS}) -> (Tensor loss, Tensor, Tensor)", _fake_step),
+)
+NATIVE = Ops(*(define(f"distillation_{name}{schema}", fake) for name, schema, fake in _SCHEMAS))
+TRITON = Ops(
+    *(
+        triton.define(f"distillation_{name}_triton{schema}", fake, "tlkernels.losses.distillation.triton", function)
+        for function, (name, schema, fake) in zip(Ops._fields, _SCHEMAS, strict=True)
+    )
+)
 
 
 def _losses(logits: Tensors, options: Options) -> Tensor:
@@ -60,16 +89,16 @@ def _losses(logits: Tensors, options: Options) -> Tensor:
 
 
 class _Rows(Function):
-    """(student, teacher, options) -> the loss of each row."""
+    """(student, teacher, options, ops) -> the loss of each row."""
 
     @staticmethod
-    def forward(student: Tensor, teacher: Tensor, options: Options) -> Tensor:
-        rows: Tensor = forward(student, teacher, *options)
+    def forward(student: Tensor, teacher: Tensor, options: Options, ops: Ops) -> Tensor:
+        rows: Tensor = ops.forward(student, teacher, *options)
         return rows
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        student, teacher, options = inputs
+        student, teacher, options, ctx.ops = inputs
         ctx.save_for_backward(student, teacher, *options[:2])
         ctx.numbers = options[2:]
 
@@ -79,11 +108,11 @@ class _Rows(Function):
         needs = ctx.needs_input_grad[:2]
         options = Options(*rest, *ctx.numbers)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return *differentiate(lambda t: _losses(t, options), (student, teacher), needs, grad_rows), None
-        return *where_needed(backward(grad_rows, student, teacher, *options, *needs), needs), None
+            return *differentiate(lambda t: _losses(t, options), (student, teacher), needs, grad_rows), None, None
+        return *where_needed(ctx.ops.backward(grad_rows, student, teacher, *options, *needs), needs), None, None
 
 
-def _run_native(call: Call) -> Tensor:
+def _run(ops: Ops, call: Call) -> Tensor:
     student, teacher, options, reduction = call
     mean = reduction in ("mean", "batchmean")
     differentiable = torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad)
@@ -91,26 +120,26 @@ def _run_native(call: Call) -> Tensor:
     loss: Tensor
     # A float16 gradient waits for the loss scale that comes with its upstream: before, small values would be 0.
     if reduction == "none" or not plain(student, teacher) or (differentiable and half):
-        rows: Tensor = _Rows.apply(student, teacher, options)  # type: ignore[no-untyped-call]
+        rows: Tensor = _Rows.apply(student, teacher, options, ops)  # type: ignore[no-untyped-call]
         loss = reduce(rows, call.denominator(), "mean" if mean else reduction)
     elif differentiable:
 
         def run(tensors: Tensors, needs: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
-            loss, *grads = step(*tensors, *options, mean, *needs)
+            loss, *grads = ops.step(*tensors, *options, mean, *needs)
             return loss, where_needed(grads, needs)
 
         def again(tensors: Tensors) -> Tensor:
             rows = _losses(tensors, options)
             return reduce(rows, call.denominator(), "mean" if mean else reduction)
 
-        loss = one_sweep(run, again, student, teacher)
+        loss = one_sweep(run, again, student, teacher, by_triton=ops is TRITON)
     else:
-        loss = step(student, teacher, *options, mean, False, False)[0]
+        loss = ops.step(student, teacher, *options, mean, False, False)[0]
     return loss if loss.dtype == call.dtype else loss.to(call.dtype)
 
 
 def refuse_row_weight(options: Options) -> str | None:
-    """Return why the native implementation cannot serve these options, or None."""
+    """Return why kernels cannot serve these options, or None."""
     if options.row_weight is not None and options.row_weight.requires_grad:
         return "it gives no gradient for row_weight, which requires one"
     return None
@@ -120,7 +149,12 @@ def _refuse_native(call: Call) -> str | None:
     return refuse_native(call.student, call.teacher) or refuse_row_weight(call.options)
 
 
+def _refuse_triton(call: Call) -> str | None:
+    return refuse_triton(call.student, call.teacher) or refuse_row_weight(call.options)
+
+
 IMPLEMENTATIONS = (
-    Implementation("native", _refuse_native, _run_native),
+    Implementation("native", _refuse_native, partial(_run, NATIVE)),
+    Implementation("triton", _refuse_triton, partial(_run, TRITON), by_name_only=triton.INTERPRETED),
     Implementation("reference", lambda call: None, reference.distillation),
 )
