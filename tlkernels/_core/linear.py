@@ -123,6 +123,19 @@ def in_place(layer: Layer, needs: Needs, rows: int) -> bool:
     return needs[1] and _stride(rows) <= layer[1].shape[1]
 
 
+def describe(layers: Sequence[Sequence[Tensor | None]]) -> str:
+    """Say which strategy a call takes, of layers whose input may have any leading dimensions."""
+    flat: list[Layer] = []
+    for input, weight, bias in layers:
+        assert input is not None and weight is not None
+        flat.append((input.reshape(-1, input.shape[-1]), weight, bias))
+    needs = [[t is not None and t.requires_grad and torch.is_grad_enabled() for t in layer] for layer in layers]
+    strategy, rows, classes = plan(flat, needs)
+    if strategy == "lean":
+        return f"lean: without logits, gradients {classes} classes at a time"
+    return f"in chunks of {rows} rows of logits"
+
+
 def _faster(layers: Sequence[Layer], needs: Sequence[Needs], here: Machine) -> str:
     chunks = lean = 0.0
     for (input, weight, _), need in zip(layers, needs, strict=True):

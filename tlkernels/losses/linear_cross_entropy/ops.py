@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from tlkernels._core import triton
+from tlkernels._core import linear, triton
 from tlkernels._core.autograd import (
     Tensors,
     differentiate,
@@ -190,6 +190,7 @@ IMPLEMENTATIONS = (
         lambda call: _refuse_gradients(call) or refuse_triton(*call.layer),
         partial(_run, TRITON),
         by_name_only=triton.INTERPRETED,
+        how=lambda call: linear.describe([call.layer]),
     ),
     Implementation("reference", lambda call: None, reference.linear_cross_entropy),
 )

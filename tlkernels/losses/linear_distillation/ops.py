@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from tlkernels._core import triton
+from tlkernels._core import linear, triton
 from tlkernels._core.autograd import (
     Tensors,
     differentiate,
@@ -144,6 +144,7 @@ IMPLEMENTATIONS = (
         lambda call: refuse_triton(*call.layers) or refuse_row_weight(call.options),
         partial(_run, TRITON),
         by_name_only=triton.INTERPRETED,
+        how=lambda call: linear.describe([call.layers[:3], call.layers[3:]]),
     ),
     Implementation("reference", lambda call: None, reference.linear_distillation),
 )
