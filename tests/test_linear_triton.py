@@ -49,8 +49,8 @@ def test_in_chunks(loss, case):
 
 
 def layer(rows, features, classes, dtype=BF16):
-    make = torch.empty if rows * features < 2**20 else lambda *shape, dtype: torch.empty(shape, dtype=dtype, device="meta")
-    return make(rows, features, dtype=dtype), make(classes, features, dtype=dtype), None
+    input = torch.empty(rows, features, dtype=dtype, device="meta")
+    return input, input.new_empty(classes, features), None
 
 
 ALL = (True, True, True)
@@ -62,7 +62,7 @@ ALL = (True, True, True)
     ((4096, 4096, 128256), BF16, (True, False, False), ("chunks", 1024, 128256)),
     ((4096, 1024, 128256), F32, (False, False, False), ("chunks", 512, 128256)),
     ((8192, 64, 50000), BF16, ALL, ("lean", 8192, 2048)),  # bound by the bytes of logits
-    ((8192, 64, 50000), F64, ALL, ("chunks", 656, 50000)),
+    ((8192, 64, 50000), F64, ALL, ("chunks", 640, 50000)),
 ], ids=str)  # fmt: skip
 def test_the_rule_on_an_h200(shape, dtype, needs, expected):
     with triton.recorded("sm_90"):

@@ -128,7 +128,7 @@ def describe(layers: Sequence[Sequence[Tensor | None]]) -> str:
     flat: list[Layer] = []
     for input, weight, bias in layers:
         assert input is not None and weight is not None
-        flat.append((input.reshape(-1, input.shape[-1]), weight, bias))
+        flat.append((input.new_empty(()).expand(input.shape[:-1].numel(), input.shape[-1]), weight, bias))
     needs = [[t is not None and t.requires_grad and torch.is_grad_enabled() for t in layer] for layer in layers]
     strategy, rows, classes = plan(flat, needs)
     if strategy == "lean":
