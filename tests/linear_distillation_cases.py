@@ -96,9 +96,13 @@ def registered():
     options = (torch.tensor([[0, 1, -100], [2, 3, 4]]), rows, 2.0, "js", 0.3, 0.5, -100, 0.1)
     needs = [True, True, True, False, True, False]
     return [
-        (ops.forward, (*layers, *options)),
-        (ops.backward, (rows, *layers, *options, needs)),
-        (ops.step, (*layers[:2], None, *layers[3:5], None, *options, True, [True, True, False, False, False, False])),
+        call
+        for each in (ops.NATIVE, ops.TRITON)
+        for call in (
+            (each.forward, (*layers, *options)),
+            (each.backward, (rows, *layers, *options, needs)),
+            (each.step, (*layers[:2], None, *layers[3:5], None, *options, True, [*needs[:2], *[False] * 4])),
+        )
     ]
 
 

@@ -64,6 +64,8 @@ OPTIONS = [
 def test_the_dense_form_agrees(any_isa, options, target, weighted):
     if target == "probabilities" and options["ignore_index"] >= 0:
         return
+    if any_isa == "triton" and OPTIONS.index(options) % 7:
+        pytest.skip("of the interpreter, which takes its time, every seventh combination")
     arguments = call(target=target, weighted=weighted, **options)
     loss = tlk.linear_cross_entropy(**arguments, impl=any_isa)
     expected = dense(tlk.cross_entropy, arguments)
@@ -529,7 +531,7 @@ class TestModule:
                 assert not option or not torch.allclose(loss, made[impl])
                 made.setdefault(impl, loss)
         with pytest.raises(NotImplementedError):
-            tlk.LinearCrossEntropyLoss(3, 5, impl="triton")(X, Y)
+            tlk.LinearCrossEntropyLoss(3, 5, impl="triton", device="meta")(X.to("meta"), Y.to("meta"))
 
     @pytest.mark.parametrize("name", ["size_average", "reduce", "out_features", "options"])
     def test_what_is_not_taken_raises(self, name):

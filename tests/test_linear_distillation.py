@@ -43,6 +43,8 @@ OPTIONS = [
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())))
 def test_as_the_dense_form(impl, options):
     """`linear_distillation` is `distillation` of `F.linear`, for every option."""
+    if impl == "triton" and OPTIONS.index(options) % 7:
+        pytest.skip("of the interpreter, which takes its time, every seventh combination")
     arguments = make((2, 5), 37, F64, **options)(0)
 
     def dense(student_input, student_weight, student_bias, teacher_input, teacher_weight, teacher_bias, **rest):
@@ -59,6 +61,8 @@ def test_many_chunks(impl, dtype):
     """Gradients of weights and biases add up over chunks, in float32 (in bf16: axolotl #1601)."""
     classes = 60_013  # in float32 279 rows fit
     arguments = make((900 if dtype == BF16 else 600,), classes, dtype, depths=(3, 2), temperature=2.0)(0)
+    if testing.too_large(impl, *arguments.values()):
+        pytest.skip("left out by the size rule of the interpreter")
     names = [name for name in LAYERS if name.startswith("student")]
     budgets = [testing.Budget(dtype) for _ in range(4)]
     ours = gradients(lambda **a: tlk.linear_distillation(**a, impl=impl), arguments, names)
@@ -149,7 +153,7 @@ def test_autocast(impl):
         torch.testing.assert_close(grad, expected, rtol=5e-2, atol=5e-3)
 
 
-@pytest.mark.parametrize("name", ["native", "reference"])
+@pytest.mark.parametrize("name", sorted({target.impl for target in testing.targets()}))
 def test_compile(name):
     arguments = make((6,), 37, F32)(0)
     weight = arguments.pop("student_weight").requires_grad_()
@@ -201,7 +205,7 @@ ERRORS = [
     (ValueError, "target: expected class indices, since hard_weight", (S, W, T, U), {"hard_weight": 0.5}),
     (ValueError, "beta: expected a number between 0 and 1", (S, W, T, U), {"beta": 0.0}),
     (ValueError, "student_input: expected shape (..., features), got ()", (S[0, 0], W, T, U), {}),
-    (NotImplementedError, "triton", (S, W, T, U), {"impl": "triton"}),
+    (NotImplementedError, "triton", tuple(t.to("meta") for t in (S, W, T, U)), {"impl": "triton"}),
 ]
 
 

@@ -14,6 +14,8 @@ class Implementation(NamedTuple):
     run: Callable[[Any], Any]
     by_name_only: bool = False
     """Whether "auto" passes over it."""
+    how: Callable[[Any], str] | None = None
+    """The way in which it serves a call, where it has several."""
 
 
 class _Explained(Exception):
@@ -51,7 +53,9 @@ def _report(loss: str, implementations: Sequence[Implementation], call: Any, imp
     }
     order = [implementation.name for implementation in implementations]
     chosen = next((name for name in order if reasons[name] is None and _asked_for(here[name], impl)), None)
-    lines = [f"{loss}(impl={impl!r}): " + (f"served by {chosen}" if chosen else "cannot be served")]
+    how = here[chosen].how if chosen else None
+    served = f"served by {chosen}{', ' + how(call) if how else ''}"
+    lines = [f"{loss}(impl={impl!r}): " + (served if chosen else "cannot be served")]
     for name in [*order, *(name for name in NAMES if name not in here)]:
         if name != chosen:
             why = reasons[name] or (

@@ -61,7 +61,9 @@ class Call(NamedTuple):
         if self.options.weight is None:
             return counted.sum()
         weight = self.options.weight.to(compute_dtype(self.input))
-        return sum_in_order(weight[self.target.long().masked_fill(~counted, 0)] * counted)
+        # On a GPU an index out of range gives NaN in its row; here it must not be read with.
+        index = self.target.long().masked_fill(~counted, 0).clamp(0, weight.numel() - 1)
+        return sum_in_order(weight[index] * counted)
 
 
 def class_axis(input: Tensor) -> int:

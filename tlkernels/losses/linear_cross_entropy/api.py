@@ -34,7 +34,8 @@ def linear_cross_entropy(
         logits = F.linear(input, linear_weight, linear_bias)
         loss = tlk.cross_entropy(logits, target, weight, ...)     # or F.cross_entropy; the same options
 
-    The logits exist in chunks of rows (about 128 MB), and so do their gradients.
+    The logits exist in chunks of rows (about 128 MB on a CPU; on a GPU 256 MiB, or in the memory that the gradient of
+    `linear_weight` is going to take), and so do their gradients; or on a GPU with small hidden sizes never.
 
     Args:
         input: shape (D,), or (..., D) of rows; float64, float32, bfloat16 or float16.

@@ -1,0 +1,601 @@
+"""Kernels of linear distillation for GPUs; `_core/linear.py` has the strategies, and the products of the library.
+
+As in linear cross entropy, both strategies run the same kernels on tiles of transposed logits, of both layers here:
+`_normalise` over all classes of some rows, split over several programs; for Jensen-Shannon and total variation, which
+need both normalisers first, `_average`; `_finish`, which joins the splits; `_gradient`.
+
+With p_t and p_s the softmax of the teacher's and the student's logits over the temperature, D the divergence, and
+slope_k = dD / dp_k, of which a constant drops out:
+
+    dD / du_k = p_k * (slope_k - sum of p_k * slope_k)
+
+    forward_kl: slope_t = log(p_t / p_s), of average D; slope_s = -p_t / p_s, which leaves p_s - p_t; reverse_kl mirrors
+    js: slope_t = beta * log(p_t / m), slope_s = (1 - beta) * log(p_s / m);    tv: slope_k = sign(p_k - p_other) / 2
+
+so D is the sum of both averages of slopes, or the one. Bytes of chunks, beside the products: both logits are read twice
+(for js and tv three times), and those that need a gradient written once.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tlkernels._core import linear
+from tlkernels._core.dtypes import compute_dtype
+from tlkernels._core.linear_kernels import finite, logits_tile
+from tlkernels._core.triton import Config, Example, Table, check_classes, launch
+from tlkernels._core.triton_kernels import DTYPES, number, sum_of
+from tlkernels.losses.distillation.call import DIVERGENCES, Options, rows_that_count
+
+# From js on, the loss waits for both normalisers.
+FORWARD_KL, REVERSE_KL, JS, TV = (tl.constexpr(k) for k in range(len(DIVERGENCES)))
+
+
+@triton.jit
+def _classes(first, DEEP: tl.constexpr, LANES: tl.constexpr):
+    """Return the classes of a tile, in the shape of the tile."""
+    return (first + tl.arange(0, DEEP)[:, None] * LANES + tl.arange(0, LANES)[None, :])[:, :, None]
+
+
+@triton.jit
+def _rebased(distance, total, factor, own_shift, other_shift):
+    """Take sum of e * (gap of the other - gap) to peaks that are larger by the shifts."""
+    return tl.where(factor == 0, 0.0, factor * (distance + total * (other_shift - own_shift)))
+
+
+@triton.jit
+def _normalise(
+    s_logits, s_stride, s_input, s_row, s_k, s_weight, s_weight_row, s_weight_k, s_bias,
+    t_logits, t_stride, t_input, t_row, t_k, t_weight, t_weight_row, t_weight_k, t_bias,
+    target,  # or None
+    partial,  # (statistic, split, row)
+    rows, classes, s_features, t_features,
+    tiles,  # of a split
+    inv_temperature: tl.float64,
+    DIVERGENCE: tl.constexpr, HARD: tl.constexpr, T: tl.constexpr, S_TYPE: tl.constexpr, T_TYPE: tl.constexpr,
+    DEEP: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Sweep a split of the classes of some rows: each side's peak and sum of exponentials, lane by lane.
+
+    `distance` is the divergence's, sum of e * (gap of the other - gap) with gap = (peak - x) / temperature of the side
+    that is averaged over; `far` the sum of the student's peak - x.
+    """
+    r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    split = tl.program_id(1)
+    inv_t = number(inv_temperature, T)
+    s_peak = tl.full([LANES, BLOCK], float("-inf"), T)
+    t_peak = tl.full([LANES, BLOCK], float("-inf"), T)
+    s_total = tl.zeros([LANES, BLOCK], T)
+    t_total = tl.zeros([LANES, BLOCK], T)
+    distance = tl.zeros([LANES, BLOCK], T)
+    hard_total = tl.zeros([LANES, BLOCK], T)
+    own = tl.zeros([LANES, BLOCK], T)
+    far = tl.zeros([LANES, BLOCK], T)
+    seen = tl.zeros([LANES, BLOCK], T)
+    y = r
+    if HARD:
+        y = tl.load(target + r, r < rows, other=-1)
+    size: tl.constexpr = DEEP * LANES
+    for tile in range(split * tiles, tl.minimum((split + 1) * tiles, tl.cdiv(classes, size))):
+        first = tile * size
+        xs = logits_tile(
+            s_logits, s_stride, s_input, s_row, s_k, s_weight, s_weight_row, s_weight_k, s_bias, first, r, rows,
+            classes, s_features, S_TYPE, DEEP, LANES, BLOCK_K, PRECISION,
+        ).to(T)  # fmt: skip
+        xt = logits_tile(
+            t_logits, t_stride, t_input, t_row, t_k, t_weight, t_weight_row, t_weight_k, t_bias, first, r, rows,
+            classes, t_features, T_TYPE, DEEP, LANES, BLOCK_K, PRECISION,
+        ).to(T)  # fmt: skip
+        c = _classes(first, DEEP, LANES)
+        there = c < classes
+        xs = tl.where(there, xs, float("-inf"))
+        xt = tl.where(there, xt, float("-inf"))
+        s_top = tl.maximum(s_peak, tl.max(xs, 0))
+        t_top = tl.maximum(t_peak, tl.max(xt, 0))
+        s_shift = finite(s_top) - finite(s_peak)
+        t_shift = finite(t_top) - finite(t_peak)
+        s_factor = tl.exp((s_peak - finite(s_top)) * inv_t)
+        t_factor = tl.exp((t_peak - finite(t_top)) * inv_t)
+        s_gap = finite(s_top)[None, :, :] - xs
+        t_gap = finite(t_top)[None, :, :] - xt
+        s_e = tl.exp(-s_gap * inv_t)
+        t_e = tl.exp(-t_gap * inv_t)
+        if DIVERGENCE == FORWARD_KL:
+            distance = _rebased(distance, t_total, t_factor, t_shift * inv_t, s_shift * inv_t)
+            distance += tl.sum(tl.where(t_e == 0, 0.0, t_e * ((s_gap - t_gap) * inv_t)), 0)
+        if DIVERGENCE == REVERSE_KL:
+            distance = _rebased(distance, s_total, s_factor, s_shift * inv_t, t_shift * inv_t)
+            distance += tl.sum(tl.where(s_e == 0, 0.0, s_e * ((t_gap - s_gap) * inv_t)), 0)
+        s_total = s_total * s_factor + tl.sum(s_e, 0)
+        t_total = t_total * t_factor + tl.sum(t_e, 0)
+        if HARD:
+            hard_total = hard_total * tl.exp(s_peak - finite(s_top)) + tl.sum(tl.exp(-s_gap), 0)
+            own += tl.sum(tl.where(c == y[None, None, :], xs, 0.0), 0)
+            far += seen * s_shift + tl.sum(tl.where(there, s_gap, 0.0), 0)
+            seen += tl.sum(tl.where(there, 1.0, 0.0).to(T), 0)
+        s_peak = s_top
+        t_peak = t_top
+    out = partial + split.to(tl.int64) * rows + r
+    field = tl.num_programs(1).to(tl.int64) * rows
+    here = r < rows
+    s_peak, t_peak, s_total, t_total, distance, hard_total, far, seen = _join(
+        s_peak, t_peak, s_total, t_total, distance, hard_total, far, seen, inv_t, DIVERGENCE
+    )
+    tl.store(out, s_peak, here)
+    tl.store(out + field, t_peak, here)
+    tl.store(out + 2 * field, s_total, here)
+    tl.store(out + 3 * field, t_total, here)
+    tl.store(out + 4 * field, distance, here)
+    if HARD:
+        tl.store(out + 5 * field, hard_total, here)
+        tl.store(out + 6 * field, far, here)
+        tl.store(out + 7 * field, seen, here)
+        tl.store(out + 8 * field, tl.sum(own, 0), here)
+
+
+@triton.jit
+def _join(s_peak, t_peak, s_total, t_total, distance, hard_total, far, seen, inv_t, DIVERGENCE: tl.constexpr):
+    """Join statistics along the first axis, each from its own peaks."""
+    s_top = tl.max(s_peak, 0)
+    t_top = tl.max(t_peak, 0)
+    s_shift = finite(s_top)[None, :] - finite(s_peak)
+    t_shift = finite(t_top)[None, :] - finite(t_peak)
+    s_factor = tl.exp((s_peak - finite(s_top)[None, :]) * inv_t)
+    t_factor = tl.exp((t_peak - finite(t_top)[None, :]) * inv_t)
+    if DIVERGENCE == FORWARD_KL:
+        distance = _rebased(distance, t_total, t_factor, t_shift * inv_t, s_shift * inv_t)
+    if DIVERGENCE == REVERSE_KL:
+        distance = _rebased(distance, s_total, s_factor, s_shift * inv_t, t_shift * inv_t)
+    hard_total = tl.sum(hard_total * tl.exp(s_peak - finite(s_top)[None, :]), 0)
+    far = tl.sum(far + seen * s_shift, 0)
+    s_total = tl.sum(s_total * s_factor, 0)
+    t_total = tl.sum(t_total * t_factor, 0)
+    return s_top, t_top, s_total, t_total, tl.sum(distance, 0), hard_total, far, tl.sum(seen, 0)
+
+
+@triton.jit
+def _slopes(ratio, ps, pt, beta, DIVERGENCE: tl.constexpr):
+    """Return p_k * slope_k of student and teacher for js and tv; `ratio` is log(pt / ps), NaN where both are 0."""
+    if DIVERGENCE == JS:
+        s_slope = -(1 - beta) * tl.log((1 - beta) + beta * tl.exp(ratio))
+        t_slope = -beta * tl.log(beta + (1 - beta) * tl.exp(-ratio))
+    else:
+        t_slope = tl.where(pt > ps, 0.5, tl.where(pt < ps, -0.5, 0.0))
+        s_slope = -t_slope
+    return tl.where(ps == 0, 0.0, ps * s_slope), tl.where(pt == 0, 0.0, pt * t_slope)
+
+
+@triton.jit
+def _average(
+    s_logits, s_stride, s_input, s_row, s_k, s_weight, s_weight_row, s_weight_k, s_bias,
+    t_logits, t_stride, t_input, t_row, t_k, t_weight, t_weight_row, t_weight_k, t_bias,
+    kept,  # (result, row), of `_finish`
+    partial,  # (side, split, row)
+    rows, classes, s_features, t_features,
+    kept_rows,  # of all results
+    tiles,  # of a split
+    inv_temperature: tl.float64, beta: tl.float64,
+    DIVERGENCE: tl.constexpr, T: tl.constexpr, S_TYPE: tl.constexpr, T_TYPE: tl.constexpr,
+    DEEP: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add up p_k * slope_k over a split of the classes of some rows."""
+    r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    here = r < rows
+    split = tl.program_id(1)
+    inv_t, beta = number(inv_temperature, T), number(beta, T)
+    s_peak = tl.load(kept + r, here, other=0.0)
+    t_peak = tl.load(kept + kept_rows + r, here, other=0.0)
+    s_log_sum = tl.load(kept + 2 * kept_rows + r, here, other=0.0)
+    t_log_sum = tl.load(kept + 3 * kept_rows + r, here, other=0.0)
+    s_sum = tl.zeros([LANES, BLOCK], T)
+    t_sum = tl.zeros([LANES, BLOCK], T)
+    size: tl.constexpr = DEEP * LANES
+    for tile in range(split * tiles, tl.minimum((split + 1) * tiles, tl.cdiv(classes, size))):
+        first = tile * size
+        xs = logits_tile(
+            s_logits, s_stride, s_input, s_row, s_k, s_weight, s_weight_row, s_weight_k, s_bias, first, r, rows,
+            classes, s_features, S_TYPE, DEEP, LANES, BLOCK_K, PRECISION,
+        ).to(T)  # fmt: skip
+        xt = logits_tile(
+            t_logits, t_stride, t_input, t_row, t_k, t_weight, t_weight_row, t_weight_k, t_bias, first, r, rows,
+            classes, t_features, T_TYPE, DEEP, LANES, BLOCK_K, PRECISION,
+        ).to(T)  # fmt: skip
+        there = _classes(first, DEEP, LANES) < classes
+        s_gap = xs - s_peak[None, None, :]
+        t_gap = xt - t_peak[None, None, :]
+        ps = tl.where(there, tl.exp(s_gap * inv_t - s_log_sum[None, None, :]), 0.0)
+        pt = tl.where(there, tl.exp(t_gap * inv_t - t_log_sum[None, None, :]), 0.0)
+        ratio = (t_gap - s_gap) * inv_t - (t_log_sum - s_log_sum)[None, None, :]
+        of_s, of_t = _slopes(ratio, ps, pt, beta, DIVERGENCE)
+        s_sum += tl.sum(of_s, 0)
+        t_sum += tl.sum(of_t, 0)
+    out = partial + split.to(tl.int64) * rows + r
+    tl.store(out, tl.sum(s_sum, 0), here)
+    tl.store(out + tl.num_programs(1).to(tl.int64) * rows, tl.sum(t_sum, 0), here)
+
+
+@triton.jit
+def _finish(
+    partial,  # of `_normalise`, or None when it has been here already
+    averages,  # of `_average`, or None
+    target, row_weight,  # or None
+    loss,
+    kept,  # (result, row): peaks of student and teacher, logarithms of their sums, averages of slopes, hard log-sum
+    rows, classes, kept_rows, splits, ignore_index,
+    inv_temperature: tl.float64, beta: tl.float64, soft_weight: tl.float64, hard_weight: tl.float64,
+    smoothing: tl.float64,
+    DIVERGENCE: tl.constexpr, HARD: tl.constexpr, T: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Join the splits of some rows; the loss once the divergence is known. A class index out of range gives NaN."""
+    r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    here = r < rows
+    s = tl.arange(0, SPLITS)
+    there = (s < splits)[:, None] & here[None, :]
+    at = s.to(tl.int64)[:, None] * rows + r[None, :]
+    field = splits.to(tl.int64) * rows
+    hard = tl.zeros([BLOCK], T)
+    if partial is not None:
+        nothing = tl.zeros([SPLITS, BLOCK], T)
+        s_peaks = tl.load(partial + at, there, other=float("-inf"))
+        t_peaks = tl.load(partial + at + field, there, other=float("-inf"))
+        s_totals = tl.load(partial + at + 2 * field, there, other=0.0)
+        t_totals = tl.load(partial + at + 3 * field, there, other=0.0)
+        distances = tl.load(partial + at + 4 * field, there, other=0.0)
+        hard_totals = nothing
+        fars = nothing
+        counts = nothing
+        if HARD:
+            hard_totals = tl.load(partial + at + 5 * field, there, other=0.0)
+            fars = tl.load(partial + at + 6 * field, there, other=0.0)
+            counts = tl.load(partial + at + 7 * field, there, other=0.0)
+        s_peak, t_peak, s_total, t_total, distance, hard_total, far, _ = _join(
+            s_peaks, t_peaks, s_totals, t_totals, distances, hard_totals, fars, counts, number(inv_temperature, T),
+            DIVERGENCE,
+        )  # fmt: skip
+        s_peak = finite(s_peak)
+        s_log_sum = tl.log(tl.where(here, s_total, 1.0))
+        t_log_sum = tl.log(tl.where(here, t_total, 1.0))
+        tl.store(kept + r, s_peak, here)
+        tl.store(kept + kept_rows + r, finite(t_peak), here)
+        tl.store(kept + 2 * kept_rows + r, s_log_sum, here)
+        tl.store(kept + 3 * kept_rows + r, t_log_sum, here)
+        if HARD:
+            hard_log_sum = tl.log(tl.where(here, hard_total, 1.0))
+            own = tl.sum(tl.load(partial + at + 8 * field, there, other=0.0), 0)
+            smooth = number(smoothing, T)
+            hard = (1 - smooth) * (s_peak - own + hard_log_sum)
+            if smoothing != 0:
+                hard += smooth * (far / classes + hard_log_sum)
+            tl.store(kept + 6 * kept_rows + r, hard_log_sum, here)
+            hard *= number(hard_weight, T)
+            if DIVERGENCE >= JS:
+                tl.store(loss + r, hard, here)  # until `_average` has been there
+        if DIVERGENCE == FORWARD_KL:
+            divergence = distance / t_total + (s_log_sum - t_log_sum)
+        if DIVERGENCE == REVERSE_KL:
+            divergence = distance / s_total + (t_log_sum - s_log_sum)
+        if DIVERGENCE < JS:
+            tl.store(kept + 4 * kept_rows + r, divergence, here)
+            tl.store(kept + 5 * kept_rows + r, divergence, here)
+    if averages is not None:
+        of_s = tl.sum(tl.load(averages + at, there, other=0.0), 0)
+        of_t = tl.sum(tl.load(averages + at + field, there, other=0.0), 0)
+        divergence = of_s + of_t
+        tl.store(kept + 4 * kept_rows + r, of_s, here)
+        tl.store(kept + 5 * kept_rows + r, of_t, here)
+        if HARD:
+            hard = tl.load(loss + r, here, other=0.0)
+    if averages is not None or DIVERGENCE < JS:
+        result = number(soft_weight, T) * divergence
+        if HARD:
+            result += hard
+        if row_weight is not None:
+            result *= tl.load(row_weight + r, here, other=0.0).to(T)
+        if target is not None:
+            y = tl.load(target + r, here, other=-1)
+            result = tl.where((y >= 0) & (y < classes), result, float("nan"))
+            result = tl.where(y == ignore_index, 0.0, result)
+        tl.store(loss + r, result, here)
+
+
+@triton.jit
+def _gradient(
+    s_logits, s_stride, s_input, s_row, s_k, s_weight, s_weight_row, s_weight_k, s_bias,
+    t_logits, t_stride, t_input, t_row, t_k, t_weight, t_weight_row, t_weight_k, t_bias,
+    target, row_weight, kept, upstream, upstream_row,
+    s_gradient, s_gradient_stride,  # transposed, from class `begin` on; or None
+    t_gradient, t_gradient_stride,
+    rows, classes, s_features, t_features, begin, end, kept_rows, ignore_index,
+    inv_temperature: tl.float64, beta: tl.float64, soft_weight: tl.float64, hard_weight: tl.float64,
+    smoothing: tl.float64,
+    DIVERGENCE: tl.constexpr, HARD: tl.constexpr, T: tl.constexpr, S_TYPE: tl.constexpr, T_TYPE: tl.constexpr,
+    DEEP: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Write the gradients by a tile of logits of the sides that need one."""
+    blocks = tl.cdiv(rows, BLOCK)
+    program = tl.program_id(0)
+    r = program % blocks * BLOCK + tl.arange(0, BLOCK)
+    first = begin + program // blocks * (DEEP * LANES)
+    here = r < rows
+    xs = logits_tile(
+        s_logits, s_stride, s_input, s_row, s_k, s_weight, s_weight_row, s_weight_k, s_bias, first, r, rows, classes,
+        s_features, S_TYPE, DEEP, LANES, BLOCK_K, PRECISION,
+    ).to(T)  # fmt: skip
+    xt = logits_tile(
+        t_logits, t_stride, t_input, t_row, t_k, t_weight, t_weight_row, t_weight_k, t_bias, first, r, rows, classes,
+        t_features, T_TYPE, DEEP, LANES, BLOCK_K, PRECISION,
+    ).to(T)  # fmt: skip
+    inv_t = number(inv_temperature, T)
+    s_gap = xs - tl.load(kept + r, here, other=0.0)[None, None, :]
+    t_gap = xt - tl.load(kept + kept_rows + r, here, other=0.0)[None, None, :]
+    s_log_sum = tl.load(kept + 2 * kept_rows + r, here, other=0.0)
+    t_log_sum = tl.load(kept + 3 * kept_rows + r, here, other=0.0)
+    s_average = tl.load(kept + 4 * kept_rows + r, here, other=0.0)
+    t_average = tl.load(kept + 5 * kept_rows + r, here, other=0.0)
+    g = tl.load(upstream + r * upstream_row, here, other=0.0).to(T)
+    if row_weight is not None:
+        g *= tl.load(row_weight + r, here, other=0.0).to(T)
+    counted = here
+    y = r
+    if target is not None:
+        y = tl.load(target + r, here, other=-1)
+        counted = here & (y != ignore_index)
+        g = tl.where((y >= 0) & (y < classes), g, float("nan"))
+    g = tl.where(counted, g, 0.0)[None, None, :]  # it may be infinite where no row counts
+    ps = tl.exp(s_gap * inv_t - s_log_sum[None, None, :])
+    pt = tl.exp(t_gap * inv_t - t_log_sum[None, None, :])
+    # Of the row first: a difference of large numbers feels each rounding.
+    apart = (t_gap - s_gap) * inv_t
+    shift = t_log_sum - s_log_sum
+    if DIVERGENCE == FORWARD_KL:
+        ds = ps - pt
+        dt = tl.where(pt == 0, 0.0, pt * (apart - (shift + t_average)[None, None, :]))
+    elif DIVERGENCE == REVERSE_KL:
+        ds = tl.where(ps == 0, 0.0, ps * ((shift - s_average)[None, None, :] - apart))
+        dt = pt - ps
+    else:
+        of_s, of_t = _slopes(apart - shift[None, None, :], ps, pt, number(beta, T), DIVERGENCE)
+        ds = of_s - ps * s_average[None, None, :]
+        dt = of_t - pt * t_average[None, None, :]
+    soft = number(soft_weight, T) * inv_t * g
+    c = _classes(first, DEEP, LANES)
+    there = (c < end) & here[None, None, :]
+    within = (c - begin).to(tl.int64)
+    if s_gradient is not None:
+        d = soft * ds
+        if HARD:
+            p = tl.exp(s_gap - tl.load(kept + 6 * kept_rows + r, here, other=0.0)[None, None, :])
+            smooth = number(smoothing, T)
+            hit = tl.where(c == y[None, None, :], 1.0, 0.0)
+            # A part of the target cancels exactly against its part of the softmax, where that is 1.
+            d += number(hard_weight, T) * g * ((1 - smooth) * (p - hit) + smooth * (p - number(1.0, T) / classes))
+        d = tl.where(counted[None, None, :], d, 0.0)
+        at = s_gradient + within * s_gradient_stride + r[None, None, :]
+        tl.store(at, d.to(s_gradient.dtype.element_ty), there)
+    if t_gradient is not None:
+        d = tl.where(counted[None, None, :], soft * dt, 0.0)
+        at = t_gradient + within * t_gradient_stride + r[None, None, :]
+        tl.store(at, d.to(t_gradient.dtype.element_ty), there)
+
+
+# 2026-11-21, by reasoning and from the compiler's report, unmeasured: as linear cross entropy's with options, since
+# there are tiles of two sides.
+_CHUNKS = Table(
+    "linear_distillation chunks",
+    Config("interpreter", 0, None, {"DEEP": 2, "LANES": 16, "BLOCK": 64}, 1),
+    Config("*", 8, None, {"DEEP": 2, "LANES": 8, "BLOCK": 64}, 8),
+    Config("*", 4, None, {"DEEP": 2, "LANES": 8, "BLOCK": 128}, 8),
+    Config("*", 2, None, {"DEEP": 2, "LANES": 16, "BLOCK": 128}, 8),
+)
+_LEAN = Table(
+    "linear_distillation lean",
+    Config("interpreter", 0, None, {"DEEP": 64, "LANES": 1, "BLOCK": 64, "BLOCK_K": 16}, 1),
+    Config("*", 8, None, {"DEEP": 16, "LANES": 1, "BLOCK": 32, "BLOCK_K": 16}, 4, 2),
+    Config("*", 4, None, {"DEEP": 32, "LANES": 1, "BLOCK": 32, "BLOCK_K": 32}, 4, 2),
+    Config("gfx9*", 2, None, {"DEEP": 64, "LANES": 1, "BLOCK": 64, "BLOCK_K": 32}, 4, 2),
+    Config("*", 2, None, {"DEEP": 64, "LANES": 1, "BLOCK": 128, "BLOCK_K": 32}, 8, 3),
+)
+_FINISH = Table("linear_distillation finish", Config("*", 0, None, {"BLOCK": 32}, 4))
+_SPLITS = 64  # at most, of a row: one program joins them
+_FIELDS, _KEPT = 9, 7
+
+
+class _Call:
+    """The launches of a call."""
+
+    def __init__(self, layers: Sequence[Tensor | None], options: Options):
+        flat = [t.reshape(-1, t.shape[-1]) if i % 3 == 0 and t is not None else t for i, t in enumerate(layers)]
+        self.layers: list[Any] = [tuple(flat[:3]), tuple(flat[3:])]
+        (x, weight, _), (teacher, *_) = self.layers
+        self.rows, self.classes = x.shape[0], weight.shape[0]
+        self.wide = compute_dtype(x, teacher)
+        self.options = options
+        self.target = self.row_weight = None
+        if options.target is not None:
+            check_classes(options.target, self.classes, options.ignore_index)
+            self.target = options.target.reshape(-1).to(torch.int64).contiguous()
+        if options.row_weight is not None:
+            self.row_weight = options.row_weight.reshape(-1).contiguous()
+        self.loss = x.new_empty(self.rows, dtype=self.wide)
+        self.kept = x.new_empty((_KEPT, self.rows), dtype=self.wide)
+        self.hard = bool(options.hard_weight)
+        self.divergence = DIVERGENCES.index(options.divergence)
+        self.kinds: dict[str, Any] = {"DIVERGENCE": self.divergence, "T": DTYPES[self.wide]}
+        self.types = {"S_TYPE": DTYPES[compute_dtype(x)], "T_TYPE": DTYPES[compute_dtype(teacher)]}
+
+    def run(self, needs: Sequence[bool], upstream: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Fill `loss` and return the gradients that are needed, of flat tensors."""
+        sides = [needs[:3], needs[3:]]
+        plan = linear.plan(self.layers, sides)
+        sweeps = [linear.Sweep(layer, side, plan) for layer, side in zip(self.layers, sides, strict=True)]
+        for begin in range(0, self.rows, plan.rows):
+            end = min(begin + plan.rows, self.rows)
+            logits = [None if sweep.lean else sweep.make(begin, end) for sweep in sweeps]
+            self.losses(begin, end, logits)
+            if upstream is None or not any(needs):
+                continue
+            for first in range(0, self.classes, plan.classes):
+                last = min(first + plan.classes, self.classes)
+                gradients = [
+                    sweep.part(begin, end, first, last) if any(side) else None
+                    for sweep, side in zip(sweeps, sides, strict=True)
+                ]
+                self.gradient(begin, end, first, last, logits, gradients, upstream)
+                for sweep, gradient in zip(sweeps, gradients, strict=True):
+                    if gradient is not None:
+                        sweep.take(begin, end, first, last, gradient)
+        return *sweeps[0].gradients(), *sweeps[1].gradients()
+
+    def _operands(self, begin: int, end: int, logits: Sequence[Tensor | None]) -> tuple[list[Any], Config]:
+        """The arguments that kernels begin with, and the row of the table."""
+        arguments: list[Any] = []
+        for (x, weight, bias), made in zip(self.layers, logits, strict=True):
+            if made is None:
+                arguments += [None, 0, x[begin:end], *x.stride(), weight, *weight.stride(), bias]
+            else:
+                arguments += [made, made.stride(0), None, 0, 0, None, 0, 0, None]
+        size = max(x.element_size() for x, _, _ in self.layers)
+        table = _LEAN if logits[0] is None else _CHUNKS
+        config = table.find(self.loss.device, size, self.rows * self.classes)
+        return arguments, config._replace(meta={"BLOCK_K": 16, **config.meta})  # chunks make no product
+
+    def _features(self) -> tuple[int, int]:
+        (x, _, _), (teacher, _, _) = self.layers
+        return x.shape[1], teacher.shape[1]
+
+    def _numbers(self) -> tuple[float, ...]:
+        _, _, temperature, _, beta, hard_weight, _, smoothing = self.options
+        return 1 / temperature, beta, (1 - hard_weight) * temperature**2, hard_weight, smoothing
+
+    def losses(self, begin: int, end: int, logits: Sequence[Tensor | None]) -> None:
+        """Fill `loss` and `kept` for some rows."""
+        rows = end - begin
+        operands, config = self._operands(begin, end, logits)
+        blocks = triton.cdiv(rows, config.meta["BLOCK"])
+        tiles = triton.cdiv(self.classes, config.meta["DEEP"] * config.meta["LANES"])
+        programs = linear.machine(self.loss.device).programs
+        tiles_of_one = triton.cdiv(tiles, max(1, min(_SPLITS, programs // blocks)))
+        splits = triton.cdiv(tiles, tiles_of_one)
+        new = partial(self.loss.new_empty, dtype=self.wide)
+        target, row_weight = (None if t is None else t[begin:end] for t in (self.target, self.row_weight))
+        numbers, kept, loss = self._numbers(), self.kept[:, begin:], self.loss[begin:end]
+        common = {"config": config, "PRECISION": linear.precision(), **self.kinds, **self.types}
+
+        def finish(partial: Tensor | None, averages: Tensor | None) -> None:
+            row = _FINISH.find(self.loss.device, 0, rows)
+            launch(
+                _finish, (triton.cdiv(rows, row.meta["BLOCK"]),), partial, averages, target, row_weight, loss, kept,
+                rows, self.classes, self.rows, splits, self.options.ignore_index, *numbers, config=row, HARD=self.hard,
+                SPLITS=triton.next_power_of_2(splits), **self.kinds,
+            )  # fmt: skip
+
+        sums = new((_FIELDS, splits, rows))
+        launch(
+            _normalise, (blocks, splits), *operands, target, sums, rows, self.classes, *self._features(), tiles_of_one,
+            numbers[0], HARD=self.hard, **common,
+        )  # fmt: skip
+        finish(sums, None)
+        if self.options.divergence in ("js", "tv"):
+            averages = new((2, splits, rows))
+            launch(
+                _average, (blocks, splits), *operands, kept, averages, rows, self.classes, *self._features(), self.rows,
+                tiles_of_one, *numbers[:2], **common,
+            )  # fmt: skip
+            finish(None, averages)
+
+    def gradient(
+        self, begin: int, end: int, first: int, last: int, logits: Sequence[Tensor | None],
+        gradients: Sequence[Tensor | None], upstream: Tensor,
+    ) -> None:  # fmt: skip
+        """Write the gradients of the logits of some rows and classes."""
+        rows = end - begin
+        operands, config = self._operands(begin, end, logits)
+        target, row_weight = (None if t is None else t[begin:end] for t in (self.target, self.row_weight))
+        each = upstream.dim() > 0
+        results: list[Any] = []
+        for gradient in gradients:
+            results += [gradient, 0 if gradient is None else gradient.stride(0)]
+        programs = triton.cdiv(rows, config.meta["BLOCK"]) * triton.cdiv(
+            last - first, config.meta["DEEP"] * config.meta["LANES"]
+        )
+        launch(
+            _gradient, (programs,), *operands, target, row_weight, self.kept[:, begin:],
+            upstream[begin:end] if each else upstream, upstream.stride(0) if each else 0, *results, rows, self.classes,
+            *self._features(), first, last, self.rows, self.options.ignore_index, *self._numbers(), config=config,
+            HARD=self.hard, PRECISION=linear.precision(), **self.kinds, **self.types,
+        )  # fmt: skip
+
+
+def forward(*args: Any) -> Tensor:
+    """Return the loss of each row."""
+    layers, options = args[:6], Options(*args[6:])
+    call = _Call(layers, options)
+    call.run([False] * 6)
+    loss: Tensor = call.loss.view(layers[0].shape[:-1])
+    return loss
+
+
+def backward(grad_rows: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    """Return the gradients of both layers for an upstream of each row."""
+    *rest, needs = args
+    call = _Call(rest[:6], Options(*rest[6:]))
+    return _shaped(call.run(needs, grad_rows.reshape(-1)), rest)
+
+
+def step(*args: Any) -> tuple[Tensor, ...]:
+    """Return the reduced loss, and its gradients."""
+    *rest, mean, needs = args
+    layers, options = rest[:6], Options(*rest[6:])
+    call = _Call(layers, options)
+    divisor, upstream = None, call.loss.new_ones(())
+    if mean:
+        count = rows_that_count(layers[0], options)
+        divisor = count.to(call.wide) if isinstance(count, Tensor) else torch.full_like(upstream, count)
+        upstream = divisor.reciprocal()
+    grads = call.run(needs, upstream)
+    return sum_of(call.loss, call.loss.new_empty(()), divisor=divisor), *_shaped(grads, layers)
+
+
+def _shaped(grads: Sequence[Tensor], layers: Sequence[Any]) -> tuple[Tensor, ...]:
+    return tuple(grad.view(t.shape) if grad.dim() > 1 else grad for grad, t in zip(grads, layers, strict=False))
+
+
+_FEW = {
+    ("_gradient", "sm_100", "spills: 2,"): "two words of 255 registers, with all options at once",
+    ("_normalise", "gfx942", "spills"): "scalar registers, kept in vector registers, not in memory",
+    ("_average", "gfx942", "spills"): "scalar registers, kept in vector registers, not in memory",
+}
+_WIDE = {"_normalise": ("LDG.E.128",), "_average": ("LDG.E.128",), "_gradient": ("LDG.E.128", "STG.E.128")}
+_PRODUCTS = {kernel: ("HGMMA",) for kernel in _WIDE}
+
+
+def examples() -> Iterator[Example]:
+    """Yield calls that take every kernel and every row of the tables."""
+    for strategy, claims in (("chunks", _WIDE), ("lean", _PRODUCTS)):
+        for divergence in DIVERGENCES if strategy == "chunks" else ("forward_kl", "tv"):
+            run = partial(_example, strategy, torch.bfloat16, divergence)
+            yield Example(f"{strategy}-{divergence}", run, claims, _FEW)
+        for dtype in (torch.float32, torch.float64):
+            yield Example(f"{strategy}-{dtype}", partial(_example, strategy, dtype, "js"), {}, _FEW)
+        hard = partial(_example, strategy, torch.bfloat16, "js", hard_weight=0.5, both=True)
+        yield Example(f"{strategy}-every-option", hard, claims, _FEW)
+
+
+def _example(strategy: str, dtype: torch.dtype, divergence: str, hard_weight: float = 0.0, both: bool = False) -> None:
+    rows, features, classes = 4096, 4096, 128256
+    with torch.device("meta"):
+        x, w = torch.empty(rows, features, dtype=dtype), torch.empty(classes, features, dtype=dtype)
+        b, y, g = torch.empty(classes, dtype=dtype), torch.empty(rows, dtype=torch.int64), torch.empty(rows)
+    layer = (x, w, b) if both else (x, w, None)
+    options = Options(y if both else None, g if both else None, 2.0, divergence, 0.5, hard_weight, -100, 0.1)
+    needs = [True, True, both, both, both, both]
+    with linear.forced(strategy):
+        if both:
+            backward(g, *layer, *layer, *options, needs)
+        else:
+            step(*layer, *layer, *options, True, needs)
