@@ -12,7 +12,7 @@ from tlkernels import testing
 from tlkernels._core import native, triton
 
 if triton.INTERPRETED and triton.available():
-    testing.round_to_nearest()
+    testing.mend_interpreter()
 
 
 @pytest.fixture(autouse=True)

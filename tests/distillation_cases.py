@@ -143,7 +143,11 @@ def registered():
     target, rows = torch.tensor([[0, 1, -100], [2, 3, 4]]), torch.rand(2, 3)
     options = (target, rows, 2.0, "js", 0.3, 0.5, -100, 0.1)
     strided = student.transpose(0, 1).contiguous().transpose(0, 1)
-    return [
+    seconds = [
+        (ops.TRITON.second, (student, None, rows, strided, teacher, *options, True, False)),
+        (ops.TRITON.second, (student, teacher, rows, student, teacher, *options, True, True)),
+    ]
+    return seconds + [
         call
         for made in (ops.NATIVE, ops.TRITON)
         for call in (

@@ -42,9 +42,10 @@ def too_large(impl: str, *arguments: Any) -> bool:
     return impl == "triton" and triton.INTERPRETED and max(sizes, default=0) > INTERPRETED_ELEMENTS
 
 
-def round_to_nearest() -> None:
-    """Make Triton's interpreter round float32 to bfloat16 as GPUs do: it cuts off, and does not carry."""
+def mend_interpreter() -> None:
+    """Make Triton's interpreter round to bfloat16 as GPUs do, and take half the time."""
     import numpy as np
+    from triton import language
     from triton.language import bfloat16, float32
     from triton.runtime import interpreter
 
@@ -59,7 +60,30 @@ def round_to_nearest() -> None:
         rounded = (bits + (((bits >> 16) & 1) + 0x7FFF)) >> 16
         return np.where(np.isnan(input), 0x7FC0, rounded).astype(np.uint16)
 
-    interpreter._convert_float = convert
+    interpreter._convert_float = convert  # the original cuts off
+
+    # Each call of a function of a kernel replaces all of triton.language again, which its kernel has done already.
+    replace, replaced = interpreter._patch_lang, set[str]()
+
+    def replace_once(function: Any) -> Any:
+        values = function.__globals__.values()
+        modules = {module.__name__ for module in (language, language.core) if any(value is module for value in values)}
+        if modules and modules <= replaced:
+            return None
+        outermost = not replaced
+        replaced.update(modules)
+        scope = replace(function)
+        if outermost:
+            restore = scope.restore
+
+            def restore_all() -> None:
+                replaced.clear()
+                restore()
+
+            scope.restore = restore_all
+        return scope
+
+    interpreter._patch_lang = replace_once
 
 
 @contextmanager

@@ -124,9 +124,16 @@ class Table:
             row for row in self.rows if _fits(row, where, itemsize) and (row.up_to is None or size <= row.up_to)
         )
 
-    def run(self, device: torch.device, itemsize: int, size: int, launches: Callable[[Config], None]) -> None:
-        """Call `launches`, which has to give the same when it is called again, with the row to use."""
-        if not AUTOTUNE or INTERPRETED or _recorder is not None:
+    def run(
+        self,
+        device: torch.device,
+        itemsize: int,
+        size: int,
+        launches: Callable[[Config], None],
+        repeatable: bool = True,
+    ) -> None:
+        """Call `launches` with the row to use. Nothing is tuned where it gives something else when called again."""
+        if not (AUTOTUNE and repeatable) or _recorder is not None:
             launches(self.find(device, itemsize, size))
             return
         key = architecture(device), itemsize, size.bit_length()

@@ -520,21 +520,25 @@ def sweep(
     columns = x_pos == 1 and x_class != 1 and P > 1
     # What is held beside the logits counts as if the row were longer.
     held = classes * (4 if softcap else 2 if probabilities or label_smoothing or entropy is not None else 1)
-    config = (COLUMNS if columns else ROWS).find(input.device, input.element_size(), held)
-    BP, BC = _tile(config, P, classes, columns, held)
-    programs = lying.outer * triton.cdiv(P, BP)
     T = compute_dtype(input)
-    partial = None if total is None else input.new_empty(programs, dtype=T)
-    launch(
-        _sweep, (programs,), input, target, weight, _rows(upstream), _rows(upstream_lse), divisor, loss, peak, log_sum,
-        entropy, correct, partial, grad, P, classes, x_outer, x_pos, x_class,
-        *(lying.strides[-1] if probabilities else (P, 1, 0)), *(lying.strides[1] if grad is not None else (0, 0, 0)),
-        ignore_index, factor, label_smoothing, temperature, softcap or 1.0, z_loss, PROBABILITIES=probabilities,
-        SMOOTHING=label_smoothing != 0, SOFTCAP=softcap is not None, Z_LOSS=z_loss != 0,
-        WHOLE=bool(config.meta["WHOLE"]), T=DTYPES[T], BP=BP, BC=BC, config=config._replace(meta={}),
-    )  # fmt: skip
-    if total is not None and partial is not None:
-        sum_of(partial, total, factor, divisor)
+
+    def launches(config: Config) -> None:
+        BP, BC = _tile(config, P, classes, columns, held)
+        programs = lying.outer * triton.cdiv(P, BP)
+        partial = None if total is None else input.new_empty(programs, dtype=T)
+        launch(
+            _sweep, (programs,), input, target, weight, _rows(upstream), _rows(upstream_lse), divisor, loss, peak,
+            log_sum, entropy, correct, partial, grad, P, classes, x_outer, x_pos, x_class,
+            *(lying.strides[-1] if probabilities else (P, 1, 0)),
+            *(lying.strides[1] if grad is not None else (0, 0, 0)),
+            ignore_index, factor, label_smoothing, temperature, softcap or 1.0, z_loss, PROBABILITIES=probabilities,
+            SMOOTHING=label_smoothing != 0, SOFTCAP=softcap is not None, Z_LOSS=z_loss != 0,
+            WHOLE=bool(config.meta["WHOLE"]), T=DTYPES[T], BP=BP, BC=BC, config=config._replace(meta={}),
+        )  # fmt: skip
+        if total is not None and partial is not None:
+            sum_of(partial, total, factor, divisor)
+
+    (COLUMNS if columns else ROWS).run(input.device, input.element_size(), held, launches, repeatable=grad is not input)
 
 
 def _tile(config: Config, P: int, classes: int, columns: bool, held: int) -> tuple[int, int]:
@@ -646,9 +650,8 @@ def directional(
         return found[0], found[1], v_input.copy_(found[2]), v_target.copy_(found[3])
     P = lying.inner
     columns = lying.strides[0][1] == 1 and lying.strides[0][2] != 1 and P > 1
-    config = _SECOND_COLUMNS if columns else _SECOND
     held = classes * (4 if softcap else 2)
-    config = config.find(input.device, input.element_size(), held)
+    config = (_SECOND_COLUMNS if columns else _SECOND).find(input.device, input.element_size(), held)
     BP, BC = _tile(config, P, classes, columns, held)
     T = compute_dtype(input)
     launch(

@@ -25,7 +25,7 @@ from tlkernels._core.autograd import (
 from tlkernels._core.dispatch import Implementation
 from tlkernels._core.dtypes import compute_dtype
 from tlkernels._core.library import define
-from tlkernels._core.reduction import reduce
+from tlkernels._core.reduction import reduce, sum_in_order
 from tlkernels.losses.distillation import reference
 from tlkernels.losses.distillation.call import Call, Options
 
@@ -56,6 +56,12 @@ def _fake_step(student: Tensor, teacher: Tensor, *rest: Any) -> tuple[Tensor, Te
     return loss, fake_gradient(student, rest[-2]), fake_gradient(teacher, rest[-1])
 
 
+def _fake_second(
+    v_student: Any, v_teacher: Any, grad_rows: Tensor, student: Tensor, teacher: Tensor, *rest: Any
+) -> Any:
+    return fake_rows(student, teacher), *_fake_backward(grad_rows, student, teacher, *rest)
+
+
 class Ops(NamedTuple):
     """The ops of an implementation."""
 
@@ -65,14 +71,22 @@ class Ops(NamedTuple):
     """The gradients for an upstream of each."""
     step: Any
     """The reduced loss with its gradients."""
+    second: Any = None
+    """The derivatives of <v, gradients> by grad_rows and the logits; nothing where the reference serves."""
 
 
 _SCHEMAS: tuple[tuple[str, str, Any], ...] = (
     ("fwd", f"({_LOGITS}) -> Tensor", lambda student, teacher, *_: fake_rows(student, teacher)),
     ("bwd", f"(Tensor grad_rows, {_LOGITS}, {_NEEDS}) -> (Tensor, Tensor)", _fake_backward),
     ("step", f"({_LOGITS}, bool mean, {_NEEDS}) -> (Tensor loss, Tensor, Tensor)", _fake_step),
+    (
+        "second",
+        f"(Tensor? v_student, Tensor? v_teacher, Tensor grad_rows, {_LOGITS}, {_NEEDS})"
+        " -> (Tensor by_rows, Tensor by_student, Tensor by_teacher)",
+        _fake_second,
+    ),
 )
-NATIVE = Ops(*(define(f"distillation_{name}{schema}", fake) for name, schema, fake in _SCHEMAS))
+NATIVE = Ops(*(define(f"distillation_{name}{schema}", fake) for name, schema, fake in _SCHEMAS[:3]))
 TRITON = Ops(
     *(
         triton.define(f"distillation_{name}_triton{schema}", fake, "tlkernels.losses.distillation.triton", function)
@@ -108,8 +122,48 @@ class _Rows(Function):
         needs = ctx.needs_input_grad[:2]
         options = Options(*rest, *ctx.numbers)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            if ctx.ops.second is not None:
+                return *_Gradients.apply(grad_rows, student, teacher, options, ctx.ops, needs), None, None  # type: ignore[no-untyped-call]
             return *differentiate(lambda t: _losses(t, options), (student, teacher), needs, grad_rows), None, None
         return *where_needed(ctx.ops.backward(grad_rows, student, teacher, *options, *needs), needs), None, None
+
+
+class _Gradients(Function):
+    """(grad_rows, student, teacher, options, ops, which are needed) -> the gradients, differentiable to any order."""
+
+    @staticmethod
+    def forward(
+        grad_rows: Tensor, student: Tensor, teacher: Tensor, options: Options, ops: Ops, needs: Sequence[bool]
+    ) -> tuple[Tensor | None, ...]:
+        return tuple(where_needed(ops.backward(grad_rows, student, teacher, *options, *needs), needs))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        grad_rows, student, teacher, options, ctx.ops, ctx.needs = inputs
+        ctx.save_for_backward(grad_rows, student, teacher, *options[:2])
+        ctx.numbers = options[2:]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *directions: Tensor | None) -> Any:
+        grad_rows, student, teacher, *rest = ctx.saved_tensors
+        options = Options(*rest, *ctx.numbers)
+        needs = ctx.needs_input_grad[:3]
+        if not torch.is_grad_enabled():
+            found = ctx.ops.second(*directions, grad_rows, student, teacher, *options, *needs[1:])
+            return *where_needed(found, needs), None, None, None
+
+        def gradients(tensors: Tensors) -> Tensor:
+            upstream, *logits = tensors
+            assert upstream is not None
+            grads = differentiate(lambda t: _losses(t, options), logits, ctx.needs, upstream)
+            pairs = zip(grads, directions, strict=True)
+            return sum_in_order(
+                torch.stack([(grad * v).sum() for grad, v in pairs if grad is not None and v is not None])
+            )
+
+        one = torch.ones((), dtype=compute_dtype(student, teacher), device=student.device)
+        return *differentiate(gradients, (grad_rows, student, teacher), needs, one), None, None, None
 
 
 def _run(ops: Ops, call: Call) -> Tensor:
@@ -129,7 +183,7 @@ def _run(ops: Ops, call: Call) -> Tensor:
             return loss, where_needed(grads, needs)
 
         def again(tensors: Tensors) -> Tensor:
-            rows = _losses(tensors, options)
+            rows = _Rows.apply(*tensors, options, ops) if ops.second else _losses(tensors, options)  # type: ignore[no-untyped-call]
             return reduce(rows, call.denominator(), "mean" if mean else reduction)
 
         loss = one_sweep(run, again, student, teacher, by_triton=ops is TRITON)

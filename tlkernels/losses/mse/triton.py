@@ -132,21 +132,24 @@ def _run(
     if upstream is not None and not any(upstream.stride()):
         upstream = upstream.as_strided((), ())  # such as the gradient of a sum
     each = upstream is not None and upstream.dim() > 0
-    config = _TABLE.find(input.device, input.element_size(), n)
-    programs = triton.cdiv(n, config.meta["BLOCK"])
-    partial = input.new_empty(programs, dtype=compute_dtype(input)) if loss is not None else None
     results = [result if result is not None and result.numel() else None for result in (errors, *grads)]
     flat = _in_one_order(input, target, weight, upstream if each else None, *results)
     *read, g, written, grad_input, grad_target = flat if grads else (*flat, None, None)
-    launch(
-        _squares, (programs,), *read, g if each else upstream, divisor, written, partial, grad_input, grad_target, n,
-        factor, EACH=each, T=DTYPES[compute_dtype(input)], config=config,
-    )  # fmt: skip
+
+    def launches(config: Config) -> None:
+        programs = triton.cdiv(n, config.meta["BLOCK"])
+        partial = input.new_empty(programs, dtype=compute_dtype(input)) if loss is not None else None
+        launch(
+            _squares, (programs,), *read, g if each else upstream, divisor, written, partial, grad_input, grad_target,
+            n, factor, EACH=each, T=DTYPES[compute_dtype(input)], config=config,
+        )  # fmt: skip
+        if loss is not None and partial is not None:
+            sum_of(partial, loss, factor, divisor)
+
+    _TABLE.run(input.device, input.element_size(), n, launches)
     for result, filled in zip(results, (written, grad_input, grad_target), strict=False):
         if result is not None and filled is not None and filled is not result:
             result.copy_(filled)
-    if loss is not None and partial is not None:
-        sum_of(partial, loss, factor, divisor)
 
 
 def _in_one_order(*tensors: Tensor | None) -> list[Tensor | None]:

@@ -1,0 +1,90 @@
+"""What Triton's kernels do on a GPU and no test of a loss on the CPU would see."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import tlkernels as tlk
+from tlkernels import testing
+from tlkernels._core import triton as core
+
+pytestmark = pytest.mark.skipif(not (core.INTERPRETED and core.available()), reason="nothing is interpreted here")
+
+
+@pytest.mark.parametrize("bad", [-1, 7, 2**40, -(2**62)])
+@pytest.mark.parametrize("classes", [7, 3000], ids=["whole", "swept"])
+@pytest.mark.parametrize("loss", ["cross_entropy", "distillation"])
+def test_a_class_index_out_of_range_is_nan_and_touches_no_memory(monkeypatch, loss, classes, bad):
+    """As on a GPU, where the host does not look at the targets; out of range by that much the process would end."""
+    from importlib import import_module
+
+    monkeypatch.setattr(import_module(f"tlkernels.losses.{loss}.triton"), "check_classes", lambda *_: None)
+    bad = classes if bad == 7 else bad
+    input, target = torch.randn(4, classes), torch.tensor([0, 1, bad, 3])
+    leaf = input.clone().requires_grad_()
+    if loss == "cross_entropy":
+        rows = tlk.cross_entropy(leaf, target, torch.rand(classes), reduction="none", impl="triton")
+    else:
+        rows = tlk.distillation(leaf, -input, target, hard_weight=0.5, reduction="none", impl="triton")
+    (grad,) = torch.autograd.grad(rows.sum(), leaf)
+    assert rows.isnan().tolist() == [False, False, True, False]
+    assert grad.isnan().all(1).tolist() == [False, False, True, False]
+    assert not grad[[0, 1, 3]].isnan().any()
+
+
+@pytest.mark.parametrize("upstream", [1.0, 0.5])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_a_gradient_is_scaled_in_place(upstream, dtype):
+    from tlkernels._core.triton_kernels import scale_
+
+    values = torch.randn(3, 1001).to(dtype)
+    expected = (values.double() * upstream).to(dtype)
+    assert scale_(values, torch.tensor(upstream)) is values
+    assert torch.equal(values, expected)
+
+
+@pytest.mark.parametrize("n", [0, 1, 63, 64, 65, 1000, 5000])
+def test_sums_and_counts(n):
+    from tlkernels._core.triton_kernels import count, sum_of
+
+    values, target, weight = torch.randn(n), torch.randint(-1, 9, (n,)), torch.rand(9)
+    total = sum_of(values, torch.empty((), dtype=torch.float64), 0.5, torch.tensor(3.0))
+    torch.testing.assert_close(total, values.double().sum() * 0.5 / 3)
+    assert count(target, 9, None, -1) == (target >= 0).sum()
+    torch.testing.assert_close(count(target, 9, weight, -1), weight.double()[target[target >= 0]].sum())
+
+
+@pytest.mark.parametrize("layout", testing.LAYOUTS)
+def test_in_place_gradients(layout):
+    input, target = torch.randn(3, 5, 4, 18), torch.randint(0, 5, (3, 4, 18))
+    leaf = input.clone().requires_grad_()
+    overwritten = testing.lay_out(leaf * 1, layout)
+    (grad,) = torch.autograd.grad(tlk.cross_entropy(overwritten, target, inplace_grad=True, impl="triton"), leaf)
+    wide = input.double().requires_grad_()
+    (right,) = torch.autograd.grad(F.cross_entropy(wide, target), wide)
+    torch.testing.assert_close(grad.double(), right, rtol=1e-5, atol=1e-7)
+
+
+def test_the_table_is_tuned_on_request(monkeypatch, capsys):
+    """The fastest row that fits is taken, kept and printed as a row for the table."""
+    import triton.testing
+
+    rows = [core.Config("interp*", 4, None, {"BLOCK": block}, 1) for block in (64, 256, 1024)]
+    table, tried = core.Table("test", *rows, core.Config("sm_*", 0, None, {"BLOCK": 1}, 1)), []
+    times = {64: 3.0, 256: 1.0, 1024: 2.0}
+
+    def do_bench(run, return_mode):
+        run()
+        return times[tried[-1]]
+
+    monkeypatch.setattr(triton.testing, "do_bench", do_bench)
+    launches = lambda config: tried.append(config.meta["BLOCK"])  # noqa: E731
+    table.run(torch.device("cpu"), 4, 1000, launches)
+    assert tried == [64]
+    monkeypatch.setattr(core, "AUTOTUNE", True)
+    for _ in range(2):
+        table.run(torch.device("cpu"), 4, 1000, launches)
+    assert tried == [64, 64, 256, 1024, 256, 256]
+    assert "Config(architecture='interpreter', itemsize=4, up_to=1023, meta={'BLOCK': 256}" in capsys.readouterr().out
+    table.run(torch.device("cpu"), 4, 1000, launches, repeatable=False)
+    assert tried[-1] == 64
