@@ -8,7 +8,7 @@ Bytes of chunks, beside the products: the logits are read twice and written once
 0.73 ms for 4096 x 128256 at 4.3 TB/s, beside 16.3 ms of products.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -450,10 +450,10 @@ class _Call:
 
     def _operands(
         self, begin: int, end: int, logits: Tensor | None, stats: bool
-    ) -> tuple[tuple[Any, ...], tuple[Any, ...], Config]:
-        """The arguments that kernels begin with; those for the target; and the row of the table."""
+    ) -> tuple[tuple[Any, ...], tuple[Any, ...], Table]:
+        """The arguments that kernels begin with; those for the target; and the table."""
         input, weight, bias = self.layer
-        size, x = input.element_size(), input[begin:end]
+        x = input[begin:end]
         options = stats or self.probabilities or self.options.label_smoothing or self.options.softcap is not None
         if logits is None:
             operands = (None, 0, x, *x.stride(), weight, *weight.stride(), bias)
@@ -461,11 +461,9 @@ class _Call:
         else:
             operands = (logits, logits.stride(0), None, 0, 0, None, 0, 0, None)
             table = _CHUNKS_OPTIONS if options else _CHUNKS
-        config = table.find(input.device, size, self.rows * self.classes)
-        config = config._replace(meta={"BLOCK_K": 16, **config.meta})  # chunks make no product
         target = self.target[begin:end]
         strides = target.stride() if self.probabilities else (1, 0)
-        return operands, (target, *strides, self.class_weight), config
+        return operands, (target, *strides, self.class_weight), table
 
     def _numbers(self) -> tuple[float, float, float]:
         _, _, smoothing, temperature, softcap, _ = self.options
@@ -474,29 +472,39 @@ class _Call:
     def _sweep_constants(self) -> dict[str, Any]:
         return {**self.constants, "CAPPED": self.options.softcap is not None, "PRECISION": linear.precision()}
 
+    def _run(self, table: Table, launches: Callable[[Config], None], repeatable: bool = True) -> None:
+        input = self.layer[0]
+        # A tile of chunks makes no product.
+        with_k = lambda config: launches(config._replace(meta={"BLOCK_K": 16, **config.meta}))  # noqa: E731
+        table.run(input.device, input.element_size(), self.rows * self.classes, with_k, repeatable)
+
     def statistics(self, begin: int, end: int, logits: Tensor | None, out: _Rows) -> None:
         """Fill `out` for some rows."""
         input, rows = self.layer[0], end - begin
-        operands, target, config = self._operands(begin, end, logits, out.correct is not None)
-        blocks = triton.cdiv(rows, config.meta["BLOCK"])
-        tiles = triton.cdiv(self.classes, config.meta["DEEP"] * config.meta["LANES"])
-        tiles_of_one = triton.cdiv(tiles, max(1, min(_SPLITS, linear.machine(input.device).programs // blocks)))
-        splits = triton.cdiv(tiles, tiles_of_one)
-        partial = input.new_empty((_FIELDS, splits, rows), dtype=self.wide)
-        best = None if out.correct is None else input.new_empty((splits, rows), dtype=torch.int32)
-        launch(
-            _statistics, (blocks, splits), *operands, *target, partial, best, rows, self.classes, input.shape[1],
-            tiles_of_one, *self._numbers(), config=config, **self._sweep_constants(),
-        )  # fmt: skip
+        operands, target, table = self._operands(begin, end, logits, out.correct is not None)
         wanted = None
-        if best is not None:
+        if out.correct is not None:
             wanted = self.target[begin:end].argmax(1) if self.probabilities else target[0]
-        config = _FINISH.find(input.device, 0, rows)
-        launch(
-            _finish, (triton.cdiv(rows, config.meta["BLOCK"]),), partial, best, wanted, target[0], self.class_weight,
-            *out, rows, self.classes, splits, self.options.ignore_index, self.options.label_smoothing,
-            self.options.z_loss, config=config, SPLITS=triton.next_power_of_2(splits), **self.constants,
-        )  # fmt: skip
+
+        def launches(config: Config) -> None:
+            blocks = triton.cdiv(rows, config.meta["BLOCK"])
+            tiles = triton.cdiv(self.classes, config.meta["DEEP"] * config.meta["LANES"])
+            tiles_of_one = triton.cdiv(tiles, max(1, min(_SPLITS, linear.machine(input.device).programs // blocks)))
+            splits = triton.cdiv(tiles, tiles_of_one)
+            partial = input.new_empty((_FIELDS, splits, rows), dtype=self.wide)
+            best = None if wanted is None else input.new_empty((splits, rows), dtype=torch.int32)
+            launch(
+                _statistics, (blocks, splits), *operands, *target, partial, best, rows, self.classes, input.shape[1],
+                tiles_of_one, *self._numbers(), config=config, **self._sweep_constants(),
+            )  # fmt: skip
+            row = _FINISH.find(input.device, 0, rows)
+            launch(
+                _finish, (triton.cdiv(rows, row.meta["BLOCK"]),), partial, best, wanted, target[0], self.class_weight,
+                *out, rows, self.classes, splits, self.options.ignore_index, self.options.label_smoothing,
+                self.options.z_loss, config=row, SPLITS=triton.next_power_of_2(splits), **self.constants,
+            )  # fmt: skip
+
+        self._run(table, launches)
 
     def gradient(
         self, begin: int, end: int, first: int, last: int, logits: Tensor | None, gradient: Tensor, out: _Rows,
@@ -504,19 +512,22 @@ class _Call:
     ) -> None:  # fmt: skip
         """Write the gradient of the logits of some rows and classes."""
         input, rows = self.layer[0], end - begin
-        operands, target, config = self._operands(begin, end, logits, False)
+        operands, target, table = self._operands(begin, end, logits, False)
         by_row: list[Any] = []
         for value in upstream:
             each = value is not None and value.dim() > 0
             by_row += [value[begin:end] if each else value, value.stride(0) if each else 0]  # type: ignore[index, union-attr]
-        programs = triton.cdiv(rows, config.meta["BLOCK"]) * triton.cdiv(
-            last - first, config.meta["DEEP"] * config.meta["LANES"]
-        )
-        launch(
-            _gradient, (programs,), *operands, *target, out.peak, out.log_sum, out.mass, out.spread, *by_row, gradient,
-            gradient.stride(0), rows, self.classes, input.shape[1], first, last, self.options.ignore_index,
-            *self._numbers(), self.options.z_loss, config=config, **self._sweep_constants(),
-        )  # fmt: skip
+
+        def launches(config: Config) -> None:
+            tiles = triton.cdiv(last - first, config.meta["DEEP"] * config.meta["LANES"])
+            launch(
+                _gradient, (triton.cdiv(rows, config.meta["BLOCK"]) * tiles,), *operands, *target, out.peak,
+                out.log_sum, out.mass, out.spread, *by_row, gradient, gradient.stride(0), rows, self.classes,
+                input.shape[1], first, last, self.options.ignore_index, *self._numbers(), self.options.z_loss,
+                config=config, **self._sweep_constants(),
+            )  # fmt: skip
+
+        self._run(table, launches, repeatable=logits is None)
 
     def rows_of(self, gradients: bool, stats: bool = False) -> _Rows:
         new = self.layer[0].new_empty

@@ -16,7 +16,7 @@ so D is the sum of both averages of slopes, or the one. Bytes of chunks, beside 
 (for js and tv three times), and those that need a gradient written once.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -451,18 +451,21 @@ class _Call:
                         sweep.take(begin, end, first, last, gradient)
         return *sweeps[0].gradients(), *sweeps[1].gradients()
 
-    def _operands(self, begin: int, end: int, logits: Sequence[Tensor | None]) -> tuple[list[Any], Config]:
-        """The arguments that kernels begin with, and the row of the table."""
+    def _operands(self, begin: int, end: int, logits: Sequence[Tensor | None]) -> tuple[list[Any], Table]:
+        """The arguments that kernels begin with, and the table."""
         arguments: list[Any] = []
         for (x, weight, bias), made in zip(self.layers, logits, strict=True):
             if made is None:
                 arguments += [None, 0, x[begin:end], *x.stride(), weight, *weight.stride(), bias]
             else:
                 arguments += [made, made.stride(0), None, 0, 0, None, 0, 0, None]
+        return arguments, _LEAN if logits[0] is None else _CHUNKS
+
+    def _run(self, table: Table, launches: Callable[[Config], None], repeatable: bool = True) -> None:
         size = max(x.element_size() for x, _, _ in self.layers)
-        table = _LEAN if logits[0] is None else _CHUNKS
-        config = table.find(self.loss.device, size, self.rows * self.classes)
-        return arguments, config._replace(meta={"BLOCK_K": 16, **config.meta})  # chunks make no product
+        # A tile of chunks makes no product.
+        with_k = lambda config: launches(config._replace(meta={"BLOCK_K": 16, **config.meta}))  # noqa: E731
+        table.run(self.loss.device, size, self.rows * self.classes, with_k, repeatable)
 
     def _features(self) -> tuple[int, int]:
         (x, _, _), (teacher, _, _) = self.layers
@@ -475,38 +478,42 @@ class _Call:
     def losses(self, begin: int, end: int, logits: Sequence[Tensor | None]) -> None:
         """Fill `loss` and `kept` for some rows."""
         rows = end - begin
-        operands, config = self._operands(begin, end, logits)
-        blocks = triton.cdiv(rows, config.meta["BLOCK"])
-        tiles = triton.cdiv(self.classes, config.meta["DEEP"] * config.meta["LANES"])
-        programs = linear.machine(self.loss.device).programs
-        tiles_of_one = triton.cdiv(tiles, max(1, min(_SPLITS, programs // blocks)))
-        splits = triton.cdiv(tiles, tiles_of_one)
+        operands, table = self._operands(begin, end, logits)
         new = partial(self.loss.new_empty, dtype=self.wide)
         target, row_weight = (None if t is None else t[begin:end] for t in (self.target, self.row_weight))
         numbers, kept, loss = self._numbers(), self.kept[:, begin:], self.loss[begin:end]
-        common = {"config": config, "PRECISION": linear.precision(), **self.kinds, **self.types}
 
-        def finish(partial: Tensor | None, averages: Tensor | None) -> None:
-            row = _FINISH.find(self.loss.device, 0, rows)
-            launch(
-                _finish, (triton.cdiv(rows, row.meta["BLOCK"]),), partial, averages, target, row_weight, loss, kept,
-                rows, self.classes, self.rows, splits, self.options.ignore_index, *numbers, config=row, HARD=self.hard,
-                SPLITS=triton.next_power_of_2(splits), **self.kinds,
-            )  # fmt: skip
+        def launches(config: Config) -> None:
+            blocks = triton.cdiv(rows, config.meta["BLOCK"])
+            tiles = triton.cdiv(self.classes, config.meta["DEEP"] * config.meta["LANES"])
+            programs = linear.machine(self.loss.device).programs
+            tiles_of_one = triton.cdiv(tiles, max(1, min(_SPLITS, programs // blocks)))
+            splits = triton.cdiv(tiles, tiles_of_one)
+            common = {"config": config, "PRECISION": linear.precision(), **self.kinds, **self.types}
 
-        sums = new((_FIELDS, splits, rows))
-        launch(
-            _normalise, (blocks, splits), *operands, target, sums, rows, self.classes, *self._features(), tiles_of_one,
-            numbers[0], HARD=self.hard, **common,
-        )  # fmt: skip
-        finish(sums, None)
-        if self.options.divergence in ("js", "tv"):
-            averages = new((2, splits, rows))
+            def finish(sums: Tensor | None, averages: Tensor | None) -> None:
+                row = _FINISH.find(self.loss.device, 0, rows)
+                launch(
+                    _finish, (triton.cdiv(rows, row.meta["BLOCK"]),), sums, averages, target, row_weight, loss, kept,
+                    rows, self.classes, self.rows, splits, self.options.ignore_index, *numbers, config=row,
+                    HARD=self.hard, SPLITS=triton.next_power_of_2(splits), **self.kinds,
+                )  # fmt: skip
+
+            sums = new((_FIELDS, splits, rows))
             launch(
-                _average, (blocks, splits), *operands, kept, averages, rows, self.classes, *self._features(), self.rows,
-                tiles_of_one, *numbers[:2], **common,
+                _normalise, (blocks, splits), *operands, target, sums, rows, self.classes, *self._features(),
+                tiles_of_one, numbers[0], HARD=self.hard, **common,
             )  # fmt: skip
-            finish(None, averages)
+            finish(sums, None)
+            if self.options.divergence in ("js", "tv"):
+                averages = new((2, splits, rows))
+                launch(
+                    _average, (blocks, splits), *operands, kept, averages, rows, self.classes, *self._features(),
+                    self.rows, tiles_of_one, *numbers[:2], **common,
+                )  # fmt: skip
+                finish(None, averages)
+
+        self._run(table, launches)
 
     def gradient(
         self, begin: int, end: int, first: int, last: int, logits: Sequence[Tensor | None],
@@ -514,21 +521,24 @@ class _Call:
     ) -> None:  # fmt: skip
         """Write the gradients of the logits of some rows and classes."""
         rows = end - begin
-        operands, config = self._operands(begin, end, logits)
+        operands, table = self._operands(begin, end, logits)
         target, row_weight = (None if t is None else t[begin:end] for t in (self.target, self.row_weight))
         each = upstream.dim() > 0
         results: list[Any] = []
         for gradient in gradients:
             results += [gradient, 0 if gradient is None else gradient.stride(0)]
-        programs = triton.cdiv(rows, config.meta["BLOCK"]) * triton.cdiv(
-            last - first, config.meta["DEEP"] * config.meta["LANES"]
-        )
-        launch(
-            _gradient, (programs,), *operands, target, row_weight, self.kept[:, begin:],
-            upstream[begin:end] if each else upstream, upstream.stride(0) if each else 0, *results, rows, self.classes,
-            *self._features(), first, last, self.rows, self.options.ignore_index, *self._numbers(), config=config,
-            HARD=self.hard, PRECISION=linear.precision(), **self.kinds, **self.types,
-        )  # fmt: skip
+
+        def launches(config: Config) -> None:
+            tiles = triton.cdiv(last - first, config.meta["DEEP"] * config.meta["LANES"])
+            launch(
+                _gradient, (triton.cdiv(rows, config.meta["BLOCK"]) * tiles,), *operands, target, row_weight,
+                self.kept[:, begin:], upstream[begin:end] if each else upstream, upstream.stride(0) if each else 0,
+                *results, rows, self.classes, *self._features(), first, last, self.rows, self.options.ignore_index,
+                *self._numbers(), config=config, HARD=self.hard, PRECISION=linear.precision(), **self.kinds,
+                **self.types,
+            )  # fmt: skip
+
+        self._run(table, launches, repeatable=logits[0] is None)
 
 
 def forward(*args: Any) -> Tensor:
