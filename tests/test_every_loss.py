@@ -107,7 +107,8 @@ def test_value_and_gradients(loss, case, target):
         triples += zip(case.wants_grad, grads, eager_grads, right_grads, strict=True)
         return triples
 
-    testing.check_budgets(case.dtype, draw)
+    interpreted = target.impl == "triton" and triton.INTERPRETED  # which takes its time
+    testing.check_budgets(case.dtype, draw, first=1 if interpreted else 3)
 
 
 @pytest.mark.core

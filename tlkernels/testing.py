@@ -223,15 +223,18 @@ class Budget:
 
 
 def check_budgets(
-    dtype: torch.dtype, draw: Callable[[int], Iterable[tuple[str, Tensor, Tensor, Tensor]]], most: int = 30
+    dtype: torch.dtype,
+    draw: Callable[[int], Iterable[tuple[str, Tensor, Tensor, Tensor]]],
+    most: int = 30,
+    first: int = 3,
 ) -> None:
     """Raise AssertionError unless every result of a call keeps its budget.
 
-    `draw(seed)` gives a result's name and what the implementation, eager and the oracle have for it. Three draws may
-    happen to hold eager's luckiest; where they are over the budget, `most` decide, those three among them.
+    `draw(seed)` gives a result's name and what the implementation, eager and the oracle have for it. The `first` draws
+    may happen to be eager's luckiest; where they are over the budget, `most` decide, those among them.
     """
     budgets: dict[str, Budget] = {}
-    for seeds in (range(3), range(3, most)):
+    for seeds in (range(first), range(first, most)):
         for seed in seeds:
             for name, *values in draw(seed):
                 budgets.setdefault(name, Budget(dtype)).add(*values)
