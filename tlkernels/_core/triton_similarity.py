@@ -60,8 +60,8 @@ def similarity_tile(
         s = similarities(rows, columns, i, j, D, row_stride, column_stride, BM, BN, BK, PRECISION)
     else:
         s = tl.load(known + (i - known_from).to(tl.int64)[:, None] * known_stride + j[None, :])
-    if row_norms is not None:
-        s = s * tl.load(row_norms + i)[:, None] * tl.load(column_norms + j)[None, :]
+    if row_norms is not None:  # the norms first: so a symmetric matrix is rounded symmetrically
+        s = s * (tl.load(row_norms + i)[:, None] * tl.load(column_norms + j)[None, :])
     return s
 
 

@@ -196,8 +196,9 @@ def row_loss(state, positive, i, here, stride, scale, smoothing, SET: tl.constex
             tl.load(state + 4 * stride + i, here, other=1.0),
         )
     if SET == LABEL:
-        mean = scale * in_set / tl.where(count > 0, count, 1.0)
-        loss = tl.where(count > 0, tl.log(total) + (peak * LN2 - mean), 0.0)
+        # Rounded as the logits were, so that of a row's only other entry nothing is left.
+        mean = in_set * (scale * LOG2E) / tl.where(count > 0, count, 1.0)
+        loss = tl.where(count > 0, tl.log(total) + (peak - mean) * LN2, 0.0)
     else:
         s = tl.load(positive + i, here, other=0.0)
         logit = s * (scale * LOG2E)
