@@ -250,8 +250,8 @@ def test_gradient_of_the_scale(impl, dtype):
             arguments = case.make(seed)
 
             def gradient(loss, arguments=arguments):
-                scale = torch.tensor(8.5, dtype=arguments["query"].dtype, requires_grad=True)
-                value = loss(**{**arguments, "logit_scale": scale})
+                scale = torch.tensor(16.0, dtype=arguments["query"].dtype, requires_grad=True)
+                value = loss(**{**arguments, "temperature": None, "logit_scale": scale})
                 return torch.autograd.grad(value, scale)[0]
 
             ours = gradient(lambda **kwargs: tlk.info_nce(**kwargs, impl=impl))

@@ -13,9 +13,14 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
+def autocasts(device: torch.device) -> bool:
+    """Return whether autocast is on for the device; torch raises where it is asked of "meta"."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
 def loss_dtype(first: Tensor, *others: Tensor) -> torch.dtype:
     """Return the dtype of a loss of these tensors: the promoted one; under autocast float32, as torch has it."""
     dtype = first.dtype
     for tensor in others:
         dtype = torch.promote_types(dtype, tensor.dtype)
-    return torch.promote_types(dtype, torch.float32) if torch.is_autocast_enabled(first.device.type) else dtype
+    return torch.promote_types(dtype, torch.float32) if autocasts(first.device) else dtype

@@ -6,7 +6,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from tlkernels._core.dtypes import FLOATING, compute_dtype
+from tlkernels._core.dtypes import FLOATING, autocasts, compute_dtype
 
 
 def check_embeddings(name: str, tensor: Tensor, first: tuple[str, Tensor] | None = None, shape: str = "(N, D)") -> None:
@@ -24,7 +24,7 @@ def check_embeddings(name: str, tensor: Tensor, first: tuple[str, Tensor] | None
     if first is None:
         return
     other, like = first
-    if tensor.dtype != like.dtype and not torch.is_autocast_enabled(like.device.type):
+    if tensor.dtype != like.dtype and not autocasts(like.device):
         raise TypeError(f"{name}: expected the dtype of {other}, {like.dtype}, got {tensor.dtype}")
     if tensor.device != like.device:
         raise ValueError(f"{name}: expected it on {other}'s device {like.device}, got {tensor.device}")

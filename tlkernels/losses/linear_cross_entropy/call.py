@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tlkernels._core.autograd import Tensors
-from tlkernels._core.dtypes import FLOATING
+from tlkernels._core.dtypes import FLOATING, autocasts
 from tlkernels.losses.cross_entropy.call import Call as CrossEntropyCall
 from tlkernels.losses.cross_entropy.call import Options
 from tlkernels.losses.cross_entropy.call import check as check_cross_entropy
@@ -62,7 +62,7 @@ def check(call: Call) -> Call:
     for name, tensor in named:
         if not isinstance(tensor, Tensor) and not (name == "linear_bias" and tensor is None):
             raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
-    if torch.is_autocast_enabled(input.device.type):
+    if autocasts(input.device):
         call = _autocast(call)
         input, linear_weight, linear_bias, target = call[:4]
     if input.dtype not in FLOATING:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tlkernels._core.dtypes import loss_dtype
+from tlkernels._core.dtypes import autocasts, loss_dtype
 from tlkernels.losses.distillation.call import (
     Options,
     check_device,
@@ -84,5 +84,5 @@ def _check_layer(side: str, input: Tensor, weight: Tensor, bias: Tensor | None) 
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{side}_bias: expected shape ({weight.shape[0]},), got {tuple(bias.shape)}")
     for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
+        if tensor is not None and tensor.dtype != input.dtype and not autocasts(input.device):
             raise TypeError(f"{side}_{name}: expected the dtype of {side}_input, {input.dtype}, got {tensor.dtype}")

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tlkernels._core.dtypes import FLOATING
+from tlkernels._core.dtypes import FLOATING, autocasts
 from tlkernels._core.reduction import REDUCTIONS, sum_in_order
 
 _INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -35,7 +35,7 @@ class Call(NamedTuple):
     @property
     def dtype(self) -> torch.dtype:
         """Of the loss: the common one; under autocast float32, which torch gives to losses there."""
-        if torch.is_autocast_enabled(self.input.device.type):
+        if autocasts(self.input.device):
             return torch.promote_types(self.common, torch.float32)
         return self.common
 

@@ -176,7 +176,8 @@ def step(
     loss, by_scale, by_bias = sweep.totals()
     if extra is not None:
         by_scale, by_bias = by_scale / extra, by_bias / extra
-    return loss, *grads, by_scale.to(logit_scale), by_bias.to(logit_bias)
+    # An op returns no views: of one tensor both would be, in float64.
+    return loss, *grads, by_scale.to(logit_scale, copy=True), by_bias.to(logit_bias, copy=True)
 
 
 def _example(n: int, dtype: torch.dtype, function: Any) -> Any:
