@@ -56,6 +56,20 @@ def test_as_the_dense_form(impl, options):
         torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-12)
 
 
+def test_strides(impl):
+    """Transposed matrices, and biases that are every second element of something."""
+    arguments = make((6,), 37, F64)(0)
+    layouts = {"input": "transposed", "weight": "transposed", "bias": "sliced"}
+    strided = {
+        name: testing.lay_out(arguments[name], layouts[name.partition("_")[2]]).requires_grad_() for name in LAYERS
+    }
+    value = tlk.linear_distillation(**{**arguments, **strided}, impl=impl)
+    right, *expected = gradients(pytorch, arguments, LAYERS)
+    torch.testing.assert_close(value, right)
+    found = torch.autograd.grad(value, list(strided.values()), torch.full_like(value, 0.5))
+    torch.testing.assert_close(list(found), expected)
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_many_chunks(impl, dtype):
     """Gradients of weights and biases add up over chunks, in float32 (in bf16: axolotl #1601)."""

@@ -416,7 +416,7 @@ class _Call:
         """Take an op's arguments up to its options."""
         input, weight, bias, target = args[:4]
         options = Options(*args[4:])
-        self.layer = input, weight, bias
+        self.layer = input, weight, None if bias is None else bias.contiguous()
         self.rows, self.classes = input.shape[0], weight.shape[0]
         self.wide = compute_dtype(input)
         self.probabilities = target.is_floating_point()

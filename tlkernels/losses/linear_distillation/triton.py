@@ -409,8 +409,11 @@ class _Call:
     """The launches of a call."""
 
     def __init__(self, layers: Sequence[Tensor | None], options: Options):
-        flat = [t.reshape(-1, t.shape[-1]) if i % 3 == 0 and t is not None else t for i, t in enumerate(layers)]
-        self.layers: list[Any] = [tuple(flat[:3]), tuple(flat[3:])]
+        self.layers: list[Any] = [
+            (x.reshape(-1, x.shape[-1]), weight, None if bias is None else bias.contiguous())
+            for x, weight, bias in (layers[:3], layers[3:])
+            if x is not None
+        ]
         (x, weight, _), (teacher, *_) = self.layers
         self.rows, self.classes = x.shape[0], weight.shape[0]
         self.wide = compute_dtype(x, teacher)
