@@ -81,11 +81,12 @@ def plan(layers: Sequence[Layer], needs: Sequence[Needs]) -> Plan:
     those back to the layer. Lean: the logits are made in kernels, tile by tile, twice where gradients are needed, and
     never stored; only a block of gradients is. The model says which is faster for these shapes, whatever the values.
     """
+    forced_to = os.environ.get(_ENVIRONMENT)
+    if forced_to and forced_to not in STRATEGIES:
+        raise ValueError(f"{_ENVIRONMENT}: expected one of {STRATEGIES}, got {forced_to!r}")
     input, weight, _ = layers[0]
     here = machine(input.device)
-    strategy = os.environ.get(_ENVIRONMENT) or _faster(layers, needs, here)
-    if strategy not in STRATEGIES:
-        raise ValueError(f"{_ENVIRONMENT}: expected one of {STRATEGIES}, got {strategy!r}")
+    strategy = forced_to or _faster(layers, needs, here)
     (rows, _), classes = input.shape, weight.shape[0]
     if strategy == "lean":
         # A block of gradients is no larger than the input, or what stays in a cache.
