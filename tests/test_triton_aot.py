@@ -22,7 +22,13 @@ def python(*arguments):
     )
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+# Kernels with products take ptxas minutes for each loss, on two cores.
+MINUTES = ("info_nce", "linear_cross_entropy", "linear_distillation", "sigmoid_contrastive")
+
+
+@pytest.mark.parametrize(
+    "loss", [pytest.param(loss, marks=pytest.mark.slow) if loss in MINUTES else loss for loss in LOSSES]
+)
 def test_compiles_without_spills_and_as_the_byte_model_says(loss):
     run = python("-m", "bench.triton_resources", loss)
     assert run.returncode == 0, run.stderr
