@@ -3,9 +3,14 @@
 A new loss takes part by giving its eager PyTorch lines, which, run in float64, are also its oracle.
 """
 
+import importlib.util
+import os
+import shutil
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -14,8 +19,15 @@ from torch import Tensor
 from tlkernels._core import native, triton
 
 
+CUDA_HOST = "cuda_host"
+"""The CUDA kernels, run on the host in the place of the CPU's (tests/cuda_host of a checkout)."""
+
+_ROOT = Path(__file__).parents[1]
+_CUDA_HOST = _ROOT / "tests" / "cuda_host" / "build.py"
+
+
 class Target(NamedTuple):
-    """An implementation to test, and for `native` on CPU the instruction set."""
+    """An implementation to test, and for `native` on CPU tensors the instruction set, or CUDA_HOST."""
 
     impl: str
     isa: str = ""
@@ -24,11 +36,35 @@ class Target(NamedTuple):
         return f"{self.impl}-{self.isa}" if self.isa else self.impl
 
 
-def targets(device: str = "cpu") -> list[Target]:
-    """Return what can run here on tensors of the device: "cpu" or "cuda"."""
+def targets(device: str = "cpu", loss: str = "") -> list[Target]:
+    """Return what can run here on tensors of the device: "cpu" or "cuda".
+
+    With `loss` the CUDA kernels are among them, which run on the host, where csrc/cuda/<loss>.cu is.
+    """
     on_cpu = [Target("reference"), *(Target("native", isa) for isa in native.isas())]
+    if on_cuda_host(loss):
+        on_cpu.append(Target("native", CUDA_HOST))
     on_both = [Target("triton")] if triton.available() and device == triton.DEVICE else []
     return (on_cpu if device == "cpu" else []) + on_both
+
+
+def on_cuda_host(loss: str) -> bool:
+    """Return whether the loss has CUDA kernels and they can run on this host."""
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    here = native.available() and sys.platform == "linux" and compiler is not None and _CUDA_HOST.exists()
+    return here and (_ROOT / "csrc" / "cuda" / f"{loss}.cu").exists()
+
+
+def cuda_host() -> Any:
+    """Return tests/cuda_host/build.py as a module."""
+    name = "tlkernels_cuda_host"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, _CUDA_HOST)
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
 
 
 INTERPRETED_ELEMENTS = 40_000
@@ -88,7 +124,11 @@ def mend_interpreter() -> None:
 
 @contextmanager
 def forced(target: Target) -> Iterator[str]:
-    """Force the target's instruction set meanwhile; gives the name for `impl=`."""
+    """Force the target's instruction set meanwhile, or the CUDA kernels; gives the name for `impl=`."""
+    if target.isa == CUDA_HOST:
+        with cuda_host().ops_on_cpu_tensors():
+            yield target.impl
+        return
     before = native.isa()
     if target.isa:
         native.force_isa(target.isa)

@@ -9,7 +9,7 @@
 #include <optional>
 #include <tuple>
 
-#include "cross_entropy_call.h"
+#include "cross_entropy_checked.h"
 
 namespace tlk {
 namespace {
@@ -17,81 +17,29 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-struct Call : CrossEntropyCall {
+struct Call : CheckedCrossEntropy {
   Tensor input;
 
   Call(const Tensor& input_, const Tensor& target_, const CrossEntropyOptions& options)
-      : CrossEntropyCall(input_.scalar_type(), input_.sizes(), positions(input_), input_.size(class_axis(input_)),
-                         target_, options),
+      : CheckedCrossEntropy(input_.scalar_type(), input_.sizes(), positions(input_), input_.size(class_axis(input_)),
+                            target_, options),
         input(input_) {
     if (!indices && target.scalar_type() != input.scalar_type()) target = target.to(compute);
   }
 
-  static int64_t class_axis(const Tensor& logits) {
-    TORCH_CHECK_VALUE(logits.dim() > 0, "input: expected a class dimension, got a 0-d tensor");
-    return logits.dim() == 1 ? 0 : 1;
-  }
-
-  static PositionSizes positions(const Tensor& logits) {
-    PositionSizes sizes(logits.sizes().begin(), logits.sizes().end());
-    sizes.erase(sizes.begin() + class_axis(logits));
-    return sizes;
-  }
-
   // Fills in the layout and runs. `grad` may be undefined, or be the input itself.
   void run(const Tensor& grad_out);
-
- private:
-  bool lay_out(const Tensor& grad_out);
 };
-
-template <class Pointer>
-void place(Strided<Pointer>& to, const Tensor& t, Pointer data, const PositionSizes& axes, int64_t classes_at) {
-  to.data = data;
-  for (size_t i = 0; i < axes.size(); ++i) to.stride[i] = t.stride(axes[i]);
-  to.class_stride = t.stride(classes_at);
-}
-
-// Merges neighbouring axes that every tensor steps through as one. False if more than kMaxAxes are left.
-bool Call::lay_out(const Tensor& grad_out) {
-  const int64_t classes_at = class_axis(input);
-  c10::SmallVector<const Tensor*, 3> tensors = {&input};
-  if (!indices) tensors.push_back(&target);
-  if (grad_out.defined()) tensors.push_back(&grad_out);
-  PositionSizes last;  // the innermost axis of each merged one: it has the stride
-  PositionSizes sizes;
-  for (int64_t axis = 0; axis < input.dim(); ++axis) {
-    if (axis == classes_at || input.size(axis) == 1) continue;
-    const bool merges = !last.empty() && std::all_of(tensors.begin(), tensors.end(), [&](const Tensor* t) {
-      return t->stride(last.back()) == t->stride(axis) * t->size(axis);
-    });
-    if (merges) {
-      last.back() = axis;
-      sizes.back() *= input.size(axis);
-    } else {
-      last.push_back(axis);
-      sizes.push_back(input.size(axis));
-    }
-  }
-  if (last.size() > size_t(kMaxAxes)) return false;
-  axes = std::max<int>(1, int(last.size()));
-  size[0] = 1;
-  std::copy(sizes.begin(), sizes.end(), size);
-  place<const void*>(x, input, input.const_data_ptr(), last, classes_at);
-  if (!indices) place<const void*>(probabilities, target, target.const_data_ptr(), last, classes_at);
-  if (grad_out.defined()) place<void*>(grad, grad_out, grad_out.mutable_data_ptr(), last, classes_at);
-  return true;
-}
 
 void Call::run(const Tensor& grad_out) {
   if (rows == 0 || classes == 0) return;
-  if (!lay_out(grad_out)) {  // a view of many axes that do not merge
+  if (!lay_out(*this, input, grad_out)) {  // a view of many axes that do not merge
     TORCH_CHECK_VALUE(!grad_out.defined() || !grad_out.is_same(input),
                       "inplace_grad: expected an input of fewer non-mergeable axes, got strides ", input.strides());
     input = input.contiguous();
     target = target.contiguous();
     Tensor dense = grad_out.defined() ? empty_gradient(input) : grad_out;
-    lay_out(dense);
+    lay_out(*this, input, dense);
     run(dense);
     if (dense.defined()) grad_out.copy_(dense);
     return;

@@ -8,7 +8,7 @@
 //
 // A row is read from memory once: its later sweeps find it in cache.
 #pragma once
-#include "cross_entropy.h"
+#include "../cross_entropy.h"
 #include "sweep.h"
 
 namespace tlk {

@@ -10,7 +10,7 @@
 // and for the student also hard * (softmax(x) - smoothed target). log p_k = (x_k - peak_k) / T - log_sum_k, so a common
 // offset of the logits costs no accuracy. A row is read from memory once: its later sweeps find it, or what was kept of
 // it, in cache.
-#include "distillation.h"
+#include "../distillation.h"
 #include "sweep.h"
 
 namespace tlk {

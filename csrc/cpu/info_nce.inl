@@ -1,5 +1,5 @@
 // InfoNCE's kernels on a tile of similarities, for one instruction set (see isa.cpp). Logits are scale * similarity.
-#include "info_nce.h"
+#include "../info_nce.h"
 
 #include "exponential.h"
 #include "sweep.h"

@@ -1,8 +1,8 @@
 // Every loss's table of kernels for the instruction set in use.
 #pragma once
-#include "cross_entropy.h"
-#include "distillation.h"
-#include "info_nce.h"
+#include "../cross_entropy.h"
+#include "../distillation.h"
+#include "../info_nce.h"
 #include "mse.h"
 #include "sigmoid_contrastive.h"
 

@@ -9,7 +9,7 @@
 #include <optional>
 #include <tuple>
 
-#include "cross_entropy_call.h"
+#include "cross_entropy_checked.h"
 #include "linear_chunks.h"
 
 namespace tlk {
@@ -25,14 +25,14 @@ Pointer advanced(Pointer data, int64_t elements, size_t size) {
 }
 
 // The pointers are those of the first row.
-struct Call : CrossEntropyCall {
+struct Call : CheckedCrossEntropy {
   const LinearLayer layer;
   const at::ScalarType type;  // of the logits
 
   Call(const Tensor& input, const Tensor& linear_weight, const OptionalTensor& linear_bias, const Tensor& target_,
        const CrossEntropyOptions& options)
-      : CrossEntropyCall(input.scalar_type(), logits_sizes(input, linear_weight), {input.size(0)},
-                         linear_weight.size(0), target_, options),
+      : CheckedCrossEntropy(input.scalar_type(), logits_sizes(input, linear_weight), {input.size(0)},
+                            linear_weight.size(0), target_, options),
         layer("linear", input, linear_weight, linear_bias),
         type(product_type(input.scalar_type())) {
     axes = 1;

@@ -3,7 +3,7 @@
 #pragma once
 #include <stdint.h>
 
-#include "types.h"
+#include "../types.h"
 
 namespace tlk {
 

@@ -1,6 +1,6 @@
 // One call of the kernel of SigLIP's loss: plain pointers and numbers.
 #pragma once
-#include "tile.h"
+#include "../tile.h"
 
 namespace tlk {
 

@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "tile.h"
+#include "../tile.h"
 
 namespace tlk {
 

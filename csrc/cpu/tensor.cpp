@@ -8,21 +8,6 @@
 
 namespace tlk {
 
-Scalar scalar_of(at::ScalarType dtype) {
-  switch (dtype) {
-    case at::kDouble:
-      return Scalar::f64;
-    case at::kFloat:
-      return Scalar::f32;
-    case at::kBFloat16:
-      return Scalar::bf16;
-    case at::kHalf:
-      return Scalar::f16;
-    default:
-      TORCH_CHECK_TYPE(false, "expected float64, float32, bfloat16 or float16, got ", dtype);
-  }
-}
-
 static constexpr size_t kPooled = 4 << 20;  // bytes: below this malloc itself reuses memory
 
 static at::Tensor pooled(at::IntArrayRef sizes, at::IntArrayRef strides, size_t bytes,
@@ -74,13 +59,6 @@ at::Tensor sum_over(const at::Tensor& values, double denominator) {
   else
     *result.mutable_data_ptr<float>() = float(value);
   return result;
-}
-
-PerPosition per_position(at::Tensor& values) {
-  bool one = true;
-  for (int64_t axis = 0; axis < values.dim(); ++axis) one &= values.stride(axis) == 0 || values.size(axis) == 1;
-  if (!one) values = values.contiguous();
-  return {values.const_data_ptr(), one ? 0 : 1};
 }
 
 static at::Tensor take_memory(at::Tensor& tensor, std::string why) {

@@ -30,3 +30,6 @@ take_memory = define("take_memory(Tensor(a!) tensor, str why) -> Tensor", lambda
 Where `tensor` is only a part of its storage, the rest of which may be in use, the result shares the memory instead.
 Not a function of values, so neither differentiable nor compilable.
 """
+
+scale_ = define("scale_(Tensor(a!) values, Tensor factor) -> ()", lambda values, factor: None)
+"""Multiplies a dense tensor in place by a number that is read on the device; on CUDA tensors."""

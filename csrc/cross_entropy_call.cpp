@@ -1,5 +1,6 @@
 #include "cross_entropy_call.h"
 
+#include <algorithm>
 #include <utility>
 
 namespace tlk {
@@ -22,31 +23,16 @@ CrossEntropyCall::CrossEntropyCall(at::ScalarType dtype, at::IntArrayRef logits,
                       " numbers, one per class, got shape ", options.weight->sizes());
     weight_ = options.weight->to(compute).contiguous();
     weight = weight_.const_data_ptr();
-    weight_sum = sum_in_order(weight_);
   }
   if (target.is_floating_point()) {
     TORCH_CHECK_VALUE(target.sizes() == logits, "target: expected probabilities of the logits' shape ", logits,
                       ", got ", target.sizes());
-    denominator = double(rows);
     return;
   }
   TORCH_CHECK_VALUE(target.sizes() == at::IntArrayRef(shape), "target: expected class indices of shape ",
                     at::IntArrayRef(shape), ", got ", target.sizes());
   target = target.to(at::kLong).contiguous();
   indices = target.const_data_ptr<int64_t>();
-  compute == at::kDouble ? check_indices<double>() : check_indices<float>();
-}
-
-template <class A>
-void CrossEntropyCall::check_indices() {
-  const A* w = static_cast<const A*>(weight);
-  for (int64_t i = 0; i < rows; ++i) {
-    const int64_t y = indices[i];
-    if (y == ignore_index) continue;
-    TORCH_CHECK_INDEX(y >= 0 && y < classes, "target: expected class indices in [0, ", classes, ") or ignore_index (",
-                      ignore_index, "), got ", y, " at position ", i);
-    denominator += w ? double(w[y]) : 1.0;
-  }
 }
 
 Tensor CrossEntropyCall::output(void*& slot, at::ScalarType dtype) const {
@@ -66,10 +52,53 @@ void CrossEntropyCall::use_upstream(const Tensor& by_loss, const std::optional<T
   if (by_lse) grad_lse = use("grad_lse", *by_lse, upstream_lse_);
 }
 
-void CrossEntropyCall::use_upstream(double by_loss) {
-  upstream_double_ = by_loss;
-  upstream_float_ = float(by_loss);
-  grad_loss = {compute == at::kDouble ? static_cast<const void*>(&upstream_double_) : &upstream_float_, 0};
+int64_t class_axis(const Tensor& logits) {
+  TORCH_CHECK_VALUE(logits.dim() > 0, "input: expected a class dimension, got a 0-d tensor");
+  return logits.dim() == 1 ? 0 : 1;
+}
+
+PositionSizes positions(const Tensor& logits) {
+  PositionSizes sizes(logits.sizes().begin(), logits.sizes().end());
+  sizes.erase(sizes.begin() + class_axis(logits));
+  return sizes;
+}
+
+template <class Pointer>
+static void place(Strided<Pointer>& to, const Tensor& t, Pointer data, const PositionSizes& axes, int64_t classes_at) {
+  to.data = data;
+  for (size_t i = 0; i < axes.size(); ++i) to.stride[i] = t.stride(axes[i]);
+  to.class_stride = t.stride(classes_at);
+}
+
+bool lay_out(CrossEntropyCall& call, const Tensor& input, const Tensor& grad) {
+  const int64_t classes_at = class_axis(input);
+  c10::SmallVector<const Tensor*, 3> tensors = {&input};
+  if (!call.indices) tensors.push_back(&call.target);
+  if (grad.defined()) tensors.push_back(&grad);
+  PositionSizes last;  // the innermost axis of each merged one: it has the stride
+  PositionSizes sizes;
+  for (int64_t axis = 0; axis < input.dim(); ++axis) {
+    if (axis == classes_at || input.size(axis) == 1) continue;
+    const bool merges = !last.empty() && std::all_of(tensors.begin(), tensors.end(), [&](const Tensor* t) {
+      return t->stride(last.back()) == t->stride(axis) * t->size(axis);
+    });
+    if (merges) {
+      last.back() = axis;
+      sizes.back() *= input.size(axis);
+    } else {
+      last.push_back(axis);
+      sizes.push_back(input.size(axis));
+    }
+  }
+  if (last.size() > size_t(kMaxAxes)) return false;
+  call.axes = std::max<int>(1, int(last.size()));
+  call.size[0] = 1;
+  std::copy(sizes.begin(), sizes.end(), call.size);
+  place<const void*>(call.x, input, input.const_data_ptr(), last, classes_at);
+  if (!call.indices)
+    place<const void*>(call.probabilities, call.target, call.target.const_data_ptr(), last, classes_at);
+  if (grad.defined()) place<void*>(call.grad, grad, grad.mutable_data_ptr(), last, classes_at);
+  return true;
 }
 
 }  // namespace tlk

@@ -1,10 +1,12 @@
-// A call of cross entropy as the ops on logits and on features share it: checked, with the tensors that it points into.
+// A call of cross entropy as its ops share it, on every device: checked but for the values of its tensors, with the
+// tensors that it points into.
 #pragma once
 #include <ATen/ATen.h>
 
 #include <optional>
 
-#include "tensor.h"
+#include "call.h"
+#include "cross_entropy.h"
 
 namespace tlk {
 
@@ -23,7 +25,6 @@ struct CrossEntropyCall : CrossEntropy {
   const at::ScalarType compute;  // of the losses
   const PositionSizes shape;     // of a value per position
   at::Tensor target;
-  double denominator = 0;  // of the mean
 
   // `dtype` and `logits` are the logits'; `shape` are their sizes without the classes.
   CrossEntropyCall(at::ScalarType dtype, at::IntArrayRef logits, PositionSizes shape, int64_t classes,
@@ -33,17 +34,22 @@ struct CrossEntropyCall : CrossEntropy {
   // A tensor of a value per position, and its memory for the kernel.
   at::Tensor output(void*& slot, at::ScalarType dtype) const;
 
-  // Gradients that come from above: one per position; or one for all, of the loss alone.
+  // Gradients that come from above, one per position.
   void use_upstream(const at::Tensor& grad_loss, const std::optional<at::Tensor>& grad_lse);
-  void use_upstream(double grad_loss);
+
+ protected:
+  at::Tensor weight_;  // of the compute type, contiguous; or undefined
 
  private:
-  template <class A>
-  void check_indices();
-
-  at::Tensor weight_, upstream_, upstream_lse_;
-  double upstream_double_;  // a tensor would be dear in a small call
-  float upstream_float_;
+  at::Tensor upstream_, upstream_lse_;
 };
+
+// The same with logits in memory, classes along axis 1 (or 0 of one axis), which the kernels read.
+int64_t class_axis(const at::Tensor& logits);
+PositionSizes positions(const at::Tensor& logits);
+
+// Says where logits, probabilities and gradient, which may be undefined, lie: neighbouring axes that all of them step
+// through as one are merged. False if more than kMaxAxes are left.
+bool lay_out(CrossEntropyCall& call, const at::Tensor& input, const at::Tensor& grad);
 
 }  // namespace tlk

@@ -1,0 +1,36 @@
+// What the ops on CUDA tensors share: the device and stream of their tensors, and launches that went wrong.
+#pragma once
+#include <ATen/cuda/CUDAContext.h>
+#include <c10/cuda/CUDAGuard.h>
+
+#include <cstdlib>
+#include <cstring>
+
+#include "../call.h"
+
+namespace tlk {
+
+// The tensors' device is the current one while this lives.
+struct OnDevice {
+  explicit OnDevice(const at::Tensor& tensor) : guard(tensor.device()) {}
+  cudaStream_t stream() const { return at::cuda::getCurrentCUDAStream(); }
+
+ private:
+  c10::cuda::CUDAGuard guard;
+};
+
+// With TLKERNELS_CHECK=1 raises IndexError if a class index is out of range, which the host then waits for; without,
+// its row is NaN.
+inline void check_classes(const at::Tensor& target, int64_t classes, int64_t ignore_index) {
+  const char* const wanted = std::getenv("TLKERNELS_CHECK");
+  if (!wanted || std::strcmp(wanted, "1") != 0) return;
+  const at::Tensor bad = target.ne(ignore_index).logical_and_(target.lt(0).logical_or_(target.ge(classes)));
+  TORCH_CHECK_INDEX(!bad.any().item<bool>(), "target: expected class indices in [0, ", classes, ") or ignore_index (",
+                    ignore_index, "), got ", target.masked_select(bad)[0].item<int64_t>());
+}
+
+inline void check_launch(cudaError_t error, const char* what) {
+  TORCH_CHECK(error == cudaSuccess, what, ": the kernel was not launched: ", cudaGetErrorString(error));
+}
+
+}  // namespace tlk

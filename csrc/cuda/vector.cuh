@@ -1,0 +1,68 @@
+// Numbers of every type as the type that they are computed in, one by one or 16 bytes at a time.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "../types.h"
+#include "ptx.cuh"
+
+namespace tlk {
+
+using bf16 = __nv_bfloat16;
+using f16 = __half;
+
+template <class T>
+struct ComputeOf {
+  using type = float;
+};
+template <>
+struct ComputeOf<double> {
+  using type = double;
+};
+template <class T>
+using Compute = typename ComputeOf<T>::type;
+
+TLK_DEVICE double widen(double v) { return v; }
+TLK_DEVICE float widen(float v) { return v; }
+TLK_DEVICE float widen(bf16 v) { return __bfloat162float(v); }
+TLK_DEVICE float widen(f16 v) { return __half2float(v); }
+
+template <class T>
+TLK_DEVICE T narrow(Compute<T> v);
+template <>
+TLK_DEVICE double narrow<double>(double v) {
+  return v;
+}
+template <>
+TLK_DEVICE float narrow<float>(float v) {
+  return v;
+}
+template <>
+TLK_DEVICE bf16 narrow<bf16>(float v) {
+  return __float2bfloat16_rn(v);
+}
+template <>
+TLK_DEVICE f16 narrow<f16>(float v) {
+  return __float2half_rn(v);
+}
+
+template <class T>
+constexpr int kLanes = int(16 / sizeof(T));  // numbers in 16 bytes
+
+// 16 bytes of numbers of type T.
+template <class T>
+union alignas(16) Pack {
+  uint4 bits;
+  T lane[kLanes<T>];
+  TLK_DEVICE Pack() {}
+  TLK_DEVICE explicit Pack(uint4 v) : bits(v) {}
+};
+
+// How many of a row's first n numbers lie before the first multiple of 16 bytes.
+template <class T>
+TLK_DEVICE int64_t head_of(const T* p, int64_t n) {
+  const int64_t head = int64_t((16 - reinterpret_cast<uintptr_t>(p) % 16) % 16 / sizeof(T));
+  return head < n ? head : n;
+}
+
+}  // namespace tlk

@@ -1,0 +1,299 @@
+#include "fibers.h"
+
+#include <setjmp.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+uint3 threadIdx, blockIdx;
+dim3 blockDim, gridDim;
+
+namespace cuda_host {
+
+const Thread* now = nullptr;
+
+namespace {
+
+#ifdef __SANITIZE_ADDRESS__
+constexpr size_t kStack = 256 << 10;
+#else
+constexpr size_t kStack = 64 << 10;
+#endif
+
+struct Context {
+  ucontext_t context;
+  jmp_buf jump;
+  bool started = false;
+  void* stack = nullptr;
+  size_t stack_size = 0;
+  void* fake_stack = nullptr;
+};
+
+struct Fiber : Context {
+  Thread thread;
+  bool done = true;
+  const char* waits = nullptr;  // for what
+  Place place{};
+};
+
+// Lanes that exchange values. A lane can be one exchange ahead of another, not two, so two sets of slots do.
+struct Group {
+  unsigned mask, arrived = 0;
+  size_t generation = 0;
+  const char* what = nullptr;
+  Place place{};
+  alignas(16) char slots[2][32][kExchanged];
+};
+
+struct Barrier {
+  std::vector<Fiber*> waiting;
+};
+
+Context main_context;
+Fiber* self = nullptr;  // the one that runs
+std::deque<std::unique_ptr<Fiber>> fibers;
+std::deque<Fiber*> ready;
+std::vector<std::vector<std::unique_ptr<Group>>> groups;  // of each warp
+std::vector<Barrier> block_barriers;
+Barrier cluster_barrier;
+std::vector<char*> shared_memory;
+size_t shared_bytes = 0, block_threads = 0, cluster_threads = 0;
+const std::function<void()>* body = nullptr;
+std::string failure;
+unsigned order = 1;  // a random number, the same in every run, for the order in which threads go on
+
+void jump_to(Context& from, Context& to) {
+#ifdef __SANITIZE_ADDRESS__
+  __sanitizer_start_switch_fiber(&from.fake_stack, to.stack, to.stack_size);
+  to.started = true;
+  swapcontext(&from.context, &to.context);
+  __sanitizer_finish_switch_fiber(from.fake_stack, nullptr, nullptr);
+#else
+  // swapcontext would ask the system for the signal mask each time.
+  from.started = true;
+  if (_setjmp(from.jump)) return;
+  if (to.started) _longjmp(to.jump, 1);
+  to.started = true;
+  setcontext(&to.context);
+#endif
+}
+
+// Goes on with a thread that can, or where there is none back in `run`. Returns when this one can go on.
+void next_from(Context& from) {
+  Context* to = &main_context;
+  if (failure.empty() && !ready.empty()) {
+    Fiber* fiber = ready.front();
+    ready.pop_front();
+    fiber->waits = nullptr;
+    self = fiber;
+    now = &fiber->thread;
+    threadIdx = now->index, blockIdx = now->block_index;
+    to = fiber;
+  }
+  if (to != &from) jump_to(from, *to);
+}
+
+// Puts threads back among those that can go on; what they assume about their order without a barrier shows.
+template <class Threads>
+void release(Threads& threads) {
+  order = order * 1664525u + 1013904223u;
+  if (order >> 31)
+    ready.insert(ready.end(), threads.begin(), threads.end());
+  else
+    ready.insert(ready.end(), threads.rbegin(), threads.rend());
+}
+
+void wait(const char* what, Place place) {
+  self->waits = what, self->place = place;
+  next_from(*self);
+}
+
+void entry() {
+#ifdef __SANITIZE_ADDRESS__
+  const void* bottom;
+  size_t size;
+  __sanitizer_finish_switch_fiber(nullptr, &bottom, &size);
+  if (!main_context.stack) main_context.stack = const_cast<void*>(bottom), main_context.stack_size = size;
+#endif
+  for (;;) {  // once for each block that this fiber has a thread of
+    try {
+      (*body)();
+    } catch (const std::exception& error) {
+      failure = error.what();
+    }
+    self->done = true;
+    next_from(*self);
+  }
+}
+
+std::string text(Place place) {
+  const char* name = std::strrchr(place.file, '/');
+  return std::string(name ? name + 1 : place.file) + ":" + std::to_string(place.line);
+}
+
+std::string text(const Thread& thread) {
+  return "thread " + std::to_string(thread.index.x) + " of block " + std::to_string(thread.block_index.x);
+}
+
+void prepare(size_t count) {
+  while (fibers.size() < count) fibers.push_back(std::make_unique<Fiber>());
+  for (size_t i = 0; i < count; ++i) {
+    Fiber& fiber = *fibers[i];
+    if (fiber.started && fiber.done) continue;
+    if (!fiber.stack) {
+      fiber.stack = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      if (fiber.stack == MAP_FAILED) throw std::bad_alloc();
+      fiber.stack_size = kStack;
+    }
+#ifdef __SANITIZE_ADDRESS__
+    __asan_unpoison_memory_region(fiber.stack, kStack);  // of a thread that an error has ended
+#endif
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack;
+    fiber.context.uc_stack.ss_size = kStack;
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, entry, 0);
+    fiber.started = false;
+  }
+}
+
+void run_cluster(const Launch& launch, uint3 first) {
+  const unsigned threads = launch.block.x;
+  prepare(cluster_threads);
+  groups.clear();
+  groups.resize(launch.cluster * ((threads + 31) / 32));
+  block_barriers.assign(launch.cluster, {});
+  cluster_barrier = {};
+  for (unsigned rank = 0; rank < launch.cluster; ++rank) {
+    void* memory = nullptr;
+    if (posix_memalign(&memory, 128, shared_bytes ? shared_bytes : 1)) throw std::bad_alloc();
+    std::memset(memory, 0xff, shared_bytes);  // NaN in every type
+    shared_memory.push_back(static_cast<char*>(memory));
+  }
+  std::vector<Fiber*> all;
+  for (unsigned i = 0; i < cluster_threads; ++i) {
+    Fiber& fiber = *fibers[i];
+    const unsigned rank = i / threads;
+    fiber.done = false, fiber.waits = nullptr;
+    fiber.thread = {{i % threads, 0, 0}, {first.x + rank, first.y, first.z}, i % threads % 32, rank, launch.cluster,
+                    shared_memory[rank]};
+    all.push_back(&fiber);
+  }
+  ready.clear();
+  release(all);
+  next_from(main_context);
+  now = nullptr;
+  for (char* memory : shared_memory) free(memory);
+  shared_memory.clear();
+  size_t ended = 0;
+  const Fiber* waiting = nullptr;
+  for (unsigned i = 0; i < cluster_threads; ++i) {
+    ended += fibers[i]->done;
+    if (!fibers[i]->done && !waiting) waiting = fibers[i].get();
+  }
+  if (failure.empty() && waiting)
+    failure = text(waiting->thread) + " waits for ever at " + waiting->waits + " (" + text(waiting->place) +
+              "): " + std::to_string(ended) + " of " + std::to_string(cluster_threads) + " threads have ended";
+  if (!failure.empty()) throw std::runtime_error("CUDA kernel on the host: " + failure);
+}
+
+}  // namespace
+
+const char* exchange(unsigned mask, const void* value, size_t size, const char* what, Place place) {
+  const unsigned lane = now->lane, first = now->index.x - lane, warps = (block_threads + 31) / 32;
+  const unsigned warp = now->cluster_rank * warps + first / 32;
+  if (!(mask >> lane & 1)) fail("the mask leaves out the thread that calls", place);
+  if (block_threads - first < 32 && mask >> (block_threads - first))
+    fail("the mask has threads that are not there", place);
+  if (size > kExchanged) fail("too many bytes to exchange", place);
+  Group* group = nullptr;
+  for (auto& candidate : groups[warp])
+    if (candidate->mask == mask) group = candidate.get();
+  if (!group) {
+    groups[warp].push_back(std::make_unique<Group>());
+    group = groups[warp].back().get();
+    group->mask = mask;
+  }
+  if (!group->arrived) {
+    group->what = what, group->place = place;
+  } else if (std::strcmp(group->what, what) != 0 || group->place.line != place.line) {
+    fail((std::string("lanes of one mask are at ") + what + " and at " + group->what + " (" + text(group->place) + ")")
+             .c_str(),
+         place);
+  }
+  const size_t generation = group->generation;
+  std::memcpy(group->slots[generation % 2][lane], value, size);
+  group->arrived |= 1u << lane;
+  if (group->arrived == mask) {
+    group->arrived = 0;
+    ++group->generation;
+    std::vector<Fiber*> others;
+    for (unsigned other = 0; other < 32; ++other)
+      if (other != lane && mask >> other & 1)
+        others.push_back(fibers[now->cluster_rank * block_threads + first + other].get());
+    release(others);
+  } else {
+    wait(what, place);
+  }
+  return group->slots[generation % 2][0];
+}
+
+void barrier(Scope scope, Place place) {
+  const bool block = scope == Scope::block;
+  Barrier& at = block ? block_barriers[now->cluster_rank] : cluster_barrier;
+  if (!at.waiting.empty()) {
+    const Place first = at.waiting.front()->place;
+    if (first.line != place.line || std::strcmp(first.file, place.file) != 0)
+      fail(("threads are at different barriers: another is at " + text(first)).c_str(), place);
+  }
+  if (at.waiting.size() + 1 < (block ? block_threads : cluster_threads)) {
+    at.waiting.push_back(self);
+    wait(block ? "__syncthreads" : "a barrier of the cluster", place);
+    return;
+  }
+  std::vector<Fiber*> others;
+  others.swap(at.waiting);
+  release(others);
+}
+
+void* shared_of(const void* p, unsigned rank) {
+  const ptrdiff_t offset = static_cast<const char*>(p) - now->shared;
+  if (offset < 0 || size_t(offset) >= shared_bytes || rank >= now->cluster_size)
+    fail("not an address in the shared memory of a block of the cluster", CUDA_HOST_HERE);
+  return shared_memory[rank] + offset;
+}
+
+void fail(const char* what, Place place) {
+  failure = text(*now) + ": " + what + " (" + text(place) + ")";
+  next_from(*self);
+  abort();  // `run` throws and never comes back
+}
+
+void run(const Launch& launch, const std::function<void()>& kernel) {
+  static std::mutex one_at_a_time;
+  const std::lock_guard<std::mutex> lock(one_at_a_time);
+  if (launch.block.y != 1 || launch.block.z != 1) throw std::runtime_error("blocks have one dimension here");
+  if (launch.grid.x % launch.cluster) throw std::runtime_error("the grid is not whole clusters");
+  body = &kernel;
+  blockDim = launch.block, gridDim = launch.grid;
+  failure.clear();
+  block_threads = launch.block.x, cluster_threads = block_threads * launch.cluster, shared_bytes = launch.shared;
+  for (unsigned z = 0; z < launch.grid.z; ++z)
+    for (unsigned y = 0; y < launch.grid.y; ++y)
+      for (unsigned x = 0; x < launch.grid.x; x += launch.cluster) run_cluster(launch, {x, y, z});
+}
+
+}  // namespace cuda_host
