@@ -54,6 +54,7 @@ struct DistillationRow {
         hard(call.hard != 0),
         spread(call.hard != 0 && call.smoothing != 0) {
     const int64_t outer = place.row / call.inner, inner = place.row % call.inner;
+#pragma unroll
     for (int side = 0; side < 2; ++side) {
       const Side& of = call.side[side];
       x[side] = static_cast<const T*>(of.x) + outer * of.stride[0] + inner * of.stride[1];
@@ -249,6 +250,7 @@ struct DistillationRow {
 #pragma unroll
     for (int l = 0; l < L; ++l) pack.lane[l] = narrow<T>(gradient);
     for (int64_t k = place.begin; k < place.end; k += plan.threads)
+#pragma unroll
       for (int side = 0; side < 2; ++side)
         if (grad[side]) store_pack(grad[side], n, k + place.thread, pack);
   }
@@ -258,7 +260,7 @@ struct DistillationRow {
     if (c.target && target == c.ignore_index) return fill(A(0), A(0));
     if (target < 0 || target >= c.classes) return fill(A(NAN), A(NAN));
     // Read before a gradient may take the place of the logits.
-    const A own = hard ? widen(x[c.student][target]) : A(0);
+    const A own = hard ? widen((c.student ? x[1] : x[0])[target]) : A(0);
     Sums z;
     add_up(z);
     Distributions of = {};
@@ -280,7 +282,7 @@ struct DistillationRow {
     if (c.loss && place.begin == 0 && place.thread == 0) {
       A value = A(c.soft) * divergence;
       if (hard) {
-        A cross_entropy = log(z.hard_sum) + A(1 - c.smoothing) * (z.peak[c.student] - own);
+        A cross_entropy = log(z.hard_sum) + A(1 - c.smoothing) * ((c.student ? z.peak[1] : z.peak[0]) - own);
         if (spread) cross_entropy += A(c.smoothing / double(c.classes)) * z.hard_distance;
         value += A(c.hard) * cross_entropy;
       }
@@ -288,8 +290,8 @@ struct DistillationRow {
     }
     if (grad[0] || grad[1]) {
       const A upstream = weight * per_row(c.grad_loss, place.row);
-      const Hard h = {upstream * A(c.hard), 1 / z.hard_sum, A(1 - c.smoothing),
-                      A(c.smoothing / double(c.classes)), target};
+      const Hard h = {upstream * A(c.hard), 1 / z.hard_sum, A(1 - c.smoothing), A(c.smoothing / double(c.classes)),
+                      target};
       write_gradients(of, upstream * A(c.soft * c.inv_temperature), h);
     }
   }
@@ -310,7 +312,8 @@ cudaError_t distillation_of(const Distillation& call, cudaStream_t stream) {
   if (const cudaError_t error = current_device(device)) return error;
   constexpr int kNumbers = DistillationRow<T, kD, false>::kNumbers;
   const RowPlan plan = plan_rows(device, call.classes, sizeof(T), 2, kNumbers, sizeof(A));
-  const auto kernel = plan.keep == Keep::registers ? distillation_kernel<T, kD, true> : distillation_kernel<T, kD, false>;
+  const auto kernel =
+      plan.keep == Keep::registers ? distillation_kernel<T, kD, true> : distillation_kernel<T, kD, false>;
   return launch(grid_of(plan, call.rows), stream, kernel, call, plan);
 }
 

@@ -106,7 +106,8 @@ TLK_DEVICE void reduce_row(A (&values)[N], A* scratch, const RowPlan& plan) {
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     values[i] = Op::template none<A>();
-    for (int rank = 0; rank < plan.cluster; ++rank) values[i] = Op::join(values[i], load_from(ours + i, unsigned(rank)));
+    for (int rank = 0; rank < plan.cluster; ++rank)
+      values[i] = Op::join(values[i], load_from(ours + i, unsigned(rank)));
   }
 }
 
