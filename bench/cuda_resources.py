@@ -76,8 +76,8 @@ def parse(loss: str, text: str) -> list[Row]:
 def _demangle(names: list[str]) -> list[str]:
     """Return kernels' names as in the source, without what they return and take."""
     text = subprocess.run(["c++filt", *names], check=True, capture_output=True, text=True).stdout if names else ""
-    short = [re.sub(r"^void |\((?!(tlk|anonymous)).*$", "", line) for line in text.splitlines()]
-    return [re.sub(r"\(tlk::\w+\)|tlk::|\(anonymous namespace\)::", "", line) for line in short]
+    plain = [re.sub(r"\(anonymous namespace\)::|\((tlk::)?\w+\)(?=-?\d)", "", line) for line in text.splitlines()]
+    return [line.partition("(")[0].removeprefix("void ").replace("tlk::", "") for line in plain]
 
 
 def compile_loss(source: Path, names: tuple[str, ...]) -> tuple[Path, list[Row]]:

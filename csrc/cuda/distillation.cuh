@@ -17,16 +17,16 @@ template <class T, Divergence kD, bool kWhole>
 struct DistillationRow {
   using A = Compute<T>;
   static constexpr int L = kLanes<T>;
-  static constexpr int kNumbers = 5;  // that are reduced at a time
   static constexpr double kLog2E = 1.4426950408889634074;
 
   const Distillation& c;
   const RowPlan& plan;
-  const RowPlace place;
-  const int64_t n;      // classes up to the end of this block's part
-  uint4* const staged;  // that part of both rows, where it is kept in shared memory
-  A* const scratch;
-  const A inv_t, k_t, k_1;  // e^(x / T) is 2^(x * k_t), e^x is 2^(x * k_1)
+  Team team;
+  const int64_t row;
+  const int64_t begin, end;  // the packs that this block has
+  const int64_t n;           // classes up to their end
+  uint4* const staged;       // that part of both rows, where it is kept in shared memory
+  const A inv_t, k_t, k_1;   // e^(x / T) is 2^(x * k_t), e^x is 2^(x * k_1)
   const bool hard, spread;
   const T* x[2];
   T* grad[2];
@@ -44,16 +44,18 @@ struct DistillationRow {
   TLK_DEVICE DistillationRow(const Distillation& call, const RowPlan& plan_)
       : c(call),
         plan(plan_),
-        place(plan_),
-        n(call.classes < place.end * L ? call.classes : place.end * L),
-        staged(plan_.keep == Keep::shared ? shared_memory<uint4>() : nullptr),
-        scratch(shared_memory<A>() + (staged ? 2 * plan_.packs * int64_t(16 / sizeof(A)) : 0)),
+        team(team_of(plan_)),
+        row(row_of(plan_)),
+        begin(int64_t(team.rank()) * plan_.packs),
+        end(begin + plan_.packs),
+        n(call.classes < end * L ? call.classes : end * L),
+        staged(plan_.keep == Keep::shared ? shared_memory<uint4>() + RowPlan::kScratch / 16 : nullptr),
         inv_t(A(call.inv_temperature)),
         k_t(A(call.inv_temperature * kLog2E)),
         k_1(A(kLog2E)),
         hard(call.hard != 0),
         spread(call.hard != 0 && call.smoothing != 0) {
-    const int64_t outer = place.row / call.inner, inner = place.row % call.inner;
+    const int64_t outer = row / call.inner, inner = row % call.inner;
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
       const Side& of = call.side[side];
@@ -62,7 +64,7 @@ struct DistillationRow {
     }
   }
 
-  static TLK_DEVICE A per_row(const PerPosition& value, int64_t row) {
+  TLK_DEVICE A per_row(const PerPosition& value) const {
     return value.data ? static_cast<const A*>(value.data)[row * value.stride] : A(1);
   }
   // What exponentials are taken from: any number where there are none but zeros.
@@ -72,8 +74,8 @@ struct DistillationRow {
   template <class Body>
   TLK_DEVICE void sweep(bool first_time, Body body) {
     const T fill = narrow<T>(-A(INFINITY));
-    for (int64_t k = place.begin; k < place.end; k += kRowPacks * plan.threads) {
-      const int64_t first = k + place.thread;
+    for (int64_t k = begin; k < end; k += kRowPacks * plan.threads) {
+      const int64_t first = k + team.thread();
       if (!kWhole || first_time) {
 #pragma unroll
         for (int i = 0; i < kRowPacks; ++i) {
@@ -82,9 +84,9 @@ struct DistillationRow {
           for (int side = 0; side < 2; ++side) {
             if (kWhole || first_time || !staged) {
               kept[side][i] = load_pack(x[side], n, at, fill).bits;
-              if (!kWhole && staged && at < place.end) staged[side * plan.packs + at - place.begin] = kept[side][i];
+              if (!kWhole && staged && at < end) staged[side * plan.packs + at - begin] = kept[side][i];
             } else {
-              kept[side][i] = at < place.end ? staged[side * plan.packs + at - place.begin] : filled(fill);
+              kept[side][i] = at < end ? staged[side * plan.packs + at - begin] : filled(fill);
             }
           }
         }
@@ -152,10 +154,10 @@ struct DistillationRow {
       });
     });
     A peak[2] = {z.peak[0], z.peak[1]};
-    reduce_row<Max>(peak, scratch, plan);
+    team.template reduce<Max>(peak);
     raise(z, peak[0], peak[1], counted);
-    A sums[kNumbers] = {z.sum[0], z.sum[1], z.distance, z.hard_sum, z.hard_distance};
-    reduce_row<Sum>(sums, scratch, plan);
+    A sums[5] = {z.sum[0], z.sum[1], z.distance, z.hard_sum, z.hard_distance};
+    team.template reduce<Sum>(sums);
     z.sum[0] = sums[0], z.sum[1] = sums[1], z.distance = sums[2], z.hard_sum = sums[3], z.hard_distance = sums[4];
   }
 
@@ -199,7 +201,7 @@ struct DistillationRow {
         sums[1] += m_0, sums[2] += m_1;
       });
     });
-    reduce_row<Sum>(sums, scratch, plan);
+    team.template reduce<Sum>(sums);
     of.mean[0] = sums[1] / share(0), of.mean[1] = sums[2] / share(1);
     return sums[0];
   }
@@ -245,18 +247,18 @@ struct DistillationRow {
 
   // The same number for all of the row.
   TLK_DEVICE void fill(A loss, A gradient) {
-    if (c.loss && place.begin == 0 && place.thread == 0) static_cast<A*>(c.loss)[place.row] = loss;
+    if (c.loss && team.leads()) static_cast<A*>(c.loss)[row] = loss;
     Pack<T> pack;
 #pragma unroll
     for (int l = 0; l < L; ++l) pack.lane[l] = narrow<T>(gradient);
-    for (int64_t k = place.begin; k < place.end; k += plan.threads)
+    for (int64_t k = begin; k < end; k += plan.threads)
 #pragma unroll
       for (int side = 0; side < 2; ++side)
-        if (grad[side]) store_pack(grad[side], n, k + place.thread, pack);
+        if (grad[side]) store_pack(grad[side], n, k + team.thread(), pack);
   }
 
   TLK_DEVICE void run() {
-    const int64_t target = c.target ? c.target[place.row] : 0;
+    const int64_t target = c.target ? c.target[row] : 0;
     if (c.target && target == c.ignore_index) return fill(A(0), A(0));
     if (target < 0 || target >= c.classes) return fill(A(NAN), A(NAN));
     // Read before a gradient may take the place of the logits.
@@ -278,18 +280,18 @@ struct DistillationRow {
     } else {
       divergence = mean_slopes(of);
     }
-    const A weight = per_row(c.row_weight, place.row);
-    if (c.loss && place.begin == 0 && place.thread == 0) {
+    const A weight = per_row(c.row_weight);
+    if (c.loss && team.leads()) {
       A value = A(c.soft) * divergence;
       if (hard) {
         A cross_entropy = log(z.hard_sum) + A(1 - c.smoothing) * ((c.student ? z.peak[1] : z.peak[0]) - own);
         if (spread) cross_entropy += A(c.smoothing / double(c.classes)) * z.hard_distance;
         value += A(c.hard) * cross_entropy;
       }
-      static_cast<A*>(c.loss)[place.row] = weight * value;
+      static_cast<A*>(c.loss)[row] = weight * value;
     }
     if (grad[0] || grad[1]) {
-      const A upstream = weight * per_row(c.grad_loss, place.row);
+      const A upstream = weight * per_row(c.grad_loss);
       const Hard h = {upstream * A(c.hard), 1 / z.hard_sum, A(1 - c.smoothing), A(c.smoothing / double(c.classes)),
                       target};
       write_gradients(of, upstream * A(c.soft * c.inv_temperature), h);
@@ -300,18 +302,16 @@ struct DistillationRow {
 template <class T, Divergence kD, bool kWhole>
 __global__ void __launch_bounds__(kRowThreads)
     distillation_kernel(const __grid_constant__ Distillation call, const __grid_constant__ RowPlan plan) {
-  DistillationRow<T, kD, kWhole> row(call, plan);
-  if (row.place.row < call.rows) row.run();
+  DistillationRow<T, kD, kWhole> of(call, plan);
+  if (of.row < call.rows) of.run();
   if (!kWhole && plan.cluster > 1) cluster_sync();  // the others may still read this block's sums
 }
 
 template <class T, Divergence kD>
 cudaError_t distillation_of(const Distillation& call, cudaStream_t stream) {
-  using A = Compute<T>;
   Device device;
   if (const cudaError_t error = current_device(device)) return error;
-  constexpr int kNumbers = DistillationRow<T, kD, false>::kNumbers;
-  const RowPlan plan = plan_rows(device, call.classes, sizeof(T), 2, kNumbers, sizeof(A));
+  const RowPlan plan = plan_rows(device, call.classes, sizeof(T), 2);
   const auto kernel =
       plan.keep == Keep::registers ? distillation_kernel<T, kD, true> : distillation_kernel<T, kD, false>;
   return launch(grid_of(plan, call.rows), stream, kernel, call, plan);
