@@ -95,7 +95,7 @@ def cuda_commands(folder: Path, names: tuple[str, ...]) -> list[tuple[Path, list
     commands = []
     for source in sorted(Path("csrc/cuda").glob("*.cu")):
         built = folder / f"{source.stem}-cuda.o"
-        includes = [f"-I{path}" for path in include_paths("cuda")]
+        includes = [f"-I{path}" for path in include_paths()]
         dependencies = ["-MD", "-MF", str(built.with_suffix(".d"))]
         command = [str(nvcc.compiler()), *nvcc.OPTIONS, *nvcc.generate(names), *includes, "-c", str(source)]
         commands.append((built, [*command, *dependencies, "-o", str(built)]))
@@ -111,7 +111,7 @@ def native_extension() -> dict:
     cuda = cuda_architectures(torch.version.cuda)
 
     class Build(BuildExtension):
-        """Compiles first csrc/cpu/<name>.inl, each for every instruction set with its flags, and csrc/cuda/<name>.cu."""
+        """Compiles csrc/cpu/<name>.inl first, each for every instruction set with its flags, and csrc/cuda/*.cu."""
 
         def build_extension(self, ext) -> None:
             compiler = os.environ.get("CXX", "c++")

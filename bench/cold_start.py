@@ -61,7 +61,9 @@ def main(arguments: list[str]) -> int:
     found: dict[str, Any] = {}
     for loss in ("cross_entropy", "distillation"):
         with tempfile.TemporaryDirectory() as cache:
-            ways = {name: _in_a_fresh_process(loss, name.split()[0], cache) for name in ("native", "triton", "triton again")}
+            ways = {
+                name: _in_a_fresh_process(loss, name.split()[0], cache) for name in ("native", "triton", "triton again")
+            }
         found[loss] = {**ways, "ratio": ways["triton"]["first"] / ways["native"]["first"]}
     print(json.dumps(found, indent=1))
     return int(any(each["ratio"] < BAR for each in found.values()))

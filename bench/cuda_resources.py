@@ -3,11 +3,15 @@
     python -m bench.cuda_resources             for every architecture, writes bench/results/cuda_resources.csv
     python -m bench.cuda_resources --quick     for two of them, or those of TLKERNELS_CUDA_ARCHS, to standard output
 
-bench/cuda/<loss>.cu has a launcher for C of each loss; all of them make up build/cuda/libtlk_cuda.so. A kernel that
-spills registers is an error, unless EXCEPTIONS has a reason.
+bench/cuda/<loss>.cu has a launcher for C of each loss; all of them make up build/cuda/<architecture>/libtlk_cuda.so. A
+kernel that spills registers is an error, unless EXCEPTIONS has a reason. What was compiled from the same files before
+is not compiled again.
 """
 
 import argparse
+import hashlib
+import itertools
+import json
 import os
 import re
 import shlex
@@ -23,7 +27,7 @@ from csrc import nvcc
 
 ROOT = Path(__file__).parents[1]
 CSV = Path(__file__).parent / "results" / "cuda_resources.csv"
-LIBRARY = ROOT / "build" / "cuda" / "libtlk_cuda.so"
+BUILD = ROOT / "build" / "cuda"
 # The oldest, and the one with everything that kernels can use.
 QUICK = ("sm_80", "sm_90a")
 # (pattern of the kernel, pattern of the architecture) -> why it may spill
@@ -80,14 +84,28 @@ def _demangle(names: list[str]) -> list[str]:
     return [line.partition("(")[0].removeprefix("void ").replace("tlk::", "") for line in plain]
 
 
-def compile_loss(source: Path, names: tuple[str, ...]) -> tuple[Path, list[Row]]:
-    """Compile one launcher with its kernels; return the object and the rows."""
-    built = LIBRARY.parent / f"{source.stem}.o"
-    command = [str(nvcc.compiler()), *nvcc.OPTIONS, *nvcc.generate(names), "-Xptxas=-v"]
-    done = subprocess.run([*command, "-c", str(source), "-o", str(built)], capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{shlex.join(command)} {source}\n{done.stdout}{done.stderr}")
-    return built, parse(source.stem, done.stdout + done.stderr)
+def compile_loss(source: Path, architecture: str) -> list[Row]:
+    """Compile one launcher with its kernels, unless that was done from the same files; return the rows."""
+    built = BUILD / architecture / f"{source.stem}.o"
+    built.parent.mkdir(parents=True, exist_ok=True)
+    made, dependencies, said = (built.with_suffix(suffix) for suffix in (".json", ".d", ".txt"))
+    options = [*nvcc.OPTIONS, *nvcc.generate((architecture,)), "-Xptxas=-v", "-MD", "-MF", str(dependencies)]
+    command = [str(nvcc.compiler()), *options, "-c", str(source), "-o", str(built)]
+    if not (made.exists() and json.loads(made.read_text()) == [command, _digests(dependencies)]):
+        made.unlink(missing_ok=True)
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"{shlex.join(command)}\n{done.stdout}{done.stderr}")
+        said.write_text(done.stdout + done.stderr)
+        made.write_text(json.dumps([command, _digests(dependencies)]))
+    return parse(source.stem, said.read_text())
+
+
+def _digests(dependencies: Path) -> dict[str, str]:
+    """Return the digests of our files among those that the compiler says it has read."""
+    names = dependencies.read_text().replace("\\\n", " ").partition(":")[2].split()
+    ours = [path for path in map(Path, names) if path.resolve().is_relative_to(ROOT)]
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else "" for path in ours}
 
 
 def main(arguments: list[str]) -> int:
@@ -98,15 +116,17 @@ def main(arguments: list[str]) -> int:
     if nvcc.compiler() is None:
         print("there is no nvcc: CUDA_HOME names a toolkit", file=sys.stderr)
         return 2
-    narrowed = quick and "TLKERNELS_CUDA_ARCHS" not in os.environ
-    names = QUICK if narrowed else nvcc.architectures() if quick else nvcc.ARCHITECTURES
-    LIBRARY.parent.mkdir(parents=True, exist_ok=True)
+    names: tuple[str, ...] = nvcc.ARCHITECTURES
+    if quick:
+        names = nvcc.architectures() if "TLKERNELS_CUDA_ARCHS" in os.environ else QUICK
+    sources = sorted((ROOT / "bench" / "cuda").glob("*.cu"))
+    pairs = list(itertools.product(sources, names))
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
-        sources = sorted((ROOT / "bench" / "cuda").glob("*.cu"))
-        compiled = list(pool.map(lambda source: compile_loss(source, names), sources))
-    link = [str(nvcc.compiler()), "-shared", *(str(built) for built, _ in compiled), "-o", str(LIBRARY)]
-    subprocess.run(link, check=True)
-    rows = sorted(row for _, found in compiled for row in found)
+        rows = sorted(row for found in pool.map(lambda pair: compile_loss(*pair), pairs) for row in found)
+    for name in names:
+        objects = [str(BUILD / name / f"{source.stem}.o") for source in sources]
+        library = str(BUILD / name / "libtlk_cuda.so")
+        subprocess.run([str(nvcc.compiler()), "-shared", *objects, "-o", library], check=True)
     return report(Row._fields, rows, None if quick else CSV)
 
 

@@ -39,7 +39,7 @@ def test_architectures(monkeypatch):
         "-gencode=arch=compute_90,code=compute_90",
     ]
     monkeypatch.setenv("TLKERNELS_CUDA_ARCHS", "9.0")
-    with pytest.raises(SystemExit, match="TLKERNELS_CUDA_ARCHS: expected names such as sm_80 .*got '9.0'"):
+    with pytest.raises(SystemExit, match=r"TLKERNELS_CUDA_ARCHS: expected names such as sm_80 .*got '9.0'"):
         nvcc.architectures()
 
 
@@ -122,7 +122,9 @@ def test_binding_compiles(setup, source, tmp_path, monkeypatch):
     stand_in.parent.mkdir(parents=True)
     stand_in.write_text(STAND_IN)
     monkeypatch.chdir(ROOT)
-    built, command = next(made for made in setup.cuda_commands(tmp_path, ("sm_90a",)) if made[0].stem[:-5] == source.stem)
+    built, command = next(
+        made for made in setup.cuda_commands(tmp_path, ("sm_90a",)) if made[0].stem[:-5] == source.stem
+    )
     run = subprocess.run([*command, f"-I{tmp_path}"], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert built.exists()

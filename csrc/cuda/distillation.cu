@@ -4,8 +4,10 @@
 #include <torch/library.h>
 
 #include <tuple>
+#include <type_traits>
 
 #include "../distillation_call.h"
+#include "sum.cuh"
 #include "tensor.h"
 
 namespace tlk {
@@ -16,12 +18,29 @@ using OptionalTensor = std::optional<Tensor>;
 
 struct Call : DistillationCall {
   const DistillationLogits& logits;
+  const OnDevice device;
+  double factor = 1;
+  Tensor divisor;  // of the mean where targets say what counts: float64, on the device
 
   Call(const DistillationLogits& logits_, const OptionalTensor& target_in, const OptionalTensor& row_weight_in,
        const DistillationOptions& given)
       : DistillationCall(logits_.student.sizes(), logits_.student.options(), target_in, row_weight_in, given),
-        logits(logits_) {
+        logits(logits_),
+        device(logits_.student) {
     if (target) check_classes(targets, classes, ignore_index);
+  }
+
+  void use_mean() {
+    if (!target) {
+      factor = 1 / double(rows);
+      return;
+    }
+    divisor = at::empty({}, options.dtype(at::kDouble));
+    const Counted<float> counted{target, ignore_index, classes, nullptr};
+    const double* const undivided = nullptr;
+    check_launch(sum(counted, rows, 1.0, undivided, divisor.mutable_data_ptr<double>(),
+                     parts().mutable_data_ptr<double>(), device.stream()),
+                 "distillation: count");
   }
 
   // The gradients that are wanted, in the common dtype.
@@ -29,17 +48,28 @@ struct Call : DistillationCall {
     Tensor student_grad, teacher_grad;
     if (needs_student) student_grad = at::empty(logits.student.sizes(), logits.student.options());
     if (needs_teacher) teacher_grad = at::empty(logits.teacher.sizes(), logits.teacher.options());
-    const OnDevice device(logits.student);
     const Whole of = whole(logits.student, logits.teacher, student_grad, teacher_grad);
-    check_launch(tlk::distillation(of.call, scalar_of(dtype), device.stream()), "distillation");
+    const DistillationOnDevice call = {of.call, factor, divisor_data()};
+    check_launch(tlk::distillation(call, scalar_of(dtype), device.stream()), "distillation");
     return {student_grad, teacher_grad};
   }
 
-  // What the mean divides by, in float64 on the device.
-  Tensor denominator() const {
-    const at::TensorOptions wide = options.dtype(at::kDouble);
-    return target ? targets.ne(ignore_index).sum().to(at::kDouble) : at::full({}, double(rows), wide);
+  Tensor sum_of(const Tensor& losses) const {
+    const Tensor result = at::empty({}, options), scratch = parts();
+    const auto add = [&](auto* out) {
+      using A = std::remove_pointer_t<decltype(out)>;
+      const Values<A> values{static_cast<const A*>(losses.const_data_ptr())};
+      return sum(values, rows, factor, divisor_data(), out, scratch.mutable_data_ptr<double>(), device.stream());
+    };
+    check_launch(
+        compute == at::kDouble ? add(result.mutable_data_ptr<double>()) : add(result.mutable_data_ptr<float>()),
+        "distillation: sum");
+    return result;
   }
+
+ private:
+  const double* divisor_data() const { return divisor.defined() ? divisor.const_data_ptr<double>() : nullptr; }
+  Tensor parts() const { return at::empty({kMostParts}, options.dtype(at::kDouble)); }
 };
 
 Tensor forward(const Tensor& student, const Tensor& teacher, const OptionalTensor& target,
@@ -65,7 +95,6 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_rows, const Tensor& stude
   return {given_gradient(of_student, student), given_gradient(of_teacher, teacher)};
 }
 
-// The denominator stays on the device: it is the upstream gradient of every row, and then divides their sum.
 std::tuple<Tensor, Tensor, Tensor> step(const Tensor& student, const Tensor& teacher, const OptionalTensor& target,
                                         const OptionalTensor& row_weight, double temperature,
                                         c10::string_view divergence, double beta, double hard_weight,
@@ -74,16 +103,10 @@ std::tuple<Tensor, Tensor, Tensor> step(const Tensor& student, const Tensor& tea
   const Guards guards;
   const DistillationLogits logits(student, teacher);
   Call call(logits, target, row_weight, {temperature, divergence, beta, hard_weight, ignore_index, label_smoothing});
-  Tensor denominator;
-  if (mean) {
-    denominator = call.denominator();
-    call.use_upstream(denominator.reciprocal().expand(call.shape));
-  }
+  if (mean) call.use_mean();
   const Tensor losses = call.losses();
   const auto [of_student, of_teacher] = call.run(needs_student, needs_teacher);
-  Tensor loss = losses.sum(at::kDouble);
-  if (mean) loss.div_(denominator);
-  return {loss.to(call.compute), given_gradient(of_student, student), given_gradient(of_teacher, teacher)};
+  return {call.sum_of(losses), given_gradient(of_student, student), given_gradient(of_teacher, teacher)};
 }
 
 }  // namespace

@@ -13,13 +13,19 @@ namespace tlk {
 TLK_DEVICE float exp2_of(float x) { return exp2_approximate(x); }
 TLK_DEVICE double exp2_of(double x) { return exp2(x); }
 
+struct DistillationOnDevice : Distillation {
+  // The upstream gradient is that of the row times factor / *divisor.
+  double factor = 1;
+  const double* divisor = nullptr;  // null: 1
+};
+
 template <class T, Divergence kD, bool kWhole>
 struct DistillationRow {
   using A = Compute<T>;
-  static constexpr int L = kLanes<T>;
+  static constexpr int L = kLanes<T>, kPacks = kRowPacks<T>;
   static constexpr double kLog2E = 1.4426950408889634074;
 
-  const Distillation& c;
+  const DistillationOnDevice& c;
   const RowPlan& plan;
   Team team;
   const int64_t row;
@@ -30,7 +36,7 @@ struct DistillationRow {
   const bool hard, spread;
   const T* x[2];
   T* grad[2];
-  uint4 kept[2][kRowPacks];
+  uint4 kept[2][kPacks];
 
   // Over all classes, from the peak; the hard ones of the student without the temperature.
   struct Sums {
@@ -41,7 +47,7 @@ struct DistillationRow {
     A hard_distance = 0;  // sum of peak - x, with label smoothing
   };
 
-  TLK_DEVICE DistillationRow(const Distillation& call, const RowPlan& plan_)
+  TLK_DEVICE DistillationRow(const DistillationOnDevice& call, const RowPlan& plan_)
       : c(call),
         plan(plan_),
         team(team_of(plan_)),
@@ -70,15 +76,15 @@ struct DistillationRow {
   // What exponentials are taken from: any number where there are none but zeros.
   static TLK_DEVICE A base(A peak) { return peak == -A(INFINITY) ? A(0) : peak; }
 
-  // Calls body(first pack) with kRowPacks packs of both rows in `kept`, the next of a thread `plan.threads` further on.
+  // Calls body(first pack) with kPacks packs of both rows in `kept`, the next of a thread `plan.threads` further on.
   template <class Body>
   TLK_DEVICE void sweep(bool first_time, Body body) {
     const T fill = narrow<T>(-A(INFINITY));
-    for (int64_t k = begin; k < end; k += kRowPacks * plan.threads) {
+    for (int64_t k = begin; k < end; k += kPacks * plan.threads) {
       const int64_t first = k + team.thread();
       if (!kWhole || first_time) {
 #pragma unroll
-        for (int i = 0; i < kRowPacks; ++i) {
+        for (int i = 0; i < kPacks; ++i) {
           const int64_t at = first + i * plan.threads;
 #pragma unroll
           for (int side = 0; side < 2; ++side) {
@@ -106,7 +112,7 @@ struct DistillationRow {
   template <class Body>
   TLK_DEVICE void each(Body body) {
 #pragma unroll
-    for (int i = 0; i < kRowPacks; ++i) {
+    for (int i = 0; i < kPacks; ++i) {
       const Pack<T> a(kept[0][i]), b(kept[1][i]);
 #pragma unroll
       for (int l = 0; l < L; ++l) body(i, l, widen(a.lane[l]), widen(b.lane[l]));
@@ -164,9 +170,9 @@ struct DistillationRow {
   // The two distributions, once their sums are known.
   struct Distributions {
     A peak[2];
-    A scale[2];    // share / sum
-    A log_sum[2];  // js
-    A mean[2];     // of the slope; for kl of the distance
+    A scale[2];  // share / sum
+    A apart;     // js: log(sum_0 / sum_1)
+    A mean[2];   // of the slope
   };
 
   struct Pair {
@@ -179,9 +185,12 @@ struct DistillationRow {
     if (kD == Divergence::kl) {
       pair.s[0] = (d_0 - d_1) * inv_t, pair.s[1] = 0;
     } else if (kD == Divergence::js) {
-      const A mixture = log(pair.p[0] + pair.p[1]);
-      pair.s[0] = pair.p[0] == 0 ? A(0) : d_0 * inv_t - of.log_sum[0] - mixture;
-      pair.s[1] = pair.p[1] == 0 ? A(0) : d_1 * inv_t - of.log_sum[1] - mixture;
+      // log(p_k / m), m over the larger of the two, so that nothing overflows and near 0 there are no large terms.
+      const A apart = (d_0 - d_1) * inv_t - of.apart;
+      const A ratio = exp2_of(-fabs(apart) * k_1);
+      const A more = -log(apart > 0 ? share(0) + share(1) * ratio : share(1) + share(0) * ratio);
+      pair.s[0] = pair.p[0] == 0 ? A(0) : more + (apart < 0 ? apart : A(0));
+      pair.s[1] = pair.p[1] == 0 ? A(0) : more - (apart > 0 ? apart : A(0));
     } else {
       const A difference = pair.p[0] - pair.p[1];
       pair.s[0] = difference > 0 ? A(0.5) : difference < 0 ? A(-0.5) : difference;  // NaN stays
@@ -215,7 +224,7 @@ struct DistillationRow {
   TLK_DEVICE void write_gradients(const Distributions& of, A factor, const Hard& h) {
     sweep(false, [&](int64_t first) {
 #pragma unroll
-      for (int i = 0; i < kRowPacks; ++i) {
+      for (int i = 0; i < kPacks; ++i) {
         const int64_t at = first + i * plan.threads;
         const Pack<T> a(kept[0][i]), b(kept[1][i]);
         Pack<T> out[2];
@@ -271,8 +280,8 @@ struct DistillationRow {
       if (z.peak[side] == -A(INFINITY)) z.sum[side] = A(NAN);
       of.peak[side] = z.peak[side];
       of.scale[side] = share(side) / z.sum[side];
-      if (kD == Divergence::js) of.log_sum[side] = log(z.sum[side]);
     }
+    if (kD == Divergence::js) of.apart = log(z.sum[0] / z.sum[1]);
     A divergence;
     if (kD == Divergence::kl) {
       of.mean[0] = z.distance / z.sum[0] * inv_t;
@@ -291,7 +300,7 @@ struct DistillationRow {
       static_cast<A*>(c.loss)[row] = weight * value;
     }
     if (grad[0] || grad[1]) {
-      const A upstream = weight * per_row(c.grad_loss);
+      const A upstream = weight * per_row(c.grad_loss) * (c.divisor ? A(c.factor) / A(*c.divisor) : A(c.factor));
       const Hard h = {upstream * A(c.hard), 1 / z.hard_sum, A(1 - c.smoothing), A(c.smoothing / double(c.classes)),
                       target};
       write_gradients(of, upstream * A(c.soft * c.inv_temperature), h);
@@ -301,24 +310,24 @@ struct DistillationRow {
 
 template <class T, Divergence kD, bool kWhole>
 __global__ void __launch_bounds__(kRowThreads)
-    distillation_kernel(const __grid_constant__ Distillation call, const __grid_constant__ RowPlan plan) {
+    distillation_kernel(const __grid_constant__ DistillationOnDevice call, const __grid_constant__ RowPlan plan) {
   DistillationRow<T, kD, kWhole> of(call, plan);
   if (of.row < call.rows) of.run();
   if (!kWhole && plan.cluster > 1) cluster_sync();  // the others may still read this block's sums
 }
 
 template <class T, Divergence kD>
-cudaError_t distillation_of(const Distillation& call, cudaStream_t stream) {
+cudaError_t distillation_of(const DistillationOnDevice& call, cudaStream_t stream) {
   Device device;
   if (const cudaError_t error = current_device(device)) return error;
-  const RowPlan plan = plan_rows(device, call.classes, sizeof(T), 2);
+  const RowPlan plan = plan_rows<T>(device, call.classes, 2);
   const auto kernel =
       plan.keep == Keep::registers ? distillation_kernel<T, kD, true> : distillation_kernel<T, kD, false>;
   return launch(grid_of(plan, call.rows), stream, kernel, call, plan);
 }
 
 template <class T>
-cudaError_t distillation_of(const Distillation& call, cudaStream_t stream) {
+cudaError_t distillation_of(const DistillationOnDevice& call, cudaStream_t stream) {
   switch (call.divergence) {
     case Divergence::kl:
       return distillation_of<T, Divergence::kl>(call, stream);
@@ -330,7 +339,7 @@ cudaError_t distillation_of(const Distillation& call, cudaStream_t stream) {
 }
 
 // All rows, whose logits are of that type. A class index out of range makes its row NaN.
-inline cudaError_t distillation(const Distillation& call, Scalar logits, cudaStream_t stream) {
+inline cudaError_t distillation(const DistillationOnDevice& call, Scalar logits, cudaStream_t stream) {
   if (call.rows == 0) return cudaSuccess;
   switch (logits) {
     case Scalar::f64:
