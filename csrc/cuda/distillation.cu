@@ -6,70 +6,71 @@
 #include <tuple>
 #include <type_traits>
 
-#include "../distillation_call.h"
+#include "distillation_call.h"
 #include "sum.cuh"
-#include "tensor.h"
 
 namespace tlk {
-namespace {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-struct Call : DistillationCall {
+DistillationOnTensors::DistillationOnTensors(const Tensor& tensor, at::IntArrayRef logits,
+                                             const at::TensorOptions& logits_options, const OptionalTensor& target_in,
+                                             const OptionalTensor& row_weight_in, const DistillationOptions& given)
+    : DistillationCall(logits, logits_options, target_in, row_weight_in, given), device_(tensor) {
+  if (target) check_classes(targets, classes, ignore_index);
+}
+
+Tensor DistillationOnTensors::parts() const { return at::empty({kMostParts}, options.dtype(at::kDouble)); }
+
+void DistillationOnTensors::use_mean() {
+  if (!target) {
+    factor_ = 1 / double(rows);
+    return;
+  }
+  divisor_ = at::empty({}, options.dtype(at::kDouble));
+  const Counted<float> counted{target, ignore_index, classes, nullptr};
+  const double* const undivided = nullptr;
+  const Tensor scratch = parts();
+  check_launch(sum(counted, rows, 1.0, undivided, divisor_.mutable_data_ptr<double>(),
+                   scratch.mutable_data_ptr<double>(), device_.stream()),
+               "distillation: count");
+}
+
+void DistillationOnTensors::launch(const Distillation& of) const {
+  check_launch(distillation({of, factor_, divisor()}, scalar_of(dtype), device_.stream()), "distillation");
+}
+
+Tensor DistillationOnTensors::sum_of(const Tensor& losses) const {
+  const Tensor result = at::empty({}, options), scratch = parts();
+  const auto add = [&](auto* out) {
+    using A = std::remove_pointer_t<decltype(out)>;
+    const Values<A> values{static_cast<const A*>(losses.const_data_ptr())};
+    return sum(values, rows, factor_, divisor(), out, scratch.mutable_data_ptr<double>(), device_.stream());
+  };
+  check_launch(compute == at::kDouble ? add(result.mutable_data_ptr<double>()) : add(result.mutable_data_ptr<float>()),
+               "distillation: sum");
+  return result;
+}
+
+namespace {
+
+struct Call : DistillationOnTensors {
   const DistillationLogits& logits;
-  const OnDevice device;
-  double factor = 1;
-  Tensor divisor;  // of the mean where targets say what counts: float64, on the device
 
-  Call(const DistillationLogits& logits_, const OptionalTensor& target_in, const OptionalTensor& row_weight_in,
+  Call(const DistillationLogits& of, const OptionalTensor& target_in, const OptionalTensor& row_weight_in,
        const DistillationOptions& given)
-      : DistillationCall(logits_.student.sizes(), logits_.student.options(), target_in, row_weight_in, given),
-        logits(logits_),
-        device(logits_.student) {
-    if (target) check_classes(targets, classes, ignore_index);
-  }
-
-  void use_mean() {
-    if (!target) {
-      factor = 1 / double(rows);
-      return;
-    }
-    divisor = at::empty({}, options.dtype(at::kDouble));
-    const Counted<float> counted{target, ignore_index, classes, nullptr};
-    const double* const undivided = nullptr;
-    check_launch(sum(counted, rows, 1.0, undivided, divisor.mutable_data_ptr<double>(),
-                     parts().mutable_data_ptr<double>(), device.stream()),
-                 "distillation: count");
-  }
+      : DistillationOnTensors(of.student, of.student.sizes(), of.student.options(), target_in, row_weight_in, given),
+        logits(of) {}
 
   // The gradients that are wanted, in the common dtype.
   std::tuple<Tensor, Tensor> run(bool needs_student, bool needs_teacher) const {
     Tensor student_grad, teacher_grad;
     if (needs_student) student_grad = at::empty(logits.student.sizes(), logits.student.options());
     if (needs_teacher) teacher_grad = at::empty(logits.teacher.sizes(), logits.teacher.options());
-    const Whole of = whole(logits.student, logits.teacher, student_grad, teacher_grad);
-    const DistillationOnDevice call = {of.call, factor, divisor_data()};
-    check_launch(tlk::distillation(call, scalar_of(dtype), device.stream()), "distillation");
+    launch(whole(logits.student, logits.teacher, student_grad, teacher_grad).call);
     return {student_grad, teacher_grad};
   }
-
-  Tensor sum_of(const Tensor& losses) const {
-    const Tensor result = at::empty({}, options), scratch = parts();
-    const auto add = [&](auto* out) {
-      using A = std::remove_pointer_t<decltype(out)>;
-      const Values<A> values{static_cast<const A*>(losses.const_data_ptr())};
-      return sum(values, rows, factor, divisor_data(), out, scratch.mutable_data_ptr<double>(), device.stream());
-    };
-    check_launch(
-        compute == at::kDouble ? add(result.mutable_data_ptr<double>()) : add(result.mutable_data_ptr<float>()),
-        "distillation: sum");
-    return result;
-  }
-
- private:
-  const double* divisor_data() const { return divisor.defined() ? divisor.const_data_ptr<double>() : nullptr; }
-  Tensor parts() const { return at::empty({kMostParts}, options.dtype(at::kDouble)); }
 };
 
 Tensor forward(const Tensor& student, const Tensor& teacher, const OptionalTensor& target,
