@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(128)
 template <class T, bool kFull>
 cudaError_t launch_cross_entropy(const CrossEntropyOnDevice& call, const CrossEntropyPlan& plan, cudaStream_t stream) {
   const CrossEntropyNumbers<Compute<T>> numbers(call);
-  constexpr int kMost = kFull ? kFullThreads : 1024;
+  constexpr int kMost = most_threads(kFull, sizeof(T));
   const auto rows = [&](auto kernel) {
     return launch(plan.grid, stream, kernel, call, numbers, plan.lanes, plan.grid.cluster);
   };

@@ -3,6 +3,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include <algorithm>
+
 #include "device.cuh"
 
 namespace tlk {
@@ -26,8 +28,9 @@ enum class Place { lanes, registers, shared, memory, column_shared, column_memor
 //   columns    Classes not contiguous. A thread for each position, neighbours beside each other: 32 KB a block of 128
 //              keep seven blocks on a multiprocessor.
 //   column sweeps  More classes: read twice, at full occupancy.
-constexpr int kBytesInLane = 64;   // of a row, in registers
-constexpr int kFullThreads = 512;  // the most of a block that looks at every option: 128 registers for each
+constexpr int kBytesInLane = 64;  // of a row, in registers
+// The most threads of a block: 64 registers are not enough for each where every option is looked at, nor for float64.
+constexpr int most_threads(bool full, int64_t size) { return full || size == 8 ? 512 : 1024; }
 
 struct CrossEntropyStrategy {
   const char* name;
@@ -77,7 +80,7 @@ inline bool fits(const CrossEntropyStrategy& strategy, const Device& device, int
   constexpr int kNumbersInLane = 8;
   const int64_t packs = divided_up(classes * size, kBytes);
   int64_t per_block = 1, blocks = 1;  // rows of a block; blocks of a row
-  int64_t threads = full && strategy.threads > kFullThreads ? kFullThreads : strategy.threads, shared = 0;
+  int64_t threads = std::min(strategy.threads, most_threads(full, size)), shared = 0;
   plan.lanes = 0;
   switch (strategy.place) {
     case Place::lanes:

@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <cstdlib>
 
 #include "../call.h"
 
@@ -24,19 +25,21 @@ static void add_product(Tensor& total, const Tensor& a, const Tensor& b) {
 // MB, four of 1046 rows, is 0.5 TFLOP of each product beside 3 GB of the gradient, 0.6 ms of 4.5 on an H200 by the
 // datasheet. Where the weight's gradient is needed, which takes twice the weight's own memory meanwhile, a chunk may
 // have as much as the weight. By reasoning on 2026-11-21, no GPU at hand; as the Triton kernels have it.
-static int64_t rows_of_a_chunk(const LinearLayer& layer, bool weight_needed) {
+int64_t DeviceLinearSweep::rows_of_a_chunk(const LinearLayer& layer, bool weight_needed) {
   constexpr int64_t kChunk = 256 << 20, kAligned = 128;
   const Tensor& weight = layer.weight;
   const int64_t rows = layer.input.size(0), row = weight.size(0) * int64_t(weight.element_size());
-  const int64_t bytes = weight_needed ? std::max<int64_t>(kChunk, weight.nbytes()) : kChunk;
+  const char* const forced = std::getenv("TLKERNELS_CHUNK_BYTES");  // for tests, which would else need gigabytes
+  const int64_t usual = weight_needed ? std::max<int64_t>(kChunk, weight.nbytes()) : kChunk;
+  const int64_t bytes = forced ? std::atoll(forced) : usual;
   const int64_t most = std::max<int64_t>(1, bytes / row), chunks = (rows + most - 1) / most;
   if (chunks <= 1) return std::max<int64_t>(1, rows);
   const int64_t each = (rows + chunks - 1) / chunks;
   return (each + kAligned - 1) / kAligned * kAligned;
 }
 
-DeviceLinearSweep::DeviceLinearSweep(const LinearLayer& layer, std::array<bool, 3> needs)
-    : layer_(layer), needs_(needs), chunk_rows_(rows_of_a_chunk(layer, needs[1])) {
+DeviceLinearSweep::DeviceLinearSweep(const LinearLayer& layer, std::array<bool, 3> needs, int64_t most)
+    : layer_(layer), needs_(needs), chunk_rows_(std::min(most, rows_of_a_chunk(layer, needs[1]))) {
   const Tensor &input = layer.input, &weight = layer.weight;
   const int64_t rows = input.size(0), classes = weight.size(0);
   logits_ = at::empty({std::min(rows, chunk_rows_), classes}, input.options());

@@ -10,8 +10,11 @@ namespace tlk {
 // For each chunk in turn: `logits`, then where gradients are needed `take` with what has become of them.
 class DeviceLinearSweep {
  public:
-  // `needs`: the gradients of input, weight, bias.
-  DeviceLinearSweep(const LinearLayer& layer, std::array<bool, 3> needs);
+  // `needs`: the gradients of input, weight, bias. `most`: rows of a chunk.
+  DeviceLinearSweep(const LinearLayer& layer, std::array<bool, 3> needs, int64_t most = INT64_MAX);
+
+  // What a sweep over that layer alone would take.
+  static int64_t rows_of_a_chunk(const LinearLayer& layer, bool weight_needed);
 
   int64_t chunk_rows() const { return chunk_rows_; }
   at::Tensor logits(int64_t begin, int64_t end);                      // in memory that the next chunk uses again
