@@ -43,7 +43,7 @@ SANITIZED = LD_PRELOAD="$(call RUNTIME,libasan.so) $(call RUNTIME,libubsan.so) $
 sanitize: setup  ## the kernels' core tests under AddressSanitizer and UBSan
 	TLKERNELS_SANITIZE=1 $(PY) setup.py -q build -b build/sanitize --build-lib build/sanitize/lib
 	$(SANITIZED) $(PY) -P -c 'import torch; from tlkernels import _C; assert _C.build_info()["sanitize"] == "1", _C'
-	$(SANITIZED) $(BIN)/pytest -m core -k native tests $(TEST_ARGS)
+	$(SANITIZED) $(BIN)/pytest -m core -k 'native or cuda_host' tests $(TEST_ARGS)
 
 cuda-compile: setup  ## the CUDA kernels for every architecture, no GPU needed (COMPILE_ARGS=--quick for two of them)
 	$(PY) -m bench.cuda_resources $(COMPILE_ARGS)
