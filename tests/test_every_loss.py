@@ -264,7 +264,7 @@ def test_module_is_the_function(loss, case):
     assert {name for name, _ in module.named_parameters()} <= {"linear.weight", "linear.bias", "log_logit_scale"}
 
 
-@pytest.mark.usefixtures("needs_native")
+@pytest.mark.usefixtures("needs_native", "poisoned_memory")
 @pytest.mark.parametrize("name", LOSSES)
 def test_opcheck(name):
     for op, arguments in LOSSES[name].ops():
