@@ -34,10 +34,11 @@ def cross_entropy(shape: Shape, cast: Cast) -> Work:
         "liger",
         "liger_kernel.transformers.functional",
         "liger_cross_entropy",
-        lambda function: lambda x: function(x.clone(), y),
-    )  # it writes over its input
+        lambda function: lambda x: function(x, y),
+    )
     peers |= _installed("quack", "quack.cross_entropy", "cross_entropy", lambda function: lambda x: function(x, y))
-    return Work((x,), lambda x: tlk.cross_entropy(x, y), lambda x: F.cross_entropy(x, y), lambda: out.copy_(x), peers)
+    ours, eager = (lambda x: tlk.cross_entropy(x, y)), (lambda x: F.cross_entropy(x, y))
+    return Work((x,), ours, eager, lambda: out.copy_(x), peers, overwriting=("liger",))
 
 
 def linear_cross_entropy(shape: Shape, cast: Cast) -> Work:

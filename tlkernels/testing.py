@@ -24,11 +24,23 @@ class Target(NamedTuple):
         return f"{self.impl}-{self.isa}" if self.isa else self.impl
 
 
-def targets(device: str = "cpu") -> list[Target]:
-    """Return what can run here on tensors of the device: "cpu" or "cuda"."""
+def targets() -> list[Target]:
+    """Return what can run here."""
     on_cpu = [Target("reference"), *(Target("native", isa) for isa in native.isas())]
-    on_both = [Target("triton")] if triton.available() and device == triton.DEVICE else []
-    return (on_cpu if device == "cpu" else []) + on_both
+    return [*on_cpu, *([Target("triton")] if triton.available() else [])]
+
+
+def device(target: Any) -> str:
+    """Return the type of device that tests of a target, or of the implementation of that name, make their tensors on.
+
+    tests/conftest.py makes it the default device of a test with such a parameter.
+    """
+    return triton.DEVICE if getattr(target, "impl", target) == "triton" else "cpu"
+
+
+def generator(seed: int) -> torch.Generator:
+    """Return a source of random numbers on the default device."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
 
 
 INTERPRETED_ELEMENTS = 40_000
