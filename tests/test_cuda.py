@@ -1,4 +1,7 @@
-"""The native implementation on CUDA tensors. Needs a GPU and an extension with CUDA kernels; else all is skipped."""
+"""The native implementation on CUDA tensors: what the battery leaves out, and a small grid for compute-sanitizer.
+
+Needs a GPU and an extension with CUDA kernels; else all is skipped.
+"""
 
 from pathlib import Path
 
@@ -54,9 +57,10 @@ def test_small_grid(loss, case):
     check(loss, case)
 
 
-@over(lambda case: elements(case) > SMALL)
-def test_large_grid(loss, case):
-    check(loss, case)
+@pytest.fixture(autouse=True)
+def _unchecked(monkeypatch):
+    """Class indices are not looked at, as by default: the host would wait for them."""
+    monkeypatch.delenv("TLKERNELS_CHECK", raising=False)
 
 
 def step(loss, case, arguments):

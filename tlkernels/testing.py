@@ -21,6 +21,9 @@ from tlkernels._core import native, triton
 CUDA_HOST = "cuda_host"
 """The CUDA kernels, run on the host in the place of the CPU's (tests/cuda_host of a checkout)."""
 
+CUDA = "cuda"
+"""The CUDA kernels on CUDA tensors."""
+
 _ROOT = Path(__file__).parents[1]
 _CUDA_HOST = _ROOT / "tests" / "cuda_host" / "build.py"
 
@@ -35,23 +38,43 @@ class Target(NamedTuple):
         return f"{self.impl}-{self.isa}" if self.isa else self.impl
 
 
-def targets(device: str = "cpu", loss: str = "") -> list[Target]:
-    """Return what can run here on tensors of the device: "cpu" or "cuda".
+def targets(loss: str = "") -> list[Target]:
+    """Return what can run here.
 
-    With `loss` the CUDA kernels are among them, which run on the host, where csrc/cuda/<loss>.cu is.
+    With `loss` the CUDA kernels are among them where csrc/cuda/<loss>.cu is: on the host, and on a GPU that is here.
     """
-    on_cpu = [Target("reference"), *(Target("native", isa) for isa in native.isas())]
+    found = [Target("reference"), *(Target("native", isa) for isa in native.isas())]
     if on_cuda_host(loss):
-        on_cpu.append(Target("native", CUDA_HOST))
-    on_both = [Target("triton")] if triton.available() and device == triton.DEVICE else []
-    return (on_cpu if device == "cpu" else []) + on_both
+        found.append(Target("native", CUDA_HOST))
+    if _has_kernels(loss) and native.build_info().get("cuda") and torch.cuda.is_available():
+        found.append(Target("native", CUDA))
+    return [*found, *([Target("triton")] if triton.available() else [])]
+
+
+def device(target: Any) -> str:
+    """Return the type of device that tests of a target, or of the implementation of that name, make their tensors on.
+
+    tests/conftest.py makes it the default device of a test with such a parameter.
+    """
+    if target == Target("native", CUDA):
+        return "cuda"
+    return triton.DEVICE if getattr(target, "impl", target) == "triton" else "cpu"
+
+
+def generator(seed: int) -> torch.Generator:
+    """Return a source of random numbers on the default device."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
 
 
 def on_cuda_host(loss: str) -> bool:
     """Return whether the loss has CUDA kernels and they can run on this host."""
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     here = native.available() and sys.platform == "linux" and compiler is not None and _CUDA_HOST.exists()
-    return here and (_ROOT / "csrc" / "cuda" / f"{loss}.cu").exists()
+    return here and _has_kernels(loss)
+
+
+def _has_kernels(loss: str) -> bool:
+    return (_ROOT / "csrc" / "cuda" / f"{loss}.cu").exists()
 
 
 def cuda_host() -> Any:
@@ -129,12 +152,12 @@ def forced(target: Target) -> Iterator[str]:
             yield target.impl
         return
     before = native.isa()
-    if target.isa:
+    if target.isa in native.isas():
         native.force_isa(target.isa)
     try:
         yield target.impl
     finally:
-        if target.isa:
+        if before:
             native.force_isa(before)
 
 
