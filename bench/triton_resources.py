@@ -9,6 +9,7 @@ launches are recorded; what is not a function of the tensors' shapes alone could
 """
 
 import ast
+import csv
 import hashlib
 import importlib
 import re
