@@ -50,14 +50,14 @@ def cross_entropy(shape: Shape, cast: Cast) -> Work:
         "liger",
         "liger_kernel.transformers.functional",
         "liger_cross_entropy",
-        lambda function: lambda x: function(x.clone(), y),
-    )  # it writes over its input
+        lambda function: lambda x: function(x, y),
+    )
     peers |= _installed("quack", "quack.cross_entropy", "cross_entropy", lambda function: lambda x: function(x, y))
 
     def ours(x: torch.Tensor, impl: str = "auto") -> torch.Tensor:
         return tlk.cross_entropy(x, y, impl=impl)
 
-    return Work((x,), ours, lambda x: F.cross_entropy(x, y), lambda: out.copy_(x), peers)
+    return Work((x,), ours, lambda x: F.cross_entropy(x, y), lambda: out.copy_(x), peers, overwriting=("liger",))
 
 
 def linear_cross_entropy(shape: Shape, cast: Cast) -> Work:

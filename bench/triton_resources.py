@@ -2,11 +2,15 @@
 
     python -m bench.triton_resources            all losses, writes bench/results/triton_resources.csv
     python -m bench.triton_resources mse ...    some losses, to standard output
+    python -m bench.triton_resources --stale    compiles nothing, says what in the file is not of these sources
 
 The kernels and their arguments are those of each loss's `examples()`, which calls its launcher on meta tensors while
 launches are recorded; what is not a function of the tensors' shapes alone could not pass there.
 """
 
+import ast
+import csv
+import hashlib
 import importlib
 import re
 import subprocess
@@ -54,23 +58,67 @@ class Row(NamedTuple):
     """What a claim of the example or the absence of spills asks, and is not there."""
     exception: str
     """Why that is right all the same."""
+    source: str
+    """A hash of what was compiled: the kernel, what it calls, types and constants, options, and Triton's version."""
 
 
-def compile_all(loss: str) -> list[Row]:
-    """Compile what the examples of a loss launch, each distinct kernel once."""
+def distinct(loss: str) -> Iterator[tuple[core.Example, str, core.Launch, str]]:
+    """Yield what the examples of a loss launch on each architecture, each kernel once, and the hash of its source."""
     module = importlib.import_module(f"tlkernels.losses.{loss}.triton")
-    rows = []
     for architecture in ARCHITECTURES:
         seen = set()
         for example in module.examples():
             with core.recorded(architecture) as launches:
                 example.run()
             for launch in launches:
-                key = launch.kernel.__name__, *specialised(launch)
-                if repr(key) not in seen:
-                    seen.add(repr(key))
-                    rows.append(_row(loss, example, architecture, launch))
-    return rows
+                source = _hash(architecture, launch)
+                if source not in seen:
+                    seen.add(source)
+                    yield example, architecture, launch, source
+
+
+def compile_all(loss: str) -> list[Row]:
+    """Compile what the examples of a loss launch."""
+    return [_row(loss, *launch) for launch in distinct(loss)]
+
+
+def stale() -> list[str]:
+    """Return what the file has of other sources than these, and what it lacks."""
+    with CSV.open(newline="") as file:
+        have = {(row["loss"], row["architecture"], row["kernel"], row["source"]) for row in csv.DictReader(file)}
+    need = {
+        (loss, architecture, _name(launch), source)
+        for loss in LOSSES
+        for _, architecture, launch, source in distinct(loss)
+    }
+    return [f"of other sources: {row}" for row in sorted(have - need)] + [
+        f"missing: {row}" for row in sorted(need - have)
+    ]
+
+
+def _name(launch: core.Launch) -> str:
+    return str(launch.kernel.__name__).lstrip("_")
+
+
+def _hash(architecture: str, launch: core.Launch) -> str:
+    import triton
+
+    options = sorted(launch.options.items())
+    parts = [triton.__version__, architecture, repr(specialised(launch)), repr(options), *_sources(launch.kernel, {})]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
+
+
+def _sources(function: Any, seen: dict[str, str]) -> list[str]:
+    """Return a function of a kernel and what it calls, without comments, and the constants that it names."""
+    tree = ast.parse(function.src)
+    seen[function.__name__] = ast.dump(tree)
+    for name in sorted({node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} - {*seen}):
+        value = function.fn.__globals__.get(name)
+        if hasattr(value, "src"):
+            _sources(value, seen)
+        elif type(value).__name__ == "constexpr":
+            seen[name] = repr(value)
+    return [f"{name} {source}" for name, source in sorted(seen.items())]
 
 
 def specialised(launch: core.Launch) -> tuple[dict[str, str], dict[tuple[int], Any], dict[tuple[int], Any]]:
@@ -102,7 +150,7 @@ def _integer(dtype: torch.dtype) -> str:
     return ("i" if dtype.is_signed else "u") + str(dtype.itemsize * 8)
 
 
-def _row(loss: str, example: core.Example, architecture: str, launch: core.Launch) -> Row:
+def _row(loss: str, example: core.Example, architecture: str, launch: core.Launch, source: str) -> Row:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -114,7 +162,7 @@ def _row(loss: str, example: core.Example, architecture: str, launch: core.Launc
     signature, constants, attributes = specialised(launch)
     compiled = triton.compile(ASTSource(launch.kernel, signature, constants, attributes), target, launch.options)
     found = _nvidia(compiled.asm["cubin"]) if backend == "cuda" else _amd(compiled.asm["amdgcn"])
-    kernel = launch.kernel.__name__.lstrip("_")
+    kernel = _name(launch)
     names = launch.kernel.arg_names
     meta = " ".join(f"{names[place[0]]}={_short(value)}" for place, value in constants.items())
     problem = ", ".join(_problems(example, kernel, architecture, found))
@@ -126,7 +174,7 @@ def _row(loss: str, example: core.Example, architecture: str, launch: core.Launc
     return Row(
         loss, example.name, kernel, architecture, meta, compiled.metadata.num_warps, compiled.metadata.num_stages,
         found["registers"], compiled.metadata.shared, found["local"], found["spills"], found["LDG.E.128"],
-        found["STG.E.128"], found["HGMMA"], problem, "; ".join(sorted(exceptions)),
+        found["STG.E.128"], found["HGMMA"], problem, "; ".join(sorted(exceptions)), source,
     )  # fmt: skip
 
 
@@ -194,6 +242,9 @@ def main(losses: list[str]) -> int:
     if core.INTERPRETED:
         print("TRITON_INTERPRET is set: nothing would be compiled", file=sys.stderr)
         return 2
+    if losses == ["--stale"]:
+        print(*(lines := stale()), sep="\n", file=sys.stderr)
+        return bool(lines)
     with ProcessPoolExecutor() as pool:
         rows = [row for found in pool.map(compile_all, losses or LOSSES) for row in found]
     return report(Row._fields, rows, None if losses else CSV)

@@ -50,7 +50,7 @@ class Case(NamedTuple):
 
     def make(self, seed):
         """Return input, target, weight and the options."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = testing.generator(seed)
         axis = min(len(self.shape) - 1, 1)
         positions = self.shape[:axis] + self.shape[axis + 1 :]
         dense = testing.logits(self.shape, self.dtype, generator)

@@ -55,7 +55,7 @@ def make(shape, dtype, teacher_dtype=None, layout="contiguous", target=False, we
     """Return a function of the seed that gives the arguments."""
 
     def arguments(seed):
-        generator = torch.Generator().manual_seed(seed)
+        generator = testing.generator(seed)
         axis = len(shape) - 1
         student = testing.logits(shape, dtype, generator, axis) * scale
         noise = torch.randn(shape, generator=generator, dtype=F64)

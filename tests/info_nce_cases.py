@@ -59,7 +59,7 @@ def case(id, n, k, d, dtype, *, m=None, kind="none", scale=None, small=False, ta
     """One call; `kind` of mask, `scale` by which argument and as what."""
 
     def make(seed):
-        generator = torch.Generator().manual_seed(seed)
+        generator = testing.generator(seed)
         query = embeddings((n, d), generator, dtype)
         near = query[torch.arange(k) % n].double() if n else torch.zeros(k, d, dtype=F64)
         key = (near + embeddings((k, d), generator, F64)).to(dtype)
@@ -147,7 +147,7 @@ def module(arguments):
 
 
 def registered():
-    generator = torch.Generator().manual_seed(0)
+    generator = testing.generator(0)
     query, key, negatives = (embeddings((5, 4), generator, F32).requires_grad_() for _ in range(3))
     scale = torch.tensor(2.0, requires_grad=True)
     ids = torch.tensor([0, 1, 0, 2, 1])

@@ -28,7 +28,7 @@ def pytorch(input, linear_weight, target, *, linear_bias=None, weight=None, **op
 
 def make(rows, features, classes, dtype, target, biased, weighted, options, seed):
     """Return the arguments: an input of shape (*rows, features), and logits of the size that a trained layer gives."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = testing.generator(seed)
     draw = partial(torch.randn, generator=generator, dtype=torch.float64)
     arguments = {
         "input": draw(*rows, features).to(dtype),

@@ -24,7 +24,7 @@ def make(rows, classes, dtype, teacher_dtype=None, bias=True, layout="contiguous
     """Return a function of the seed that gives the arguments."""
 
     def arguments(seed):
-        generator = torch.Generator().manual_seed(seed)
+        generator = testing.generator(seed)
         given = {}
         for side, depth, own in (("student", depths[0], dtype), ("teacher", depths[1], teacher_dtype or dtype)):
             input = torch.randn(*rows, depth, generator=generator, dtype=F64)

@@ -19,7 +19,7 @@ def pytorch(input, target, *, weight=None, reduction="mean"):
 
 def make(shape, dtype, weighted, layout, options, seed):
     """Return the arguments."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = testing.generator(seed)
 
     def draw():
         return testing.lay_out(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype), layout)

@@ -23,7 +23,7 @@ def pytorch(z1, z2, *, temperature=None, logit_scale=None, normalize=True, reduc
 
 def case(n, d, dtype, *, tensor=True, small=False, **options):
     def make(seed):
-        generator = torch.Generator().manual_seed(seed)
+        generator = testing.generator(seed)
         z1 = embeddings((n, d), generator, F64)
         z2 = (z1 + embeddings((n, d), generator, F64)).to(dtype)
         scale = torch.tensor(8.5).to(dtype) if tensor else 8.5

@@ -18,7 +18,7 @@ def pytorch(query, key, *, logit_scale, logit_bias):
 
 def case(n, d, dtype, *, tensor=True, small=False, bias=-10.0):
     def make(seed):
-        generator = torch.Generator().manual_seed(seed)
+        generator = testing.generator(seed)
         query = embeddings((n, d), generator, F64)
         key = (query + embeddings((n, d), generator, F64)).to(dtype)
         scale, offset = (torch.tensor(value).to(dtype) if tensor else value for value in (8.5, bias))
@@ -48,7 +48,7 @@ def module(arguments):
 
 
 def registered():
-    generator = torch.Generator().manual_seed(0)
+    generator = testing.generator(0)
     query, key = (embeddings((5, 4), generator, F32).requires_grad_() for _ in range(2))
     scale, bias = torch.tensor(2.0, requires_grad=True), torch.tensor(-1.0, dtype=F64, requires_grad=True)
     arguments = (query, key, scale, bias, 0)

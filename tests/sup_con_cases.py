@@ -26,7 +26,7 @@ def pytorch(features, labels, *, temperature=None, logit_scale=None, normalize=T
 
 def case(n, d, classes, dtype, *, tensor=True, small=False, labels=torch.int64, **options):
     def make(seed):
-        generator = torch.Generator().manual_seed(seed)
+        generator = testing.generator(seed)
         of = torch.randint(0, classes, (n,), generator=generator)
         features = embeddings((n, d), generator, F64) + torch.randn(classes, d, generator=generator, dtype=F64)[of] / 4
         if n > 1:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from bench import cases, compare, contestants, gpu, losses, measure, memory, report
 
@@ -101,6 +102,21 @@ def test_a_ratio_is_taken_within_a_round() -> None:
     # The machine is three times slower in the second round: the ratio of the medians would not be 2.
     samples = {"auto": [1.0, 3.0, 1.0], "eager": [2.0, 6.0, 2.0]}
     assert measure.speedups(samples, "auto") == {"eager": [2.0, 2.0, 2.0]}
+
+
+def test_a_loss_that_overwrites_its_input_finds_it_whole_each_time() -> None:
+    def overwriting(x: Tensor) -> Tensor:
+        value = x.square().sum()
+        x.data.zero_()
+        return value
+
+    x = torch.randn(5)
+    work = losses.Work((x,), overwriting, overwriting, lambda: None, {"peer": overwriting}, overwriting=("peer",))
+    step = losses.build("peer", work)
+    assert isinstance(step, losses.WorkStep) and not step.repeatable
+    for _ in range(2):
+        torch.testing.assert_close(step.results()[0], x.double().square().sum())
+    assert x.all()
 
 
 def test_errors_see_a_wrong_gradient() -> None:

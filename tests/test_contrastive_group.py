@@ -20,7 +20,7 @@ WHOLE = RANKS * ROWS
 
 def inputs():
     """The whole batch: raw inputs of a linear encoder, whose weight is the parameter."""
-    generator = torch.Generator().manual_seed(1)
+    generator = testing.generator(1)
 
     def normal(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)

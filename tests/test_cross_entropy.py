@@ -19,7 +19,7 @@ def check(case, target, most=30):
         with testing.forced(target) as impl:
             ours, eager, oracle = case.functions(classes, weight, options, impl)
             value = oracle(input.double())
-            upstream = 0.5 + torch.rand(value.shape, generator=torch.Generator().manual_seed(seed))
+            upstream = 0.5 + torch.rand(value.shape, generator=testing.generator(seed))
             result, grad = testing.gradients(ours, input, upstream)
         assert result.dtype == input.dtype
         assert grad.dtype == input.dtype

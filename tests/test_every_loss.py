@@ -17,7 +17,7 @@ for path in sorted(Path(__file__).parent.glob("*_cases.py")):
     if hasattr(module, "LOSS"):
         LOSSES[path.stem.removesuffix("_cases")] = module.LOSS
 
-IMPLEMENTATIONS = sorted({target.impl for target in testing.targets() + testing.targets("cuda")})
+IMPLEMENTATIONS = sorted({target.impl for target in testing.targets()})
 
 
 def over(which=lambda loss, case: True):
@@ -36,7 +36,7 @@ def over_targets():
     chosen = [
         pytest.param(loss, case, target, id=f"{name}-{case.id}-{target}")
         for name, loss in LOSSES.items()
-        for target in testing.targets(loss=loss.cuda or name) + testing.targets("cuda")
+        for target in testing.targets(loss=loss.cuda or name)
         for case in loss.cases
         if not (case.large and target.isa == testing.CUDA_HOST)
     ]
@@ -56,18 +56,11 @@ def impl(request):
     return request.param
 
 
-def on_device(impl, arguments):
-    """The arguments where the implementation runs."""
-    if impl != "triton" or triton.DEVICE == "cpu":
-        return arguments
-    return {name: x.to(triton.DEVICE) if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
-
-
 class Call:
     """A case with numbers: `ours`, `eager` and `right` are functions of the tensors that get a gradient."""
 
     def __init__(self, loss, case, impl, seed=0):
-        self.arguments = on_device(impl, case.make(seed))
+        self.arguments = case.make(seed)
         if testing.too_large(impl, *self.arguments.values()):
             pytest.skip("left out by the size rule of the interpreter")
         self.tensors, put = testing.split(self.arguments, case.wants_grad)
@@ -84,7 +77,7 @@ def leaves(tensors):
 
 def upstream_of(value, seed=0):
     """Not 1, and the same number in every dtype."""
-    upstream = 0.5 + torch.rand(value.shape, generator=torch.Generator().manual_seed(seed))
+    upstream = 0.5 + torch.rand(value.shape, generator=testing.generator(seed))
     return upstream.to(torch.bfloat16).to(value)
 
 
@@ -255,7 +248,7 @@ def test_autocast_gives_float32(loss, case, impl):
     }
     tensors, put = testing.split(arguments, case.wants_grad)
     inputs = leaves(tensors)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
         value = loss.function(**put(*inputs), impl=impl)
     assert value.dtype == torch.float32
     for tensor, grad in zip(inputs, torch.autograd.grad(value.sum(), inputs), strict=True):
@@ -274,15 +267,13 @@ def test_module_is_the_function(loss, case):
     assert {name for name, _ in module.named_parameters()} <= {"linear.weight", "linear.bias", "log_logit_scale"}
 
 
-@pytest.mark.usefixtures("needs_native")
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("impl", sorted({*IMPLEMENTATIONS} - {"reference"}))
 @pytest.mark.parametrize("name", LOSSES)
-def test_opcheck(name):
+def test_opcheck(name, impl):
     for op, arguments in LOSSES[name].ops():
-        if "_triton" in op.name():
-            if not triton.available():
-                continue
-            arguments = [x.to(triton.DEVICE) if isinstance(x, torch.Tensor) else x for x in arguments]
-        torch.library.opcheck(op, arguments)
+        if ("_triton" in op.name()) == (impl == "triton"):
+            torch.library.opcheck(op, arguments)
 
 
 @over(one_each)

@@ -154,10 +154,11 @@ def test_target_out_of_range(impl, bad):
 
 
 @pytest.mark.skipif(not triton.available(), reason="Triton cannot run here")
-def test_target_out_of_range_on_a_gpu_gives_nan():
+@pytest.mark.parametrize("impl", ["triton"])
+def test_target_out_of_range_on_a_gpu_gives_nan(impl):
     """Where the host does not look: NaN in that row, a gradient of 0 from it, and no memory out of range."""
-    query, key = (t.to(triton.DEVICE) for t in pairs(4, 5, 6))
-    target = torch.tensor([1, 2**40 + 1, -100, 5], device=query.device)
+    query, key = pairs(4, 5, 6)
+    target = torch.tensor([1, 2**40 + 1, -100, 5])
     call = query, key, None, torch.tensor(2.0), target, *(None,) * 3, -1, False, False, False, 0.1
     loss, state = ops.TRITON.forward(*call)
     assert loss.isnan().tolist() == [False, True, True, False]
@@ -200,7 +201,7 @@ def test_zero_rows_normalized(impl):
 
 def test_autocast_gives_float32(impl):
     query, key = (t.bfloat16() for t in pairs(8, 4))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
         loss = tlk.info_nce(query, key.float(), temperature=0.1, impl=impl)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss.double(), pytorch(query.double(), key.double(), temperature=0.1), rtol=1e-6, atol=0)

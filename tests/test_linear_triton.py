@@ -18,7 +18,7 @@ LCE, LD = linear_cross_entropy_cases.LOSS, linear_distillation_cases.LOSS
 def results(function, arguments, names):
     leaves = [arguments[name].detach().requires_grad_() for name in names]
     value = function(**arguments | dict(zip(names, leaves, strict=True)))
-    upstream = (0.5 + torch.rand(value.shape, generator=torch.Generator().manual_seed(0))).bfloat16().to(value)
+    upstream = (0.5 + torch.rand(value.shape, generator=testing.generator(0))).bfloat16().to(value)
     return value.detach(), *torch.autograd.grad(value, leaves, upstream)
 
 

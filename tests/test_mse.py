@@ -206,7 +206,7 @@ def test_compile(any_isa, ours, pytorch, reduction, weighted):
 @both
 def test_autocast_gives_float32(impl, ours, pytorch, dtype):
     tensors = leaves((64, 50), (64, 50), dtype=dtype)
-    with torch.autocast("cpu", dtype=BF16):
+    with torch.autocast(torch.get_default_device().type, dtype=BF16):
         loss = ours(*tensors, impl=impl)
     assert loss.dtype == F32
     same(loss.double(), pytorch(*(tensor.double() for tensor in tensors)), rtol=1e-6, atol=0)

@@ -1,5 +1,10 @@
 """What Triton's kernels do on a GPU and no test of a loss on the CPU would see."""
 
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,6 +13,7 @@ import tlkernels as tlk
 from tlkernels import testing
 from tlkernels._core import triton as core
 
+ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(not (core.INTERPRETED and core.available()), reason="nothing is interpreted here")
 
 
@@ -30,6 +36,31 @@ def test_a_class_index_out_of_range_is_nan_and_touches_no_memory(monkeypatch, lo
     assert rows.isnan().tolist() == [False, False, True, False]
     assert grad.isnan().all(1).tolist() == [False, False, True, False]
     assert not grad[[0, 1, 3]].isnan().any()
+
+
+@pytest.mark.parametrize("setting", ["highest", "high"])
+def test_tf32_only_where_torch_is_allowed_to(setting):
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(setting)
+        assert core.tf32() == (setting == "high")
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_every_loss_without_the_extension():
+    """TLKERNELS_BUILD=0 leaves Triton, autograd and all: the battery again, where the extension does not load."""
+    code = """
+import sys
+import pytest
+sys.modules["tlkernels._C"] = None
+names = "(value_and_gradients or only_the_gradients or two_backwards or second_gradient) and triton and small"
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "tests/test_every_loss.py", "-k", names]))
+"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout
+    passed = int(re.search(r"(\d+) passed", run.stdout)[1])
+    assert passed >= 25, run.stdout
 
 
 @pytest.mark.parametrize("upstream", [1.0, 0.5])

@@ -26,7 +26,7 @@ _CUDA_HOST = _ROOT / "tests" / "cuda_host" / "build.py"
 
 
 class Target(NamedTuple):
-    """An implementation to test, and for `native` on CPU tensors the instruction set, or CUDA_HOST."""
+    """An implementation to test, and for `native` the instruction set of the CPU, CUDA_HOST, or "cuda"."""
 
     impl: str
     isa: str = ""
@@ -35,16 +35,29 @@ class Target(NamedTuple):
         return f"{self.impl}-{self.isa}" if self.isa else self.impl
 
 
-def targets(device: str = "cpu", loss: str = "") -> list[Target]:
-    """Return what can run here on tensors of the device: "cpu" or "cuda".
-
-    With `loss` the CUDA kernels are among them, which run on the host, where csrc/cuda/<loss>.cu is.
-    """
-    on_cpu = [Target("reference"), *(Target("native", isa) for isa in native.isas())]
+def targets(loss: str = "") -> list[Target]:
+    """Return what can run here; with `loss` the kernels of csrc/cuda/<loss>.cu too, on a GPU and on the host."""
+    here = [Target("reference"), *(Target("native", isa) for isa in native.isas())]
     if on_cuda_host(loss):
-        on_cpu.append(Target("native", CUDA_HOST))
-    on_both = [Target("triton")] if triton.available() and device == triton.DEVICE else []
-    return (on_cpu if device == "cpu" else []) + on_both
+        here.append(Target("native", CUDA_HOST))
+    if loss and torch.cuda.is_available() and "cuda" in native.served(f"{loss}_fwd"):
+        here.append(Target("native", "cuda"))
+    return [*here, *([Target("triton")] if triton.available() else [])]
+
+
+def device(target: Any) -> str:
+    """Return the type of device that tests of a target, or of the implementation of that name, make their tensors on.
+
+    tests/conftest.py makes it the default device of a test with such a parameter.
+    """
+    if getattr(target, "isa", "") == "cuda":
+        return "cuda"
+    return triton.DEVICE if getattr(target, "impl", target) == "triton" else "cpu"
+
+
+def generator(seed: int) -> torch.Generator:
+    """Return a source of random numbers on the default device."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
 
 
 def on_cuda_host(loss: str) -> bool:
@@ -129,12 +142,13 @@ def forced(target: Target) -> Iterator[str]:
             yield target.impl
         return
     before = native.isa()
-    if target.isa:
+    instruction_set = target.isa not in ("", "cuda")
+    if instruction_set:
         native.force_isa(target.isa)
     try:
         yield target.impl
     finally:
-        if target.isa:
+        if instruction_set:
             native.force_isa(before)
 
 

@@ -75,17 +75,25 @@ struct Tiles : CallOf<T, P, kCap> {
     return at * weight_at(k);
   }
 
+  // The lines of a tile lie far apart, where the hardware fetches nothing ahead, and strides of a power of two put them
+  // into few sets of a cache: so many classes are fetched ahead, and no more, in the load from the next tile too.
+  static constexpr int64_t kAhead = 4;
+
   void load_tile(const Tile& t, A* peak) const {
     const int64_t stride = c.x.stride[inner];
     for (int v = 0; v < t.vectors; ++v) store(peak + v * L, set1(-A(__builtin_inf())));
-    for (int64_t k = 0; k < c.classes; ++k)
+    for (int64_t k = 0; k < c.classes; ++k) {
+      const T* const x = t.x + k * c.x.class_stride;
+      const T* const ahead = k + kAhead < c.classes
+                                 ? x + kAhead * c.x.class_stride
+                                 : t.x + (k + kAhead - c.classes) * c.x.class_stride + t.width * stride;
       for (int v = 0; v < t.vectors; ++v) {
-        V f = cap(load_positions(t.x + k * c.x.class_stride + v * L * stride, stride, count(t, v)));
+        __builtin_prefetch(ahead + v * L * stride, 0, 3);
+        V f = cap(load_positions(x + v * L * stride, stride, count(t, v)));
         store(t.scratch + k * t.width + v * L, f);
         store(peak + v * L, vmax(f, load(peak + v * L)));
-        // The lines of a tile lie far apart, where the hardware fetches nothing ahead.
-        if (t.grad) __builtin_prefetch(t.grad + k * c.grad.class_stride + v * L * c.grad.stride[inner], 1, 3);
       }
+    }
   }
 
   void sum_tile(const Tile& t, const A* peak, A* sum, A* q_sum, A* q_distance, A* expectation) const {
@@ -134,10 +142,13 @@ struct Tiles : CallOf<T, P, kCap> {
         store(at, d);
       }
     const int64_t stride = c.grad.stride[inner];
-    for (int64_t k = 0; k < c.classes; ++k)
-      for (int v = 0; v < t.vectors; ++v)
-        store_positions(t.grad + k * c.grad.class_stride + v * L * stride, stride, count(t, v),
-                        load(t.scratch + k * t.width + v * L));
+    for (int64_t k = 0; k < c.classes; ++k) {
+      T* const grad = t.grad + k * c.grad.class_stride;
+      for (int v = 0; v < t.vectors; ++v) {
+        __builtin_prefetch(grad + kAhead * c.grad.class_stride + v * L * stride, 1, 3);
+        store_positions(grad + v * L * stride, stride, count(t, v), load(t.scratch + k * t.width + v * L));
+      }
+    }
   }
 
   void tile(const Tile& t) const {

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tlkernels._core.dtypes import compute_dtype
-from tlkernels._core.triton import INTERPRETED, architecture
+from tlkernels._core.triton import INTERPRETED, architecture, tf32
 
 _ENVIRONMENT = "TLKERNELS_LINEAR"
 STRATEGIES = ("chunks", "lean")
@@ -162,7 +162,7 @@ def precision() -> str:
     """Return how `logits_tile` multiplies: TF32 where PyTorch's setting lets its own products of float32 be so."""
     if INTERPRETED:
         return "wide"
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    return "tf32" if tf32() else "ieee"
 
 
 class Sweep:

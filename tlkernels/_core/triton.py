@@ -67,6 +67,11 @@ def define(schema: str, fake: Callable[..., Any], module: str, function: str) ->
     return define_implemented(schema, fake, implementation, DEVICE.upper())
 
 
+def tf32() -> bool:
+    """Return whether PyTorch's setting lets products of float32 be made in TF32."""
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+
+
 def check_classes(target: Tensor, classes: int, ignore_index: int) -> None:
     """Raise IndexError if a class index is out of range; on a GPU only with TLKERNELS_CHECK=1."""
     if target.device.type == "cpu" or (CHECK and target.device.type == "cuda"):

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tlkernels._core.dtypes import compute_dtype
-from tlkernels._core.triton import INTERPRETED, Config, Table, launch
+from tlkernels._core.triton import INTERPRETED, Config, Table, launch, tf32
 
 _WIDEN = tl.constexpr(INTERPRETED)  # the interpreter's tl.dot takes bfloat16 for integers
 
@@ -225,8 +225,7 @@ def prepare(given: Tensor, dtype: torch.dtype, normalize: bool, config: Config) 
 
 def precision(dtype: torch.dtype) -> str:
     """Return how operands are multiplied: float32 ones in TF32 where the user lets torch do so."""
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if tf32 else "ieee"
+    return "tf32" if dtype == torch.float32 and tf32() else "ieee"
 
 
 def panel_rows(rows: int, features: int, config: Config) -> int:

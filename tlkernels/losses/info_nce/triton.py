@@ -191,7 +191,7 @@ def forward(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     """Return the loss of each row, and the state."""
     call = _Call(query, *arguments)
     rows, compute = call.rows, call.compute
-    state = query.new_empty((1 + call.symmetric, STATISTICS, rows), dtype=compute)
+    state = query.new_zeros((1 + call.symmetric, STATISTICS, rows), dtype=compute)  # some are not asked for
     loss = query.new_empty((rows,), dtype=compute)
     if rows == 0:
         return loss, state
