@@ -26,7 +26,7 @@ struct TileParts {
   int64_t row_items = 0, column_items = 0;
   int first_tile = 0;
 };
-constexpr int kinds_of(Set set) { return set == Set::none ? 3 : 5; }
+__host__ __device__ constexpr int kinds_of(Set set) { return set == Set::none ? 3 : 5; }
 
 // The gradient by the logits: factor * exp2(logit - top), less `share` in the set; `positive` at the positive. Each
 // (kSlopes, items) of the compute type, in this order.
