@@ -10,7 +10,7 @@ import tlkernels as tlk
 from tlkernels import testing
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
-TARGETS = testing.targets()
+TARGETS = testing.targets(loss="cross_entropy")
 
 
 def check(case, target, most=30):

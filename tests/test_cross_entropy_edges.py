@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.core, pytest.mark.usefixtures("poisoned_memory")]
 NAN, INF = math.nan, math.inf
 
 
-@pytest.fixture(params=testing.targets(), ids=str)
+@pytest.fixture(params=testing.targets(loss="cross_entropy"), ids=str)
 def impl(request):
     with testing.forced(request.param) as name:
         yield name

@@ -17,8 +17,7 @@ for path in sorted(Path(__file__).parent.glob("*_cases.py")):
     if hasattr(module, "LOSS"):
         LOSSES[path.stem.removesuffix("_cases")] = module.LOSS
 
-TARGETS = testing.targets() + testing.targets("cuda")
-IMPLEMENTATIONS = sorted({target.impl for target in TARGETS})
+IMPLEMENTATIONS = sorted({target.impl for target in testing.targets() + testing.targets("cuda")})
 
 
 def over(which=lambda loss, case: True):
@@ -30,6 +29,17 @@ def over(which=lambda loss, case: True):
         if which(loss, case)
     ]
     return pytest.mark.parametrize(("loss", "case"), chosen)
+
+
+def over_targets():
+    """Parametrise by all cases and what can run them."""
+    chosen = [
+        pytest.param(loss, case, target, id=f"{name}-{case.id}-{target}")
+        for name, loss in LOSSES.items()
+        for target in testing.targets(loss=loss.cuda or name) + testing.targets("cuda")
+        for case in loss.cases
+    ]
+    return pytest.mark.parametrize(("loss", "case", "target"), chosen)
 
 
 def one_each(loss, case):
@@ -89,8 +99,7 @@ def same(result, expected):
 
 @pytest.mark.core
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("target", TARGETS, ids=str)
-@over()
+@over_targets()
 def test_value_and_gradients(loss, case, target):
     def draw(seed):
         with testing.forced(target) as impl:

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from tlkernels._core import native, triton
 
-
 CUDA_HOST = "cuda_host"
 """The CUDA kernels, run on the host in the place of the CPU's (tests/cuda_host of a checkout)."""
 
@@ -167,6 +166,8 @@ class Loss:
     """The registered ops, each with arguments for opcheck."""
     rowwise: bool = True
     """Whether the bits do not depend on the number of threads."""
+    cuda: str = ""
+    """The name of its file in csrc/cuda, without: the loss's own."""
 
 
 def split(arguments: dict[str, Any], names: Sequence[str]) -> tuple[tuple[Tensor, ...], Callable[..., dict[str, Any]]]:

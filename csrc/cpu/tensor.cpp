@@ -71,5 +71,6 @@ static at::Tensor take_memory(at::Tensor& tensor, std::string why) {
 }
 
 TORCH_LIBRARY_IMPL(tlkernels, CPU, m) { m.impl("take_memory", take_memory); }
+TORCH_LIBRARY_IMPL(tlkernels, CUDA, m) { m.impl("take_memory", take_memory); }
 
 }  // namespace tlk

@@ -33,6 +33,18 @@ TLK_DEVICE void store_streaming(uint4* p, uint4 v) {
                : "memory");
 }
 
+// Copies 16 bytes to shared memory, zeros where they are not `there`, while the thread goes on. Those that were asked
+// for before the commit are one group; a wait is for all groups but the last kPending.
+TLK_DEVICE void cp_async_16(void* shared, const void* global, bool there = true) {
+  const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(there ? 16 : 0) : "memory");
+}
+TLK_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kPending>
+TLK_DEVICE void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
 // 2^x within 2^-22 of it; numbers below 2^-126 are 0.
 TLK_DEVICE float exp2_approximate(float x) {
   float y;

@@ -1,5 +1,5 @@
-// Sums and the like over the threads of a warp, a block and a cluster, in a fixed order. All threads take part and all
-// get the result.
+// Sums and the like over the threads of a warp, or of all that share a row, in a fixed order. All of them take part and
+// all get the result.
 #pragma once
 #include "ptx.cuh"
 
@@ -15,48 +15,94 @@ struct Sum {
     return A(0);
   }
 };
-// A NaN stays.
+// Of a NaN and a number it is the number.
 struct Max {
-  template <class A>
-  static TLK_DEVICE A join(A a, A b) {
-    return a > b || a != a ? a : b;
-  }
+  static TLK_DEVICE float join(float a, float b) { return fmaxf(a, b); }
+  static TLK_DEVICE double join(double a, double b) { return fmax(a, b); }
   template <class A>
   static TLK_DEVICE A none() {
     return -A(INFINITY);
   }
 };
+struct Min {
+  static TLK_DEVICE long long join(long long a, long long b) { return a < b ? a : b; }
+  template <class A>
+  static TLK_DEVICE A none() {
+    return A(0x7fffffffffffffffll);
+  }
+};
 
+// Over `lanes` neighbouring lanes, a power of two.
 template <class Op, class A>
-TLK_DEVICE A reduce_warp(A value) {
-#pragma unroll
-  for (int with = kWarp / 2; with > 0; with /= 2) value = Op::join(value, __shfl_xor_sync(0xffffffffu, value, with));
+TLK_DEVICE A reduce_warp(A value, int lanes = kWarp) {
+  for (int with = lanes / 2; with > 0; with /= 2) value = Op::join(value, __shfl_xor_sync(0xffffffffu, value, with));
   return value;
 }
 
-// `scratch` is shared memory for kWarp numbers; the next use of it may follow at once. The threads are whole warps.
-template <class Op, class A>
-TLK_DEVICE A reduce_block(A value, A* scratch) {
-  value = reduce_warp<Op>(value);
-  const int warps = int(blockDim.x) / kWarp, lane = int(threadIdx.x) % kWarp;
-  if (warps == 1) return value;
-  __syncthreads();  // whoever reads the last result has
-  if (lane == 0) scratch[threadIdx.x / kWarp] = value;
-  __syncthreads();
-  return reduce_warp<Op>(lane < warps ? scratch[lane] : Op::template none<A>());
-}
+// The threads that share a row: some lanes of a warp, or a block of whole warps, or a cluster of such blocks.
+class Team {
+ public:
+  static constexpr int kMost = 4;  // numbers that are reduced at once
+  // Bytes of shared memory that a team of more than one warp needs.
+  static constexpr int kScratch = 2 * kMost * (kWarp + 1) * int(sizeof(double));
 
-// The same over `blocks` blocks of a cluster; `scratch` has room for one number more.
-template <class Op, class A>
-TLK_DEVICE A reduce_cluster(A value, A* scratch, int blocks) {
-  value = reduce_block<Op>(value, scratch);
-  if (blocks == 1) return value;
-  cluster_sync();  // whoever reads the last result has
-  if (threadIdx.x == 0) scratch[kWarp] = value;
-  cluster_sync();
-  A all = Op::template none<A>();
-  for (int rank = 0; rank < blocks; ++rank) all = Op::join(all, load_from(scratch + kWarp, unsigned(rank)));
-  return all;
-}
+  // `scratch` is null where the team is `lanes` of one warp.
+  TLK_DEVICE Team(int lanes, int blocks, void* scratch)
+      : blocks_(blocks), lanes_(lanes), scratch_(static_cast<char*>(scratch)) {}
+
+  TLK_DEVICE int thread() const { return scratch_ ? int(threadIdx.x) : int(threadIdx.x) % lanes_; }  // in the block
+  TLK_DEVICE int threads() const { return scratch_ ? int(blockDim.x) : lanes_; }
+  TLK_DEVICE int blocks() const { return blocks_; }
+  TLK_DEVICE unsigned rank() const { return blocks_ > 1 ? cluster_rank() : 0; }
+  TLK_DEVICE bool leads() const { return thread() == 0 && rank() == 0; }
+
+  // Each of `value` on its own.
+  template <class Op, int N, class A>
+  TLK_DEVICE void reduce(A (&value)[N]) {
+    static_assert(N <= kMost && sizeof(A) <= sizeof(double));
+#pragma unroll
+    for (int i = 0; i < N; ++i) value[i] = reduce_warp<Op>(value[i], lanes_);
+    if (!scratch_) return;
+    // Of two parts in turn: when one is written again, all threads have passed the barrier of the other.
+    A* const part = reinterpret_cast<A*>(scratch_ + turn_ * (kScratch / 2));
+    turn_ = 1 - turn_;
+    const int warps = int(blockDim.x) / kWarp, lane = int(threadIdx.x) % kWarp;
+    if (lane == 0)
+      for (int i = 0; i < N; ++i) part[i * (kWarp + 1) + threadIdx.x / kWarp] = value[i];
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+      value[i] = reduce_warp<Op>(lane < warps ? part[i * (kWarp + 1) + lane] : Op::template none<A>());
+    if (blocks_ == 1) return;
+    if (threadIdx.x == 0)
+      for (int i = 0; i < N; ++i) part[i * (kWarp + 1) + kWarp] = value[i];
+    cluster_sync();
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const A* const of_block = part + i * (kWarp + 1) + kWarp;
+      value[i] = reduce_warp<Op>(lane < blocks_ ? load_from(of_block, unsigned(lane)) : Op::template none<A>());
+    }
+  }
+  template <class Op, class A>
+  TLK_DEVICE A reduce(A value) {
+    A values[1] = {value};
+    reduce<Op>(values);
+    return values[0];
+  }
+
+  // Orders what the team's threads read and write.
+  TLK_DEVICE void sync() const {
+    if (blocks_ > 1)
+      cluster_sync();
+    else if (scratch_)
+      __syncthreads();
+    else
+      __syncwarp();
+  }
+
+ private:
+  int blocks_, lanes_, turn_ = 0;
+  char* scratch_;
+};
 
 }  // namespace tlk

@@ -1,7 +1,7 @@
 // What the ops on CUDA tensors share: the device and stream of their tensors, and launches that went wrong.
 #pragma once
-#include <ATen/cuda/CUDAContext.h>
 #include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
 
 #include <cstdlib>
 #include <cstring>
@@ -13,7 +13,7 @@ namespace tlk {
 // The tensors' device is the current one while this lives.
 struct OnDevice {
   explicit OnDevice(const at::Tensor& tensor) : guard(tensor.device()) {}
-  cudaStream_t stream() const { return at::cuda::getCurrentCUDAStream(); }
+  cudaStream_t stream() const { return c10::cuda::getCurrentCUDAStream(); }
 
  private:
   c10::cuda::CUDAGuard guard;

@@ -5,6 +5,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include <algorithm>
+
 #include "fibers.h"
 
 #define __global__
@@ -124,6 +126,9 @@ inline void __threadfence() {}
 inline void __threadfence_block() {}
 
 // ---- numbers ----
+
+using std::max;
+using std::min;
 
 template <class T>
 T __ldg(const T* p) {

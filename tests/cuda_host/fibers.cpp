@@ -42,8 +42,15 @@ struct Context {
   void* fake_stack = nullptr;
 };
 
+struct Copy {
+  void* to;
+  const void* from;
+  size_t size;
+};
+
 struct Fiber : Context {
   Thread thread;
+  std::deque<std::vector<Copy>> copies = {{}};  // the last group is not committed
   bool done = true;
   const char* waits = nullptr;  // for what
   Place place{};
@@ -187,7 +194,7 @@ void run_cluster(const Launch& launch, uint3 first) {
   for (unsigned i = 0; i < cluster_threads; ++i) {
     Fiber& fiber = *fibers[i];
     const unsigned rank = i / threads;
-    fiber.done = false, fiber.waits = nullptr;
+    fiber.done = false, fiber.waits = nullptr, fiber.copies = {{}};
     fiber.thread = {{i % threads, 0, 0}, {first.x + rank, first.y, first.z}, i % threads % 32, rank, launch.cluster,
                     shared_memory[rank]};
     all.push_back(&fiber);
@@ -267,6 +274,19 @@ void barrier(Scope scope, Place place) {
   std::vector<Fiber*> others;
   others.swap(at.waiting);
   release(others);
+}
+
+void copy_later(void* to, const void* from, size_t size) { self->copies.back().push_back({to, from, size}); }
+
+void commit_copies() { self->copies.emplace_back(); }
+
+void wait_for_copies(size_t pending_groups) {
+  for (; self->copies.size() > pending_groups + 1; self->copies.pop_front())
+    for (const Copy& copy : self->copies.front())
+      if (copy.from)
+        std::memcpy(copy.to, copy.from, copy.size);
+      else
+        std::memset(copy.to, 0, copy.size);
 }
 
 void* shared_of(const void* p, unsigned rank) {

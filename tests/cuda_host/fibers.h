@@ -42,6 +42,11 @@ const char* exchange(unsigned mask, const void* value, size_t size, const char* 
 enum class Scope { block, cluster };
 void barrier(Scope scope, Place place);
 
+// Copies of the thread in groups, done at the wait for theirs; of null they are zeros.
+void copy_later(void* to, const void* from, size_t size);
+void commit_copies();
+void wait_for_copies(size_t pending_groups);
+
 // Another block's shared memory, at the place that `p` has in this one's.
 void* shared_of(const void* p, unsigned rank);
 

@@ -18,6 +18,18 @@ inline void store_streaming(uint4* p, uint4 v) {
   *p = v;
 }
 
+// The copy happens as late as it may, so that a wait that is missing shows.
+inline void cp_async_16(void* shared, const void* global, bool there = true) {
+  if ((reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(global)) % 16)
+    cuda_host::fail("a copy of 16 bytes is not aligned", CUDA_HOST_HERE);
+  cuda_host::copy_later(shared, there ? global : nullptr, 16);
+}
+inline void cp_async_commit() { cuda_host::commit_copies(); }
+template <int kPending>
+void cp_async_wait() {
+  cuda_host::wait_for_copies(kPending);
+}
+
 inline float exp2_approximate(float x) {
   const float y = exp2f(x);
   return y < 0x1p-126f ? 0 : y;

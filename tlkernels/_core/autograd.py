@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 from tlkernels._core import native, triton
+from tlkernels._core.library import scale_
 
 Tensors = Sequence[Tensor | None]
 Step = Callable[[Tensors, Sequence[bool]], tuple[Tensor, list[Tensor | None]]]
@@ -43,13 +44,17 @@ def where_needed(grads: Sequence[Tensor | None], needs: Sequence[bool]) -> list[
     return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
 
 
-def refuse_native(*tensors: Tensor | None) -> str | None:
-    """Return why a native implementation without functorch support cannot serve a call with these tensors, or None."""
+def refuse_native(*tensors: Tensor | None, served: tuple[str, ...] = ("cpu",)) -> str | None:
+    """Return why a native implementation without functorch support cannot serve a call with these tensors, or None.
+
+    `served` are the types of devices that it has kernels for (`native.served`).
+    """
     if not native.available():
         return native.why_not()
     for tensor in tensors:
-        if tensor is not None and tensor.device.type != "cpu":
-            return f"it serves CPU tensors; there is one on {tensor.device}"
+        if tensor is not None and tensor.device.type not in served:
+            kinds = " and ".join(kind.upper() for kind in served)
+            return f"it serves {kinds} tensors; there is one on {tensor.device}"
     return _refuse_transforms()
 
 
@@ -76,7 +81,8 @@ def one_sweep(step: Step, again: Again, *tensors: Tensor | None, by_triton: bool
         step: (tensors, whether each needs a gradient) -> the loss and a fresh gradient for each that does.
         again: the same loss of the same tensors in plain PyTorch.
         tensors: what may need a gradient; `step` and `again` hold everything else.
-        by_triton: whether a kernel multiplies gradients by their upstream, which then is not read on the host.
+        by_triton: whether a kernel of Triton's multiplies gradients by their upstream, which then is not read on the
+            host; for the extension's on a GPU its own does.
     """
     needs = [_needs_grad(tensor) for tensor in tensors]
     with torch.no_grad():
@@ -89,16 +95,21 @@ def one_sweep(step: Step, again: Again, *tensors: Tensor | None, by_triton: bool
             grad if grad is None else scale(grad, upstream) for grad in where_needed(step(tensors, needs)[1], needs)
         ]
 
-    def scale(grad: Tensor, upstream: Tensor) -> Tensor:
-        if not by_triton:
-            return grad.mul_(upstream)
-        from tlkernels._core.triton_kernels import scale_
+    on_gpu = loss.device.type == "cuda"
 
-        return scale_(grad, upstream)
+    def scale(grad: Tensor, upstream: Tensor) -> Tensor:
+        if by_triton:
+            from tlkernels._core import triton_kernels
+
+            return triton_kernels.scale_(grad, upstream)
+        if on_gpu:
+            scale_(grad, upstream)
+            return grad
+        return grad.mul_(upstream)
 
     if not any(needs):
         return loss
-    return _attach(loss, tensors, grads, compute, scale if by_triton else None)
+    return _attach(loss, tensors, grads, compute, scale if by_triton or on_gpu else None)
 
 
 def two_sweeps(loss: Tensor, backward: Backward, again: Again, *tensors: Tensor | None) -> Tensor:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-from torch import Tensor  # before the extension, whose libraries torch brings
+import torch  # before the extension, whose libraries torch brings
+from torch import Tensor
 
 _ENVIRONMENT = "TLKERNELS_ISA"
 
@@ -36,6 +37,12 @@ def _loaded() -> ModuleType:
     if _extension is None:
         raise RuntimeError(_reason)
     return _extension
+
+
+def served(op: str) -> tuple[str, ...]:
+    """Return the types of devices for whose tensors the extension has `tlkernels::<op>`: "cpu" and "cuda"."""
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    return tuple(key.lower() for key in ("CPU", "CUDA") if _extension and has(f"tlkernels::{op}", key))
 
 
 def isas() -> tuple[str, ...]:

@@ -96,6 +96,7 @@ _SCHEMAS: tuple[tuple[str, str, Any], ...] = (
     ),
 )
 NATIVE = Ops(*(define(f"cross_entropy_{name}{schema}", fake) for name, schema, fake in _SCHEMAS[:6]))
+_SERVED = native.served("cross_entropy_fwd")
 TRITON = Ops(
     *(
         triton.define(f"cross_entropy_{name}_triton{schema}", fake, "tlkernels.losses.cross_entropy.triton", function)
@@ -356,8 +357,9 @@ def _run_rows(ops: Ops, call: Call) -> Tensor | CrossEntropyOutput:
 def _refuse_native(call: Call) -> str | None:
     if not native.available():
         return native.why_not()
-    if call.input.device.type != "cpu":
-        return f"it serves CPU tensors; input is on {call.input.device}"
+    if call.input.device.type not in _SERVED:
+        kinds = " and ".join(kind.upper() for kind in _SERVED)
+        return f"it serves {kinds} tensors; input is on {call.input.device}"
     return _refuse_kernels(call)
 
 

@@ -12,6 +12,3 @@ struct HostStream {
 };
 inline HostStream getCurrentCUDAStream() { return {}; }
 }  // namespace c10::cuda
-namespace at::cuda {
-using c10::cuda::getCurrentCUDAStream;
-}

@@ -1,0 +1,83 @@
+// A row's numbers in packs of 16 bytes: pack k holds numbers k * kLanes<T> and so on, wherever the row starts. So its
+// numbers meet in the same thread whatever the alignment, those of other rows and tensors too, and sums have one order.
+#pragma once
+#include "vector.cuh"
+
+namespace tlk {
+
+// Bytes `from` to `from + 16` of the 32 in a and b; `from` is even and below 16.
+TLK_DEVICE uint4 join(uint4 a, uint4 b, unsigned from) {
+  unsigned w[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+  if (from & 8) {
+#pragma unroll
+    for (int i = 0; i < 6; ++i) w[i] = w[i + 2];
+  }
+  if (from & 4) {
+#pragma unroll
+    for (int i = 0; i < 5; ++i) w[i] = w[i + 1];
+  }
+  if (from & 2) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) w[i] = w[i] >> 16 | w[i + 1] << 16;
+  }
+  return make_uint4(w[0], w[1], w[2], w[3]);
+}
+
+template <class T>
+TLK_DEVICE unsigned misaligned(const T* p) {
+  return unsigned(reinterpret_cast<uintptr_t>(p) % 16);
+}
+
+// Pack k of a row of n numbers, `fill` past its end. Of an unaligned row two aligned loads are joined, which neighbours
+// share in the first-level cache; only what lies next to its ends is read number by number, so that nothing beyond them
+// is.
+template <class T>
+TLK_DEVICE Pack<T> load_pack(const T* row, int64_t n, int64_t k, T fill) {
+  const int64_t first = k * kLanes<T>;
+  const unsigned off = misaligned(row);
+  if (off == 0 && first + kLanes<T> <= n) return Pack<T>(load_streaming(reinterpret_cast<const uint4*>(row + first)));
+  if (off != 0 && k > 0 && 16 * k - off + 32 <= n * int64_t(sizeof(T))) {
+    const uint4* const p = reinterpret_cast<const uint4*>(reinterpret_cast<const char*>(row + first) - off);
+    const uint4 a = p[0], b = p[1];
+    return Pack<T>(join(a, b, off));
+  }
+  Pack<T> pack;
+#pragma unroll
+  for (int i = 0; i < kLanes<T>; ++i) pack.lane[i] = first + i < n ? row[first + i] : fill;
+  return pack;
+}
+
+// Stores pack k of a row of n numbers, as far as it is in the row. All lanes of a warp call this, each with the pack
+// that follows its neighbour's: of an unaligned row a lane stores the end of that one with the start of its own.
+template <class T>
+TLK_DEVICE void store_pack(T* row, int64_t n, int64_t k, Pack<T> pack) {
+  const int64_t first = k * kLanes<T>, bytes = n * int64_t(sizeof(T));
+  const unsigned off = misaligned(row);
+  if (off == 0) {
+    if (first + kLanes<T> <= n) {
+      store_streaming(reinterpret_cast<uint4*>(row + first), pack.bits);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kLanes<T>; ++i)
+        if (first + i < n) row[first + i] = pack.lane[i];
+    }
+    return;
+  }
+  const unsigned lane = threadIdx.x % kWarp;
+  uint4 before;
+  before.x = __shfl_up_sync(0xffffffffu, pack.bits.x, 1);
+  before.y = __shfl_up_sync(0xffffffffu, pack.bits.y, 1);
+  before.z = __shfl_up_sync(0xffffffffu, pack.bits.z, 1);
+  before.w = __shfl_up_sync(0xffffffffu, pack.bits.w, 1);
+  // The 16 bytes at an aligned address in which this pack begins, and those in which it ends.
+  const bool begins = lane > 0 && 16 * k - off + 16 <= bytes, ends = lane + 1 < kWarp && 16 * k - off + 32 <= bytes;
+  if (begins)
+    store_streaming(reinterpret_cast<uint4*>(reinterpret_cast<char*>(row + first) - off),
+                    join(before, pack.bits, 16 - off));
+  const int split = int((16 - off) / sizeof(T));  // numbers before the next aligned address
+#pragma unroll
+  for (int i = 0; i < kLanes<T>; ++i)
+    if (!(i < split ? begins : ends) && first + i < n) row[first + i] = pack.lane[i];
+}
+
+}  // namespace tlk

@@ -1,0 +1,219 @@
+// Where a row is between the sweeps over it. Each thread has its own part of the row and sees no other; with `out` a
+// sweep writes what the body has put in the place of the numbers. Bodies are called with the class of the first number
+// and an array of some neighbouring ones, of which those past the row's end are -inf: body(int k, A (&v)[N]).
+#pragma once
+#include "pack.cuh"
+#include "reduce.cuh"
+
+namespace tlk {
+
+// The packs of a row of n numbers that one of `blocks` blocks has, as a row of their own.
+template <class T>
+struct Slice {
+  const T* x = nullptr;
+  int n = 0, packs = 0, first = 0;  // numbers; packs; the row's number that is the first here
+
+  TLK_DEVICE Slice() {}
+  TLK_DEVICE Slice(const T* row, int row_n, const Team& team) {
+    const int all = (row_n + kLanes<T> - 1) / kLanes<T>, each = (all + team.blocks() - 1) / team.blocks();
+    first = min(row_n, int(team.rank()) * each * kLanes<T>);
+    n = min(row_n - first, each * kLanes<T>);
+    packs = (n + kLanes<T> - 1) / kLanes<T>;
+    x = row + first;
+  }
+};
+
+template <class T>
+TLK_DEVICE T nothing() {
+  return narrow<T>(-Compute<T>(INFINITY));
+}
+
+// The body with pack j, if the slice has it; whole warps call this.
+template <class T, class Body>
+TLK_DEVICE void visit(const Slice<T>& slice, int j, const Pack<T>& pack, Body& body, T* out) {
+  Compute<T> v[kLanes<T>];
+#pragma unroll
+  for (int i = 0; i < kLanes<T>; ++i) v[i] = widen(pack.lane[i]);
+  if (j < slice.packs) body(slice.first + j * kLanes<T>, v);
+  if (!out) return;
+  Pack<T> result;
+#pragma unroll
+  for (int i = 0; i < kLanes<T>; ++i) result.lane[i] = narrow<T>(v[i]);
+  store_pack(out + slice.first, slice.n, j, result);
+}
+
+// A few numbers for each lane of some lanes of a warp, one by one: rows of so few that packs would leave lanes idle.
+template <class T>
+class InLanes {
+ public:
+  static constexpr bool kRereads = false;
+  static constexpr int kElements = 8;
+
+  TLK_DEVICE void load(const T* x, int n, const Team& team, void*) {
+    n_ = n, first_ = team.thread(), step_ = team.threads();
+#pragma unroll
+    for (int i = 0; i < kElements; ++i)
+      if (first_ + i * step_ < n_) x_[i] = x[first_ + i * step_];
+  }
+  template <class Body>
+  TLK_DEVICE void each(Body body, T* out = nullptr) const {
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) {
+      const int k = first_ + i * step_;
+      if (k >= n_) continue;
+      Compute<T> v[1] = {widen(x_[i])};
+      body(k, v);
+      if (out) out[k] = narrow<T>(v[0]);
+    }
+  }
+
+ private:
+  int n_, first_, step_;
+  T x_[kElements];
+};
+
+// 64 bytes of registers for each thread.
+template <class T>
+class InRegisters {
+ public:
+  static constexpr bool kRereads = false;
+  static constexpr int kPacks = 4;
+
+  TLK_DEVICE void load(const T* x, int n, const Team& team, void*) {
+    slice_ = Slice<T>(x, n, team);
+    first_ = team.thread(), step_ = team.threads();
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i)
+      if (i * step_ < slice_.packs) pack_[i] = load_pack(slice_.x, slice_.n, first_ + i * step_, nothing<T>());
+  }
+  template <class Body>
+  TLK_DEVICE void each(Body body, T* out = nullptr) const {
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i)
+      if (i * step_ < slice_.packs) visit(slice_, first_ + i * step_, pack_[i], body, out);
+  }
+
+ private:
+  Slice<T> slice_;
+  int first_, step_;
+  Pack<T> pack_[kPacks];
+};
+
+// Copied without passing through registers, so that all of it is on its way at once, and lying there as it does in
+// memory. For whole blocks.
+template <class T>
+class InShared {
+ public:
+  static constexpr bool kRereads = false;
+  // Of the block that has `packs` packs.
+  static constexpr int64_t bytes(int64_t packs) { return 16 * (packs + 2); }
+
+  TLK_DEVICE void load(const T* x, int n, const Team& team, void* memory) {
+    slice_ = Slice<T>(x, n, team);
+    memory_ = static_cast<uint4*>(memory), thread_ = team.thread(), threads_ = team.threads();
+    off_ = misaligned(slice_.x);
+    const int ahead = int((16 - off_) % 16 / sizeof(T));  // numbers before the first aligned address
+    const int head = min(slice_.n, ahead), words = (slice_.n - head) / kLanes<T>, tail = head + words * kLanes<T>;
+    uint4* const to = memory_ + (off_ ? 1 : 0);
+    for (int j = thread_; j < words; j += threads_) cp_async_16(to + j, slice_.x + head + j * kLanes<T>);
+    cp_async_commit();
+    T* const numbers = reinterpret_cast<T*>(reinterpret_cast<char*>(memory_) + off_);
+    if (thread_ < head) numbers[thread_] = slice_.x[thread_];
+    if (tail + thread_ < slice_.n) numbers[tail + thread_] = slice_.x[tail + thread_];
+    cp_async_wait<0>();
+    __syncthreads();
+  }
+  template <class Body>
+  TLK_DEVICE void each(Body body, T* out = nullptr) const {
+    for (int at = 0; at < slice_.packs; at += threads_) visit(slice_, at + thread_, pack(at + thread_), body, out);
+  }
+
+ private:
+  Slice<T> slice_;
+  uint4* memory_;
+  int thread_, threads_;
+  unsigned off_;
+
+  TLK_DEVICE Pack<T> pack(int j) const {
+    Pack<T> pack;
+    if (j < slice_.packs) pack.bits = off_ ? join(memory_[j], memory_[j + 1], off_) : memory_[j];
+    if ((j + 1) * kLanes<T> > slice_.n) {
+#pragma unroll
+      for (int i = 0; i < kLanes<T>; ++i)
+        if (j * kLanes<T> + i >= slice_.n) pack.lane[i] = nothing<T>();
+    }
+    return pack;
+  }
+};
+
+// Read again by each sweep.
+template <class T>
+class InMemory {
+ public:
+  static constexpr bool kRereads = true;
+
+  TLK_DEVICE void load(const T* x, int n, const Team& team, void*) {
+    slice_ = Slice<T>(x, n, team);
+    thread_ = team.thread(), threads_ = team.threads();
+  }
+  template <class Body>
+  TLK_DEVICE void each(Body body, T* out = nullptr) const {
+    constexpr int kAtOnce = 4;  // loads in flight
+    for (int at = thread_; at - thread_ < slice_.packs; at += kAtOnce * threads_) {
+      Pack<T> pack[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) pack[i] = load_pack(slice_.x, slice_.n, at + i * threads_, nothing<T>());
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) visit(slice_, at + i * threads_, pack[i], body, out);
+    }
+  }
+
+ private:
+  Slice<T> slice_;
+  int thread_, threads_;
+};
+
+// A row whose numbers lie `stride` apart, those of neighbouring rows beside each other, by one thread for each row: in
+// shared memory, numbers of a row as many apart as the block has threads; or read again by each sweep.
+template <class T, bool kShared>
+class InColumn {
+ public:
+  static constexpr bool kRereads = !kShared;
+  static constexpr int kAtOnce = 8;
+  static constexpr int64_t bytes(int64_t n, int threads) { return kShared ? n * threads * int64_t(sizeof(T)) : 0; }
+
+  TLK_DEVICE InColumn(int64_t stride, int64_t out_stride) : stride_(stride), out_stride_(out_stride) {}
+
+  TLK_DEVICE void load(const T* x, int n, const Team&, void* memory) {
+    x_ = x, n_ = n;
+    if (!kShared) return;
+    T* const mine = static_cast<T*>(memory) + threadIdx.x;
+#pragma unroll kAtOnce
+    for (int k = 0; k < n; ++k) mine[k * int(blockDim.x)] = x[k * stride_];
+    x_ = mine, stride_ = blockDim.x;
+  }
+  template <class Body>
+  TLK_DEVICE void each(Body body, T* out = nullptr) const {
+    int k = 0;
+    for (; k + kAtOnce <= n_; k += kAtOnce) some<kAtOnce>(k, body, out);
+    for (; k < n_; ++k) some<1>(k, body, out);
+  }
+
+ private:
+  int64_t stride_, out_stride_;
+  const T* x_ = nullptr;
+  int n_ = 0;
+
+  template <int N, class Body>
+  TLK_DEVICE void some(int k, Body& body, T* out) const {
+    Compute<T> v[N];
+#pragma unroll
+    for (int i = 0; i < N; ++i) v[i] = widen(x_[(k + i) * stride_]);
+    body(k, v);
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+      if (out) out[(k + i) * out_stride_] = narrow<T>(v[i]);
+  }
+};
+
+}  // namespace tlk

@@ -1,0 +1,271 @@
+"""The CUDA kernels run on the host: that the run sees faults, and what is particular to these kernels.
+
+The rest of their tests are those of their losses, whose targets "native-cuda_host" is among.
+"""
+
+import ctypes
+import os
+import subprocess
+import sys
+from contextlib import contextmanager
+
+import pytest
+import torch
+from cross_entropy_cases import BF16, F16, F32, F64, Case
+
+import tlkernels as tlk
+from tlkernels import testing
+from tlkernels._core import library
+
+pytestmark = pytest.mark.skipif(not testing.on_cuda_host("cross_entropy"), reason="no compiler, or no checkout")
+TARGET = testing.Target("native", testing.CUDA_HOST)
+
+FAULTS = {
+    "none": "right",
+    "thread_leaves_before_barrier": "waits for ever at __syncthreads",
+    "two_barriers": "threads are at different barriers",
+    "shuffle_in_a_branch": "waits for ever at __shfl_xor_sync",
+    "two_collectives": "lanes of one mask are at",
+    "mask_without_the_caller": "the mask leaves out the thread that calls",
+    "lane_outside_the_mask": "a shuffle reads a lane that the mask leaves out",
+    "missing_barrier": "nan",
+    "missing_wait": "nan",
+    "unwritten_shared_memory": "nan",
+    "unaligned_load": "a load of 16 bytes is not aligned",
+    "block_leaves_its_cluster": "waits for ever at a barrier of the cluster",
+}
+
+
+def compiled(folder, name, *flags):
+    """Compile the kernels with faults."""
+    build = testing.cuda_host()
+    program = folder / name
+    sources = [build.HERE / "faults" / "faults.cpp", build.HERE / "fibers.cpp", build.HERE / "cuda_runtime.cpp"]
+    command = [os.environ.get("CXX", "c++"), *build.FLAGS, f"-I{build.HERE}", *flags, *map(str, sources), "-o"]
+    subprocess.run([*command, str(program)], check=True)
+    return program
+
+
+@pytest.fixture(scope="module")
+def faults(tmp_path_factory):
+    return compiled(tmp_path_factory.mktemp("faults"), "faults", "-O1")
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("name", FAULTS)
+def test_faults_are_seen(faults, name):
+    run = subprocess.run([faults, name], capture_output=True, text=True, check=True)
+    assert FAULTS[name] in run.stdout
+
+
+@pytest.fixture(scope="module")
+def sanitized_faults(tmp_path_factory):
+    return compiled(tmp_path_factory.mktemp("faults"), "sanitized", "-Og", *testing.cuda_host().SANITIZE)
+
+
+@pytest.mark.parametrize("name", ["none", "reads_past_the_end", "writes_past_shared_memory"])
+def test_accesses_out_of_range_are_seen(sanitized_faults, name):
+    environment = {name: value for name, value in os.environ.items() if name not in ("LD_PRELOAD", "ASAN_OPTIONS")}
+    run = subprocess.run([sanitized_faults, name], capture_output=True, text=True, env=environment)
+    assert ("heap-buffer-overflow" in run.stderr) == (name != "none")
+    assert (run.returncode == 0) == (name == "none")
+
+
+@contextmanager
+def strategy(name):
+    """Take no other strategy of cross entropy's table."""
+    force = testing.cuda_host().load().tlk_force_cross_entropy_strategy
+    force(ctypes.c_char_p(name.encode()))
+    try:
+        yield
+    finally:
+        force(ctypes.c_char_p(None))
+
+
+def check(case, input=None):
+    """Loss and gradient against float64."""
+
+    def draw(seed):
+        made, target, weight, options = case.make(seed)
+        given = made if input is None else input(made)
+        ours, eager, oracle = case.functions(target, weight, options, "native")
+        value = oracle(made.double())
+        upstream = 0.5 + torch.rand(value.shape, generator=torch.Generator().manual_seed(seed))
+        with testing.forced(TARGET):
+            result, grad = testing.gradients(ours, given, upstream)
+        eager_result, eager_grad = testing.gradients(eager, made, upstream)
+        right, right_grad = testing.gradients(oracle, made.double(), upstream.to(result.dtype).double())
+        return [("loss", result, eager_result, right), ("gradient", grad, eager_grad, right_grad)]
+
+    testing.check_budgets(case.dtype, draw)
+
+
+OPTIONS = (
+    (),
+    (("z_loss", 1e-2), ("ignore_index", 2), ("reduction", "none")),
+    (("label_smoothing", 0.1), ("softcap", 8.0), ("temperature", 1.5), ("z_loss", 1e-3), ("reduction", "none")),
+)
+# The classes that a strategy serves in every dtype: one, fewer than a pack, the end of a thread's part and one past it,
+# odd, several packs a thread.
+ROWS = {
+    "lanes": (1, 5, 16, 17, 45, 129, 256),
+    "warp": (1, 7, 33, 97, 128, 256),
+    "registers": (1, 9, 256, 1027, 4099, 8192),
+    "shared": (1, 9, 1027, 6001),
+    "cluster": (1, 2, 9, 517, 4099, 20011),
+    "large shared": (3, 1027),
+    "sweeps": (1, 9, 4099, 20011),
+}
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("dtype", [F64, F32, BF16, F16], ids=str)
+@pytest.mark.parametrize(("name", "classes"), [(name, c) for name, sizes in ROWS.items() for c in sizes])
+@pytest.mark.usefixtures("poisoned_memory")
+def test_every_strategy_for_rows(name, classes, dtype):
+    for options in OPTIONS:
+        if classes == 1 and options == OPTIONS[1]:
+            options = ()
+        with strategy(name):
+            check(Case((3, classes), dtype, options=options))
+    with strategy(name):
+        check(Case((3, classes), dtype, "probabilities", True))
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("dtype", [F64, F32, BF16, F16], ids=str)
+@pytest.mark.parametrize(
+    ("name", "classes"),
+    [(n, c) for n in ("columns", "column sweeps") for c in (1, 7, 8, 9, 21)] + [("column sweeps", 301)],
+)
+@pytest.mark.usefixtures("poisoned_memory")
+def test_every_strategy_for_columns(name, classes, dtype):
+    for options in OPTIONS:
+        if classes == 1:
+            options = ()
+        with strategy(name):
+            check(Case((2, classes, 5, 31), dtype, options=options))
+    with strategy(name):
+        check(Case((2, classes, 11), dtype, "probabilities", True))
+
+
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("dtype", [F64, F32, BF16, F16], ids=str)
+def test_rows_at_any_address(name, dtype):
+    """Logits that begin at every place in 16 bytes; their gradient, elsewhere, is written by whole packs too."""
+    size = torch.empty((), dtype=dtype).element_size()
+    for start in range(16 // size):
+
+        def moved(dense, start=start):
+            memory = torch.full((dense.numel() + start + 64,), float("nan"), dtype=dtype)
+            rows = memory[start : start + dense.numel()].view(dense.shape)
+            return rows.copy_(dense)
+
+        with strategy(name):
+            check(Case((3, 100 + start), dtype, options=(("label_smoothing", 0.1), ("reduction", "none"))), moved)
+
+
+@pytest.mark.parametrize("name", [*ROWS, "columns", "column sweeps"])
+def test_statistics_and_gradient_in_place(name):
+    for dtype in (F32, BF16):
+        shape = (3, 21, 4) if name.startswith("column") else (3, 101)
+        x = testing.logits(shape, dtype, torch.Generator().manual_seed(0))
+        y = torch.randint(0, shape[1], shape[:1] + shape[2:])
+        y.view(-1)[1] = -100
+        for target in (y, torch.randn(shape).softmax(1)):
+            expected = tlk.cross_entropy_stats(x, target, impl="reference")
+            with testing.forced(TARGET), strategy(name):
+                found = tlk.cross_entropy_stats(x, target, impl="native")
+                right = tlk.cross_entropy_stats(x, x.argmax(1), impl="native")
+                leaf = x.clone().requires_grad_()
+                loss = tlk.cross_entropy(leaf * 1, target, inplace_grad=True, impl="native")
+                (grad,) = torch.autograd.grad(loss, leaf)
+            assert torch.equal(found.correct, expected.correct)
+            assert right.correct.all()
+            torch.testing.assert_close(found.lse, expected.lse, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(found.entropy, expected.entropy, rtol=1e-4, atol=1e-5)
+            leaf = x.clone().requires_grad_()
+            (right_grad,) = torch.autograd.grad(tlk.cross_entropy(leaf, target, impl="reference"), leaf)
+            torch.testing.assert_close(grad, right_grad)
+
+
+@pytest.mark.parametrize("name", [*ROWS, "columns", "column sweeps"])
+def test_class_index_out_of_range_is_nan_in_its_row(name):
+    shape = (4, 21, 3) if name.startswith("column") else (4, 101)
+    for bad in (-1, shape[1], 2**40, -(2**40)):
+        x = torch.randn(shape, requires_grad=True)
+        y = torch.ones(shape[:1] + shape[2:], dtype=torch.long)
+        y[1] = bad
+        with testing.forced(TARGET), strategy(name):
+            loss = tlk.cross_entropy(x, y, torch.rand(shape[1]), reduction="none", impl="native")
+            (grad,) = torch.autograd.grad(loss.sum(), x)
+        others = torch.tensor([0, 2, 3])
+        assert loss[1].isnan().all()
+        assert grad[1].isnan().all()
+        assert loss[others].isfinite().all()
+        assert grad[others].isfinite().all()
+
+
+@pytest.mark.parametrize("name", [*ROWS, "columns", "column sweeps"])
+def test_bits_of_a_row(name):
+    """They do not depend on the other rows, nor on where it lies."""
+    shape = (5, 21, 30) if name.startswith("column") else (5, 101)
+    x = testing.logits(shape, F32, torch.Generator().manual_seed(0))
+    y = torch.randint(0, shape[1], shape[:1] + shape[2:])
+
+    def run(x, y):
+        leaf = x.clone().requires_grad_()
+        with testing.forced(TARGET), strategy(name):
+            loss = tlk.cross_entropy(leaf, y, reduction="none", impl="native")
+            return loss.detach(), torch.autograd.grad(loss.sum(), leaf)[0]
+
+    loss, grad = run(x, y)
+    for k in range(shape[0]):
+        one_loss, one_grad = run(x[k : k + 1], y[k : k + 1])
+        assert torch.equal(one_loss[0], loss[k])
+        assert torch.equal(one_grad[0], grad[k])
+
+
+def test_a_device_without_clusters(monkeypatch):
+    monkeypatch.setenv("TLKERNELS_CUDA_HOST_SM", "80")
+    with strategy("cluster"), testing.forced(TARGET), pytest.raises(RuntimeError, match="not launched"):
+        tlk.cross_entropy(torch.randn(2, 50), torch.zeros(2, dtype=torch.long), impl="native")
+    check(Case((2, 200_003), BF16))
+
+
+@pytest.mark.parametrize("dtype", [F64, F32, BF16, F16], ids=str)
+def test_scale(dtype):
+    """And with it every bit pattern of the 16-bit types through the conversions of the host run."""
+    values = (
+        torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+        if dtype in (BF16, F16)
+        else torch.randn(1000, dtype=dtype)
+    )
+    for factor in (0.3, 1.0, 1e-4):
+        by = torch.tensor(factor, dtype=F64 if dtype == F64 else F32)
+        expected = values if factor == 1 else (values.to(by.dtype) * by).to(dtype)
+        for start, stop in ((0, values.numel()), (1, 1), (1, 4), (3, values.numel() - 2)):
+            result = values.clone()
+            with testing.forced(TARGET):
+                library.scale_(result[start:stop], by)
+            outside = torch.ones(values.numel(), dtype=torch.bool)
+            outside[start:stop] = False
+            assert torch.equal(result[outside].nan_to_num(), values[outside].nan_to_num())
+            torch.testing.assert_close(result[start:stop], expected[start:stop], rtol=0, atol=0, equal_nan=True)
+
+
+def test_the_cpu_kernels_come_back():
+    x, y = torch.randn(3, 50), torch.tensor([0, 1, 60])
+    with testing.forced(TARGET):
+        assert tlk.cross_entropy(x, y, impl="native").isnan()
+    with pytest.raises(IndexError):
+        tlk.cross_entropy(x, y, impl="native")
+
+
+def test_no_cuda_kernels_without_a_checkout():
+    """The package alone does not offer what needs tests/."""
+    code = (
+        "from tlkernels import testing as t; t._CUDA_HOST = t.Path('/nowhere'); print(t.targets(loss='cross_entropy'))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert testing.CUDA_HOST not in run.stdout
