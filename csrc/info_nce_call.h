@@ -32,15 +32,15 @@ struct InfoNceArguments {
   const at::Tensor& ids_of_keys() const { return key_ids ? *key_ids : *query_ids; }
 };
 
-#define TLK_INFO_NCE_PARAMETERS                                                                                     \
-  const at::Tensor &query, const std::optional<at::Tensor>&key, const std::optional<at::Tensor>&negatives,          \
-      const at::Tensor &logit_scale, const std::optional<at::Tensor>&target, const std::optional<at::Tensor>&mask,  \
-      const std::optional<at::Tensor>&query_ids, const std::optional<at::Tensor>&key_ids, int64_t own,              \
-      bool by_label, bool symmetric, bool normalize, double label_smoothing
-#define TLK_INFO_NCE_ARGUMENTS                                                                               \
-  tlk::InfoNceArguments {                                                                                    \
+#define TLK_INFO_NCE_PARAMETERS                                                                                       \
+  const at::Tensor &query, const std::optional<at::Tensor>&key, const std::optional<at::Tensor>&negatives,            \
+      const at::Tensor &logit_scale, const std::optional<at::Tensor>&target, const std::optional<at::Tensor>&mask,    \
+      const std::optional<at::Tensor>&query_ids, const std::optional<at::Tensor>&key_ids, int64_t own, bool by_label, \
+      bool symmetric, bool normalize, double label_smoothing
+#define TLK_INFO_NCE_ARGUMENTS                                                                                 \
+  tlk::InfoNceArguments {                                                                                      \
     query, key, negatives, logit_scale, target, mask, query_ids, key_ids, own, by_label, symmetric, normalize, \
-        label_smoothing                                                                                      \
+        label_smoothing                                                                                        \
   }
 
 }  // namespace tlk

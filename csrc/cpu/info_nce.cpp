@@ -259,8 +259,8 @@ std::tuple<Tensor, Tensor> forward(TLK_INFO_NCE_PARAMETERS) {
   return {call.losses().to(call.compute), call.state};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_loss, const Tensor& state, TLK_INFO_NCE_PARAMETERS,
-                                                    std::array<bool, 4> wanted) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_loss, const Tensor& state,
+                                                    TLK_INFO_NCE_PARAMETERS, std::array<bool, 4> wanted) {
   const Guards guards;
   Call call(TLK_INFO_NCE_ARGUMENTS);
   TORCH_CHECK_VALUE(state.scalar_type() == at::kDouble &&
@@ -273,7 +273,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_loss, con
   return call.gradients([g](int64_t i) { return g[i]; }, wanted);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> step(TLK_INFO_NCE_PARAMETERS, bool mean, std::array<bool, 4> wanted) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> step(TLK_INFO_NCE_PARAMETERS, bool mean,
+                                                        std::array<bool, 4> wanted) {
   const Guards guards;
   Call call(TLK_INFO_NCE_ARGUMENTS);
   call.statistics();

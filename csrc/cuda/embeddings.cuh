@@ -26,14 +26,14 @@ struct ScaledRows {
 // norm of what was written (or of the kLeastNorm that stands for a smaller one); its square, or 0 where the norm was
 // smaller and so does not vary; and the inverse of the power of two.
 template <class T>
-__global__ void __launch_bounds__(32 * kRowsOfBlock) scale_rows_kernel(const __grid_constant__ ScaledRows p) {
+__global__ void __launch_bounds__(kWarp* kRowsOfBlock) scale_rows_kernel(const __grid_constant__ ScaledRows p) {
   using A = Compute<T>;
-  const int64_t i = int64_t(blockIdx.x) * kRowsOfBlock + threadIdx.x / 32;
+  const int64_t i = int64_t(blockIdx.x) * kRowsOfBlock + threadIdx.x / kWarp;
   if (i >= p.rows) return;
-  const int lane = threadIdx.x % 32;
+  const int lane = threadIdx.x % kWarp;
   const T* x = static_cast<const T*>(p.x) + i * p.stride;
   double squares = 0;  // an error of a row's norm would be an error of all its similarities alike
-  for (int64_t d = lane; d < p.features; d += 32) {
+  for (int64_t d = lane; d < p.features; d += kWarp) {
     const double value = double(widen(x[d]));
     squares += value * value;
   }
@@ -47,7 +47,8 @@ __global__ void __launch_bounds__(32 * kRowsOfBlock) scale_rows_kernel(const __g
     norms[2 * p.rows] = A(shrink);
   }
   T* out = static_cast<T*>(p.out) + i * p.out_stride;
-  for (int64_t d = lane; d < p.out_stride; d += 32) out[d] = narrow<T>(d < p.features ? widen(x[d]) * A(shrink) : A(0));
+  for (int64_t d = lane; d < p.out_stride; d += kWarp)
+    out[d] = narrow<T>(d < p.features ? widen(x[d]) * A(shrink) : A(0));
 }
 
 template <class T>
@@ -67,11 +68,11 @@ struct FinishedRows {
 
 // Writes the gradient by rows as they were given.
 template <class T>
-__global__ void __launch_bounds__(32 * kRowsOfBlock) finish_rows_kernel(const __grid_constant__ FinishedRows p) {
+__global__ void __launch_bounds__(kWarp* kRowsOfBlock) finish_rows_kernel(const __grid_constant__ FinishedRows p) {
   using A = Compute<T>;
-  const int64_t r = int64_t(blockIdx.x) * kRowsOfBlock + threadIdx.x / 32, i = p.first + r;
+  const int64_t r = int64_t(blockIdx.x) * kRowsOfBlock + threadIdx.x / kWarp, i = p.first + r;
   if (r >= p.rows) return;
-  const int lane = threadIdx.x % 32;
+  const int lane = threadIdx.x % kWarp;
   const A* total = static_cast<const A*>(p.total) + r * p.total_stride;
   const T* x = static_cast<const T*>(p.x) + i * p.x_stride;
   const A factor = A(p.extra ? *p.scale / *p.extra : *p.scale);
@@ -79,12 +80,12 @@ __global__ void __launch_bounds__(32 * kRowsOfBlock) finish_rows_kernel(const __
   if (p.norms) {  // less the part along the row, whose norm does not matter
     const A* norms = static_cast<const A*>(p.norms) + i;
     double product = 0;
-    for (int64_t d = lane; d < p.features; d += 32) product += double(total[d]) * double(widen(x[d]));
+    for (int64_t d = lane; d < p.features; d += kWarp) product += double(total[d]) * double(widen(x[d]));
     along = A(reduce_warp<Sum>(product) * double(norms[p.all_rows]));
     shrink = norms[2 * p.all_rows];
   }
   T* grad = static_cast<T*>(p.grad) + i * p.features;
-  for (int64_t d = lane; d < p.features; d += 32) {
+  for (int64_t d = lane; d < p.features; d += kWarp) {
     const A g = p.norms ? (total[d] - along * widen(x[d])) * shrink : total[d];
     grad[d] = narrow<T>(g * factor);
   }
@@ -110,35 +111,46 @@ struct OwnNegatives {
   const double *scale = nullptr, *extra = nullptr;
 };
 
+// `lanes` of a warp have one negative.
 template <class T>
-__global__ void __launch_bounds__(32 * kRowsOfBlock) own_similarities_kernel(const __grid_constant__ OwnNegatives p) {
+__global__ void __launch_bounds__(kWarp* kRowsOfBlock)
+    own_similarities_kernel(const __grid_constant__ OwnNegatives p, int lanes) {
   using A = Compute<T>;
-  const int64_t k = int64_t(blockIdx.x) * kRowsOfBlock + threadIdx.x / 32;  // of all negatives
-  if (k >= p.row_count * p.count) return;
-  const int lane = threadIdx.x % 32;
-  const int64_t i = k / p.count;
-  const T *x = static_cast<const T*>(p.rows) + i * p.row_stride, *y = static_cast<const T*>(p.negatives) + k * p.features;
+  const int64_t k = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / lanes, i = k / p.count;
+  const int lane = threadIdx.x % lanes;
+  const bool there = k < p.row_count * p.count;
+  const T *x = static_cast<const T*>(p.rows) + i * p.row_stride,
+          *y = static_cast<const T*>(p.negatives) + k * p.features;
   A product = 0;
   double squares = 0;
-  for (int64_t d = lane; d < p.features; d += 32) {
+  for (int64_t d = lane; there && d < p.features; d += lanes) {
     const A value = widen(y[d]);
     product += widen(x[d]) * value;
     squares += double(value) * double(value);
   }
-  product = reduce_warp<Sum>(product);
+  product = reduce_warp<Sum>(product, lanes);
+  if (p.row_norms) squares = reduce_warp<Sum>(squares, lanes);
+  if (!there || lane != 0) return;
   if (p.row_norms) {
-    const double norm = sqrt(reduce_warp<Sum>(squares));
+    const double norm = sqrt(squares);
     const A inverse = A(1 / (norm < kLeastNorm ? kLeastNorm : norm));
     product = product * static_cast<const A*>(p.row_norms)[i] * inverse;
-    if (lane == 0) static_cast<A*>(p.inverse_norms)[k] = inverse;
+    static_cast<A*>(p.inverse_norms)[k] = inverse;
   }
-  if (lane == 0) static_cast<A*>(p.similarities)[k] = product;
+  static_cast<A*>(p.similarities)[k] = product;
 }
 
 template <class T>
 cudaError_t own_similarities(const OwnNegatives& p, cudaStream_t stream) {
-  if (p.row_count * p.count == 0) return cudaSuccess;
-  return launch(grid_of_warps(p.row_count * p.count), stream, own_similarities_kernel<T>, p);
+  const int64_t all = p.row_count * p.count;
+  if (all == 0) return cudaSuccess;
+  int lanes = 4;
+  while (lanes < kWarp && 8 * lanes < p.features) lanes *= 2;  // some eight features each
+  constexpr int kThreads = kWarp * kRowsOfBlock;
+  Grid grid;
+  grid.blocks = dim3(unsigned((all * lanes + kThreads - 1) / kThreads));
+  grid.threads = kThreads;
+  return launch(grid, stream, own_similarities_kernel<T>, p, lanes);
 }
 
 constexpr int kOwnFeatures = 128;  // of a block

@@ -315,8 +315,8 @@ Gradients backward(const Tensor& grad_loss, const Tensor& state, TLK_INFO_NCE_PA
   const InfoNceArguments arguments = TLK_INFO_NCE_ARGUMENTS;
   Call call(arguments);
   TORCH_CHECK_VALUE(state.scalar_type() == at::kDouble &&
-                        state.numel() == (symmetric ? 2 : 1) * kStatistics * call.rows &&
-                        grad_loss.dim() == 1 && grad_loss.numel() == call.rows,
+                        state.numel() == (symmetric ? 2 : 1) * kStatistics * call.rows && grad_loss.dim() == 1 &&
+                        grad_loss.numel() == call.rows,
                     "info_nce_bwd: expected the state of the forward call and a gradient per row");
   call.state = state.contiguous();
   return call.gradients(grad_loss.to(call.compute), wanted);
@@ -329,7 +329,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> step(TLK_INFO_NCE_PARAMETERS,
   Call call(arguments);
   call.statistics();
   Tensor factor = at::full({}, mean ? 1.0 / double(call.rows) : 1.0, call.state.options());
-  if (mean && by_label) factor = call.state.select(0, 0).select(0, kStatistics - 1).gt(0).sum().to(at::kDouble).reciprocal();
+  if (mean && by_label)
+    factor = call.state.select(0, 0).select(0, kStatistics - 1).gt(0).sum().to(at::kDouble).reciprocal();
   const Tensor loss = call.losses().sum(at::kDouble).mul(factor).to(call.compute);
   auto [by_query, by_key, by_negatives, by_scale] = call.gradients(factor.to(call.compute).expand({call.rows}), wanted);
   return {loss, by_query, by_key, by_negatives, by_scale};

@@ -1,7 +1,8 @@
-// InfoNCE's kernels on tiles of similarities, for one part of the columns and some rows; nt_xent and sup_con are calls of
-// them too. Two sweeps: statistics of rows and columns, then gradients by the similarities. Logits are in base 2.
+// InfoNCE's kernels on tiles of similarities, for one part of the columns and some rows; nt_xent and sup_con are calls
+// of them too. Two sweeps: statistics of rows and columns, then gradients by the similarities. Logits are in base 2.
 //
-// A tile's statistics go to a place of their own, and `fold` (info_nce_rows.cuh) joins them in a fixed order: no atomics.
+// A tile's statistics go to a place of their own, and `fold` (info_nce_rows.cuh) joins them in a fixed order: no
+// atomics.
 #pragma once
 #include "../info_nce.h"
 #include "similarity.cuh"
@@ -11,12 +12,13 @@ namespace tlk::contrastive {
 // Which entries of the part take part, beside the positive. Pointers may be null.
 struct Entries {
   Set set = Set::none;
-  const int64_t* target = nullptr;  // the positive's column of the matrix; null: row i has column i. Not with Set::label
-  int first_column = 0;             // of the matrix, where the part begins
-  int own = -1;                     // the column that is row 0 itself, which takes no part, and so on; -1: none
-  const bool* mask = nullptr;       // of rows and columns: entries that take no part
-  int64_t mask_row = 0, mask_column = 0;                       // strides
-  const int64_t *row_ids = nullptr, *column_ids = nullptr;     // equal ids: in the label's set, or they take no part
+  const int64_t* target =
+      nullptr;                 // the positive's column of the matrix; null: row i has column i. Not with Set::label
+  int first_column = 0;        // of the matrix, where the part begins
+  int own = -1;                // the column that is row 0 itself, which takes no part, and so on; -1: none
+  const bool* mask = nullptr;  // of rows and columns: entries that take no part
+  int64_t mask_row = 0, mask_column = 0;                    // strides
+  const int64_t *row_ids = nullptr, *column_ids = nullptr;  // equal ids: in the label's set, or they take no part
 };
 
 // Where statistics of tiles go: peak, sum and moment of each row of a tile, then with a set its sum and its count.
@@ -57,14 +59,6 @@ constexpr A kOut = A(-1e38);  // in a tile: takes no part. Its logit is -inf, wh
 template <class A>
 TLK_DEVICE A logit(A x, A factor) {
   return x == kOut<A> ? -infinity<A>() : rounded_product(x, factor);
-}
-template <class A>
-TLK_DEVICE A logit_factor(const double* scale) {
-  return A(*scale) * A(1.44269504088896340736);
-}
-template <class A>
-TLK_DEVICE A finite_or_zero(A peak) {
-  return peak == -infinity<A>() ? A(0) : peak;
 }
 
 // A tile of one thread's block with what the entries are.

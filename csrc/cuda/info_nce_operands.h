@@ -77,8 +77,8 @@ struct Operands {
   at::Tensor values() const { return x.narrow(1, 0, features()); }
   const void* inverse_norms() const { return norms.defined() ? norms.const_data_ptr() : nullptr; }
 
-  // Writes rows from `first` on of `grad`, of the operands' type: `total` is the gradient by them as they are in x, over
-  // scale / extra.
+  // Writes rows from `first` on of `grad`, of the operands' type: `total` is the gradient by them as they are in x,
+  // over scale / extra.
   void finish(const at::Tensor& total, const at::Tensor& grad, int64_t first, const double* scale, const double* extra,
               cudaStream_t stream) const {
     contrastive::FinishedRows p;

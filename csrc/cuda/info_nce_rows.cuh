@@ -2,7 +2,7 @@
 // what the gradient by the logits is made of. State and sums are float64; logits are in base 2.
 #pragma once
 #include "../info_nce.h"
-#include "info_nce.cuh"
+#include "numbers.cuh"
 
 namespace tlk::contrastive {
 
@@ -58,10 +58,10 @@ struct Joined {
 
 constexpr int kFoldItems = 32, kFoldSlices = 8;  // of a block
 
-// Joins the parts of tiles into the state, always in the same order: each slice those at a distance of kFoldSlices, then
-// the slices one after the other.
+// Joins the parts of tiles into the state, always in the same order: each slice those at a distance of kFoldSlices,
+// then the slices one after the other.
 template <class A>
-__global__ void __launch_bounds__(kFoldItems* kFoldSlices) fold_tiles(const __grid_constant__ Fold p) {
+__global__ void __launch_bounds__(kFoldItems* kFoldSlices, 2) fold_tiles(const __grid_constant__ Fold p) {
   auto& slices = *shared_memory<Joined<A>[kFoldSlices][kFoldItems]>();
   const int lane = threadIdx.x % kFoldItems, slice = threadIdx.x / kFoldItems;
   const int item = blockIdx.x * kFoldItems + lane, i = p.first + item;
@@ -74,6 +74,7 @@ __global__ void __launch_bounds__(kFoldItems* kFoldSlices) fold_tiles(const __gr
     Joined<A> joined;
     for (int tile = from; tile < end; tile += kFoldSlices) joined.peak = larger(joined.peak, parts[tile * part]);
     const A base = finite_or_zero(joined.peak);
+#pragma unroll 2
     for (int tile = from; tile < end; tile += kFoldSlices) {
       const A* at = parts + tile * part;
       const A factor = exp2_of(at[0] - base);
@@ -90,6 +91,7 @@ __global__ void __launch_bounds__(kFoldItems* kFoldSlices) fold_tiles(const __gr
   if (slice != 0 || item >= p.items) return;
   const Direction to = direction_of(p.state, p.direction, p.rows);
   Joined<A> all{A(to.peak[i]), to.sum[i], to.moment[i], to.set_sum[i], to.set_count[i]};
+#pragma unroll 1
   for (int k = 0; k < kFoldSlices; ++k) all.join(slices[k][lane]);
   to.peak[i] = double(all.peak);
   to.sum[i] = all.sum;
@@ -112,9 +114,9 @@ struct InfoNceRows {
 
   const void* upstream = nullptr;  // of the compute type
   int64_t upstream_stride = 0;
-  const double* extra = nullptr;              // a factor of all slopes; may be null
+  const double* extra = nullptr;                 // a factor of all slopes; may be null
   void *by_row = nullptr, *by_column = nullptr;  // slopes; by_column null: not wanted
-  double* by_scale = nullptr;                 // (directions, rows): what each adds to the gradient of the scale
+  double* by_scale = nullptr;                    // (directions, rows): what each adds to the gradient of the scale
 };
 
 // What the statistics of a row say: exponentials relative to `top`.

@@ -111,13 +111,13 @@ TLK_DEVICE void ldmatrix_x4(unsigned (&matrices)[4], const void* row) {
 // mma.m16n8k16 has them: lane l has of c the columns 2 * (l % 4) and the next one of rows l / 4 and l / 4 + 8.
 template <class T>
 TLK_DEVICE void mma_16x8x16(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1);
-#define TLK_MMA(T, name)                                                                           \
-  template <>                                                                                      \
-  TLK_DEVICE void mma_16x8x16<T>(float(&c)[4], const unsigned(&a)[4], unsigned b0, unsigned b1) {  \
-    asm("mma.sync.aligned.m16n8k16.row.col.f32." name "." name                                     \
-        ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                     \
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                           \
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                           \
+#define TLK_MMA(T, name)                                                                            \
+  template <>                                                                                       \
+  TLK_DEVICE void mma_16x8x16<T>(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) { \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." name "." name                                      \
+        ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                      \
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                            \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                            \
   }
 TLK_MMA(__nv_bfloat16, "bf16")
 TLK_MMA(__half, "f16")

@@ -1,9 +1,9 @@
 // Tiles of the matrix of similarities of embeddings. A block holds one in registers, spread over its threads as the
 // tensor cores' instruction spreads its sums; the kernels of a loss go on from there.
 //
-// 16-bit operands are multiplied here (`Products`). Other similarities are read (`Known`): float32 and float64 ones from
-// a panel that the library has multiplied, which also knows whether the user lets float32 go as TF32, and those of a
-// row's own negatives.
+// 16-bit operands are multiplied here (`Products`). Other similarities are read (`Known`): float32 and float64 ones
+// from a panel that the library has multiplied, which also knows whether the user lets float32 go as TF32, and those of
+// a row's own negatives.
 #pragma once
 #include "numbers.cuh"
 
@@ -18,7 +18,8 @@ struct SimilarityTiles {
   int features = 0;
   int first_row = 0, end_row = 0;
   int column_count = 0;
-  const void *row_norms = nullptr, *column_norms = nullptr;  // factors of the products, of the compute type; may be null
+  const void *row_norms = nullptr,
+             *column_norms = nullptr;  // factors of the products, of the compute type; may be null
 };
 
 // A block's tile, and how its warps divide it.
@@ -149,8 +150,7 @@ struct Products {
 #pragma unroll
       for (int m = 0; m < S::kM; ++m)
 #pragma unroll
-        for (int n = 0; n < S::kN; ++n)
-          mma_16x8x16<T>(x.x[m][n], a[m], b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]);
+        for (int n = 0; n < S::kN; ++n) mma_16x8x16<T>(x.x[m][n], a[m], b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]);
     }
   }
 
