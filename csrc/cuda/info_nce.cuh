@@ -92,8 +92,9 @@ struct OnTile {
     }
   }
 
-  // Marks what takes no part. `positives`, where given, takes the similarities of positives.
-  TLK_DEVICE void mark(Fragment<S>& x, double* positives) const {
+  // Marks what takes no part. `positives`, where given, takes the similarities of rows' positives; with `of_columns` also
+  // those of columns, whose positives the rows are.
+  TLK_DEVICE void mark(Fragment<S>& x, double* positives, bool of_columns) const {
 #pragma unroll
     for (int r = 0; r < place.kRows; ++r) {
       const int i = row(r);
@@ -104,7 +105,10 @@ struct OnTile {
         const int j = column(c);
         A& value = x.at(r, c);
         const bool is_positive = there && j == positive_column;
-        if (is_positive && positives) positives[i] = double(value);
+        if (is_positive && positives) {
+          positives[i] = double(value);
+          if (of_columns) positives[j] = double(value);
+        }
         if (!there || !has_column(j) || is_positive || j == own) value = kOut<A>;
       }
       if (there && e.mask) {
@@ -214,7 +218,7 @@ __global__ void __launch_bounds__(Source::Tile::kThreads, Source::kBlocks)
   Source::fill(x, memory.source, p.similarity, first_row, first_column);
   multiply_norms(x, p.similarity, first_row, first_column);
   const OnTile<S> tile{p.similarity, p.entries, first_row, first_column};
-  tile.mark(x, p.positive);
+  tile.mark(x, p.positive, p.paired && first_column > first_row);
 
   const A factor = logit_factor<A>(p.scale);
   const bool with_set = p.entries.set != Set::none;
@@ -280,7 +284,7 @@ __global__ void __launch_bounds__(Source::Tile::kThreads, Source::kBlocks)
   Source::fill(x, memory, p.similarity, first_row, first_column);
   multiply_norms(x, p.similarity, first_row, first_column);
   const OnTile<S> tile{p.similarity, p.entries, first_row, first_column};
-  tile.mark(x, nullptr);
+  tile.mark(x, nullptr, false);
 
   const A factor = logit_factor<A>(p.scale);
   const int64_t items = p.slopes.items;

@@ -97,7 +97,7 @@ struct Known {
 
 // Multiplies the tile from operands of type T. A step takes 32 features; what it needs comes to shared memory while the
 // steps before it multiply. Three stages of a 128 x 128 tile are 48 KiB, as much as a block gets without asking, and
-// two blocks fit into a multiprocessor of sm_80 and later (one into the 100 KiB of sm_86, sm_89, sm_120).
+// two blocks fit into a multiprocessor of sm_80 and later, 2 x 49 KiB of the 100 of sm_86, sm_89 and sm_120 among them.
 template <class T, class S>
 struct Products {
   using Tile = S;
