@@ -10,9 +10,10 @@ CSRC := $(shell find csrc -type f 2>/dev/null)
 DEMO_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
+COMPILE_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench sanitize gpu-check clean FORCE
+.PHONY: help setup demo test lint bench sanitize cuda-compile gpu-check clean FORCE
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*##/\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -42,7 +43,10 @@ SANITIZED = LD_PRELOAD="$(call RUNTIME,libasan.so) $(call RUNTIME,libubsan.so) $
 sanitize: setup  ## the kernels' core tests under AddressSanitizer and UBSan
 	TLKERNELS_SANITIZE=1 $(PY) setup.py -q build -b build/sanitize --build-lib build/sanitize/lib
 	$(SANITIZED) $(PY) -P -c 'import torch; from tlkernels import _C; assert _C.build_info()["sanitize"] == "1", _C'
-	$(SANITIZED) $(BIN)/pytest -m core -k native tests $(TEST_ARGS)
+	$(SANITIZED) $(BIN)/pytest -m core -k 'native or cuda_host' tests $(TEST_ARGS)
+
+cuda-compile: setup  ## the CUDA kernels for every architecture, no GPU needed (COMPILE_ARGS=--quick for two of them)
+	$(PY) -m bench.cuda_resources $(COMPILE_ARGS)
 
 gpu-check: setup  ## what needs a GPU: build, tests, sanitizer, benchmarks, within 9 minutes
 	PY=$(PY) scripts/gpu_check.sh
@@ -67,7 +71,7 @@ $(VENV)/base: constraints.txt | $(VENV)/created
 
 # The environment that decides what is built: its file changes when it does, and then the extension is built anew.
 $(VENV)/settings: FORCE | $(VENV)/created
-	@env | grep -E '^(TLKERNELS_BUILD|CC|CXX|CFLAGS|CXXFLAGS)=' | sort > $@.new
+	@env | grep -E '^(TLKERNELS_(BUILD|CUDA|CUDA_ARCHS)|CUDA_HOME|CC|CXX|CFLAGS|CXXFLAGS)=' | sort > $@.new
 	@cmp -s $@.new $@ || cp $@.new $@
 
 $(VENV)/built: $(VENV)/base $(VENV)/settings pyproject.toml setup.py $(CSRC)

@@ -1,7 +1,9 @@
 """Builds tlkernels._C.
 
 Environment: TLKERNELS_BUILD=0 leaves it out (the package then has the `reference` and `triton` implementations);
-TLKERNELS_SANITIZE=1 builds it with AddressSanitizer and UBSan; CXX and MAX_JOBS as usual.
+TLKERNELS_SANITIZE=1 builds it with AddressSanitizer and UBSan; CXX and MAX_JOBS as usual. The CUDA kernels are in it
+where a toolkit is here and torch is a CUDA build, whether or not there is a GPU: TLKERNELS_CUDA=1 asks for them,
+TLKERNELS_CUDA=0 leaves them out, TLKERNELS_CUDA_ARCHS narrows what they are compiled for (csrc/nvcc.py).
 """
 
 import itertools
@@ -9,6 +11,7 @@ import os
 import platform
 import shlex
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,6 +19,9 @@ from setuptools import setup
 
 ROOT = Path(__file__).parent
 CPU = Path("csrc/cpu")
+
+sys.path.insert(0, str(ROOT))
+from csrc import nvcc  # noqa: E402
 
 # csrc/cpu/<name>.inl is compiled for each instruction set
 KERNELS = ["cross_entropy", "distillation", "info_nce", "mse", "sigmoid_contrastive"]
@@ -57,14 +63,55 @@ def compile_kernels(built: Path, command: list[str]) -> None:
     built.with_suffix(".command").write_text(shlex.join(command))
 
 
+def why_no_cuda(torch_cuda: str | None) -> str:
+    """Return why the CUDA kernels cannot be built for a torch of that CUDA version, or an empty string."""
+    if torch_cuda is None:
+        return "torch is not a CUDA build"
+    if SANITIZE:
+        return "the sanitizers are for the CPU's kernels"
+    if nvcc.compiler() is None:
+        return "there is no nvcc: CUDA_HOME names a toolkit"
+    if nvcc.version().split(".")[0] != torch_cuda.split(".")[0]:
+        return f"nvcc is of CUDA {nvcc.version()}, torch of {torch_cuda}"
+    return ""
+
+
+def cuda_architectures(torch_cuda: str | None) -> tuple[str, ...]:
+    """Return what to compile the CUDA kernels for; nothing leaves them out."""
+    asked = os.environ.get("TLKERNELS_CUDA")
+    if not switch("TLKERNELS_CUDA", "1"):
+        return ()
+    why_not = why_no_cuda(torch_cuda)
+    if why_not and asked:
+        raise SystemExit(f"TLKERNELS_CUDA=1: {why_not}")
+    print(f"CUDA kernels: {'left out, since ' + why_not if why_not else ' '.join(nvcc.architectures())}", flush=True)
+    return () if why_not else nvcc.architectures()
+
+
+def cuda_commands(folder: Path, names: tuple[str, ...]) -> list[tuple[Path, list[str]]]:
+    """Return the object of each csrc/cuda/<name>.cu, and the command that makes it for these architectures."""
+    from torch.utils.cpp_extension import include_paths
+
+    commands = []
+    for source in sorted(Path("csrc/cuda").glob("*.cu")):
+        built = folder / f"{source.stem}-cuda.o"
+        includes = [f"-I{path}" for path in include_paths()]
+        dependencies = ["-MD", "-MF", str(built.with_suffix(".d"))]
+        command = [str(nvcc.compiler()), *nvcc.OPTIONS, *nvcc.generate(names), *includes, "-c", str(source)]
+        commands.append((built, [*command, *dependencies, "-o", str(built)]))
+    return commands
+
+
 def native_extension() -> dict:
     """Return setup()'s arguments for the extension."""
     import pybind11
     import torch
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+
+    cuda = cuda_architectures(torch.version.cuda)
 
     class Build(BuildExtension):
-        """Compiles csrc/cpu/<name>.inl first, each for every instruction set with its flags."""
+        """Compiles csrc/cpu/<name>.inl first, each for every instruction set with its flags, and csrc/cuda/*.cu."""
 
         def build_extension(self, ext) -> None:
             compiler = os.environ.get("CXX", "c++")
@@ -79,18 +126,22 @@ def native_extension() -> dict:
                 built = folder / f"{name}-{isa}.o"
                 source = ["-x", "c++", "-c", str(CPU / f"{name}.inl")]
                 command = [compiler, *common, *flags, f"-DTLK_ISA={isa}", *source, "-MD", "-o", str(built)]
-                ext.extra_objects.append(str(built))
-                if not fresh(built, command):
-                    commands.append((built, command))
+                commands.append((built, command))
+            if cuda:
+                commands = cuda_commands(folder, cuda) + commands  # they take longest
+            ext.extra_objects += [str(built) for built, _ in commands]
+            stale = [made for made in commands if not fresh(*made)]
             with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
-                list(pool.map(lambda args: compile_kernels(*args), commands))
+                list(pool.map(lambda args: compile_kernels(*args), stale))
             super().build_extension(ext)
 
-    extension = CppExtension(
+    about = {"TORCH": torch.__version__, "SANITIZE": int(SANITIZE)}
+    about["CUDA"] = f"{nvcc.version()} for {' '.join(cuda)}" if cuda else ""
+    extension = (CUDAExtension if cuda else CppExtension)(
         "tlkernels._C",
         sources=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp")),
         include_dirs=[pybind11.get_include()],
-        define_macros=[("TLK_BUILD_TORCH", f'"{torch.__version__}"'), ("TLK_BUILD_SANITIZE", f'"{int(SANITIZE)}"')],
+        define_macros=[(f"TLK_BUILD_{name}", f'"{value}"') for name, value in about.items()],
         extra_compile_args=["-O2", "-fopenmp", "-fvisibility=hidden", "-Wall", *SANITIZE_FLAGS],
         extra_link_args=["-fopenmp", *SANITIZE_FLAGS],
         depends=[str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*")],
@@ -98,4 +149,5 @@ def native_extension() -> dict:
     return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}
 
 
-setup(**(native_extension() if switch("TLKERNELS_BUILD", "1") else {}))
+if __name__ == "__main__":
+    setup(**(native_extension() if switch("TLKERNELS_BUILD", "1") else {}))

@@ -24,6 +24,7 @@ class Work(NamedTuple):
 
     inputs: tuple[Tensor, ...]
     ours: Loss
+    """Those that a GPU has a native implementation for also take `impl=`."""
     eager: Loss
     floor: Callable[[], object]
     peers: Mapping[str, Loss] = MappingProxyType({})
@@ -167,7 +168,7 @@ def distillation(divergence: str) -> Make:
         out = torch.empty_like(student)
         return Work(
             (student,),
-            lambda s: tlk.distillation(s, teacher, temperature=2.0, divergence=divergence),
+            lambda s, impl="auto": tlk.distillation(s, teacher, temperature=2.0, divergence=divergence, impl=impl),
             lambda s: eager(s, teacher),
             lambda: torch.add(student, teacher, out=out),
         )
@@ -222,7 +223,9 @@ def info_nce(shape: Shape, cast: Cast) -> Work:
         logits = 14.3 * q @ k.T
         return (F.cross_entropy(logits, y) + F.cross_entropy(logits.T, y)) / 2
 
-    ours = lambda q, k: tlk.info_nce(q, k, logit_scale=14.3, symmetric=True)  # noqa: E731
+    def ours(q: Tensor, k: Tensor, impl: str = "auto") -> Tensor:
+        return tlk.info_nce(q, k, logit_scale=14.3, symmetric=True, impl=impl)
+
     return Work((q, k), ours, eager, _four_products(q, k))
 
 

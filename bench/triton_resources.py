@@ -7,7 +7,6 @@ The kernels and their arguments are those of each loss's `examples()`, which cal
 launches are recorded; what is not a function of the tensors' shapes alone could not pass there.
 """
 
-import csv
 import importlib
 import re
 import subprocess
@@ -21,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from bench.resources import report
 from tlkernels._core import triton as core
 
 LOSSES = sorted(path.parent.name for path in Path(core.__file__).parents[1].glob("losses/*/triton.py"))
@@ -196,16 +196,7 @@ def main(losses: list[str]) -> int:
         return 2
     with ProcessPoolExecutor() as pool:
         rows = [row for found in pool.map(compile_all, losses or LOSSES) for row in found]
-    with sys.stdout if losses else CSV.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(Row._fields)
-        writer.writerows(rows)
-    wrong = [row for row in rows if row.problem and not row.exception]
-    for row in wrong:
-        print(
-            f"{row.loss} {row.example} {row.kernel} {row.architecture} {row.constants}: {row.problem}", file=sys.stderr
-        )
-    return bool(wrong)
+    return report(Row._fields, rows, None if losses else CSV)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,18 @@ def make(rows, features, classes, dtype, target, biased, weighted, options, seed
     return arguments | options
 
 
-def case(rows, features, classes, dtype=F32, target="indices", biased=False, weighted=False, small=False, **options):
+def case(
+    rows,
+    features,
+    classes,
+    dtype=F32,
+    target="indices",
+    biased=False,
+    weighted=False,
+    small=False,
+    large=False,
+    **options,
+):
     words = ["x".join(map(str, (*rows, features, classes))), str(dtype).removeprefix("torch."), target]
     words += ["biased"] * biased + ["weighted"] * weighted + [f"{name}={value}" for name, value in options.items()]
     return testing.LossCase(
@@ -57,6 +68,7 @@ def case(rows, features, classes, dtype=F32, target="indices", biased=False, wei
         partial(make, rows, features, classes, dtype, target, biased, weighted, options),
         LAYER if biased else LAYER[:2],
         small,
+        large,
     )
 
 
@@ -78,8 +90,8 @@ CASES = [
     case((5,), 2000, 1500, BF16, biased=True),
     case((5,), 2000, 1500, F16, "probabilities"),
     # Two chunks, and a number of classes that is prime and over 2**16.
-    case((500,), 3, 70001, F32, biased=True, weighted=True, **MIXED | {"reduction": "none"}),
-    case((500,), 3, 70001, BF16, biased=True),
+    case((500,), 3, 70001, F32, biased=True, weighted=True, large=True, **MIXED | {"reduction": "none"}),
+    case((500,), 3, 70001, BF16, biased=True, large=True),
     case((4,), 3, 5, F64, biased=True, small=True),
     case((2, 2), 2, 3, F64, biased=True, weighted=True, small=True, **MIXED),
     case((3,), 2, 4, F64, "probabilities", small=True, reduction="sum", **MIXED),

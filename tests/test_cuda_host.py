@@ -6,8 +6,8 @@ The rest of their tests are those of their losses, whose targets "native-cuda_ho
 import ctypes
 import os
 import subprocess
-import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -97,24 +97,23 @@ def check(case, input=None):
         right, right_grad = testing.gradients(oracle, made.double(), upstream.to(result.dtype).double())
         return [("loss", result, eager_result, right), ("gradient", grad, eager_grad, right_grad)]
 
-    testing.check_budgets(case.dtype, draw)
+    testing.check_budgets(case.dtype, draw, first=1)
 
 
 OPTIONS = (
     (),
-    (("z_loss", 1e-2), ("ignore_index", 2), ("reduction", "none")),
+    (("z_loss", 1e-2), ("reduction", "none")),
     (("label_smoothing", 0.1), ("softcap", 8.0), ("temperature", 1.5), ("z_loss", 1e-3), ("reduction", "none")),
 )
-# The classes that a strategy serves in every dtype: one, fewer than a pack, the end of a thread's part and one past it,
-# odd, several packs a thread.
+# Classes: one, fewer than a pack, the end of a thread's part and one past it, odd, several packs a thread.
 ROWS = {
-    "lanes": (1, 5, 16, 17, 45, 129, 256),
-    "warp": (1, 7, 33, 97, 128, 256),
-    "registers": (1, 9, 256, 1027, 4099, 8192),
-    "shared": (1, 9, 1027, 6001),
-    "cluster": (1, 2, 9, 517, 4099, 20011),
-    "large shared": (3, 1027),
-    "sweeps": (1, 9, 4099, 20011),
+    "lanes": (1, 17, 45, 256),
+    "warp": (1, 33, 97, 128),
+    "registers": (1, 9, 256, 1027),
+    "shared": (1, 9, 4099),
+    "cluster": (1, 9, 517, 4099),
+    "large shared": (1027,),
+    "sweeps": (1, 9, 4099),
 }
 
 
@@ -123,9 +122,7 @@ ROWS = {
 @pytest.mark.parametrize(("name", "classes"), [(name, c) for name, sizes in ROWS.items() for c in sizes])
 @pytest.mark.usefixtures("poisoned_memory")
 def test_every_strategy_for_rows(name, classes, dtype):
-    for options in OPTIONS:
-        if classes == 1 and options == OPTIONS[1]:
-            options = ()
+    for options in OPTIONS[:2] if classes == 1 else OPTIONS:
         with strategy(name):
             check(Case((3, classes), dtype, options=options))
     with strategy(name):
@@ -136,13 +133,11 @@ def test_every_strategy_for_rows(name, classes, dtype):
 @pytest.mark.parametrize("dtype", [F64, F32, BF16, F16], ids=str)
 @pytest.mark.parametrize(
     ("name", "classes"),
-    [(n, c) for n in ("columns", "column sweeps") for c in (1, 7, 8, 9, 21)] + [("column sweeps", 301)],
+    [(n, c) for n in ("columns", "column sweeps") for c in (1, 7, 8, 9)] + [("column sweeps", 101)],
 )
 @pytest.mark.usefixtures("poisoned_memory")
 def test_every_strategy_for_columns(name, classes, dtype):
-    for options in OPTIONS:
-        if classes == 1:
-            options = ()
+    for options in OPTIONS[:2] if classes == 1 else OPTIONS:
         with strategy(name):
             check(Case((2, classes, 5, 31), dtype, options=options))
     with strategy(name):
@@ -262,10 +257,7 @@ def test_the_cpu_kernels_come_back():
         tlk.cross_entropy(x, y, impl="native")
 
 
-def test_no_cuda_kernels_without_a_checkout():
+def test_no_cuda_kernels_without_a_checkout(monkeypatch):
     """The package alone does not offer what needs tests/."""
-    code = (
-        "from tlkernels import testing as t; t._CUDA_HOST = t.Path('/nowhere'); print(t.targets(loss='cross_entropy'))"
-    )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert testing.CUDA_HOST not in run.stdout
+    monkeypatch.setattr(testing, "_CUDA_HOST", Path("/nowhere"))
+    assert TARGET not in testing.targets(loss="cross_entropy")

@@ -15,10 +15,18 @@ INF = math.inf
 LINES = [(4, 9), (4, 5000), (2, 66000)]  # less than a vector, several blocks, many
 
 
-@pytest.fixture(params=testing.targets(), ids=str)
-def impl(request):
-    with testing.forced(request.param) as name:
+@pytest.fixture(params=testing.targets(loss="distillation"), ids=str)
+def target(request):
+    return request.param
+
+
+@pytest.fixture
+def impl(target):
+    with testing.forced(target) as name:
         yield name
+
+
+NATIVE = [target for target in testing.targets(loss="distillation") if target.impl == "native"]
 
 
 def both(impl, student, teacher, upstream=1.0, **options):
@@ -317,14 +325,16 @@ def test_same_bits_at_any_number_of_threads(shape, divergence):
         assert all(map(torch.equal, results[k], results[k % 2]))
 
 
-@pytest.mark.usefixtures("needs_native")
-@pytest.mark.parametrize("shape", [(40, 45), (9, 5000)], ids=str)
-def test_a_row_does_not_depend_on_the_others(shape):
+@pytest.mark.parametrize("target", NATIVE, ids=str)
+@pytest.mark.parametrize("shape", [(40, 45), (9, 5001)], ids=str)
+def test_a_row_does_not_depend_on_the_others(shape, target):
+    """Nor on where it lies: rows of odd length are at every distance from an aligned address."""
     student, teacher = torch.randn(shape), torch.randn(shape)
-    loss = tlk.distillation(student, teacher, reduction="none", divergence="js", impl="native")
-    for k in range(shape[0]):
-        one = tlk.distillation(student[k], teacher[k], reduction="none", divergence="js", impl="native")
-        assert torch.equal(one, loss[k])
+    with testing.forced(target):
+        loss = tlk.distillation(student, teacher, reduction="none", divergence="js", impl="native")
+        for k in range(shape[0]):
+            one = tlk.distillation(student[k], teacher[k].clone(), reduction="none", divergence="js", impl="native")
+            assert torch.equal(one, loss[k])
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -389,13 +399,65 @@ def test_bad_arguments(error, message, args, kwargs):
 @pytest.mark.parametrize("bad", [5, -1, 2**40])
 @pytest.mark.parametrize("hard_weight", [0.0, 0.5])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_class_index_out_of_range(impl, bad, hard_weight, reduction):
+def test_class_index_out_of_range(impl, bad, hard_weight, reduction, monkeypatch):
     target = Y.clone()
     target[2] = bad
+    monkeypatch.setenv("TLKERNELS_CHECK", "1")  # without which CUDA kernels give NaN
     with pytest.raises(IndexError):
         tlk.distillation(S, T, target, hard_weight=hard_weight, reduction=reduction, impl=impl)
     loss = tlk.distillation(S, T, target, hard_weight=hard_weight, reduction=reduction, ignore_index=bad, impl=impl)
     assert loss.isfinite().all()
+
+
+@pytest.fixture
+def on_cuda_host():
+    if not testing.on_cuda_host("distillation"):
+        pytest.skip("CUDA kernels cannot run on this host")
+    with testing.forced(testing.Target("native", testing.CUDA_HOST)):
+        yield
+
+
+@pytest.mark.usefixtures("on_cuda_host")
+class TestCudaOnHost:
+    """What only the CUDA kernels have."""
+
+    @pytest.mark.parametrize("bad", [5, -1, 2**40])
+    @pytest.mark.parametrize("hard_weight", [0.0, 0.5])
+    def test_a_class_index_out_of_range_makes_its_row_nan(self, bad, hard_weight):
+        target = Y.clone()
+        target[2] = bad
+        student, teacher = (x.clone().requires_grad_() for x in (S, T))
+        options = {"hard_weight": hard_weight, "reduction": "none", "impl": "native"}
+        loss = tlk.distillation(student, teacher, target, **options)
+        grads = torch.autograd.grad(loss.sum(), (student, teacher))
+        expected = tlk.distillation(S, T, Y, **options)
+        assert loss.isnan().tolist() == [False, False, True, False]
+        assert torch.equal(loss[[0, 1, 3]], expected[[0, 1, 3]])
+        for grad in grads:
+            assert grad.isnan().all(1).tolist() == grad.isnan().any(1).tolist() == loss.isnan().tolist()
+
+    # A row in shared memory, in that of two, four and eight blocks, and not kept; of whole packs and not.
+    @pytest.mark.parametrize(
+        ("sm", "classes", "dtype"),
+        [(90, 13000, F32), (90, 13001, BF16), (90, 20001, F32), (90, 66000, BF16), (90, 66003, F32), (90, 300_001, F32),
+         (80, 20001, F32), (80, 43001, BF16), (86, 20001, F32), (86, 7001, F64)],
+    )  # fmt: skip
+    @pytest.mark.parametrize("divergence", DIVERGENCES)
+    def test_every_way_to_keep_a_row(self, monkeypatch, sm, classes, dtype, divergence):
+        if classes > 100_000 and divergence != "js":
+            pytest.skip("the largest rows once")
+        monkeypatch.setenv("TLKERNELS_CUDA_HOST_SM", str(sm))
+        arguments = make((2, classes), dtype, divergence=divergence, **HARD)(0)
+        tensors, put = testing.split(arguments, ("student_logits", "teacher_logits"))
+        results = []
+        for loss, given in ((tlk.distillation, tensors), (pytorch, tensors), (pytorch, [x.double() for x in tensors])):
+            leaves = [x.detach().requires_grad_() for x in given]
+            value = loss(**put(*leaves), **({"impl": "native"} if loss is tlk.distillation else {}))
+            results.append((value.detach(), *torch.autograd.grad(value, leaves)))
+        for ours, eager, right in zip(*results, strict=True):
+            budget = testing.Budget(dtype)
+            budget.add(ours, eager, right)
+            budget.check(f"{divergence} of {classes} on sm_{sm}")
 
 
 def test_gradient_of_row_weight_is_never_silent(impl):

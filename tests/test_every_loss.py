@@ -38,6 +38,7 @@ def over_targets():
         for name, loss in LOSSES.items()
         for target in testing.targets(loss=loss.cuda or name) + testing.targets("cuda")
         for case in loss.cases
+        if not (case.large and target.isa == testing.CUDA_HOST)
     ]
     return pytest.mark.parametrize(("loss", "case", "target"), chosen)
 

@@ -150,6 +150,8 @@ class LossCase:
     """The arguments that get a gradient."""
     small: bool = False
     """Small and smooth enough for gradcheck, Hessians and vmap; in float64."""
+    large: bool = False
+    """Millions of logits, too many for CUDA kernels on the host."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <string>
 
 #include "tensor.h"
 
@@ -36,25 +35,6 @@ at::ScalarType product_type(at::ScalarType dtype) {
 #else
   return at::kFloat;
 #endif
-}
-
-LinearLayer::LinearLayer(const char* prefix, const Tensor& features, const Tensor& weight_,
-                         const std::optional<Tensor>& bias_)
-    : weight(weight_) {
-  const std::string name = prefix, input_name = name == "linear" ? "input" : name + "_input";
-  TORCH_CHECK_VALUE(features.dim() > 0, input_name, ": expected features in the last dimension, got a 0-d tensor");
-  TORCH_CHECK_VALUE(weight.dim() == 2 && weight.size(1) == features.size(-1) && weight.size(0) > 0, name,
-                    "_weight: expected shape (classes, ", features.size(-1), "), got ", weight.sizes());
-  TORCH_CHECK_TYPE(weight.scalar_type() == features.scalar_type(), name, "_weight: expected the dtype of ", input_name,
-                   ", ", features.scalar_type(), ", got ", weight.scalar_type());
-  shape = c10::DimVector(features.sizes().begin(), features.sizes().end() - 1);
-  input = features.reshape({c10::multiply_integers(shape), features.size(-1)});
-  if (!bias_) return;
-  bias = *bias_;
-  TORCH_CHECK_VALUE(bias.dim() == 1 && bias.size(0) == weight.size(0), name, "_bias: expected shape (", weight.size(0),
-                    ",), got ", bias.sizes());
-  TORCH_CHECK_TYPE(bias.scalar_type() == input.scalar_type(), name, "_bias: expected the dtype of ", input_name, ", ",
-                   input.scalar_type(), ", got ", bias.scalar_type());
 }
 
 LinearSweep::LinearSweep(const LinearLayer& layer, std::array<bool, 3> needs, int64_t row_bytes)

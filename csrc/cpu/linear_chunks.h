@@ -3,19 +3,10 @@
 #include <ATen/ATen.h>
 
 #include <array>
-#include <optional>
+
+#include "../linear_layer.h"
 
 namespace tlk {
-
-// A linear layer, checked.
-struct LinearLayer {
-  // Errors name the tensors `prefix` + "_input" (for the prefix "linear": "input"), "_weight", "_bias".
-  LinearLayer(const char* prefix, const at::Tensor& input, const at::Tensor& weight,
-              const std::optional<at::Tensor>& bias);
-
-  at::Tensor input, weight, bias;  // (rows, features), (classes, features), (classes) or undefined
-  c10::DimVector shape;            // of the rows as they came
-};
 
 struct LinearChunks {
   int64_t rows;     // of a chunk: `logits` and what lies beside them exist for so many rows at once

@@ -8,7 +8,7 @@
 #include <optional>
 #include <tuple>
 
-#include "distillation_call.h"
+#include "distillation_checked.h"
 #include "linear_chunks.h"
 
 namespace tlk {
@@ -19,7 +19,7 @@ using OptionalTensor = std::optional<Tensor>;
 
 struct Call {
   const LinearLayer student, teacher;
-  DistillationCall rows;
+  CheckedDistillation rows;
 
   Call(const Tensor& student_input, const Tensor& student_weight, const OptionalTensor& student_bias,
        const Tensor& teacher_input, const Tensor& teacher_weight, const OptionalTensor& teacher_bias,
@@ -46,7 +46,8 @@ struct Call {
         logits[i] = of[i].logits(begin, end);
         common[i] = logits[i].to(rows.dtype);
       }
-      rows.run_in_place(begin, end, common[0], common[1], of[0].differentiates(), of[1].differentiates());
+      run_rows(rows.in_place(begin, end, common[0], common[1], of[0].differentiates(), of[1].differentiates()),
+               rows.dtype);
       for (int i = 0; i < 2; ++i)
         if (of[i].differentiates()) of[i].take(begin, end, common[i].to(logits[i].scalar_type()));
     }

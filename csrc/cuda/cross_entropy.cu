@@ -6,61 +6,96 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
-#include <limits>
 #include <optional>
 #include <tuple>
 
-#include "../cross_entropy_call.h"
-#include "tensor.h"
+#include "cross_entropy_call.h"
 
 namespace tlk {
-namespace {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// Calls f with a null pointer of the type.
-template <class F>
-auto with_type(Scalar type, F f) {
-  switch (type) {
-    case Scalar::f64:
-      return f(static_cast<double*>(nullptr));
-    case Scalar::f32:
-      return f(static_cast<float*>(nullptr));
-    case Scalar::bf16:
-      return f(static_cast<bf16*>(nullptr));
-    default:
-      return f(static_cast<f16*>(nullptr));
-  }
+CrossEntropyOnTensors::CrossEntropyOnTensors(const Tensor& like, at::IntArrayRef logits, PositionSizes shape_,
+                                             int64_t classes_, const Tensor& target_,
+                                             const CrossEntropyOptions& options)
+    : CrossEntropyCall(like.scalar_type(), logits, std::move(shape_), classes_, target_, options), device(like) {
+  if (indices) check_classes(target, classes, ignore_index);
 }
 
-struct Call : CrossEntropyCall {
-  OnDevice device;
-  Tensor input, divisor_;
-  double factor = 1;  // of the upstream gradient and of the sum of losses
-  const double* divisor = nullptr;
+Tensor CrossEntropyOnTensors::parts() const { return at::empty({kMostParts}, target.options().dtype(at::kDouble)); }
+
+void CrossEntropyOnTensors::divide_by_what_counts() {
+  if (!indices) {
+    factor = 1 / double(rows);
+    return;
+  }
+  divisor_ = at::empty({}, target.options().dtype(at::kDouble));
+  double* const out = divisor_.mutable_data_ptr<double>();
+  divisor = out;
+  const Tensor scratch = parts();
+  double* const memory = scratch.mutable_data_ptr<double>();
+  const auto count = [&](auto* by_class) {
+    using A = std::remove_const_t<std::remove_pointer_t<decltype(by_class)>>;
+    const Counted<A> counted{indices, ignore_index, classes, by_class};
+    return sum(counted, rows, 1.0, nullptr, out, memory, device.stream());
+  };
+  const cudaError_t error =
+      compute == at::kDouble ? count(static_cast<const double*>(weight)) : count(static_cast<const float*>(weight));
+  check_launch(error, "cross_entropy: count");
+}
+
+Tensor CrossEntropyOnTensors::sum_of(const Tensor& losses) const {
+  const Tensor result = at::empty({}, losses.options()), scratch = parts();
+  double* const memory = scratch.mutable_data_ptr<double>();
+  const auto add = [&](auto* out) {
+    using A = std::remove_pointer_t<decltype(out)>;
+    const Values<A> values{static_cast<const A*>(losses.const_data_ptr())};
+    return sum(values, rows, factor, divisor, out, memory, device.stream());
+  };
+  const cudaError_t error =
+      compute == at::kDouble ? add(result.mutable_data_ptr<double>()) : add(result.mutable_data_ptr<float>());
+  check_launch(error, "cross_entropy: sum");
+  return result;
+}
+
+void CrossEntropyOnTensors::launch(const CrossEntropy& part, at::ScalarType logits,
+                                   at::ScalarType probabilities) const {
+  CrossEntropyOnDevice call;
+  static_cast<CrossEntropy&>(call) = part;
+  call.factor = factor;
+  call.divisor = divisor;
+  call.wide_probabilities = !indices && probabilities == compute;
+  const auto run = [&]() -> cudaError_t {
+    switch (scalar_of(logits)) {
+      case Scalar::f64:
+        return cross_entropy<double>(call, device.stream());
+      case Scalar::f32:
+        return cross_entropy<float>(call, device.stream());
+      case Scalar::bf16:
+        return cross_entropy<bf16>(call, device.stream());
+      case Scalar::f16:
+        return cross_entropy<f16>(call, device.stream());
+    }
+    return cudaErrorInvalidValue;
+  };
+  check_launch(run(), "cross_entropy");
+}
+
+namespace {
+
+struct Call : CrossEntropyOnTensors {
+  Tensor input;
 
   Call(const Tensor& input_, const Tensor& target_, const CrossEntropyOptions& options)
-      : CrossEntropyCall(input_.scalar_type(), input_.sizes(), positions(input_), input_.size(class_axis(input_)),
-                         target_, options),
-        device(input_),
+      : CrossEntropyOnTensors(input_, input_.sizes(), positions(input_), input_.size(class_axis(input_)), target_,
+                              options),
         input(input_) {
-    if (indices)
-      check_classes(target, classes, ignore_index);
-    else if (target.scalar_type() != input.scalar_type())
-      target = target.to(compute);
+    if (!indices && target.scalar_type() != input.scalar_type()) target = target.to(compute);
   }
 
   // Runs. `grad` may be undefined, or be the input itself.
   void run(const Tensor& grad);
-
-  // The sum of losses over what it is to be divided by.
-  Tensor sum_of(const Tensor& losses);
-
-  void divide_by_what_counts();
-
- private:
-  Tensor parts() const { return at::empty({kMostParts}, input.options().dtype(at::kDouble)); }
 };
 
 void Call::run(const Tensor& grad_out) {
@@ -75,48 +110,7 @@ void Call::run(const Tensor& grad_out) {
     if (dense.defined()) grad_out.copy_(dense);
     return;
   }
-  CrossEntropyOnDevice call;
-  static_cast<CrossEntropy&>(call) = *this;
-  call.factor = factor;
-  call.divisor = divisor;
-  call.wide_probabilities = !indices && target.scalar_type() == compute;
-  const cudaError_t error = with_type(scalar_of(input.scalar_type()), [&](auto* type) {
-    return cross_entropy<std::remove_pointer_t<decltype(type)>>(call, device.stream());
-  });
-  check_launch(error, "cross_entropy");
-}
-
-void Call::divide_by_what_counts() {
-  if (!indices) {
-    factor = 1 / double(rows);
-    return;
-  }
-  divisor_ = at::empty({}, input.options().dtype(at::kDouble));
-  double* const out = divisor_.mutable_data_ptr<double>();
-  divisor = out;
-  const Tensor scratch = parts();
-  double* const memory = scratch.mutable_data_ptr<double>();
-  const auto count = [&](auto* weight) {
-    using A = std::remove_const_t<std::remove_pointer_t<decltype(weight)>>;
-    const Counted<A> counted{indices, ignore_index, classes, weight};
-    return sum(counted, rows, 1.0, nullptr, out, memory, device.stream());
-  };
-  check_launch(
-      compute == at::kDouble ? count(static_cast<const double*>(weight)) : count(static_cast<const float*>(weight)),
-      "cross_entropy: count");
-}
-
-Tensor Call::sum_of(const Tensor& losses) {
-  const Tensor result = at::empty({}, losses.options()), scratch = parts();
-  double* const memory = scratch.mutable_data_ptr<double>();
-  const auto add = [&](auto* out) {
-    using A = std::remove_pointer_t<decltype(out)>;
-    const Values<A> values{static_cast<const A*>(losses.const_data_ptr())};
-    return sum(values, rows, factor, divisor, out, memory, device.stream());
-  };
-  check_launch(compute == at::kDouble ? add(result.mutable_data_ptr<double>()) : add(result.mutable_data_ptr<float>()),
-               "cross_entropy: sum");
-  return result;
+  launch(*this, input.scalar_type(), target.scalar_type());
 }
 
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const Tensor& target, const OptionalTensor& weight,

@@ -39,6 +39,7 @@ __global__ void __launch_bounds__(128)
 template <class T, bool kFull>
 cudaError_t launch_cross_entropy(const CrossEntropyOnDevice& call, const CrossEntropyPlan& plan, cudaStream_t stream) {
   const CrossEntropyNumbers<Compute<T>> numbers(call);
+  constexpr int kMost = most_threads(kFull, sizeof(T));
   const auto rows = [&](auto kernel) {
     return launch(plan.grid, stream, kernel, call, numbers, plan.lanes, plan.grid.cluster);
   };
@@ -47,11 +48,11 @@ cudaError_t launch_cross_entropy(const CrossEntropyOnDevice& call, const CrossEn
     case Place::lanes:
       return rows(cross_entropy_rows<T, InLanes<T>, 128, kFull>);
     case Place::registers:
-      return rows(cross_entropy_rows<T, InRegisters<T>, 1024, kFull>);
+      return rows(cross_entropy_rows<T, InRegisters<T>, kMost, kFull>);
     case Place::shared:
-      return rows(cross_entropy_rows<T, InShared<T>, 1024, kFull>);
+      return rows(cross_entropy_rows<T, InShared<T>, 512, kFull>);
     case Place::memory:
-      return rows(cross_entropy_rows<T, InMemory<T>, 1024, kFull>);
+      return rows(cross_entropy_rows<T, InMemory<T>, kMost, kFull>);
     case Place::column_shared:
       return columns(cross_entropy_columns<T, true, kFull>);
     case Place::column_memory:
@@ -69,9 +70,9 @@ cudaError_t cross_entropy(const CrossEntropyOnDevice& call, cudaStream_t stream)
   const bool contiguous = call.x.class_stride == 1 && (!call.grad.data || call.grad.class_stride == 1);
   CrossEntropyPlan plan;
   const bool columns = !contiguous && call.classes > 1;
-  if (!plan_cross_entropy(device, call.rows, call.classes, sizeof(T), Team::kScratch, columns, plan))
-    return cudaErrorNotSupported;
   const bool full = !call.indices || call.softcap != 0 || call.smoothing != 0 || call.entropy || call.correct;
+  if (!plan_cross_entropy(device, call.rows, call.classes, sizeof(T), Team::kScratch, columns, full, plan))
+    return cudaErrorNotSupported;
   return full ? launch_cross_entropy<T, true>(call, plan, stream) : launch_cross_entropy<T, false>(call, plan, stream);
 }
 

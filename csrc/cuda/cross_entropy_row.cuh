@@ -51,13 +51,13 @@ class RowOf {
   TLK_DEVICE RowOf(const CrossEntropyOnDevice& call, const CrossEntropyNumbers<A>& numbers, int64_t row)
       : c(call), a(numbers), row_(row) {
     there_ = row < c.rows;
+    softcap_ = kFull && c.softcap != 0;
+    dense_ = kFull && (!c.indices || c.smoothing != 0);
     if (!there_) return;
     x_ = static_cast<const T*>(c.x.data) + offset(c.x.stride);
     if (c.grad.data) grad_ = static_cast<T*>(c.grad.data) + offset(c.grad.stride);
     if (kFull && !c.indices) q_at_ = offset(c.probabilities.stride);
     weight_ = static_cast<const A*>(c.weight);
-    softcap_ = kFull && c.softcap != 0;
-    dense_ = kFull && (!c.indices || c.smoothing != 0);
     const A by_lse = given(c.grad_lse);
     counted_ = true;
     if (c.indices) {

@@ -3,6 +3,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include <algorithm>
+
 #include "device.cuh"
 
 namespace tlk {
@@ -26,6 +28,10 @@ enum class Place { lanes, registers, shared, memory, column_shared, column_memor
 //   columns    Classes not contiguous. A thread for each position, neighbours beside each other: 32 KB a block of 128
 //              keep seven blocks on a multiprocessor.
 //   column sweeps  More classes: read twice, at full occupancy.
+constexpr int kBytesInLane = 64;  // of a row, in registers
+// The most threads of a block: 64 registers are not enough for each where every option is looked at, nor for float64.
+constexpr int most_threads(bool full, int64_t size) { return full || size == 8 ? 512 : 1024; }
+
 struct CrossEntropyStrategy {
   const char* name;
   Place place;
@@ -34,6 +40,7 @@ struct CrossEntropyStrategy {
   int least_sm;        // compute capability
   int64_t most_bytes;  // of the part of a row, or of the rows, that a block has; 0: as many as there are
   int reads;           // of each logit
+  bool whole_block() const { return most_bytes > kBytesInLane * kWarp; }
   bool columns() const { return place == Place::column_shared || place == Place::column_memory; }
 };
 
@@ -41,11 +48,11 @@ constexpr int64_t kHalfShared = 112 << 10;  // of a multiprocessor of sm_90
 
 constexpr CrossEntropyStrategy kCrossEntropyStrategies[] = {
     {"lanes", Place::lanes, 128, 1, 80, 0, 1},
-    {"warp", Place::registers, 256, 1, 80, 64 * kWarp, 1},
-    {"registers", Place::registers, 1024, 1, 80, 64 * 1024, 1},
+    {"warp", Place::registers, 256, 1, 80, kBytesInLane * kWarp, 1},
+    {"registers", Place::registers, 1024, 1, 80, kBytesInLane * 1024, 1},
     {"shared", Place::shared, 512, 1, 80, kHalfShared, 1},
     {"cluster", Place::shared, 512, 8, 90, kHalfShared, 1},
-    {"large shared", Place::shared, 1024, 1, 80, 227 << 10, 1},
+    {"large shared", Place::shared, 512, 1, 80, 227 << 10, 1},
     {"sweeps", Place::memory, 1024, 1, 80, 0, 2},
     {"columns", Place::column_shared, 128, 1, 80, 32 << 10, 1},
     {"column sweeps", Place::column_memory, 128, 1, 80, 0, 2},
@@ -68,13 +75,12 @@ inline int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Fills in the plan, or returns false where the strategy cannot serve `rows` rows of `classes` numbers of `size` bytes.
 inline bool fits(const CrossEntropyStrategy& strategy, const Device& device, int64_t rows, int64_t classes,
-                 int64_t size, int64_t scratch, CrossEntropyPlan& plan) {
-  constexpr int kBytes = 16;        // of a pack
-  constexpr int kBytesInLane = 64;  // of registers
+                 int64_t size, int64_t scratch, bool full, CrossEntropyPlan& plan) {
+  constexpr int kBytes = 16;  // of a pack
   constexpr int kNumbersInLane = 8;
   const int64_t packs = divided_up(classes * size, kBytes);
   int64_t per_block = 1, blocks = 1;  // rows of a block; blocks of a row
-  int64_t threads = strategy.threads, shared = 0;
+  int64_t threads = std::min(strategy.threads, most_threads(full, size)), shared = 0;
   plan.lanes = 0;
   switch (strategy.place) {
     case Place::lanes:
@@ -83,8 +89,8 @@ inline bool fits(const CrossEntropyStrategy& strategy, const Device& device, int
       per_block = threads / plan.lanes;
       break;
     case Place::registers:
-      if (packs * kBytes > strategy.most_bytes) return false;
-      if (strategy.most_bytes == kBytesInLane * kWarp) {
+      if (packs * kBytes > kBytesInLane * (strategy.whole_block() ? threads : kWarp)) return false;
+      if (!strategy.whole_block()) {
         plan.lanes = kWarp;
         per_block = threads / kWarp;
       } else {
@@ -124,11 +130,11 @@ inline bool fits(const CrossEntropyStrategy& strategy, const Device& device, int
 
 // False where no strategy, or not the forced one, can serve the call.
 inline bool plan_cross_entropy(const Device& device, int64_t rows, int64_t classes, int64_t size, int64_t scratch,
-                               bool columns, CrossEntropyPlan& plan) {
+                               bool columns, bool full, CrossEntropyPlan& plan) {
   const char* const forced = forced_cross_entropy_strategy();
   for (const CrossEntropyStrategy& strategy : kCrossEntropyStrategies) {
     if (strategy.columns() != columns || (forced && strcmp(forced, strategy.name) != 0)) continue;
-    if (fits(strategy, device, rows, classes, size, scratch, plan)) return true;
+    if (fits(strategy, device, rows, classes, size, scratch, full, plan)) return true;
   }
   return false;
 }

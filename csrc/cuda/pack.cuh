@@ -28,6 +28,54 @@ TLK_DEVICE unsigned misaligned(const T* p) {
   return unsigned(reinterpret_cast<uintptr_t>(p) % 16);
 }
 
+// Halves of a pack, number by number. Only next to the ends of rows: these loops are short code, not fast.
+template <class T>
+struct Bits {
+  using type = unsigned short;
+};
+template <>
+struct Bits<float> {
+  using type = unsigned;
+};
+template <>
+struct Bits<double> {
+  using type = unsigned long long;
+};
+template <class T>
+TLK_DEVICE uint4 load_numbers(const T* row, int64_t n, int64_t first, T fill) {
+  unsigned long long half[2];
+  constexpr int kEach = kLanes<T> / 2;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    half[h] = 0;
+#pragma unroll 1
+    for (int i = 0; i < kEach; ++i) {
+      const int64_t at = first + h * kEach + i;
+      const T value = at < n ? row[at] : fill;
+      typename Bits<T>::type bits;
+      memcpy(&bits, &value, sizeof bits);
+      half[h] |= static_cast<unsigned long long>(bits) << (8 * int(sizeof(T)) * i);
+    }
+  }
+  return make_uint4(unsigned(half[0]), unsigned(half[0] >> 32), unsigned(half[1]), unsigned(half[1] >> 32));
+}
+// Numbers `from` to `to` of the pack, as far as they are in the row.
+template <class T>
+TLK_DEVICE void store_numbers(T* row, int64_t n, int64_t first, int from, int to, uint4 v) {
+  const unsigned long long half[2] = {v.x | static_cast<unsigned long long>(v.y) << 32,
+                                      v.z | static_cast<unsigned long long>(v.w) << 32};
+  constexpr int kEach = kLanes<T> / 2;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+#pragma unroll 1
+    for (int i = 0; i < kEach; ++i) {
+      const int k = h * kEach + i;
+      const auto bits = static_cast<typename Bits<T>::type>(half[h] >> (8 * int(sizeof(T)) * i));
+      if (k >= from && k < to && first + k < n) memcpy(row + first + k, &bits, sizeof bits);
+    }
+  }
+}
+
 // Pack k of a row of n numbers, `fill` past its end. Of an unaligned row two aligned loads are joined, which neighbours
 // share in the first-level cache; only what lies next to its ends is read number by number, so that nothing beyond them
 // is.
@@ -41,10 +89,7 @@ TLK_DEVICE Pack<T> load_pack(const T* row, int64_t n, int64_t k, T fill) {
     const uint4 a = p[0], b = p[1];
     return Pack<T>(join(a, b, off));
   }
-  Pack<T> pack;
-#pragma unroll
-  for (int i = 0; i < kLanes<T>; ++i) pack.lane[i] = first + i < n ? row[first + i] : fill;
-  return pack;
+  return Pack<T>(load_numbers(row, n, first, fill));
 }
 
 // Stores pack k of a row of n numbers, as far as it is in the row. All lanes of a warp call this, each with the pack
@@ -54,13 +99,10 @@ TLK_DEVICE void store_pack(T* row, int64_t n, int64_t k, Pack<T> pack) {
   const int64_t first = k * kLanes<T>, bytes = n * int64_t(sizeof(T));
   const unsigned off = misaligned(row);
   if (off == 0) {
-    if (first + kLanes<T> <= n) {
+    if (first + kLanes<T> <= n)
       store_streaming(reinterpret_cast<uint4*>(row + first), pack.bits);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kLanes<T>; ++i)
-        if (first + i < n) row[first + i] = pack.lane[i];
-    }
+    else
+      store_numbers(row, n, first, 0, kLanes<T>, pack.bits);
     return;
   }
   const unsigned lane = threadIdx.x % kWarp;
@@ -75,9 +117,8 @@ TLK_DEVICE void store_pack(T* row, int64_t n, int64_t k, Pack<T> pack) {
     store_streaming(reinterpret_cast<uint4*>(reinterpret_cast<char*>(row + first) - off),
                     join(before, pack.bits, 16 - off));
   const int split = int((16 - off) / sizeof(T));  // numbers before the next aligned address
-#pragma unroll
-  for (int i = 0; i < kLanes<T>; ++i)
-    if (!(i < split ? begins : ends) && first + i < n) row[first + i] = pack.lane[i];
+  const int from = begins ? split : 0, to = ends ? split : kLanes<T>;
+  if (from < to) store_numbers(row, n, first, from, to, pack.bits);
 }
 
 }  // namespace tlk

@@ -42,7 +42,7 @@ TLK_DEVICE A reduce_warp(A value, int lanes = kWarp) {
 // The threads that share a row: some lanes of a warp, or a block of whole warps, or a cluster of such blocks.
 class Team {
  public:
-  static constexpr int kMost = 4;  // numbers that are reduced at once
+  static constexpr int kMost = 5;  // numbers that are reduced at once
   // Bytes of shared memory that a team of more than one warp needs.
   static constexpr int kScratch = 2 * kMost * (kWarp + 1) * int(sizeof(double));
 

@@ -158,7 +158,7 @@ class InMemory {
   }
   template <class Body>
   TLK_DEVICE void each(Body body, T* out = nullptr) const {
-    constexpr int kAtOnce = 4;  // loads in flight
+    constexpr int kAtOnce = 2;  // loads in flight
     for (int at = thread_; at - thread_ < slice_.packs; at += kAtOnce * threads_) {
       Pack<T> pack[kAtOnce];
 #pragma unroll
@@ -179,7 +179,7 @@ template <class T, bool kShared>
 class InColumn {
  public:
   static constexpr bool kRereads = !kShared;
-  static constexpr int kAtOnce = 8;
+  static constexpr int kAtOnce = sizeof(T) == 8 ? 4 : 8;
   static constexpr int64_t bytes(int64_t n, int threads) { return kShared ? n * threads * int64_t(sizeof(T)) : 0; }
 
   TLK_DEVICE InColumn(int64_t stride, int64_t out_stride) : stride_(stride), out_stride_(out_stride) {}

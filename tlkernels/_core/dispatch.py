@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from tlkernels._core import choice
+
 NAMES = ("native", "triton", "reference")
 
 
@@ -36,7 +38,7 @@ def resolve(loss: str, implementations: Sequence[Implementation], call: Any, imp
         raise ValueError(f"impl: expected 'auto' or one of {NAMES}, got {impl!r}")
     if _explaining:
         raise _Explained(_report(loss, implementations, call, impl))
-    for implementation in implementations:
+    for implementation in _in_order(loss, implementations, call, impl)[0]:
         if _asked_for(implementation, impl) and implementation.refuse(call) is None:
             return implementation
     raise NotImplementedError(_report(loss, implementations, call, impl))
@@ -46,21 +48,32 @@ def _asked_for(implementation: Implementation, impl: str) -> bool:
     return impl == implementation.name or (impl == "auto" and not implementation.by_name_only)
 
 
+def _in_order(
+    loss: str, implementations: Sequence[Implementation], call: Any, impl: str
+) -> tuple[Sequence[Implementation], str]:
+    """Return the implementations in the order in which they are tried, and why, if that is not the order given."""
+    tensor = choice.on_gpu(call) if impl == "auto" else None
+    if tensor is None:
+        return implementations, ""
+    first, why = choice.faster(loss, tensor)
+    return [*(i for i in implementations if i.name == first), *(i for i in implementations if i.name != first)], why
+
+
 def _report(loss: str, implementations: Sequence[Implementation], call: Any, impl: str) -> str:
     here = {implementation.name: implementation for implementation in implementations}
     reasons = {
         name: here[name].refuse(call) if name in here else f"{loss} has no {name} implementation" for name in NAMES
     }
-    order = [implementation.name for implementation in implementations]
+    tried, why_first = _in_order(loss, implementations, call, impl)
+    order = [implementation.name for implementation in tried]
     chosen = next((name for name in order if reasons[name] is None and _asked_for(here[name], impl)), None)
     how = here[chosen].how if chosen else None
     served = f"served by {chosen}{', ' + how(call) if how else ''}"
     lines = [f"{loss}(impl={impl!r}): " + (served if chosen else "cannot be served")]
     for name in [*order, *(name for name in NAMES if name not in here)]:
         if name != chosen:
-            why = reasons[name] or (
-                f"could serve it; {chosen} comes first" if _asked_for(here[name], impl) else "not asked for"
-            )
+            first = why_first if why_first and chosen == order[0] and name != "reference" else f"{chosen} comes first"
+            why = reasons[name] or (f"could serve it; {first}" if _asked_for(here[name], impl) else "not asked for")
             lines.append(f"  {name}: {why}")
     return "\n".join(lines)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from tlkernels._core import triton
+from tlkernels._core import native, triton
 from tlkernels._core.autograd import (
     Tensors,
     differentiate,
@@ -87,6 +87,7 @@ _SCHEMAS: tuple[tuple[str, str, Any], ...] = (
     ),
 )
 NATIVE = Ops(*(define(f"distillation_{name}{schema}", fake) for name, schema, fake in _SCHEMAS[:3]))
+_SERVED = native.served("distillation_fwd")
 TRITON = Ops(
     *(
         triton.define(f"distillation_{name}_triton{schema}", fake, "tlkernels.losses.distillation.triton", function)
@@ -200,7 +201,7 @@ def refuse_row_weight(options: Options) -> str | None:
 
 
 def _refuse_native(call: Call) -> str | None:
-    return refuse_native(call.student, call.teacher) or refuse_row_weight(call.options)
+    return refuse_native(call.student, call.teacher, served=_SERVED) or refuse_row_weight(call.options)
 
 
 def _refuse_triton(call: Call) -> str | None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from tlkernels._core import linear, triton
+from tlkernels._core import linear, native, triton
 from tlkernels._core.autograd import (
     Tensors,
     differentiate,
@@ -67,6 +67,7 @@ _SCHEMAS: tuple[tuple[str, Any], ...] = (
 )
 _NAME = "linear_distillation_{}"
 NATIVE = Ops(*(define(_NAME.format(schema.format("")), fake) for schema, fake in _SCHEMAS))
+_SERVED = native.served("linear_distillation_fwd")
 TRITON = Ops(
     *(
         triton.define(_NAME.format(schema.format("_triton")), fake, "tlkernels.losses.linear_distillation.triton", name)
@@ -137,7 +138,9 @@ def _run(ops: Ops, call: Call) -> Tensor:
 
 IMPLEMENTATIONS = (
     Implementation(
-        "native", lambda call: refuse_native(*call.layers) or refuse_row_weight(call.options), partial(_run, NATIVE)
+        "native",
+        lambda call: refuse_native(*call.layers, served=_SERVED) or refuse_row_weight(call.options),
+        partial(_run, NATIVE),
     ),
     Implementation(
         "triton",

@@ -1,10 +1,5 @@
 #include "distillation_call.h"
 
-#include <ATen/Parallel.h>
-
-#include <algorithm>
-#include <memory>
-
 namespace tlk {
 namespace {
 
@@ -27,37 +22,37 @@ Tensor in_rows(const Tensor& logits, int64_t inner) {
   return (dense ? logits : logits.contiguous()).reshape({logits.numel() / (inner * classes), inner, classes});
 }
 
-void run_rows(const Distillation& call, at::ScalarType dtype) {
-  if (call.rows == 0) return;
-  const DistillationRows rows = kernels().distillation(scalar_of(dtype), call.divergence, call.hard != 0);
-  struct alignas(64) Line {
-    char bytes[64];
-  };
-  const size_t bytes = size_t(kept_numbers(call.classes)) * c10::elementSize(compute_type(dtype));
-  constexpr int64_t kGrain = 1 << 13;  // elements for which a second thread is worth its start
-  at::parallel_for(0, call.rows, std::max<int64_t>(1, kGrain / call.classes), [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<Line[]> kept(new Line[(bytes + sizeof(Line) - 1) / sizeof(Line)]);
-    rows(call, begin, end, kept.get());
-  });
-}
-
 }  // namespace
 
-DistillationCall::DistillationCall(at::IntArrayRef logits, at::ScalarType dtype_,
+DistillationLogits::DistillationLogits(const Tensor& student_, const Tensor& teacher_) {
+  TORCH_CHECK_VALUE(student_.dim() > 0 && student_.sizes() == teacher_.sizes(),
+                    "teacher_logits: expected the shape of student_logits ", student_.sizes(), ", got ",
+                    teacher_.sizes());
+  const at::ScalarType dtype = at::promote_types(student_.scalar_type(), teacher_.scalar_type());
+  student = student_.to(dtype), teacher = teacher_.to(dtype);
+}
+
+Tensor given_gradient(const Tensor& grad, const Tensor& logits) {
+  return grad.defined() ? grad.to(logits.scalar_type()) : at::empty({0}, logits.options());
+}
+
+DistillationCall::DistillationCall(at::IntArrayRef logits, const at::TensorOptions& logits_options,
                                    const std::optional<Tensor>& target_in, const std::optional<Tensor>& row_weight_in,
-                                   const DistillationOptions& options)
-    : dtype(dtype_), compute(compute_type(dtype_)), shape(logits.begin(), logits.end() - 1) {
+                                   const DistillationOptions& given)
+    : dtype(c10::typeMetaToScalarType(logits_options.dtype())),
+      compute(compute_type(dtype)),
+      shape(logits.begin(), logits.end() - 1) {
+  options = at::TensorOptions().dtype(compute).device(logits_options.device());
   classes = logits.back();
   TORCH_CHECK_VALUE(classes > 0, "student_logits: expected at least one class, got shape ", logits);
   rows = c10::multiply_integers(shape);
   inner = shape.empty() ? 1 : shape.back();
-  denominator = double(rows);
-  use_divergence(*this, options.divergence, options.beta);
-  inv_temperature = 1 / options.temperature;
-  soft = (1 - options.hard_weight) * options.temperature * options.temperature;
-  hard = options.hard_weight;
-  smoothing = options.label_smoothing;
-  ignore_index = options.ignore_index;
+  use_divergence(*this, given.divergence, given.beta);
+  inv_temperature = 1 / given.temperature;
+  soft = (1 - given.hard_weight) * given.temperature * given.temperature;
+  hard = given.hard_weight;
+  smoothing = given.label_smoothing;
+  ignore_index = given.ignore_index;
   if (row_weight_in) {
     TORCH_CHECK_VALUE(row_weight_in->sizes() == at::IntArrayRef(shape), "row_weight: expected shape ",
                       at::IntArrayRef(shape), ", got ", row_weight_in->sizes());
@@ -68,16 +63,8 @@ DistillationCall::DistillationCall(at::IntArrayRef logits, at::ScalarType dtype_
   if (!target_in) return;
   TORCH_CHECK_VALUE(target_in->sizes() == at::IntArrayRef(shape), "target: expected class indices of shape ",
                     at::IntArrayRef(shape), ", got ", target_in->sizes());
-  target_ = target_in->to(at::kLong).contiguous();
-  target = target_.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < rows; ++i) {
-    const int64_t y = target[i];
-    if (y == ignore_index)
-      denominator -= 1;
-    else
-      TORCH_CHECK_INDEX(y >= 0 && y < classes, "target: expected class indices in [0, ", classes, ") or ignore_index (",
-                        ignore_index, "), got ", y, " at row ", i);
-  }
+  targets = target_in->to(at::kLong).contiguous();
+  target = targets.const_data_ptr<int64_t>();
 }
 
 void DistillationCall::use_upstream(const Tensor& grad_rows) {
@@ -87,35 +74,31 @@ void DistillationCall::use_upstream(const Tensor& grad_rows) {
   grad_loss = per_position(upstream_);
 }
 
-void DistillationCall::use_upstream(double grad_row) {
-  upstream_ = at::scalar_tensor(grad_row, at::TensorOptions().dtype(compute));
-  grad_loss = {upstream_.const_data_ptr(), 0};
-}
-
 Tensor DistillationCall::losses() {
-  Tensor losses = at::empty(shape, at::TensorOptions().dtype(compute));
+  Tensor losses = at::empty(shape, options);
   loss = losses.mutable_data_ptr();
   return losses;
 }
 
-void DistillationCall::run(const Tensor& student_logits, const Tensor& teacher_logits, const Tensor& student_grad,
-                           const Tensor& teacher_grad) const {
-  if (rows == 0) return;
-  Distillation call = *this;
-  const Tensor logits[2] = {in_rows(student_logits, inner), in_rows(teacher_logits, inner)};
+DistillationCall::Whole DistillationCall::whole(const Tensor& student_logits, const Tensor& teacher_logits,
+                                                const Tensor& student_grad, const Tensor& teacher_grad) const {
+  Whole made = {*this, {}};
+  if (rows == 0) return made;
+  const Tensor* logits[2] = {&student_logits, &teacher_logits};
   const Tensor* grads[2] = {&student_grad, &teacher_grad};
   for (int i = 0; i < 2; ++i) {
-    Side& to = call.side[i == 0 ? student : 1 - student];
-    to.x = logits[i].const_data_ptr();
-    to.stride[0] = logits[i].stride(0), to.stride[1] = logits[i].stride(1);
+    const Tensor x = made.logits[i] = in_rows(*logits[i], inner);
+    Side& to = made.call.side[i == 0 ? student : 1 - student];
+    to.x = x.const_data_ptr();
+    to.stride[0] = x.stride(0), to.stride[1] = x.stride(1);
     to.grad = grads[i]->defined() ? grads[i]->mutable_data_ptr() : nullptr;
     to.grad_stride[0] = inner * classes, to.grad_stride[1] = classes;
   }
-  run_rows(call, dtype);
+  return made;
 }
 
-void DistillationCall::run_in_place(int64_t begin, int64_t end, const Tensor& student_logits,
-                                    const Tensor& teacher_logits, bool student_grad, bool teacher_grad) const {
+Distillation DistillationCall::in_place(int64_t begin, int64_t end, const Tensor& student_logits,
+                                        const Tensor& teacher_logits, bool student_grad, bool teacher_grad) const {
   const size_t size = c10::elementSize(compute);
   const auto skip = [&](auto* data, int64_t numbers) {
     return static_cast<const char*>(data) + numbers * int64_t(size);
@@ -135,7 +118,7 @@ void DistillationCall::run_in_place(int64_t begin, int64_t end, const Tensor& st
   for (PerPosition* value : {&call.row_weight, &call.grad_loss})
     if (value->data) value->data = skip(value->data, begin * value->stride);
   if (loss) call.loss = const_cast<char*>(skip(loss, begin));
-  run_rows(call, dtype);
+  return call;
 }
 
 }  // namespace tlk

@@ -1,0 +1,22 @@
+// The launchers of what multiplies gradients by their upstream value for C, without torch.
+#include "../../csrc/cuda/scale.cuh"
+
+using namespace tlk;
+
+extern "C" int tlk_scale(void* values, int scalar, const void* factor, int64_t n, cudaStream_t stream) {
+  const auto run = [&](auto* typed) {
+    using A = Compute<std::remove_pointer_t<decltype(typed)>>;
+    return int(scale(typed, static_cast<const A*>(factor), n, stream));
+  };
+  switch (Scalar(scalar)) {
+    case Scalar::f64:
+      return run(static_cast<double*>(values));
+    case Scalar::f32:
+      return run(static_cast<float*>(values));
+    case Scalar::bf16:
+      return run(static_cast<bf16*>(values));
+    case Scalar::f16:
+      return run(static_cast<f16*>(values));
+  }
+  return int(cudaErrorInvalidValue);
+}

@@ -1,0 +1,24 @@
+// A call of distillation on CPU tensors, whose values the host has looked at.
+#pragma once
+#include "../distillation_call.h"
+#include "tensor.h"
+
+namespace tlk {
+
+struct CheckedDistillation : DistillationCall {
+  double denominator;  // rows that count
+
+  CheckedDistillation(at::IntArrayRef logits, at::ScalarType dtype, const std::optional<at::Tensor>& target,
+                      const std::optional<at::Tensor>& row_weight, const DistillationOptions& options);
+
+  using DistillationCall::use_upstream;
+  void use_upstream(double grad_row);  // one for all
+
+ private:
+  at::Tensor upstream_;
+};
+
+// Every row of the call.
+void run_rows(const Distillation& call, at::ScalarType dtype);
+
+}  // namespace tlk

@@ -1,0 +1,181 @@
+"""The build of the CUDA kernels: what decides on it, its commands, the report on their resources. Needs no GPU."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.cpp_extension import include_paths
+
+from bench import cuda_resources
+from csrc import nvcc
+from tlkernels._core import native
+
+ROOT = Path(__file__).parents[1]
+needs_nvcc = pytest.mark.skipif(nvcc.compiler() is None, reason="there is no nvcc")
+
+
+@pytest.fixture(scope="module")
+def setup():
+    spec = importlib.util.spec_from_file_location("tlkernels_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@needs_nvcc
+def test_architectures(monkeypatch):
+    monkeypatch.delenv("TLKERNELS_CUDA_ARCHS", raising=False)
+    assert set(nvcc.architectures()) <= set(nvcc.ARCHITECTURES)
+    assert "sm_80" in nvcc.architectures()
+    monkeypatch.setenv("TLKERNELS_CUDA_ARCHS", "sm_90a, compute_90")
+    assert nvcc.architectures() == ("sm_90a", "compute_90")
+    assert nvcc.generate(nvcc.architectures()) == [
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_90,code=compute_90",
+    ]
+    monkeypatch.setenv("TLKERNELS_CUDA_ARCHS", "9.0")
+    with pytest.raises(SystemExit, match=r"TLKERNELS_CUDA_ARCHS: expected names such as sm_80 .*got '9.0'"):
+        nvcc.architectures()
+
+
+def test_what_decides(setup, monkeypatch):
+    monkeypatch.delenv("TLKERNELS_CUDA", raising=False)
+    assert setup.cuda_architectures(None) == ()
+    monkeypatch.setenv("TLKERNELS_CUDA", "1")
+    with pytest.raises(SystemExit, match="TLKERNELS_CUDA=1: torch is not a CUDA build"):
+        setup.cuda_architectures(None)
+    monkeypatch.setattr(nvcc, "compiler", lambda: None)
+    with pytest.raises(SystemExit, match="there is no nvcc"):
+        setup.cuda_architectures("13.0")
+    monkeypatch.setattr(nvcc, "compiler", lambda: "nvcc")
+    monkeypatch.setattr(nvcc, "version", lambda: "13.0")
+    with pytest.raises(SystemExit, match=r"nvcc is of CUDA 13.0, torch of 12.8"):
+        setup.cuda_architectures("12.8")
+    monkeypatch.setenv("TLKERNELS_CUDA_ARCHS", "sm_80")
+    assert setup.cuda_architectures("13.1") == ("sm_80",)
+    monkeypatch.setenv("TLKERNELS_CUDA", "0")
+    assert setup.cuda_architectures("13.1") == ()
+    monkeypatch.setenv("TLKERNELS_CUDA", "yes")
+    with pytest.raises(SystemExit, match="TLKERNELS_CUDA: expected 0 or 1"):
+        setup.cuda_architectures("13.1")
+
+
+def test_no_gpu_is_asked_for():
+    assert "is_available" not in "".join(line for line in (ROOT / "setup.py").read_text().splitlines() if "(" in line)
+
+
+def test_build_info_and_doctor_tell_of_cuda():
+    if not native.available():
+        pytest.skip(native.why_not())
+    info = native.build_info()["cuda"]
+    assert info == "" or " for sm_" in info
+    assert torch.version.cuda is not None or info == ""
+
+
+@needs_nvcc
+def test_every_binding_has_a_command_that_fits_torch(setup, tmp_path):
+    commands = dict(setup.cuda_commands(tmp_path, ("sm_80",)))
+    assert {built.name for built in commands} == {f"{path.stem}-cuda.o" for path in (ROOT / "csrc/cuda").glob("*.cu")}
+    for built, command in commands.items():
+        assert command[0] == nvcc.compiler()
+        assert command[-2:] == ["-o", str(built)]
+
+
+# What torch was built with; its own header is missing in a CPU build.
+STAND_IN = "#pragma once\n"
+
+
+@needs_nvcc
+def test_what_bindings_share_compiles_against_torch(tmp_path):
+    """The headers of torch and of the toolkit that tests/cuda_host replaces."""
+    stand_in = tmp_path / "c10/cuda/impl/cuda_cmake_macros.h"
+    stand_in.parent.mkdir(parents=True)
+    stand_in.write_text(STAND_IN)
+    source = tmp_path / "binding.cpp"
+    source.write_text(
+        f'#include "{ROOT}/csrc/cuda/tensor.h"\n'
+        "void use(const at::Tensor& x, cudaError_t error) {\n"
+        "  const tlk::OnDevice device(x);\n"
+        '  tlk::check_launch(device.stream() ? error : cudaSuccess, "use");\n'
+        "}\n"
+    )
+    toolkit = Path(nvcc.compiler()).resolve().parents[1] / "include"
+    includes = [f"-isystem{path}" for path in (tmp_path, toolkit, *include_paths())]
+    compiler = os.environ.get("CXX", "c++")
+    run = subprocess.run(
+        [compiler, "-std=c++20", "-fsyntax-only", *includes, str(source)], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.parametrize("source", sorted((ROOT / "csrc/cuda").glob("*.cu")), ids=lambda path: path.stem)
+def test_binding_compiles(setup, source, tmp_path, monkeypatch):
+    """Whole, by nvcc, with the very command of setup.py; a minute or two each."""
+    stand_in = tmp_path / "c10/cuda/impl/cuda_cmake_macros.h"
+    stand_in.parent.mkdir(parents=True)
+    stand_in.write_text(STAND_IN)
+    monkeypatch.chdir(ROOT)
+    built, command = next(
+        made for made in setup.cuda_commands(tmp_path, ("sm_90a",)) if made[0].stem[:-5] == source.stem
+    )
+    run = subprocess.run([*command, f"-I{tmp_path}"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert built.exists()
+
+
+REPORT = """\
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_ZN3tlk6kernelI13__nv_bfloat16LNS_10DivergenceE1ELb0EEEvPT_' for 'sm_90a'
+ptxas info    : Function properties for _ZN3tlk6kernelI13__nv_bfloat16LNS_10DivergenceE1ELb0EEEvPT_
+    16 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads
+ptxas info    : Used 40 registers, used 1 barriers, 16 bytes stack, 256 bytes smem
+ptxas info    : Compile time = 12.000 ms
+ptxas info    : Compiling entry function '_ZN3tlk6kernelIfLNS_10DivergenceE0ELb1EEEvPT_' for 'sm_80'
+ptxas info    : Function properties for _ZN3tlk6kernelIfLNS_10DivergenceE0ELb1EEEvPT_
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 20 registers, 360 bytes cmem[0]
+"""
+
+
+@pytest.mark.skipif(shutil.which("c++filt") is None, reason="there is no c++filt")
+class TestReport:
+    def test_rows(self):
+        spilling, plain = cuda_resources.parse("some", REPORT)
+        assert spilling[1:] == (
+            "kernel<__nv_bfloat16, 1, false>", "sm_90a", 40, 256, 16, 8, 12, "spills: 8 bytes stored, 12 loaded", "",
+        )  # fmt: skip
+        assert plain[1:] == ("kernel<float, 0, true>", "sm_80", 20, 0, 0, 0, 0, "", "")
+
+    def test_spills_fail_without_a_reason(self, monkeypatch, tmp_path):
+        fields = cuda_resources.Row._fields
+        assert cuda_resources.report(fields, cuda_resources.parse("some", REPORT), tmp_path / "a.csv") == 1
+        monkeypatch.setitem(cuda_resources.EXCEPTIONS, ("kernel<*bfloat16*", "sm_9*"), "for the test")
+        assert cuda_resources.report(fields, cuda_resources.parse("some", REPORT), tmp_path / "b.csv") == 0
+        assert "for the test" in (tmp_path / "b.csv").read_text()
+
+    def test_a_report_that_is_not_understood_fails(self):
+        with pytest.raises(ValueError, match="not understood"):
+            cuda_resources.parse("some", REPORT.replace("spill stores", "spilt stores"))
+
+
+def test_without_nvcc_it_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(nvcc, "compiler", lambda: None)
+    assert cuda_resources.main(["--quick"]) == 2
+    assert "there is no nvcc" in capsys.readouterr().err
+
+
+def test_cold_start_needs_a_gpu():
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    run = subprocess.run(
+        [sys.executable, "-m", "bench.cold_start"], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 2
+    assert "there is no GPU" in run.stderr
