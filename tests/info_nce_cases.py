@@ -106,6 +106,11 @@ CASES = [
         for kind in ("bool", "ids")
         for own in (False, True)
     ),
+    # tensor cores' large tiles, where there are many: one past them, several panels
+    case("target-129x700x8", 129, 700, 8, F16, target=True, kind="bool", label_smoothing=0.1, scale=NUMBER),
+    case("symmetric-260x260x40", 260, 260, 40, BF16, symmetric=True, m=200, kind="bool", normalize=True, scale=TENSOR),
+    case("symmetric-ids-260x260x160", 260, 260, 160, F16, symmetric=True, kind="ids", label_smoothing=0.1,
+         scale=TENSOR),
     # options together
     *(
         case(

@@ -53,4 +53,4 @@ def module(arguments):
     return tlk.NTXentLoss(**arguments), views
 
 
-LOSS = testing.Loss(tlk.nt_xent, pytorch, CASES, module, rowwise=False)
+LOSS = testing.Loss(tlk.nt_xent, pytorch, CASES, module, rowwise=False, cuda="info_nce")

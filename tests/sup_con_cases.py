@@ -62,4 +62,4 @@ def module(arguments):
     return tlk.SupConLoss(**arguments), tensors
 
 
-LOSS = testing.Loss(tlk.sup_con, pytorch, CASES, module, rowwise=False)
+LOSS = testing.Loss(tlk.sup_con, pytorch, CASES, module, rowwise=False, cuda="info_nce")

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 NAN, INF = math.nan, math.inf
 
 
-@pytest.fixture(params=testing.targets(), ids=str)
+@pytest.fixture(params=testing.targets(loss="info_nce"), ids=str)
 def impl(request):
     with testing.forced(request.param) as name:
         yield name
@@ -143,6 +143,13 @@ def test_duplicates(impl):
     same(ours, right)
 
 
+@pytest.fixture
+def checked(monkeypatch):
+    """CUDA kernels look at the targets only then."""
+    monkeypatch.setenv("TLKERNELS_CHECK", "1")
+
+
+@pytest.mark.usefixtures("checked")
 @pytest.mark.parametrize("bad", [6, -1, -100, 2**40])
 def test_target_out_of_range(impl, bad):
     query, key = pairs(3, 4, 6)
@@ -153,24 +160,30 @@ def test_target_out_of_range(impl, bad):
                 tlk.info_nce(query, key, torch.tensor([0, bad, 1]), reduction=reduction, impl=impl)
 
 
-@pytest.mark.skipif(not triton.available(), reason="Triton cannot run here")
-@pytest.mark.parametrize("impl", ["triton"])
-def test_target_out_of_range_on_a_gpu_gives_nan(impl):
+ON_GPU = [t for t in testing.targets(loss="info_nce") if t.isa in (testing.CUDA_HOST, "cuda") or t.impl == "triton"]
+
+
+@pytest.mark.parametrize("target", ON_GPU, ids=str)
+def test_target_out_of_range_on_a_gpu_gives_nan(target, monkeypatch):
     """Where the host does not look: NaN in that row, a gradient of 0 from it, and no memory out of range."""
+    monkeypatch.delenv("TLKERNELS_CHECK", raising=False)
+    used = ops.NATIVE if target.impl == "native" else ops.TRITON
     query, key = pairs(4, 5, 6)
-    target = torch.tensor([1, 2**40 + 1, -100, 5])
-    call = query, key, None, torch.tensor(2.0), target, *(None,) * 3, -1, False, False, False, 0.1
-    loss, state = ops.TRITON.forward(*call)
+    columns = torch.tensor([1, 2**40 + 1, -100, 5])
+    call = query, key, None, torch.tensor(2.0), columns, *(None,) * 3, -1, False, False, False, 0.1
+    with testing.forced(target):
+        loss, state = used.forward(*call)
+        by_query, by_key, _, by_scale = used.backward(torch.ones_like(loss), state, *call, [True] * 4)
     assert loss.isnan().tolist() == [False, True, True, False]
-    by_query, by_key, _, by_scale = ops.TRITON.backward(torch.ones_like(loss), state, *call, [True] * 4)
     assert by_query.any(1).tolist() == [True, False, False, True]
     valid = [query[[0, 3]], key, torch.tensor(2.0)]
     leaves = [t.double().cpu().requires_grad_() for t in valid]
-    right = pytorch(leaves[0], leaves[1], target[[0, 3]].cpu(), logit_scale=leaves[2], label_smoothing=0.1,
+    right = pytorch(leaves[0], leaves[1], columns[[0, 3]].cpu(), logit_scale=leaves[2], label_smoothing=0.1,
                     reduction="sum")  # fmt: skip
     same([by_query[[0, 3]].cpu(), by_key.cpu(), by_scale.cpu()], torch.autograd.grad(right, leaves))
 
 
+@pytest.mark.usefixtures("checked")
 def test_more_queries_than_keys_by_default_target(impl):
     with pytest.raises(IndexError, match="target"):
         tlk.info_nce(*pairs(5, 4, 3), impl=impl)

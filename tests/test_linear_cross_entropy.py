@@ -19,7 +19,7 @@ native = pytest.mark.usefixtures("needs_native")
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
-@pytest.fixture(params=testing.targets(), ids=str)
+@pytest.fixture(params=testing.targets(loss="linear_cross_entropy"), ids=str)
 def impl(request):
     with testing.forced(request.param) as name:
         yield name

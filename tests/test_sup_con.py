@@ -10,7 +10,7 @@ from tlkernels import testing
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
-@pytest.fixture(params=testing.targets(), ids=str)
+@pytest.fixture(params=testing.targets(loss="info_nce"), ids=str)
 def impl(request):
     with testing.forced(request.param) as name:
         yield name

@@ -21,15 +21,12 @@ from tlkernels._core import native, triton
 CUDA_HOST = "cuda_host"
 """The CUDA kernels, run on the host in the place of the CPU's (tests/cuda_host of a checkout)."""
 
-CUDA = "cuda"
-"""The CUDA kernels on CUDA tensors."""
-
 _ROOT = Path(__file__).parents[1]
 _CUDA_HOST = _ROOT / "tests" / "cuda_host" / "build.py"
 
 
 class Target(NamedTuple):
-    """An implementation to test, and for `native` on CPU tensors the instruction set, or CUDA_HOST."""
+    """An implementation to test, and for `native` the instruction set of the CPU, CUDA_HOST, or "cuda"."""
 
     impl: str
     isa: str = ""
@@ -39,16 +36,13 @@ class Target(NamedTuple):
 
 
 def targets(loss: str = "") -> list[Target]:
-    """Return what can run here.
-
-    With `loss` the CUDA kernels are among them where csrc/cuda/<loss>.cu is: on the host, and on a GPU that is here.
-    """
-    found = [Target("reference"), *(Target("native", isa) for isa in native.isas())]
+    """Return what can run here; with `loss` the kernels of csrc/cuda/<loss>.cu too, on a GPU and on the host."""
+    here = [Target("reference"), *(Target("native", isa) for isa in native.isas())]
     if on_cuda_host(loss):
-        found.append(Target("native", CUDA_HOST))
+        here.append(Target("native", CUDA_HOST))
     if _has_kernels(loss) and native.build_info().get("cuda") and torch.cuda.is_available():
-        found.append(Target("native", CUDA))
-    return [*found, *([Target("triton")] if triton.available() else [])]
+        here.append(Target("native", "cuda"))
+    return [*here, *([Target("triton")] if triton.available() else [])]
 
 
 def device(target: Any) -> str:
@@ -56,7 +50,7 @@ def device(target: Any) -> str:
 
     tests/conftest.py makes it the default device of a test with such a parameter.
     """
-    if target == Target("native", CUDA):
+    if getattr(target, "isa", "") == "cuda":
         return "cuda"
     return triton.DEVICE if getattr(target, "impl", target) == "triton" else "cpu"
 
@@ -152,12 +146,13 @@ def forced(target: Target) -> Iterator[str]:
             yield target.impl
         return
     before = native.isa()
-    if target.isa in native.isas():
+    instruction_set = target.isa not in ("", "cuda")
+    if instruction_set:
         native.force_isa(target.isa)
     try:
         yield target.impl
     finally:
-        if before:
+        if instruction_set:
             native.force_isa(before)
 
 

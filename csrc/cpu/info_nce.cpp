@@ -10,6 +10,7 @@
 #include <tuple>
 #include <utility>
 
+#include "../info_nce_call.h"
 #include "similarity.h"
 #include "tensor.h"
 
@@ -17,12 +18,6 @@ namespace tlk {
 namespace {
 
 using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-const Tensor& or_none(const OptionalTensor& tensor) {
-  static const Tensor none;
-  return tensor ? *tensor : none;
-}
 
 // Embeddings as the tiles take them, and the way back for their gradient.
 struct Embeddings {
@@ -72,67 +67,39 @@ struct Call : InfoNce {
   Tensor state;                       // (directions, kStatistics, rows), float64
   bool tile_is_kept = false;
 
-  Call(const Tensor& query_in, const OptionalTensor& key_in, const OptionalTensor& negatives_in,
-       const Tensor& logit_scale_in, const OptionalTensor& target_in, const OptionalTensor& mask_in,
-       const OptionalTensor& query_ids, const OptionalTensor& key_ids, int64_t own_in, bool by_label, bool symmetric_in,
-       bool normalize, double label_smoothing)
-      : symmetric(symmetric_in),
-        paired(!key_in),
-        smoothing(label_smoothing),
-        query_given(query_in),
-        logit_scale(logit_scale_in) {
-    const Tensor &keys = or_none(key_in), &others = or_none(negatives_in);
-    compute = compute_type(query_in.scalar_type());
-    for (const Tensor* x : {&keys, &others})
-      if (x->defined() && x->scalar_type() == at::kDouble) compute = at::kDouble;
-    check_shapes(keys, others);
+  explicit Call(const InfoNceArguments& given)
+      : symmetric(given.symmetric),
+        paired(given.paired()),
+        smoothing(given.label_smoothing),
+        query_given(given.query),
+        logit_scale(given.logit_scale) {
+    given.check();
+    compute = given.compute();
     scale = rounded(logit_scale.item<double>());
-    set = by_label ? Set::label : smoothing > 0 ? Set::all : Set::none;
-    own = own_in;
+    set = given.set();
+    own = given.own;
 
-    query = Embeddings(query_in, compute, normalize);
-    rows_count = columns_count = query.x.size(0);
+    query = Embeddings(given.query, compute, given.normalize);
+    rows_count = given.rows();
+    columns_count = given.keys();
     std::vector<Panel> panels;
-    if (paired) {
-      panels.push_back({query.x, {}, 0, true});
-    } else {
-      key = Embeddings(keys, compute, normalize);
-      columns_count = key.x.size(0);
-      panels.push_back({key.x, {}, 0, true});
-    }
-    if (others.defined()) {
-      negatives = Embeddings(others, compute, normalize);
+    if (!paired) key = Embeddings(*given.key, compute, given.normalize);
+    panels.push_back({paired ? query.x : key.x, {}, 0, true});
+    if (given.negatives) {
+      negatives = Embeddings(*given.negatives, compute, given.normalize);
       panels.push_back({negatives.x, {}, columns_count, false});
     }
-    TORCH_CHECK_VALUE(!symmetric || (!paired && rows_count == columns_count && !target_in && !by_label),
-                      "symmetric: expected as many keys as queries and the default target");
-    TORCH_CHECK_VALUE(!others.defined() || (!paired && !by_label), "negatives: expected none here");
     similarity.emplace(query.x, std::move(panels), paired, symmetric);
     kernel = kernels().info_nce(scalar_of(compute), set);
-    if (!by_label) use_target(or_none(target_in));
-    if (mask_in) use_mask(*mask_in);
-    if (query_ids) use_ids(*query_ids, or_none(key_ids));
-    TORCH_CHECK_VALUE(!by_label || query_ids, "query_ids: expected labels");
+    if (!given.by_label) use_target(given);
+    if (given.mask) use_mask(*given.mask);
+    if (given.query_ids) use_ids(*given.query_ids, given.ids_of_keys());
   }
 
-  void check_shapes(const Tensor& keys, const Tensor& others) const {
-    TORCH_CHECK_VALUE(query_given.dim() == 2, "query: expected shape (N, D), got ", query_given.sizes());
-    TORCH_CHECK_VALUE(!keys.defined() || (keys.dim() == 2 && keys.size(1) == query_given.size(1)),
-                      "key: expected shape (K, ", query_given.size(1), "), got ", keys.sizes());
-    TORCH_CHECK_VALUE(
-        !others.defined() || ((others.dim() == 2 || (others.dim() == 3 && others.size(0) == query_given.size(0))) &&
-                              others.size(-1) == query_given.size(1)),
-        "negatives: expected shape (M, D) or (N, M, D), got ", others.sizes());
-    TORCH_CHECK_VALUE(logit_scale.dim() == 0, "logit_scale: expected a 0-d tensor, got shape ", logit_scale.sizes());
-  }
-
-  void use_target(const Tensor& given) {
-    const Panel& last = similarity->panels.back();
-    const int64_t classes = last.first + last.columns();
-    target_ = given.defined() ? given.to(at::kLong).contiguous()
-                              : at::arange(rows_count, query_given.options().dtype(at::kLong));
-    TORCH_CHECK_VALUE(target_.dim() == 1 && target_.size(0) == rows_count, "target: expected ", rows_count,
-                      " columns, one per query, got shape ", target_.sizes());
+  void use_target(const InfoNceArguments& given) {
+    const int64_t classes = given.classes();
+    target_ = given.target ? given.target->to(at::kLong).contiguous()
+                           : at::arange(rows_count, query_given.options().dtype(at::kLong));
     target = target_.const_data_ptr<int64_t>();
     for (int64_t i = 0; i < rows_count; ++i)
       TORCH_CHECK_INDEX(target[i] >= 0 && target[i] < classes, "target: expected indices of keys in [0, ", classes,
@@ -143,22 +110,13 @@ struct Call : InfoNce {
   }
 
   void use_mask(const Tensor& given) {
-    TORCH_CHECK_VALUE(given.scalar_type() == at::kBool && given.dim() == 2 && given.size(0) == rows_count &&
-                          given.size(1) == columns_count,
-                      "mask: expected bool of shape (", rows_count, ", ", columns_count, "), got ", given.scalar_type(),
-                      " of shape ", given.sizes());
     mask_ = given.stride(1) == 1 || given.size(1) < 2 ? given : given.contiguous();
     mask = mask_.const_data_ptr<bool>();
     mask_stride = mask_.stride(0);
   }
 
   // Only equality counts, so that the ids can be numbered anew and fit into a vector's lanes.
-  void use_ids(const Tensor& query_ids, const Tensor& key_ids) {
-    const Tensor& of_keys = key_ids.defined() ? key_ids : query_ids;
-    TORCH_CHECK_VALUE(query_ids.dim() == 1 && query_ids.size(0) == rows_count && of_keys.dim() == 1 &&
-                          of_keys.size(0) == columns_count,
-                      "ids: expected one for each of ", rows_count, " queries and ", columns_count,
-                      " keys, got shapes ", query_ids.sizes(), " and ", of_keys.sizes());
+  void use_ids(const Tensor& query_ids, const Tensor& of_keys) {
     const Tensor all = at::cat({query_ids.to(at::kLong), of_keys.to(at::kLong)});
     ids_ = std::get<1>(at::_unique2(all, /*sorted=*/true, /*return_inverse=*/true));
     if (compute == at::kFloat) ids_ = ids_.to(at::kInt);
@@ -294,26 +252,17 @@ struct Call : InfoNce {
   double by_scale_ = 0;
 };
 
-#define TLK_PARAMETERS                                                                                        \
-  const Tensor &query, const OptionalTensor &key, const OptionalTensor &negatives, const Tensor &logit_scale, \
-      const OptionalTensor &target, const OptionalTensor &mask, const OptionalTensor &query_ids,              \
-      const OptionalTensor &key_ids, int64_t own, bool by_label, bool symmetric, bool normalize,              \
-      double label_smoothing
-#define TLK_ARGUMENTS                                                                                        \
-  query, key, negatives, logit_scale, target, mask, query_ids, key_ids, own, by_label, symmetric, normalize, \
-      label_smoothing
-
-std::tuple<Tensor, Tensor> forward(TLK_PARAMETERS) {
+std::tuple<Tensor, Tensor> forward(TLK_INFO_NCE_PARAMETERS) {
   const Guards guards;
-  Call call(TLK_ARGUMENTS);
+  Call call(TLK_INFO_NCE_ARGUMENTS);
   call.statistics();
   return {call.losses().to(call.compute), call.state};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_loss, const Tensor& state, TLK_PARAMETERS,
-                                                    std::array<bool, 4> wanted) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_loss, const Tensor& state,
+                                                    TLK_INFO_NCE_PARAMETERS, std::array<bool, 4> wanted) {
   const Guards guards;
-  Call call(TLK_ARGUMENTS);
+  Call call(TLK_INFO_NCE_ARGUMENTS);
   TORCH_CHECK_VALUE(state.scalar_type() == at::kDouble &&
                         state.numel() == (symmetric ? 2 : 1) * kStatistics * call.rows_count &&
                         grad_loss.numel() == call.rows_count,
@@ -324,9 +273,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_loss, con
   return call.gradients([g](int64_t i) { return g[i]; }, wanted);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> step(TLK_PARAMETERS, bool mean, std::array<bool, 4> wanted) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> step(TLK_INFO_NCE_PARAMETERS, bool mean,
+                                                        std::array<bool, 4> wanted) {
   const Guards guards;
-  Call call(TLK_ARGUMENTS);
+  Call call(TLK_INFO_NCE_ARGUMENTS);
   call.statistics();
   const double denominator = mean ? double(call.counted()) : 1;
   const Tensor loss = at::full({}, sum_in_order(call.losses()) / denominator, call.query.x.options());

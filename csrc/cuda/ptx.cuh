@@ -1,6 +1,9 @@
 // Everything that is not plain C++ or a documented intrinsic: inline PTX, shared memory of a size known at launch,
 // clusters. Nothing else has asm. The host run has these functions in C++, in tests/cuda_host/ptx_host.h.
 #pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
 #include "device.cuh"
 
 #ifdef TLK_CUDA_HOST
@@ -64,8 +67,8 @@ TLK_DEVICE unsigned cluster_rank() {
 TLK_DEVICE void cluster_sync() {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
-      "barrier.cluster.arrive.release.aligned;\n"
-      "barrier.cluster.wait.acquire.aligned;" ::
+      "barrier.cluster.arrive.release;\n"
+      "barrier.cluster.wait.acquire;" ::
           : "memory");
 #endif
 }
@@ -93,6 +96,32 @@ TLK_DEVICE T load_from(const T* p, unsigned rank) {
   return *p;
 #endif
 }
+
+// Four matrices of 8 x 8 numbers of 16 bits. Lane l gives the address, in shared memory, of row l % 8 of matrix l / 8,
+// and gets numbers 2 * (l % 4) and the next one of row l / 4 of each.
+TLK_DEVICE void ldmatrix_x4(unsigned (&matrices)[4], const void* row) {
+  const unsigned from = static_cast<unsigned>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
+               : "r"(from)
+               : "memory");
+}
+
+// c += a b on tensor cores, for a 16 x 16 and b 16 x 8 of 16-bit numbers T, spread over the warp's lanes as
+// mma.m16n8k16 has them: lane l has of c the columns 2 * (l % 4) and the next one of rows l / 4 and l / 4 + 8.
+template <class T>
+TLK_DEVICE void mma_16x8x16(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1);
+#define TLK_MMA(T, name)                                                                            \
+  template <>                                                                                       \
+  TLK_DEVICE void mma_16x8x16<T>(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) { \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." name "." name                                      \
+        ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                      \
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                            \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                            \
+  }
+TLK_MMA(__nv_bfloat16, "bf16")
+TLK_MMA(__half, "f16")
+#undef TLK_MMA
 
 }  // namespace tlk
 

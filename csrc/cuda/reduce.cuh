@@ -62,7 +62,7 @@ class Team {
     static_assert(N <= kMost && sizeof(A) <= sizeof(double));
 #pragma unroll
     for (int i = 0; i < N; ++i) value[i] = reduce_warp<Op>(value[i], lanes_);
-    if (!scratch_) return;
+    if (!scratch_) return __syncwarp();  // what was read before may be overwritten after, as by the barrier of a block
     // Of two parts in turn: when one is written again, all threads have passed the barrier of the other.
     A* const part = reinterpret_cast<A*>(scratch_ + turn_ * (kScratch / 2));
     turn_ = 1 - turn_;

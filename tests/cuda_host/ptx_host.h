@@ -44,4 +44,40 @@ T load_from(const T* p, unsigned rank) {
   return *static_cast<const T*>(cuda_host::shared_of(p, rank));
 }
 
+// Reads at once: what another thread writes there before all have passed a barrier shows.
+inline void ldmatrix_x4(unsigned (&matrices)[4], const void* row, const char* file = __builtin_FILE(),
+                        int line = __builtin_LINE()) {
+  if (reinterpret_cast<uintptr_t>(row) % 16) cuda_host::fail("a row of ldmatrix is not aligned", {file, line});
+  const auto rows = cuda_host::lanes(0xffffffffu, row, "ldmatrix", {file, line});
+  const unsigned lane = cuda_host::now->lane;
+  for (unsigned k = 0; k < 4; ++k)
+    memcpy(&matrices[k], static_cast<const char*>(rows[8 * k + lane / 4]) + lane % 4 * 4, 4);
+}
+
+inline float wide(__nv_bfloat16 v) { return __bfloat162float(v); }
+inline float wide(__half v) { return __half2float(v); }
+
+// Sums are rounded after each product, which no tensor core does worse.
+template <class T>
+void mma_16x8x16(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, const char* file = __builtin_FILE(),
+                 int line = __builtin_LINE()) {
+  struct Operands {
+    T a[4][2], b[2][2];  // a: rows g and g + 8 of features 2t.., then of features 8 + 2t..; b: of the same features
+  } mine;
+  memcpy(mine.a, a, sizeof mine.a);
+  memcpy(mine.b[0], &b0, sizeof b0);
+  memcpy(mine.b[1], &b1, sizeof b1);
+  const auto all = cuda_host::lanes(0xffffffffu, mine, "mma", {file, line});
+  const unsigned lane = cuda_host::now->lane;
+  for (unsigned t = 0; t < 4; ++t) {
+    const Operands left = all[lane / 4 * 4 + t];
+    for (unsigned column = 0; column < 2; ++column) {
+      const Operands right = all[(lane % 4 * 2 + column) * 4 + t];
+      for (unsigned half = 0; half < 2; ++half)
+        for (unsigned k = 0; k < 4; ++k)
+          c[2 * half + column] += wide(left.a[k / 2 * 2 + half][k % 2]) * wide(right.b[k / 2][k % 2]);
+    }
+  }
+}
+
 }  // namespace tlk

@@ -1,8 +1,8 @@
 """InfoNCE's ops: schemas, fakes, autograd, and the list of implementations; nt_xent and sup_con are calls of them too.
 
 An op gives the loss of each row and another the gradients. The native path has a second form: under plain autograd a
-reduced loss and its gradients come from one op (`step`), which keeps a small matrix of logits from the first sweep to
-the second; on a GPU that would save nothing.
+reduced loss and its gradients come from one op (`step`): on CPU it keeps a small matrix of logits from the first sweep
+to the second, and everywhere it spares a small call its nodes in autograd's graph.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from tlkernels._core import triton
+from tlkernels._core import native, triton
 from tlkernels._core.autograd import (
     Tensors,
     differentiate,
@@ -40,7 +40,7 @@ _ARGUMENTS = (
 def _fake_native(query: Tensor, key: Tensor | None, negatives: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     rows, symmetric = query.shape[0], rest[-3]
     loss = query.new_empty((rows,), dtype=compute_dtype(query, key, negatives))
-    return loss, query.new_empty((1 + symmetric, 6, rows), dtype=torch.float64)  # kStatistics in csrc/cpu/info_nce.h
+    return loss, query.new_empty((1 + symmetric, 6, rows), dtype=torch.float64)  # kStatistics in csrc/info_nce.h
 
 
 def _fake_triton(query: Tensor, key: Tensor | None, negatives: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -89,6 +89,7 @@ class Ops(NamedTuple):
 NATIVE = Ops(
     define(_FORWARD.format(""), _fake_native), define(_BACKWARD.format(""), _fake_backward), define(_STEP, _fake_step)
 )
+_SERVED = native.served("info_nce_fwd")
 TRITON = Ops(
     triton.define(_FORWARD.format("_triton"), _fake_triton, _KERNELS, "forward"),
     triton.define(_BACKWARD.format("_triton"), _fake_backward, _KERNELS, "backward"),
@@ -161,7 +162,7 @@ def _run_triton(call: Call) -> Tensor:
 
 
 IMPLEMENTATIONS = (
-    Implementation("native", lambda call: refuse_native(call.query), partial(_run, NATIVE)),
+    Implementation("native", lambda call: refuse_native(call.query, served=_SERVED), partial(_run, NATIVE)),
     Implementation("triton", lambda call: refuse_triton(call.query), _run_triton, by_name_only=triton.INTERPRETED),
     Implementation("reference", lambda call: None, reference.loss),
 )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from tlkernels._core import linear, triton
+from tlkernels._core import linear, native, triton
 from tlkernels._core.autograd import (
     Tensors,
     differentiate,
@@ -83,6 +83,7 @@ _SCHEMAS: tuple[tuple[str, Any], ...] = (
 )
 _NAME = "linear_cross_entropy_{}"
 NATIVE = Ops(*(define(_NAME.format(schema.format("")), fake) for schema, fake in _SCHEMAS))
+_SERVED = native.served(_NAME.format("fwd"))
 TRITON = Ops(
     *(
         triton.define(
@@ -184,7 +185,11 @@ def _refuse_gradients(call: Call) -> str | None:
 
 
 IMPLEMENTATIONS = (
-    Implementation("native", lambda call: _refuse_gradients(call) or refuse_native(*call.layer), partial(_run, NATIVE)),
+    Implementation(
+        "native",
+        lambda call: _refuse_gradients(call) or refuse_native(*call.layer, served=_SERVED),
+        partial(_run, NATIVE),
+    ),
     Implementation(
         "triton",
         lambda call: _refuse_gradients(call) or refuse_triton(*call.layer),
