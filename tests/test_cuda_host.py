@@ -9,9 +9,11 @@ import subprocess
 from contextlib import contextmanager
 from pathlib import Path
 
+import linear_cross_entropy_cases
 import pytest
 import torch
 from cross_entropy_cases import BF16, F16, F32, F64, Case
+from linear_cross_entropy_cases import MIXED
 
 import tlkernels as tlk
 from tlkernels import testing
@@ -247,6 +249,35 @@ def test_scale(dtype):
             outside[start:stop] = False
             assert torch.equal(result[outside].nan_to_num(), values[outside].nan_to_num())
             torch.testing.assert_close(result[start:stop], expected[start:stop], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("dtype", [F64, F32, BF16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"target": "probabilities", "reduction": "none", **MIXED}], ids=str)
+def test_linear_cross_entropy_in_chunks(dtype, options, monkeypatch):
+    """Two chunks of rows, whose gradients of weight and bias are added up."""
+    rows, classes = 300, 37
+    monkeypatch.setenv("TLKERNELS_CHUNK_BYTES", str(rows // 2 * classes * dtype.itemsize))
+    made = linear_cross_entropy_cases.case((rows,), 5, classes, dtype, biased=True, weighted=True, **options)
+
+    def draw(seed):
+        arguments = made.make(seed)
+        tensors, put = testing.split(arguments, made.wants_grad)
+        wide, wide_put = testing.split(testing.widened(arguments), made.wants_grad)
+
+        def run(function, tensors):
+            leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+            value = function(*leaves)
+            return value.detach(), *torch.autograd.grad(value, leaves, torch.full_like(value, 1.5))
+
+        with testing.forced(TARGET):
+            ours = run(lambda *tensors: tlk.linear_cross_entropy(**put(*tensors), impl="native"), tensors)
+        pytorch = linear_cross_entropy_cases.LOSS.pytorch
+        eager = run(lambda *tensors: pytorch(**put(*tensors)), tensors)
+        right = run(lambda *tensors: pytorch(**wide_put(*tensors)), wide)
+        return zip(("loss", *made.wants_grad), ours, eager, right, strict=True)
+
+    testing.check_budgets(dtype, draw, first=1)
 
 
 def test_the_cpu_kernels_come_back():
