@@ -166,7 +166,7 @@ def test_rows_at_any_address(name, dtype):
 def test_statistics_and_gradient_in_place(name):
     for dtype in (F32, BF16):
         shape = (3, 21, 4) if name.startswith("column") else (3, 101)
-        x = testing.logits(shape, dtype, torch.Generator().manual_seed(0))
+        x = testing.logits(shape, dtype, torch.Generator().manual_seed(0)).contiguous()
         y = torch.randint(0, shape[1], shape[:1] + shape[2:])
         y.view(-1)[1] = -100
         for target in (y, torch.randn(shape).softmax(1)):
@@ -207,7 +207,7 @@ def test_class_index_out_of_range_is_nan_in_its_row(name):
 def test_bits_of_a_row(name):
     """They do not depend on the other rows, nor on where it lies."""
     shape = (5, 21, 30) if name.startswith("column") else (5, 101)
-    x = testing.logits(shape, F32, torch.Generator().manual_seed(0))
+    x = testing.logits(shape, F32, torch.Generator().manual_seed(0)).contiguous()
     y = torch.randint(0, shape[1], shape[:1] + shape[2:])
 
     def run(x, y):
