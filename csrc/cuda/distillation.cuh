@@ -321,6 +321,7 @@ cudaError_t distillation_of(const DistillationOnDevice& call, cudaStream_t strea
   Device device;
   if (const cudaError_t error = current_device(device)) return error;
   const RowPlan plan = plan_rows<T>(device, call.classes, 2);
+  if ((call.rows + plan.rows - 1) / plan.rows * plan.cluster > 0x7fffffff) return cudaErrorNotSupported;
   const auto kernel =
       plan.keep == Keep::registers ? distillation_kernel<T, kD, true> : distillation_kernel<T, kD, false>;
   return launch(grid_of(plan, call.rows), stream, kernel, call, plan);
