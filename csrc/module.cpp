@@ -16,7 +16,10 @@
 namespace {
 
 std::map<std::string, std::string> build_info() {
-  return {{"torch", TLK_BUILD_TORCH}, {"compiler", __VERSION__}, {"sanitize", TLK_BUILD_SANITIZE}, {"cuda", TLK_BUILD_CUDA}};
+  return {{"torch", TLK_BUILD_TORCH},
+          {"compiler", __VERSION__},
+          {"sanitize", TLK_BUILD_SANITIZE},
+          {"cuda", TLK_BUILD_CUDA}};
 }
 
 }  // namespace

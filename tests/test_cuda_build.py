@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -104,7 +105,8 @@ def test_what_bindings_share_compiles_against_torch(tmp_path):
         '  tlk::check_launch(device.stream() ? error : cudaSuccess, "use");\n'
         "}\n"
     )
-    toolkit = Path(nvcc.compiler()).resolve().parents[1] / "include"
+    says = subprocess.run([nvcc.compiler(), "--dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr
+    toolkit = re.search(r'INCLUDES="-I([^"]+)"', says)[1]
     includes = [f"-isystem{path}" for path in (tmp_path, toolkit, *include_paths())]
     compiler = os.environ.get("CXX", "c++")
     run = subprocess.run(

@@ -22,7 +22,8 @@ struct DistillationOnDevice : Distillation {
 template <class T, Divergence kD, bool kWhole>
 struct DistillationRow {
   using A = Compute<T>;
-  static constexpr int L = kLanes<T>, kPacks = kRowPacks<T>;
+  static constexpr int L = kLanes<T>;
+  static constexpr int kPacks = kD == Divergence::js ? kRowPacks<T> / 2 : kRowPacks<T>;  // else js would spill
   static constexpr double kLog2E = 1.4426950408889634074;
 
   const DistillationOnDevice& c;
@@ -320,7 +321,8 @@ template <class T, Divergence kD>
 cudaError_t distillation_of(const DistillationOnDevice& call, cudaStream_t stream) {
   Device device;
   if (const cudaError_t error = current_device(device)) return error;
-  const RowPlan plan = plan_rows<T>(device, call.classes, 2);
+  const RowPlan plan = plan_rows<T>(device, call.classes, 2, DistillationRow<T, kD, true>::kPacks);
+  if ((call.rows + plan.rows - 1) / plan.rows * plan.cluster > 0x7fffffff) return cudaErrorNotSupported;
   const auto kernel =
       plan.keep == Keep::registers ? distillation_kernel<T, kD, true> : distillation_kernel<T, kD, false>;
   return launch(grid_of(plan, call.rows), stream, kernel, call, plan);

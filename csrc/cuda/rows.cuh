@@ -7,8 +7,8 @@
 namespace tlk {
 
 constexpr int kRowThreads = 512;  // of a block at the most
-// Packs of a tensor's row that a thread holds at a time. Of float64 fewer, whose exponentials take registers
-// themselves.
+// Packs of a tensor's row that a thread holds at a time, at the most. Of float64 fewer, whose exponentials take
+// registers themselves.
 template <class T>
 constexpr int kRowPacks = sizeof(T) == 8 ? 2 : 4;
 
@@ -27,8 +27,8 @@ struct RowPlan {
 
 // Bytes of the rows that are read and kept, one of each of `tensors`. By reasoning on 2026-11-21, no GPU at hand:
 //
-//   2 KB of a tensor   a warp in registers, 4 rows in a block, no barrier (float64: 1 KB)
-//   32 KB of a tensor  a block of up to 512 threads in registers (float64: 16 KB)
+//   2 KB of a tensor   a warp in registers, 4 rows in a block, no barrier; with fewer than 4 packs a thread less
+//   32 KB of a tensor  a block of up to 512 threads in registers; as above
 //   shared memory      a block of 256 threads: at 128 registers each two fit on a multiprocessor. With clusters up to
 //   half of what a block may have (113 KB on sm_90), so that one row
 //                      loads while another is computed; without, up to all of it (99 KB on sm_86, 163 on sm_80)
@@ -36,17 +36,18 @@ struct RowPlan {
 //                      of it where 8 blocks at half are too few
 //   above              nothing is kept: each further sweep reads the row again, from the second-level cache where all
 //                      rows in work fit there
+// A thread holds `held` packs of each tensor.
 template <class T>
-RowPlan plan_rows(const Device& device, int64_t classes, int tensors) {
+RowPlan plan_rows(const Device& device, int64_t classes, int tensors, int held) {
   constexpr int64_t kBlockRows = 4;
   RowPlan plan;
   const int64_t packs = (classes * int64_t(sizeof(T)) + 15) / 16;
   plan.packs = packs;
   plan.shared = RowPlan::kScratch;
-  if (packs <= kWarp * kRowPacks<T>) {
+  if (packs <= kWarp * held) {
     plan.threads = kWarp, plan.rows = kBlockRows, plan.shared = 0;
-  } else if (packs <= kRowThreads * kRowPacks<T>) {
-    while (plan.threads / 2 * kRowPacks<T> >= packs) plan.threads /= 2;
+  } else if (packs <= kRowThreads * held) {
+    while (plan.threads / 2 * held >= packs) plan.threads /= 2;
   } else {
     plan.threads = 256;
     const auto block = [&](int cluster) {
