@@ -201,6 +201,32 @@ def test_strides(impl):
         same(*both(impl, (query, key), mask=view))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("features", [13, 16])
+def test_narrow_rows_of_any_alignment(impl, dtype, features):
+    """Tensor cores want chunks of 16 bytes: what is not so gives what its copy gives."""
+    query, key = (t.to(dtype) for t in pairs(9, features))
+
+    def run(*tensors):
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        loss = tlk.info_nce(*leaves, temperature=0.1, symmetric=True, impl=impl)
+        return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+    expected = run(query, key)
+    views = [[testing.lay_out(t, layout) for t in (query, key)] for layout in ("transposed", "sliced")]
+    views.append([torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape) for t in (query, key)])
+    for tensors in views:
+        torch.testing.assert_close(run(*tensors), expected)
+
+
+def test_no_negatives_and_no_keys(impl):
+    """Sizes of 0 beside others."""
+    query, key = pairs(4, 3)
+    same(*both(impl, (query, key), negatives=torch.randn(0, 3)))
+    same(*both(impl, (query, key), negatives=torch.randn(4, 0, 3)))
+    same(*both(impl, (query, key[:0]), target=torch.tensor([0, 1, 1, 0]), negatives=torch.randn(2, 3)))
+
+
 def test_zero_rows_normalized(impl):
     """F.normalize's floor under the norm."""
     query, key = pairs(5, 4)
