@@ -92,8 +92,8 @@ struct OnTile {
     }
   }
 
-  // Marks what takes no part. `positives`, where given, takes the similarities of rows' positives; with `of_columns` also
-  // those of columns, whose positives the rows are.
+  // Marks what takes no part. `positives`, where given, takes the similarities of rows' positives; with `of_columns`
+  // also those of columns, whose positives the rows are.
   TLK_DEVICE void mark(Fragment<S>& x, double* positives, bool of_columns) const {
 #pragma unroll
     for (int r = 0; r < place.kRows; ++r) {
