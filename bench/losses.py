@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import NamedTuple
@@ -130,8 +131,22 @@ def normal(*shape: int, scale: float = 1.0, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=_generator(seed)).mul_(scale)
 
 
+_draw = 0
+
+
+@contextmanager
+def drawn(number: int) -> Iterator[None]:
+    """Make cases meanwhile of other random numbers; 0 is what they are timed with."""
+    global _draw
+    before, _draw = _draw, number
+    try:
+        yield
+    finally:
+        _draw = before
+
+
 def _generator(seed: int) -> torch.Generator:
-    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+    return torch.Generator(torch.get_default_device()).manual_seed(seed + 1000 * _draw)
 
 
 def _pairs(rows: int, features: int) -> tuple[Tensor, Tensor]:
