@@ -36,6 +36,8 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
     ("cross_entropy_rows<*, InShared<*>, *, true>", "*"): _FEW,
     ("cross_entropy_rows<double, InRegisters<double>, *>", "*"): _FEW,
     ("cross_entropy_columns<double, *>", "*"): _FEW,
+    # js. __launch_bounds__ with one block a multiprocessor may end this and the above; to be tried.
+    ("distillation_kernel<*, 1, *>", "*"): "up to 76 bytes: ptxas goes down to 64 registers, so that two blocks fit",
 }
 
 
