@@ -10,6 +10,7 @@ launches are recorded; what is not a function of the tensors' shapes alone could
 
 import ast
 import csv
+import functools
 import hashlib
 import importlib
 import re
@@ -104,21 +105,27 @@ def _hash(architecture: str, launch: core.Launch) -> str:
     import triton
 
     options = sorted(launch.options.items())
-    parts = [triton.__version__, architecture, repr(specialised(launch)), repr(options), *_sources(launch.kernel, {})]
+    parts = [triton.__version__, architecture, repr(specialised(launch)), repr(options), _source(launch.kernel)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
-def _sources(function: Any, seen: dict[str, str]) -> list[str]:
-    """Return a function of a kernel and what it calls, without comments, and the constants that it names."""
+@functools.cache
+def _source(kernel: Any) -> str:
+    seen: dict[str, str] = {}
+    _add_source(kernel, seen)
+    return "\n".join(f"{name} {source}" for name, source in sorted(seen.items()))
+
+
+def _add_source(function: Any, seen: dict[str, str]) -> None:
+    """Add a function of a kernel and what it calls, without comments, and the constants that it names."""
     tree = ast.parse(function.src)
     seen[function.__name__] = ast.dump(tree)
     for name in sorted({node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} - {*seen}):
         value = function.fn.__globals__.get(name)
         if hasattr(value, "src"):
-            _sources(value, seen)
+            _add_source(value, seen)
         elif type(value).__name__ == "constexpr":
             seen[name] = repr(value)
-    return [f"{name} {source}" for name, source in sorted(seen.items())]
 
 
 def specialised(launch: core.Launch) -> tuple[dict[str, str], dict[tuple[int], Any], dict[tuple[int], Any]]:

@@ -96,7 +96,8 @@ class RowOf {
   const A* weight_ = nullptr;
   A own_x_ = 0, own_q_ = 0;
   A peak_ = 0, log_sum_ = 0, inv_sum_ = 0;
-  A s_[4] = {};  // sum of exponentials; of q; of q * (peak - f); of exponentials * (f - peak)
+  A s_[4] = {};     // sum of exponentials; of q; of q * (peak - f); of exponentials * (f - peak)
+  A lost_[4] = {};  // by rounding them, where one thread has the row (Kahan 1965)
   bool there_ = false, softcap_ = false, dense_ = false, counted_ = false, bad_ = false, own_ = false, reads_ = false;
 
   TLK_DEVICE int64_t offset(const int64_t (&stride)[kMaxAxes]) const {
@@ -130,18 +131,32 @@ class RowOf {
     inv_sum_ = exponential2(log_sum_ * A(-1.4426950408889634074));
   }
 
-  // Adds a number's terms, `peak` being the largest so far.
-  TLK_DEVICE void add(int64_t k, A f, A peak) {
+  // Adds a number's terms to the sums, `peak` being the largest so far.
+  TLK_DEVICE void add(A (&sum)[4], int64_t k, A f, A peak) {
     if (kFull && k >= c.classes) return;
     const A distance = f - peak, e = exponential2(distance * a.to_exp2);
-    s_[0] += e;
+    sum[0] += e;
     if (!kFull) return;
     if (dense_) {
       const A at = q(k);
-      s_[1] += at;
-      s_[2] -= at * distance;
+      sum[1] += at;
+      sum[2] -= at * distance;
     }
-    if (c.entropy && e != 0) s_[3] += e * distance;
+    if (c.entropy && e != 0) sum[3] += e * distance;
+  }
+  // The same of neighbouring numbers. A row's only thread adds in one chain, where rounding would add up too.
+  template <bool kAlone, int N>
+  TLK_DEVICE void add_all(int64_t k, const A (&v)[N], A peak) {
+    A part[4] = {};
+#pragma unroll
+    for (int i = 0; i < N; ++i) add(kAlone ? part : s_, k + i, cap(v[i]), peak);
+    if (!kAlone) return;
+#pragma unroll
+    for (int i = 0; i < (kFull ? 4 : 1); ++i) {
+      const A more = part[i] - lost_[i], sum = s_[i] + more, less = (sum - s_[i]) - more;
+      lost_[i] = less - less == 0 ? less : A(0);  // beside an infinity nothing is lost
+      s_[i] = sum;
+    }
   }
 
   TLK_DEVICE void add_up(Team& team) {
@@ -160,10 +175,7 @@ class RowOf {
       for (A value : v) top = Max::join(top, value);
     });
     peak_ = cap(team.reduce<Max>(top));
-    store.each([&](int k, auto& v) {
-#pragma unroll
-      for (int i = 0; i < int(sizeof v / sizeof(A)); ++i) add(k + i, cap(v[i]), peak_);
-    });
+    store.each([&](int k, auto& v) { add_all<Store::kAlone>(k, v, peak_); });
     add_up(team);
   }
 
@@ -177,8 +189,7 @@ class RowOf {
       for (A value : v) top = Max::join(top, value);
       raise(mine, cap(top));
       const A from = mine == Max::none<A>() ? A(0) : mine;  // so far -inf alone: their exponentials are 0
-#pragma unroll
-      for (int i = 0; i < int(sizeof v / sizeof(A)); ++i) add(k + i, cap(v[i]), from);
+      add_all<Store::kAlone>(k, v, from);
     });
     peak_ = team.reduce<Max>(mine);
     raise(mine, peak_);
@@ -192,6 +203,7 @@ class RowOf {
       const A scale = exponential2((mine - top) * a.to_exp2);
       if (kFull && c.entropy) s_[3] = scale == 0 ? A(0) : (s_[3] + s_[0] * (mine - top)) * scale;
       s_[0] *= scale;
+      lost_[0] *= scale, lost_[3] *= scale;
     }
     if (kFull && s_[1] != 0) s_[2] += s_[1] * (top - mine);
     mine = top;

@@ -46,7 +46,7 @@ TLK_DEVICE void visit(const Slice<T>& slice, int j, const Pack<T>& pack, Body& b
 template <class T>
 class InLanes {
  public:
-  static constexpr bool kRereads = false;
+  static constexpr bool kRereads = false, kAlone = false;
   static constexpr int kElements = 8;
 
   TLK_DEVICE void load(const T* x, int n, const Team& team, void*) {
@@ -76,7 +76,7 @@ class InLanes {
 template <class T>
 class InRegisters {
  public:
-  static constexpr bool kRereads = false;
+  static constexpr bool kRereads = false, kAlone = false;
   static constexpr int kPacks = 4;
 
   TLK_DEVICE void load(const T* x, int n, const Team& team, void*) {
@@ -104,7 +104,7 @@ class InRegisters {
 template <class T>
 class InShared {
  public:
-  static constexpr bool kRereads = false;
+  static constexpr bool kRereads = false, kAlone = false;
   // Of the block that has `packs` packs.
   static constexpr int64_t bytes(int64_t packs) { return 16 * (packs + 2); }
 
@@ -150,7 +150,7 @@ class InShared {
 template <class T>
 class InMemory {
  public:
-  static constexpr bool kRereads = true;
+  static constexpr bool kRereads = true, kAlone = false;
 
   TLK_DEVICE void load(const T* x, int n, const Team& team, void*) {
     slice_ = Slice<T>(x, n, team);
@@ -178,7 +178,7 @@ class InMemory {
 template <class T, bool kShared>
 class InColumn {
  public:
-  static constexpr bool kRereads = !kShared;
+  static constexpr bool kRereads = !kShared, kAlone = true;
   static constexpr int kAtOnce = sizeof(T) == 8 ? 4 : 8;
   static constexpr int64_t bytes(int64_t n, int threads) { return kShared ? n * threads * int64_t(sizeof(T)) : 0; }
 

@@ -145,10 +145,10 @@ def finish(
 # Tiles of similarities, by reasoning on 2026-11-21, no GPU at hand. 16-bit: 128 x 128 accumulators are 64 registers
 # of a thread at 8 warps. With at most 128 in all, two programs share a multiprocessor, so that one's exponentials run
 # beside the other's products; values that are then spilled cost once a tile, not in the loop over features. (Kernels
-# with options that take many more registers get them: `with_all_registers`.) 64 features are a 128-byte line of shared
-# memory, 32 where three such stages would leave no place for a second program. float32: a tile for products without
-# tensor cores. float64 is read, not multiplied. A few hundred rows are cut finer, so that there are programs for all
-# multiprocessors.
+# with options, which take many more registers, have smaller tiles: `for_options`.) 64 features are a 128-byte line of
+# shared memory, 32 where three such stages would leave no place for a second program. float32: a tile for products
+# without tensor cores. float64 is read, not multiplied. A few hundred rows are cut finer, so that there are programs
+# for all multiprocessors.
 _TWO = {"maxnreg": 128}
 TILES = Table(
     "similarity",
@@ -181,9 +181,18 @@ _ROWS = Table(
 )
 
 
-def with_all_registers(config: Config) -> Config:
-    """Return the configuration without its bound on registers."""
-    return config._replace(meta={name: value for name, value in config.meta.items() if name != "maxnreg"})
+def for_options(config: Config, square: bool) -> Config:
+    """Return the configuration for kernels with options that take many registers: half the columns, for a square tile
+    of half the threads half the rows too; and no bound on registers.
+    """
+    meta = {name: value for name, value in config.meta.items() if name != "maxnreg"}
+    if INTERPRETED or meta["BM"] * meta["BN"] < 128 * 128:
+        return config._replace(meta=meta)
+    meta["BN"] //= 2
+    if not square:
+        return config._replace(meta=meta)
+    meta["BM"] //= 2
+    return config._replace(meta=meta, num_warps=config.num_warps // 2)
 
 
 def tiles_of(size: int, tile: int) -> int:
