@@ -164,8 +164,9 @@ def test_same_bits_run_after_run(loss, case, impl):
 @over(small)
 def test_gradcheck(loss, case, impl):
     call = Call(loss, case, impl)
-    assert torch.autograd.gradcheck(call.ours, leaves(call.tensors))
-    assert torch.autograd.gradgradcheck(call.ours, leaves(call.tensors))
+    fast = impl == "triton" and triton.INTERPRETED  # along random directions: it takes its time
+    assert torch.autograd.gradcheck(call.ours, leaves(call.tensors), fast_mode=fast)
+    assert torch.autograd.gradgradcheck(call.ours, leaves(call.tensors), fast_mode=fast)
 
 
 @over(small)

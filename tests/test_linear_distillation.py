@@ -238,7 +238,8 @@ def test_bad_arguments(error, message, args, kwargs):
         tlk.linear_distillation(*args, **kwargs)
 
 
-def test_class_index_out_of_range(impl):
+def test_class_index_out_of_range(impl, monkeypatch):
+    monkeypatch.setenv("TLKERNELS_CHECK", "1")  # for CUDA's kernels
     for reduction in ("mean", "none"):
         with pytest.raises(IndexError):
             tlk.linear_distillation(S, W, T, U, torch.tensor([0, 1, 5, 2]), reduction=reduction, impl=impl)
