@@ -116,7 +116,7 @@ def test_what_bindings_share_compiles_against_torch(tmp_path):
 
 
 @needs_nvcc
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("source", sorted((ROOT / "csrc/cuda").glob("*.cu")), ids=lambda path: path.stem)
 def test_binding_compiles(setup, source, tmp_path, monkeypatch):
     """Whole, by nvcc, with the very command of setup.py; a minute or two each."""

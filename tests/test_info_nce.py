@@ -459,7 +459,7 @@ def test_no_matrix_of_similarities(name):
     assert above < 16e6
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures("needs_native")
 def test_65536_rows_within_one_and_a_half_gigabytes():
     _, whole = peak_memory("info_nce", 65536, 384)

@@ -562,10 +562,10 @@ print((status("VmHWM") - before - (input.nbytes + weight.nbytes)) / 1e6)
 @native
 @pytest.mark.parametrize(("dtype", "rows", "features", "classes", "most"), [
     # The logits would take 525 MB.
-    ("float32", 4096, 16, 32064, 160), pytest.param("float32", 1024, 1024, 128256, 160, marks=pytest.mark.slow),
+    ("float32", 4096, 16, 32064, 160), pytest.param("float32", 1024, 1024, 128256, 160, marks=pytest.mark.full),
     # Beside the float32 sum of the weight's gradient, 2.1 MB and 525 MB. The logits would take 263 MB.
     ("bfloat16", 4096, 16, 32064, 160 + 2.1),
-    pytest.param("bfloat16", 1024, 1024, 128256, 160 + 525.4, marks=pytest.mark.slow),
+    pytest.param("bfloat16", 1024, 1024, 128256, 160 + 525.4, marks=pytest.mark.full),
 ], ids=str)  # fmt: skip
 def test_peak_memory(dtype, rows, features, classes, most):
     """Megabytes above the inputs and their gradients: nothing of the logits' size."""

@@ -33,7 +33,7 @@ def test_the_report_is_of_these_sources_and_without_a_problem():
 
 
 @pytest.mark.parametrize(
-    "loss", [loss if loss == "mse" else pytest.param(loss, marks=pytest.mark.slow) for loss in LOSSES]
+    "loss", [loss if loss == "mse" else pytest.param(loss, marks=pytest.mark.full) for loss in LOSSES]
 )
 def test_compiles_without_spills_and_as_the_byte_model_says(loss):
     run = python("-m", "bench.triton_resources", loss)
