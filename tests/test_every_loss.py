@@ -34,7 +34,9 @@ def over(which=lambda loss, case: True):
 def over_targets():
     """Parametrise by all cases and what can run them."""
     chosen = [
-        pytest.param(loss, case, target, id=f"{name}-{case.id}-{target}")
+        pytest.param(
+            loss, case, target, id=f"{name}-{case.id}-{target}", marks=[pytest.mark.full] if case.large else []
+        )
         for name, loss in LOSSES.items()
         for target in testing.targets(loss=loss.cuda or name)
         for case in loss.cases
