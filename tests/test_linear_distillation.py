@@ -46,11 +46,9 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())))
+@pytest.mark.parametrize("options", OPTIONS, ids=testing.words)
 def test_as_the_dense_form(impl, options):
     """`linear_distillation` is `distillation` of `F.linear`, for every option."""
-    if impl == "triton" and OPTIONS.index(options) % 7:
-        pytest.skip("of the interpreter, which takes its time, every seventh combination")
     arguments = make((2, 5), 37, F64, **options)(0)
 
     def dense(student_input, student_weight, student_bias, teacher_input, teacher_weight, teacher_bias, **rest):

@@ -207,6 +207,11 @@ def widened(arguments: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def words(options: dict[str, Any]) -> str:
+    """Return options as an id of a test, a word for each."""
+    return "-".join(f"{name}={value}" for name, value in options.items())
+
+
 LAYOUTS = ("contiguous", "transposed", "sliced", "channels_last")
 
 
