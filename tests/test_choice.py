@@ -37,7 +37,13 @@ def _gpu():
 @pytest.fixture
 def table(monkeypatch):
     """Put these rows in the place of the table's."""
-    return lambda *rows: monkeypatch.setattr(choice, "TABLE", rows)
+
+    def use(*rows):
+        monkeypatch.setattr(choice, "TABLE", rows)
+        choice._rows_at.cache_clear()
+
+    yield use
+    choice._rows_at.cache_clear()
 
 
 @pytest.fixture
@@ -187,8 +193,9 @@ def test_the_first_tensor_of_every_call_is_found():
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_under_compile_and_vmap(monkeypatch, dynamic):
+def test_under_compile_and_vmap(monkeypatch, table, dynamic):
     """The table is looked into there too; the tensors are CPU tensors, since there may be no GPU."""
+    table(*(Row(CE, "native", BY_MODEL, "", **at) for at in ({"rows": 1, "columns": 1}, {"unaligned": True})))
     asked = []
 
     def on_gpu(call):

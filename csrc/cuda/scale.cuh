@@ -30,7 +30,7 @@ TLK_DEVICE A read(const Factor& factor) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kScaleThreads, kScaleBlocks) scale_kernel(T* values, Factor factor, int64_t n) {
+__global__ void __launch_bounds__(kScaleThreads) scale_kernel(T* values, Factor factor, int64_t n) {
   const auto by = read<Compute<T>>(factor);
   if (by == 1) return;
   const int64_t head = head_of(values, n), packs = (n - head) / kLanes<T>, tail = head + packs * kLanes<T>;

@@ -1,5 +1,6 @@
 """Which implementation "auto" tries first on a GPU: the one that was measured, or is expected, to be faster there."""
 
+import functools
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -78,8 +79,9 @@ def on_gpu(call: Any) -> Tensor | None:
 
 def faster(loss: str, tensor: Tensor) -> tuple[str, str]:
     """Return which implementation to try first for a loss of this tensor on a GPU, and why."""
+    axis = 1 if loss in ("cross_entropy", "cross_entropy_stats") and tensor.dim() > 1 else -1
     for row in _rows(loss, tensor.device, tensor.dtype):
-        if _fits(row, loss, tensor):
+        if _fits(row, tensor, axis):
             said = "was measured to be faster here" if row.basis == MEASURED else "is expected to be faster here"
             how = "" if row.basis == MEASURED else ", by model, not measured"
             return row.faster, f"{row.faster} {said}{how} ({row.figures})"
@@ -87,12 +89,7 @@ def faster(loss: str, tensor: Tensor) -> tuple[str, str]:
 
 
 def _rows(loss: str, device: torch.device, dtype: torch.dtype) -> tuple[Row, ...]:
-    where = triton.architecture(device)
-    return tuple(
-        row
-        for row in TABLE
-        if loss in row.losses and (not row.dtypes or dtype in row.dtypes) and fnmatchcase(where, row.architecture)
-    )
+    return _rows_at(loss, triton.architecture(device), dtype)
 
 
 # torch.compile calls it instead of tracing it. This is what torch.compiler.assume_constant_result does, without the
@@ -100,8 +97,16 @@ def _rows(loss: str, device: torch.device, dtype: torch.dtype) -> tuple[Row, ...
 _rows._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _fits(row: Row, loss: str, tensor: Tensor) -> bool:
-    axis = 1 if loss in ("cross_entropy", "cross_entropy_stats") and tensor.dim() > 1 else -1
+@functools.cache
+def _rows_at(loss: str, where: str, dtype: torch.dtype) -> tuple[Row, ...]:
+    return tuple(
+        row
+        for row in TABLE
+        if loss in row.losses and (not row.dtypes or dtype in row.dtypes) and fnmatchcase(where, row.architecture)
+    )
+
+
+def _fits(row: Row, tensor: Tensor, axis: int) -> bool:
     columns, size = tensor.shape[axis] if tensor.dim() else 1, tensor.element_size()
     together = tensor.dim() > 0 and tensor.stride(axis) == 1
     return (
@@ -115,5 +120,7 @@ def _fits(row: Row, loss: str, tensor: Tensor) -> bool:
 
 def _unaligned(tensor: Tensor, axis: int) -> bool:
     """Return whether some of the rows along this axis begin elsewhere than at a multiple of 16 bytes."""
-    between = [tensor.stride(k) for k in range(tensor.dim()) if k != axis % tensor.dim() and tensor.shape[k] > 1]
-    return any(place * tensor.element_size() % 16 for place in (tensor.storage_offset(), *between))
+    places = [tensor.stride(k) for k in range(tensor.dim()) if k != axis % tensor.dim() and tensor.shape[k] > 1]
+    if not torch.compiler.is_compiling():  # which cannot trace it
+        places.append(tensor.storage_offset())
+    return any(place * tensor.element_size() % 16 for place in places)
