@@ -120,7 +120,8 @@ def _fits(row: Row, tensor: Tensor, axis: int) -> bool:
 
 def _unaligned(tensor: Tensor, axis: int) -> bool:
     """Return whether some of the rows along this axis begin elsewhere than at a multiple of 16 bytes."""
-    places = [tensor.stride(k) for k in range(tensor.dim()) if k != axis % tensor.dim() and tensor.shape[k] > 1]
+    others = (k for k in range(tensor.dim()) if k != axis % tensor.dim() and tensor.shape[k] > 1)
+    places: list[int | torch.SymInt] = [tensor.stride(k) for k in others]
     if not torch.compiler.is_compiling():  # which cannot trace it
         places.append(tensor.storage_offset())
     return any(place * tensor.element_size() % 16 for place in places)
