@@ -277,6 +277,14 @@ def test_scale_says_what_it_expects():
             library.scale_(values[::2], torch.ones(()))
 
 
+@pytest.mark.parametrize("served", [(), ("cuda",)], ids=["without CUDA kernels", "with CUDA kernels"])
+def test_what_multiplies_gradients(served, monkeypatch):
+    monkeypatch.setattr(autograd, "_ON_DEVICE", served)
+    assert autograd._scale("cuda", by_triton=True) is (autograd._by_extension if served else autograd._by_triton)
+    assert autograd._scale("cpu", by_triton=True) is autograd._by_triton
+    assert autograd._scale("cpu", by_triton=False) is torch.Tensor.mul_
+
+
 class Seen(TorchDispatchMode):
     """The names of the ops that run."""
 
