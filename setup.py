@@ -106,9 +106,11 @@ def native_extension() -> dict:
     """Return setup()'s arguments for the extension."""
     import pybind11
     import torch
-    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     cuda = cuda_architectures(torch.version.cuda)
+    if cuda:  # torch takes the folder above the first nvcc on PATH, which may be only a script; it asks when imported
+        os.environ["CUDA_HOME"] = nvcc.home()
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     class Build(BuildExtension):
         """Compiles csrc/cpu/<name>.inl first, each for every instruction set with its flags, and csrc/cuda/*.cu."""
