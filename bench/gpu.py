@@ -18,8 +18,10 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -40,6 +42,7 @@ LEAST_ROUNDS, MOST_ROUNDS = 5, 60
 SECONDS_OF_ONE = 0.25
 DRY = 512  # sizes are divided by it
 OURS = ("native", "triton")
+COMPILED = (*OURS, "compile")  # native is there for comparison
 FIRST_CASES = 4  # for --once
 PRODUCTS = {"info_nce": 4, "nt_xent": 3, "sup_con": 3, "sigmoid_contrastive": 3}
 """Products of N x N x D that each needs: similarities and gradients. InfoNCE makes its similarities twice, as its
@@ -229,34 +232,35 @@ class Bench:
 
     def contestants(self, case: Case, work: Work) -> list[str]:
         """Return those of a case that are here."""
-        here = {"floor", "eager", "compile", *work.peers}
-        if self.dry:
-            here |= {"native", "reference"}
-        else:
-            here |= {name for name in OURS if _refuses(work, name) is None}
+        here = {"floor", "eager", "compile", *work.peers, *self.served(work)}
         named = ["reference" if self.dry and name == "triton" else name for name in case.contestants]
-        strategies = "native" in here and not self.dry
-        return [name for name in named if name in here or (strategies and name.startswith("native:"))]
+        ways = "native" in here and not self.dry
+        return [name for name in named if name in here or (ways and name.startswith("native:"))]
 
-    def work(self, case: Case) -> Work:
-        shape = tuple(max(8, size // DRY) for size in case.shape) if self.dry else case.shape
-        return case.make(shape, lambda tensor: tensor.to(case.dtype))
+    def served(self, work: Work) -> list[str]:
+        """Return the implementations of ours that serve a case's call; in a dry run the reference stands for Triton."""
+        found = []
+        for name in ("native", "reference") if self.dry else OURS:
+            report = tlk.explain(work.ours, *work.inputs, impl=name)
+            if f"served by {name}" in report.splitlines()[0]:
+                found.append(name)
+        return found
 
     def measure(self, case: Case) -> None:
         """Time every contestant; then hold the results of ours against float64."""
-        work = self.work(case)
+        work = _work(case)
         floor = None
         for name in self.contestants(case, work):
             if self.over():
                 return
-            timing = self.attempt(case, name, lambda name=name: self.time(name, work))
+            timing = self.attempt(case, name, partial(self.time, name, work))
             if timing is None:
                 continue
             floor = timing.ms[1] if name == "floor" else floor
             line = {**timing._asdict(), **_rate(case, timing), "bars": dict(case.bars)}
             self.write(case, who=name, **line, **({"of_floor": floor / timing.ms[1]} if floor else {}))
         if not self.dry and not self.over():
-            self.attempt(case, "errors", lambda: self.errors(case, work))
+            self.attempt(case, "errors", partial(self.errors, case, work))
 
     def time(self, name: str, work: Work) -> Timing:
         name, _, way = name.partition(":")
@@ -264,7 +268,7 @@ class Bench:
             return timed(losses.build(name, work), self.dry)
 
     def errors(self, case: Case, work: Work) -> None:
-        names = ["eager", *(name for name in OURS if _refuses(work, name) is None)]
+        names = ["eager", *self.served(work)]
         found = losses.errors(case, names, draws=1)
         wrong = losses.excess(case, found)
         if wrong:  # a loss is one number, and eager's may have been lucky
@@ -272,12 +276,12 @@ class Bench:
             wrong = losses.excess(case, found)
         self.write(case, who="errors", error=found, **({"wrong": wrong} if wrong else {}))
 
-    def first(self, case: Case) -> None:
-        """Call what is compiled for the first time in this process."""
-        work = self.work(case)
+    def first(self, case: Case, names: Sequence[str]) -> None:
+        """Call these contestants for the first time in this process."""
+        work = _work(case)
         for name in self.contestants(case, work):
-            if name in ("native", "triton", "reference", "compile") and not self.over():
-                ms = self.attempt(case, name, lambda name=name: self.first_call(name, work))
+            if name in names and not self.over():
+                ms = self.attempt(case, name, partial(self.first_call, name, work))
                 if ms is not None:
                     self.write(case, who=name, first_ms=ms)
 
@@ -301,11 +305,12 @@ class Bench:
                 torch.cuda.empty_cache()
 
 
-def _refuses(work: Work, impl: str) -> str | None:
-    """Return why an implementation does not serve a case's call."""
-    with torch.no_grad():
-        report = tlk.explain(work.ours, *work.inputs, impl=impl)
-    return None if f"served by {impl}" in report.splitlines()[0] else report
+def _work(case: Case) -> Work:
+    return case.make(case.shape, lambda tensor: tensor.to(case.dtype))
+
+
+def _tiny(case: Case) -> Case:
+    return replace(case, shape=tuple(max(8, size // DRY) for size in case.shape))
 
 
 def _rate(case: Case, timing: Timing) -> dict[str, Any]:
@@ -329,11 +334,18 @@ def main() -> int:
         return 2
     with arguments.file.open("a") as file, torch.device("cpu" if arguments.dry else "cuda"):
         bench = Bench(file, arguments.seconds, arguments.dry)
-        file.write(json.dumps(describe()) + "\n")
+        what = "first calls, beside other work" if arguments.first else "times, alone on the card"
+        file.write(json.dumps({**describe(), "what": what, "dry": arguments.dry}) + "\n")
         for case in CASES[: FIRST_CASES if arguments.once else None]:
             if bench.over():
                 break
-            (bench.first if arguments.first or arguments.once else bench.measure)(case)
+            case = _tiny(case) if arguments.dry else case
+            if arguments.once:
+                bench.first(case, OURS)
+            elif arguments.first:
+                bench.first(case, COMPILED)
+            else:
+                bench.measure(case)
     return 0
 
 

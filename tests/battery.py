@@ -13,11 +13,8 @@ import torch.nn.functional as F
 import tlkernels as tlk
 from tlkernels import testing
 
-LOSSES = {}
-for path in sorted(Path(__file__).parent.glob("*_cases.py")):
-    module = importlib.import_module(path.stem)
-    if hasattr(module, "LOSS"):
-        LOSSES[path.stem.removesuffix("_cases")] = module.LOSS
+_NAMES = [path.stem.removesuffix("_cases") for path in sorted(Path(__file__).parent.glob("*_cases.py"))]
+LOSSES = {name: importlib.import_module(f"{name}_cases").LOSS for name in _NAMES if name in tlk.__all__}
 
 
 def targets(name):

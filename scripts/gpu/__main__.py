@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -126,18 +127,17 @@ def _sanitize_with(session: Session, tool: str, help_text: str, name: str, impl:
 
 def warm(session: Session, until: float) -> threading.Thread:
     """Start the first call of everything that is compiled for the figures; the caches keep it."""
-    command = figures_command(session, session.left(until), "--first")
+    command = figures_command(session, session.out / "figures.jsonl", session.left(until), "--first")
     log = session.parts / "first.log"
     thread = threading.Thread(target=lambda: session.call(command, session.left(until), log))
     thread.start()
     return thread
 
 
-def figures_command(session: Session, seconds: float, *options: str) -> list[str]:
-    """Return the command that measures, for so many seconds."""
+def figures_command(session: Session, file: Path, seconds: float, *options: str) -> list[str]:
+    """Return the command that measures, for so many seconds, into a file."""
     dry = ["--dry"] if session.fake else []
-    file = str(session.out / "figures.jsonl")
-    return session.python("-m", "bench.gpu", file, "--seconds", f"{seconds:.0f}", *options, *dry)
+    return session.python("-m", "bench.gpu", str(file), "--seconds", f"{seconds:.0f}", *options, *dry)
 
 
 def measure(session: Session, until: float) -> None:
@@ -145,7 +145,8 @@ def measure(session: Session, until: float) -> None:
     session.note("figures: alone on the card from here")
     log = session.parts / "figures.log"
     seconds = session.left(until)
-    status = session.call(figures_command(session, seconds - 3), seconds, log)
+    command = figures_command(session, session.out / "figures.jsonl", seconds - 3)
+    status = session.call(command, seconds, log)
     session.note(f"figures: status {status} {log.read_text()[-300:] if status else ''}")
 
 
@@ -159,7 +160,8 @@ def profile(session: Session) -> None:
         return
     sections = [word for name in NCU_SECTIONS for word in ("--section", name)]
     names = ["-k", "regex:" + "|".join(NCU_KERNELS), "--launch-count", "8"]
-    command = [tool, "--clock-control", "none", *sections, *names, *figures_command(session, 30, "--once")]
+    once = figures_command(session, session.parts / "once.jsonl", 30, "--once")
+    command = [tool, "--clock-control", "none", *sections, *names, *once]
     status = session.call(command, session.left(), report)
     session.note(f"ncu: status {status}")
 
@@ -185,15 +187,16 @@ def phases(session: Session) -> None:
     session.note(f"battery: over, {len(pool.waiting)} units not begun")
     for thread in beside:
         thread.join()
-    summary.write(session.out, session.parts, session.notes, page=False)
+    summary.write(session.out, session.parts, session.notes)
     measure(session, FIGURES * session.budget)
     profile(session)
 
 
-def finish(session: Session) -> None:
-    """Write the summary, and print the end of it."""
-    text = summary.write(session.out, session.parts, session.notes, page=True)
+def finish(session: Session) -> bool:
+    """Write the summary, print the end of it, and return whether something ran and nothing went wrong."""
+    text, right = summary.write(session.out, session.parts, session.notes)
     print(text[-summary.PAGE :], flush=True)
+    return right
 
 
 def main(arguments: list[str]) -> int:
@@ -211,13 +214,12 @@ def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, stop)
     try:
         phases(session)
-    except BaseException as error:
+    except Exception as error:
         session.note(f"broke: {error!r}")
-        raise
-    finally:
+        traceback.print_exc()
         finish(session)
-        session.close()
-    return 0
+        return 1
+    return 0 if finish(session) else 1
 
 
 if __name__ == "__main__":

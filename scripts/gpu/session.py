@@ -1,7 +1,6 @@
 """The clock, the folders and the processes of one run on a GPU machine."""
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -85,7 +84,3 @@ class Session:
     def python(self, *arguments: str) -> list[str]:
         """Return a command of this Python."""
         return [sys.executable, *arguments]
-
-    def close(self) -> None:
-        """Remove what is not taken home."""
-        shutil.rmtree(self.parts, ignore_errors=True)

@@ -13,6 +13,7 @@ COLUMNS = (PASSED, FAILED, DIED, TIMEOUT, REFUSED, BEGUN)
 WRONG = (FAILED, DIED, TIMEOUT)
 PAGE = 11_500
 """The characters of the page that are printed: so many come back with the answer of the device tool."""
+OURS = ("native", "triton")
 TIES = 0.03
 """Times that differ by less are no reason to prefer either."""
 
@@ -28,13 +29,13 @@ def outcomes(parts: Path) -> list[Line]:
 
 def battery_table(lines: Sequence[Line]) -> list[str]:
     """Return how many cases of each loss and implementation came to what."""
-    counts: dict[tuple[str, str, str], collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    counts: dict[tuple[str, str], collections.Counter[str]] = collections.defaultdict(collections.Counter)
     for line in lines:
-        counts[line["kind"], line["loss"], line["impl"]][line["status"]] += 1
-    head = f"{'':8}{'loss':22}{'impl':10}" + "".join(f"{name:>9}" for name in COLUMNS)
+        counts[line["loss"], line["impl"]][line["status"]] += 1
+    head = f"{'loss':22}{'impl':10}" + "".join(f"{name:>9}" for name in COLUMNS)
     rows = [
-        f"{kind:8}{loss:22}{impl:10}" + "".join(f"{count[name]:9}" for name in COLUMNS)
-        for (kind, loss, impl), count in sorted(counts.items())
+        f"{loss:22}{impl:10}" + "".join(f"{count[name]:9}" for name in COLUMNS)
+        for (loss, impl), count in sorted(counts.items())
     ]
     return [head, *rows]
 
@@ -57,7 +58,7 @@ def failures_text(groups: Sequence[Sequence[Line]]) -> str:
         parts.append(
             f"==== {len(group)} x {first['loss']} {first['impl']} {first['status']}: {names}\n{first['error']}\n"
         )
-    return "\n".join(parts) or "nothing failed\n"
+    return "\n".join(parts)
 
 
 def failure_lines(groups: Sequence[Sequence[Line]]) -> list[str]:
@@ -67,7 +68,7 @@ def failure_lines(groups: Sequence[Sequence[Line]]) -> list[str]:
         first = group[0]
         message = " ".join(first["error"].split())[-150:]
         found.append(f"{len(group)} x {first['loss']} {first['impl']} {first['status']} {first['case']}: {message}")
-    return found
+    return found or ["none"]
 
 
 def timed(figures: Sequence[Line]) -> dict[str, dict[str, Line]]:
@@ -80,30 +81,40 @@ def timed(figures: Sequence[Line]) -> dict[str, dict[str, Line]]:
 
 
 def figure_lines(figures: Sequence[Line]) -> list[str]:
-    """Return a line for each figure, and one for each result that is wrong."""
+    """Return a line for each case: ms, and in brackets the share of the floor and for ours the host's µs."""
     found = []
-    for line in figures:
-        if "ms" in line:
-            share = f"{line['of_floor']:6.2f}" if "of_floor" in line else " " * 6
-            memory = f"{line['peak_bytes'] / 1e9:7.2f} GB" if "peak_bytes" in line else ""
-            found.append(
-                f"{line['case']:44}{line['who']:18}{line['ms'][1]:9.3f} ms {share} of floor "
-                f"{line.get('rate', 0):7.0f} {line.get('unit', ''):8}{line['host_us']:6.0f} us host {memory}"
-            )
-        elif "wrong" in line:
-            found.append(f"{line['case']:44}WRONG {line['wrong']}")
-        elif "failed" in line:
-            found.append(f"{line['case']:44}{line['who']:18}{line['failed'][-120:]}")
-        elif "first_ms" in line:
-            found.append(f"{line['case']:44}{line['who']:18}{line['first_ms']:9.0f} ms first call")
+    for case, lines in timed(figures).items():
+        parts = []
+        for who, line in lines.items():
+            share = f"{line['of_floor']:.2f}" if "of_floor" in line and who != "floor" else ""
+            host = f"{line['host_us']:.0f} us" if who in OURS else ""
+            inside = ", ".join(filter(None, (share, host)))
+            parts.append(f"{who} {line['ms'][1]:.4g}" + (f" ({inside})" if inside else ""))
+        found.append(f"{case}: {' | '.join(parts)}")
     return found
+
+
+def trouble_lines(figures: Sequence[Line]) -> list[str]:
+    """Return a line for each result that is wrong, and for each contestant that failed."""
+    wrong = [f"{line['case']} WRONG {line['wrong']}" for line in figures if "wrong" in line]
+    failed = [f"{line['case']} {line['who']}: {line['failed'][-120:]}" for line in figures if "failed" in line]
+    return [*wrong, *failed]
+
+
+def first_call_lines(figures: Sequence[Line]) -> list[str]:
+    """Return a line for each case: the ms of the first call of each that compiles."""
+    cases: dict[str, list[str]] = collections.defaultdict(list)
+    for line in figures:
+        if "first_ms" in line:
+            cases[line["case"]].append(f"{line['who']} {line['first_ms']:.0f}")
+    return [f"{case}: {' | '.join(parts)}" for case, parts in cases.items()]
 
 
 def bar_lines(figures: Sequence[Line]) -> list[str]:
     """Return for each bar how many times as long that contestant takes as the faster of ours, and the bar."""
     found = []
     for case, lines in timed(figures).items():
-        ours = [lines[name] for name in ("native", "triton") if name in lines]
+        ours = [lines[name] for name in OURS if name in lines]
         if not ours:
             continue
         best = min(ours, key=lambda line: line["ms"][1])
@@ -144,26 +155,26 @@ def measured_rows(figures: Sequence[Line], date: str) -> list[str]:
     return found
 
 
-def write(out: Path, parts: Path, notes: Sequence[str], page: bool) -> str:
-    """Write the files of the battery, and with `page` summary.txt too; return the page."""
+def write(out: Path, parts: Path, notes: Sequence[str]) -> tuple[str, bool]:
+    """Write the battery's files and summary.txt; return the page, and whether something ran and nothing went wrong."""
     lines = outcomes(parts)
     groups = failure_groups(lines)
     with (out / "battery.jsonl").open("w") as file:
         for line in lines:
             file.write(json.dumps(line) + "\n")
     (out / "failures.txt").write_text(failures_text(groups))
-    if not page:
-        return ""
     figures = read_lines(out / "figures.jsonl")
     date = next((str(line["date"])[:10] for line in figures if "date" in line), "")
     sections = {
+        "first calls, ms": first_call_lines(figures),
         "rows for choice.py, a proposal": measured_rows(figures, date),
+        "figures: ms (share of the floor, host)": figure_lines(figures),
+        "figures: wrong or failed": trouble_lines(figures),
+        "bars: time of the contestant / time of the faster of ours": bar_lines(figures),
         "notes": notes,
-        "figures": figure_lines(figures),
-        "bars": bar_lines(figures),
         "battery": battery_table(lines),
-        "failures": failure_lines(groups) or ["nothing failed"],
+        "failures": failure_lines(groups),
     }
     text = "\n\n".join("\n".join([f"== {title}", *body]) for title, body in sections.items()) + "\n"
     (out / "summary.txt").write_text(text)
-    return text
+    return text, bool(lines) and not groups and not any("wrong" in line for line in figures)

@@ -119,7 +119,7 @@ def bury(unit: Unit, status: int, lines: Path, log: Path, first: int) -> int | N
     begun = written[-1] if written and written[-1]["status"] in (BEGUN, DIED) else None
     if begun is not None and begun["status"] == DIED:  # it has said so itself
         return int(begun["job"])
-    output = log.read_text()[-1500:]
+    output = log.read_text().partition("\nExtension modules:")[0][-1500:]
     line = {
         **asdict(unit),
         "job": begun["job"] if begun else first,
