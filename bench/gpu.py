@@ -14,17 +14,18 @@ import argparse
 import importlib
 import importlib.util
 import json
+import os
 import statistics
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -210,11 +211,26 @@ def sample(step: Step, dry: bool) -> tuple[float, float]:
 
 
 class Bench:
-    """Writes lines about cases to a file until the time is over."""
+    """Writes lines about cases to a file until the time is over.
 
-    def __init__(self, file: TextIO, seconds: float, dry: bool) -> None:
-        self.file, self.dry = file, dry
+    What the file has a line about already is not measured again, so that the program can be started anew where a
+    contestant has ended the process or lost the GPU's context. The contestant that runs is named in a file of its own.
+    """
+
+    def __init__(self, path: Path, seconds: float, dry: bool) -> None:
+        self.dry = dry
         self.end = time.monotonic() + seconds
+        self.running = path.with_suffix(".running")
+        self.done = _done(path)
+        self.file = path.open("a", buffering=1)
+        if self.running.exists():
+            line = json.loads(self.running.read_text())
+            self.done[line["case"], line["who"]] = None
+            self.file.write(json.dumps({**line, "failed": "ended the process"}) + "\n")
+
+    def close(self) -> None:
+        self.running.unlink(missing_ok=True)
+        self.file.close()
 
     def over(self) -> bool:
         return time.monotonic() > self.end
@@ -228,11 +244,11 @@ class Bench:
             "architecture": "cpu" if self.dry else triton.architecture(torch.device("cuda", 0)),
         }
         self.file.write(json.dumps({**line, **values}) + "\n")
-        self.file.flush()
 
     def contestants(self, case: Case, work: Work) -> list[str]:
         """Return those of a case that are here."""
-        here = {"floor", "eager", "compile", *work.peers, *self.served(work)}
+        here = {"floor", "eager", *work.peers, *self.served(work)}
+        here |= set() if self.dry else {"compile"}  # minutes on two cores, and nothing of ours
         named = ["reference" if self.dry and name == "triton" else name for name in case.contestants]
         ways = "native" in here and not self.dry
         return [name for name in named if name in here or (ways and name.startswith("native:"))]
@@ -248,24 +264,25 @@ class Bench:
 
     def measure(self, case: Case) -> None:
         """Time every contestant; then hold the results of ours against float64."""
-        work = _work(case)
-        floor = None
+        work = self.attempt(case, "inputs", partial(_work, case))
+        if work is None:
+            return
         for name in self.contestants(case, work):
             if self.over():
                 return
-            timing = self.attempt(case, name, partial(self.time, name, work))
-            if timing is None:
-                continue
-            floor = timing.ms[1] if name == "floor" else floor
-            line = {**timing._asdict(), **_rate(case, timing), "bars": dict(case.bars)}
-            self.write(case, who=name, **line, **({"of_floor": floor / timing.ms[1]} if floor else {}))
-        if not self.dry and not self.over():
+            if (case.id, name) not in self.done:
+                self.attempt(case, name, partial(self.time, case, name, work))
+        if (case.id, "errors") not in self.done and not self.over():
             self.attempt(case, "errors", partial(self.errors, case, work))
 
-    def time(self, name: str, work: Work) -> Timing:
-        name, _, way = name.partition(":")
+    def time(self, case: Case, name: str, work: Work) -> None:
+        loss, _, way = name.partition(":")
         with testing.cross_entropy_strategy(way) if way else nullcontext():
-            return timed(losses.build(name, work), self.dry)
+            timing = timed(losses.build(loss, work), self.dry)
+        self.done[case.id, name] = timing.ms[1]
+        floor = self.done.get((case.id, "floor"))
+        share = {"of_floor": floor / timing.ms[1]} if floor else {}
+        self.write(case, who=name, **timing._asdict(), **_rate(case, timing), **share, bars=dict(case.bars))
 
     def errors(self, case: Case, work: Work) -> None:
         names = ["eager", *self.served(work)]
@@ -278,31 +295,44 @@ class Bench:
 
     def first(self, case: Case, names: Sequence[str]) -> None:
         """Call these contestants for the first time in this process."""
-        work = _work(case)
-        for name in self.contestants(case, work):
+        work = self.attempt(case, "inputs", partial(_work, case))
+        for name in self.contestants(case, work) if work else ():
             if name in names and not self.over():
-                ms = self.attempt(case, name, partial(self.first_call, name, work))
-                if ms is not None:
-                    self.write(case, who=name, first_ms=ms)
+                self.attempt(case, name, partial(self.first_call, case, name, work))
 
-    def first_call(self, name: str, work: Work) -> float:
+    def first_call(self, case: Case, name: str, work: Work) -> None:
         start = time.perf_counter()
         losses.build(name, work)()
         if not self.dry:
             torch.cuda.synchronize()
-        return 1e3 * (time.perf_counter() - start)
+        self.write(case, who=name, first_ms=1e3 * (time.perf_counter() - start))
 
     def attempt(self, case: Case, name: str, function: Callable[[], Any]) -> Any:
         """Return the function's value; where it fails, write why and return None."""
+        self.running.write_text(json.dumps({"case": case.id, "who": name}))
         try:
             return function()
         except Exception as error:
             text = traceback.format_exception_only(error)[-1].strip()
             self.write(case, who=name, failed=text[-300:])
+            if testing.context_lost(text):
+                self.running.unlink()
+                os._exit(testing.CONTEXT_LOST)
             return None
         finally:
+            self.running.unlink(missing_ok=True)
             if not self.dry:
                 torch.cuda.empty_cache()
+
+
+def _done(path: Path) -> dict[tuple[str, str], float | None]:
+    """Return what the file has a line about: case and contestant -> ms, or None."""
+    found: dict[tuple[str, str], float | None] = {}
+    for text in path.read_text().splitlines() if path.exists() else ():
+        line = json.loads(text)
+        if "who" in line and "first_ms" not in line:
+            found[line["case"], line["who"]] = line["ms"][1] if "ms" in line else None
+    return found
 
 
 def _work(case: Case) -> Work:
@@ -332,10 +362,12 @@ def main() -> int:
     if not (arguments.dry or torch.cuda.is_available()):
         print("there is no GPU", file=sys.stderr)
         return 2
-    with arguments.file.open("a") as file, torch.device("cpu" if arguments.dry else "cuda"):
-        bench = Bench(file, arguments.seconds, arguments.dry)
+    with (
+        torch.device("cpu" if arguments.dry else "cuda"),
+        closing(Bench(arguments.file, arguments.seconds, arguments.dry)) as bench,
+    ):
         what = "first calls, beside other work" if arguments.first else "times, alone on the card"
-        file.write(json.dumps({**describe(), "what": what, "dry": arguments.dry}) + "\n")
+        bench.file.write(json.dumps({**describe(), "what": what, "dry": arguments.dry}) + "\n")
         for case in CASES[: FIRST_CASES if arguments.once else None]:
             if bench.over():
                 break

@@ -172,6 +172,16 @@ def cross_entropy_strategy(name: str, library: Any = None) -> Iterator[None]:
         force(ctypes.c_char_p(None))
 
 
+CONTEXT_LOST = 77
+"""The status of a process that ends itself, since after a CUDA error nothing can run in it."""
+
+
+def context_lost(message: str) -> bool:
+    """Return whether an error's message is of one after which the process cannot use its GPU."""
+    words = ("CUDA error", "AcceleratorError", "illegal memory access", "device-side assert")
+    return "out of memory" not in message and any(word in message for word in words)
+
+
 @dataclass(frozen=True)
 class LossCase:
     """One call of a loss, but for its random numbers."""

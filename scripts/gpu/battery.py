@@ -25,7 +25,7 @@ import battery
 import torch
 from cross_entropy_cases import STRATEGY_CASES
 
-from scripts.gpu.units import BEGUN, CONTEXT_LOST, DIED, FAILED, PASSED, REFUSED, Unit
+from scripts.gpu.units import BEGUN, DIED, FAILED, PASSED, REFUSED, Unit
 from tlkernels import testing
 from tlkernels._core import native
 
@@ -40,7 +40,6 @@ CASES_IN_A_UNIT = {"native": 45, "triton": 22, "reference": 150}
 """Each a unit of 20 to 40 seconds; Triton compiles."""
 MOST_SECONDS = 90.0
 """Of one case; with the first of Triton's it compiles some ten kernels beside eleven other processes."""
-LOST = ("CUDA error", "AcceleratorError", "illegal memory access", "device-side assert")
 
 
 def targets(loss: str) -> list[testing.Target]:
@@ -150,7 +149,7 @@ def run(unit: Unit, skip: int, lines: Path, seconds: float) -> None:
             line |= {"status": status, "error": error, "seconds": round(time.monotonic() - begun, 3)}
             file.write(json.dumps(line) + "\n")
             if status == DIED:
-                os._exit(CONTEXT_LOST)
+                os._exit(testing.CONTEXT_LOST)
 
 
 def attempt(job: Callable[[], None]) -> tuple[str, str]:
@@ -165,7 +164,7 @@ def attempt(job: Callable[[], None]) -> tuple[str, str]:
         return REFUSED, str(error)
     except Exception as error:
         text = "".join(traceback.format_exception(error))[-2500:]
-        return DIED if any(word in text for word in LOST) else FAILED, text
+        return DIED if testing.context_lost(text) else FAILED, text
     return PASSED, ""
 
 

@@ -32,6 +32,8 @@ def battery_table(lines: Sequence[Line]) -> list[str]:
     counts: dict[tuple[str, str], collections.Counter[str]] = collections.defaultdict(collections.Counter)
     for line in lines:
         counts[line["loss"], line["impl"]][line["status"]] += 1
+    if not lines:
+        return ["NOTHING WAS RUN"]
     head = f"{'loss':22}{'impl':10}" + "".join(f"{name:>9}" for name in COLUMNS)
     rows = [
         f"{loss:22}{impl:10}" + "".join(f"{count[name]:9}" for name in COLUMNS)

@@ -22,8 +22,6 @@ GRACE = 3.0
 """Seconds that a process gets to end by itself."""
 HUNG = "Timeout ("
 """What faulthandler writes when a case takes longer than it may."""
-CONTEXT_LOST = 77
-"""The status of a process that ends itself, since a CUDA error leaves nothing to go on with."""
 
 
 @dataclass(frozen=True)
