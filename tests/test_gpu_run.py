@@ -162,7 +162,7 @@ def figure(who, ms, shape=(32, 1000), **more):
 
 
 FIGURES = [
-    {"date": "2026-01-02T00:00:00+00:00"},
+    {"date": "2026-01-02T00:00:00+00:00", "machine": {"device": "NVIDIA H200"}},
     figure("floor", 1.0), figure("native", 1.1, of_floor=0.91), figure("triton", 1.3, of_floor=0.77),
     figure("native", 3.0, (64, 1000)), figure("triton", 2.0, (64, 1000)),
     figure("native", 5.0, (8, 9000)), figure("triton", 9.0, (8, 9000)),
@@ -195,10 +195,12 @@ def test_a_wrong_figure_fails_the_run(tmp_path):
 
 def test_rows_for_choice_can_be_taken_over(monkeypatch):
     """What is proposed is Python, and decides as it was measured."""
-    text = "\n".join(summary.measured_rows(FIGURES, "2026-01-02"))
-    rows = eval(f"[{text}]", {"Measured": choice.Measured, "torch": torch})
-    monkeypatch.setattr(choice, "MEASURED", tuple(rows))
+    text = "\n".join(summary.measured_rows(FIGURES))
+    rows = eval(f"[{text}]", {"Row": choice.Row, "MEASURED": choice.MEASURED, "torch": torch})
+    assert rows[0].figures == "2026-01-02, NVIDIA H200: 32 x 1000 takes 1.1 ms, Triton 1.3 ms"
+    monkeypatch.setattr(choice, "TABLE", tuple(rows))
     monkeypatch.setattr(triton, "architecture", lambda device: "sm_90")
+    choice._rows_at.cache_clear()
     for shape, faster in (
         ((32, 500), "native"),
         ((33, 1000), "triton"),

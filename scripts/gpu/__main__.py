@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.gpu import kit, summary
-from scripts.gpu.session import Session
+from scripts.gpu.session import TIMED_OUT, Session
 from scripts.gpu.units import MOST_DEATHS, Pool, Unit
 
 USAGE = "usage: GPU_BUDGET=555 python3 -m scripts.gpu FOLDER"
@@ -120,7 +120,9 @@ def _sanitize_with(session: Session, tool: str, help_text: str, name: str, impl:
     log = session.parts / f"{name}-{impl}.txt"
     command = [tool, *options, *session.python("-m", "scripts.gpu.kernels", impl)]
     status = session.call(command, session.left(until), log, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
-    session.note(f"sanitizer: {name} on {impl}, status {status}")
+    found = status not in (0, TIMED_OUT)
+    session.findings += found
+    session.note(f"sanitizer: {name} on {impl}, status {status}{', SEE sanitizer.txt' if found else ''}")
     with (session.out / "sanitizer.txt").open("a") as file:
         file.write(f"==== {name} on {impl}: status {status}\n{log.read_text()[-6000:]}\n")
 
@@ -200,7 +202,7 @@ def finish(session: Session) -> bool:
     """Write the summary, print the end of it, and return whether something ran and nothing went wrong."""
     text, right = summary.write(session.out, session.parts, session.notes)
     print(text[-summary.PAGE :], flush=True)
-    return right
+    return right and not session.findings
 
 
 def main(arguments: list[str]) -> int:

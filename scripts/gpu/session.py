@@ -25,6 +25,7 @@ class Session:
         self.out, self.budget, self.fake = out.resolve(), budget, fake
         self.parts = Path(tempfile.mkdtemp(prefix="gpu-run-"))
         self.notes: list[str] = []
+        self.findings = 0  # of the sanitizers
         self.out.mkdir(parents=True, exist_ok=True)
         self.environment = self._environment()
 

@@ -128,33 +128,38 @@ def bar_lines(figures: Sequence[Line]) -> list[str]:
     return found
 
 
-def measured_rows(figures: Sequence[Line], date: str) -> list[str]:
+def measured_rows(figures: Sequence[Line]) -> list[str]:
     """Return rows for tlkernels/_core/choice.py: of each loss and dtype the faster implementation by size.
 
     A row stands for the sizes up to its own; the largest of a loss for everything above it too. That is a proposal: who
     takes it over sees whether the sizes measured are enough for it.
     """
-    by_loss: dict[tuple[str, str, str], list[tuple[int, int, float, float]]] = collections.defaultdict(list)
+    head = next((line for line in figures if "date" in line), None)
+    origin = f"{head['date'][:10]}, {head['machine']['device']}" if head else ""
+    by_loss: dict[tuple[str, ...], list[tuple[int, int, float, float]]] = collections.defaultdict(list)
     for lines in timed(figures).values():
-        if "native" in lines and "triton" in lines:
-            line = lines["native"]
-            rows, columns = line["shape"][:2]
-            key = line["loss"], line["architecture"], line["dtype"]
-            by_loss[key].append((columns, rows, line["ms"][1], lines["triton"]["ms"][1]))
+        if all(name in lines for name in OURS):
+            native, triton = (lines[name] for name in OURS)
+            rows, columns = native["shape"][:2]
+            key = native["loss"].partition("[")[0], native["architecture"], native["dtype"]
+            by_loss[key].append((columns, rows, native["ms"][1], triton["ms"][1]))
     found = []
-    for (loss, architecture, dtype), sizes in by_loss.items():
+    for key, sizes in by_loss.items():
         sizes.sort()
-        for number, (columns, rows, native, triton) in enumerate(sizes):
-            following = sizes[number + 1] if number + 1 < len(sizes) else None
-            rows_limit = rows if following and following[0] == columns else None
-            columns_limit = columns if following else None
-            faster = "native" if native <= triton * (1 + TIES) else "triton"
-            figures_text = f"{date}: native {native:.3g} ms, triton {triton:.3g} ms at {rows}x{columns}"
-            found.append(
-                f'Measured("{loss}", "{architecture}*", torch.{dtype}, {rows_limit}, {columns_limit}, "{faster}", '
-                f'"{figures_text}"),'
-            )
+        for size, following in zip(sizes, [*sizes[1:], None], strict=True):
+            found.append(_measured_row(key, size, following, origin))
     return found
+
+
+def _measured_row(key: tuple[str, ...], size: Any, following: Any, origin: str) -> str:
+    loss, architecture, dtype = key
+    columns, rows, native, triton = size
+    faster = "native" if native <= triton * (1 + TIES) else "triton"
+    said = f"{origin}: {rows} x {columns} takes {native:.3g} ms, Triton {triton:.3g} ms"
+    limits = f", rows={rows}" if following and following[0] == columns else ""
+    limits += f", columns={columns}" if following else ""
+    where = f'architecture="{architecture}", dtypes=(torch.{dtype},)'
+    return f'Row(("{loss}",), "{faster}", MEASURED, "{said}", {where}{limits}),'
 
 
 def write(out: Path, parts: Path, notes: Sequence[str]) -> tuple[str, bool]:
@@ -166,10 +171,9 @@ def write(out: Path, parts: Path, notes: Sequence[str]) -> tuple[str, bool]:
             file.write(json.dumps(line) + "\n")
     (out / "failures.txt").write_text(failures_text(groups))
     figures = read_lines(out / "figures.jsonl")
-    date = next((str(line["date"])[:10] for line in figures if "date" in line), "")
     sections = {
         "first calls, ms": first_call_lines(figures),
-        "rows for choice.py, a proposal": measured_rows(figures, date),
+        "rows for choice.py, a proposal": measured_rows(figures),
         "figures: ms (share of the floor, host)": figure_lines(figures),
         "figures: wrong or failed": trouble_lines(figures),
         "bars: time of the contestant / time of the faster of ours": bar_lines(figures),

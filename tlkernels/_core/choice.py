@@ -28,7 +28,7 @@ class Measured(NamedTuple):
 
 
 MEASURED: tuple[Measured, ...] = ()
-"""The first row that fits decides. Rows come from bench/test_gpu.py, which runs both; no GPU was at hand so far."""
+"""The first row that fits decides. Rows come from bench/gpu.py, which runs both; no GPU was at hand so far."""
 
 
 def on_gpu(call: Any) -> Tensor | None:
