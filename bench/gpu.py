@@ -217,13 +217,15 @@ class Bench:
     contestant has ended the process or lost the GPU's context. The contestant that runs is named in a file of its own.
     """
 
-    def __init__(self, path: Path, seconds: float, dry: bool) -> None:
-        self.dry = dry
+    def __init__(self, path: Path, seconds: float, dry: bool, first: bool) -> None:
+        """With `first` for first calls, which nothing is started anew for."""
+        self.dry, self.is_first = dry, first
+        self.device = torch.device("cpu" if dry else "cuda")
         self.end = time.monotonic() + seconds
-        self.running = path.with_suffix(".running")
+        self.running = path.with_suffix(".first" if first else ".running")
         self.done = _done(path)
         self.file = path.open("a", buffering=1)
-        if self.running.exists():
+        if self.running.exists() and not first:
             line = json.loads(self.running.read_text())
             self.done[line["case"], line["who"]] = None
             self.file.write(json.dumps({**line, "failed": "ended the process"}) + "\n")
@@ -243,7 +245,13 @@ class Bench:
             "dtype": str(case.dtype).removeprefix("torch."),
             "architecture": "cpu" if self.dry else triton.architecture(torch.device("cuda", 0)),
         }
-        self.file.write(json.dumps({**line, **values}) + "\n")
+        first = {"first": True} if self.is_first else {}
+        self.file.write(json.dumps({**line, **values, **first}) + "\n")
+
+    def work(self, case: Case) -> Work:
+        """Return a case's inputs and functions. What is timed runs outside the context, which slows every call."""
+        with self.device:
+            return case.make(case.shape, lambda tensor: tensor.to(case.dtype))
 
     def contestants(self, case: Case, work: Work) -> list[str]:
         """Return those of a case that are here."""
@@ -264,7 +272,7 @@ class Bench:
 
     def measure(self, case: Case) -> None:
         """Time every contestant; then hold the results of ours against float64."""
-        work = self.attempt(case, "inputs", partial(_work, case))
+        work = self.attempt(case, "inputs", partial(self.work, case))
         if work is None:
             return
         for name in self.contestants(case, work):
@@ -286,16 +294,17 @@ class Bench:
 
     def errors(self, case: Case, work: Work) -> None:
         names = ["eager", *self.served(work)]
-        found = losses.errors(case, names, draws=1)
-        wrong = losses.excess(case, found)
-        if wrong:  # a loss is one number, and eager's may have been lucky
-            found = losses.errors(case, names, draws=10)
+        for draws in (1, 10):  # a loss is one number, and eager's may have been lucky
+            with self.device:
+                found = losses.errors(case, names, draws)
             wrong = losses.excess(case, found)
+            if not wrong:
+                break
         self.write(case, who="errors", error=found, **({"wrong": wrong} if wrong else {}))
 
     def first(self, case: Case, names: Sequence[str]) -> None:
         """Call these contestants for the first time in this process."""
-        work = self.attempt(case, "inputs", partial(_work, case))
+        work = self.attempt(case, "inputs", partial(self.work, case))
         for name in self.contestants(case, work) if work else ():
             if name in names and not self.over():
                 self.attempt(case, name, partial(self.first_call, case, name, work))
@@ -330,13 +339,9 @@ def _done(path: Path) -> dict[tuple[str, str], float | None]:
     found: dict[tuple[str, str], float | None] = {}
     for text in path.read_text().splitlines() if path.exists() else ():
         line = json.loads(text)
-        if "who" in line and "first_ms" not in line:
+        if "who" in line and not line.get("first"):
             found[line["case"], line["who"]] = line["ms"][1] if "ms" in line else None
     return found
-
-
-def _work(case: Case) -> Work:
-    return case.make(case.shape, lambda tensor: tensor.to(case.dtype))
 
 
 def _tiny(case: Case) -> Case:
@@ -362,20 +367,16 @@ def main() -> int:
     if not (arguments.dry or torch.cuda.is_available()):
         print("there is no GPU", file=sys.stderr)
         return 2
-    with (
-        torch.device("cpu" if arguments.dry else "cuda"),
-        closing(Bench(arguments.file, arguments.seconds, arguments.dry)) as bench,
-    ):
+    first = arguments.first or arguments.once
+    with closing(Bench(arguments.file, arguments.seconds, arguments.dry, first)) as bench:
         what = "first calls, beside other work" if arguments.first else "times, alone on the card"
         bench.file.write(json.dumps({**describe(), "what": what, "dry": arguments.dry}) + "\n")
         for case in CASES[: FIRST_CASES if arguments.once else None]:
             if bench.over():
                 break
             case = _tiny(case) if arguments.dry else case
-            if arguments.once:
-                bench.first(case, OURS)
-            elif arguments.first:
-                bench.first(case, COMPILED)
+            if first:
+                bench.first(case, OURS if arguments.once else COMPILED)
             else:
                 bench.measure(case)
     return 0

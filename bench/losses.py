@@ -307,7 +307,7 @@ def sigmoid_contrastive(shape: Shape, cast: Cast) -> Work:
     q, k = map(cast, _pairs(rows, features))
 
     def eager(q: Tensor, k: Tensor) -> Tensor:
-        z = 2 * torch.eye(rows, dtype=q.dtype) - 1
+        z = 2 * torch.eye(rows, dtype=q.dtype, device=q.device) - 1
         return -F.logsigmoid(z * (10.0 * q @ k.T - 10.0)).sum() / rows
 
     def ours(q: Tensor, k: Tensor, impl: str = "auto") -> Tensor:

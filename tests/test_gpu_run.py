@@ -193,7 +193,7 @@ def test_a_wrong_figure_fails_the_run(tmp_path):
         assert summary.write(out, parts, ["a note"])[1] == right
 
 
-def test_rows_for_choice_can_be_taken_over(monkeypatch):
+def test_rows_for_choice_can_be_taken_over(monkeypatch, request):
     """What is proposed is Python, and decides as it was measured."""
     text = "\n".join(summary.measured_rows(FIGURES))
     rows = eval(f"[{text}]", {"Row": choice.Row, "MEASURED": choice.MEASURED, "torch": torch})
@@ -201,6 +201,7 @@ def test_rows_for_choice_can_be_taken_over(monkeypatch):
     monkeypatch.setattr(choice, "TABLE", tuple(rows))
     monkeypatch.setattr(triton, "architecture", lambda device: "sm_90")
     choice._rows_at.cache_clear()
+    request.addfinalizer(choice._rows_at.cache_clear)
     for shape, faster in (
         ((32, 500), "native"),
         ((33, 1000), "triton"),
@@ -340,3 +341,37 @@ def test_the_packed_extension_loads():
     cuda, ops = process.stdout.split("\n")[:2]
     assert cuda.endswith("for sm_90a")
     assert int(ops) >= 20
+
+
+def test_figures_go_on_behind_what_has_ended_their_process(tmp_path):
+    """What has a line is not measured again, nor what was running then."""
+    path = tmp_path / "figures.jsonl"
+    case = gpu._tiny(next(case for case in gpu.CASES if case.loss == "mse"))
+    path.write_text(json.dumps({"case": case.id, "who": "floor", "ms": [1.0, 2.0, 3.0]}) + "\n")
+    path.with_suffix(".running").write_text(json.dumps({"case": case.id, "who": "reference"}))
+    bench = gpu.Bench(path, 60.0, dry=True, first=False)
+    bench.measure(case)
+    bench.close()
+    lines = {line["who"]: line for line in units.read_lines(path)}
+    assert lines["floor"]["ms"] == [1.0, 2.0, 3.0]
+    assert lines["reference"]["failed"] == "ended the process"
+    assert lines["eager"]["of_floor"] == pytest.approx(2.0 / lines["eager"]["ms"][1])
+    assert {path.name for path in tmp_path.iterdir()} == {"figures.jsonl"}
+
+
+def test_what_loses_the_gpu_ends_the_process(tmp_path, monkeypatch):
+    def leave(status):
+        raise SystemExit(status)
+
+    def lost():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(os, "_exit", leave)
+    path = tmp_path / "figures.jsonl"
+    bench = gpu.Bench(path, 60.0, dry=True, first=False)
+    with pytest.raises(SystemExit, match="77"):
+        bench.attempt(gpu.CASES[0], "native", lost)
+    (line,) = units.read_lines(path)
+    assert line["who"] == "native"
+    assert "illegal memory access" in line["failed"]
+    assert not bench.running.exists()

@@ -25,6 +25,7 @@ class Session:
         self.out, self.budget, self.fake = out.resolve(), budget, fake
         self.parts = Path(tempfile.mkdtemp(prefix="gpu-run-"))
         self.notes: list[str] = []
+        self.processes: set[subprocess.Popen[bytes]] = set()
         self.findings = 0  # of the sanitizers
         self.out.mkdir(parents=True, exist_ok=True)
         self.environment = self._environment()
@@ -75,12 +76,21 @@ class Session:
                 cwd=ROOT,
                 start_new_session=True,
             )
+            self.processes.add(process)
             try:
                 return process.wait(max(1.0, seconds))
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
                 return TIMED_OUT
+            finally:
+                self.processes.discard(process)
+
+    def end(self) -> None:
+        """End what still runs."""
+        for process in list(self.processes):
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
 
     def python(self, *arguments: str) -> list[str]:
         """Return a command of this Python."""
