@@ -146,8 +146,8 @@ def measured_rows(figures: Sequence[Line]) -> list[str]:
     found = []
     for key, sizes in by_loss.items():
         sizes.sort()
-        for size, following in zip(sizes, [*sizes[1:], None], strict=True):
-            found.append(_measured_row(key, size, following, origin))
+        following = [*sizes[1:], None]
+        found += [_measured_row(key, *pair, origin) for pair in zip(sizes, following, strict=True)]
     return found
 
 
