@@ -1,5 +1,6 @@
 // A loss's node in autograd's graph, for the plain case: Python's own Function costs a small call as much as its
 // kernel.
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/PyInterpreter.h>
@@ -26,11 +27,19 @@ using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 using Tensors = std::vector<std::optional<Tensor>>;
 
+// Multiplies by the op that reads the upstream value on the device.
+void scale_on_device(Tensor& grad, const Tensor& upstream) {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("tlkernels::scale_", "").typed<void(Tensor&, const Tensor&)>();
+  op.call(grad, upstream);
+}
+
 // Gradients that are here already are given away by the first backward, so that theirs is the only memory. What is not
 // here, or not any more, or is to be differentiated itself, the Python function `compute` finds.
 struct LossBackward : torch::autograd::Node {
   std::vector<SavedVariable> tensors;
   Tensors grads;
+  bool on_device = false;  // whether the upstream value must not be read on the host
   std::optional<c10::SafePyObject> compute;
 
   variable_list apply(variable_list&& upstreams) override {
@@ -38,11 +47,15 @@ struct LossBackward : torch::autograd::Node {
     variable_list results(tensors.size());
     if (!upstream.defined()) return results;
     if (!grads.empty() && !at::GradMode::is_enabled()) {
-      const Tensors ready = std::exchange(grads, {});
-      const bool one = upstream.device().is_cpu() && upstream.item<double>() == 1;
+      Tensors ready = std::exchange(grads, {});
+      const bool one = !on_device && upstream.item<double>() == 1;
       for (size_t i = 0; i < ready.size(); ++i) {
         if (!ready[i] || !task_should_compute_output(i)) continue;
-        results[i] = one ? *ready[i] : ready[i]->mul_(upstream);
+        if (on_device)
+          scale_on_device(*ready[i], upstream);
+        else if (!one)
+          ready[i]->mul_(upstream);
+        results[i] = std::move(*ready[i]);
       }
       return results;
     }
@@ -79,7 +92,7 @@ auto make_node() {
     return c10::make_intrusive<Made>();
 }
 
-void attach(const Tensor& loss, const Tensors& inputs, Tensors grads, const py::function& compute) {
+void attach(const Tensor& loss, const Tensors& inputs, Tensors grads, const py::function& compute, bool on_device) {
   const auto node = make_node<LossBackward>();
   torch::autograd::edge_list edges;
   for (const std::optional<Tensor>& input : inputs) {
@@ -88,6 +101,7 @@ void attach(const Tensor& loss, const Tensors& inputs, Tensors grads, const py::
   }
   node->set_next_edges(std::move(edges));
   node->grads = std::move(grads);
+  node->on_device = on_device;
   node->compute.emplace(compute.inc_ref().ptr(), getPyInterpreter());
   torch::autograd::set_history(loss, node);
 }
@@ -96,6 +110,7 @@ void attach(const Tensor& loss, const Tensors& inputs, Tensors grads, const py::
 
 void bind_autograd(py::module_& m) {
   m.def("attach", &attach, py::arg("loss"), py::arg("inputs"), py::arg("grads"), py::arg("compute"),
+        py::arg("on_device"),
         "Make `loss` the result of `inputs` in autograd's graph; tlkernels/_core/autograd.py says the rest.");
 }
 

@@ -4,16 +4,19 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import tlkernels as tlk
 from tlkernels._core import choice, dispatch, triton
-from tlkernels._core.choice import Measured
+from tlkernels._core.choice import BY_MODEL, MEASURED, Row
 from tlkernels._core.dispatch import Implementation
 
 BF16, F32 = torch.bfloat16, torch.float32
+CE = ("cross_entropy",)
 
 
-def logits(rows, columns, dtype=BF16, device="cuda"):
+def logits(*shape, dtype=BF16, device="cuda", stride=None):
     with FakeTensorMode():
-        return torch.empty((rows, columns), dtype=dtype, device=device)
+        stride = stride or torch.empty(shape, device="meta").stride()
+        return torch.empty_strided(shape, stride, dtype=dtype, device=device)
 
 
 def implementations(**refused):
@@ -25,20 +28,36 @@ def taken(tensor, impl="auto", loss="cross_entropy", **refused):
     return dispatch.resolve(loss, implementations(**refused), (tensor,), impl).name
 
 
-@pytest.fixture
-def measured(monkeypatch):
-    rows = (
-        Measured("cross_entropy", "sm_9*", BF16, None, 64, "native", "2026-01-02: 3 us to 9"),
-        Measured("cross_entropy", "sm_9*", BF16, 100, 4096, "native", "2026-01-02"),
-        Measured("cross_entropy", "sm_9*", BF16, None, 4096, "triton", "2026-01-02"),
-    )
-    monkeypatch.setattr(choice, "MEASURED", rows)
+@pytest.fixture(autouse=True)
+def _gpu():
     with triton.recorded("sm_90"):
         yield
 
 
-def test_without_a_measurement_triton_comes_first_on_a_gpu_and_native_on_a_cpu():
-    assert not choice.MEASURED
+@pytest.fixture
+def table(monkeypatch):
+    """Put these rows in the place of the table's."""
+
+    def use(*rows):
+        monkeypatch.setattr(choice, "TABLE", rows)
+        choice._rows_at.cache_clear()
+
+    yield use
+    choice._rows_at.cache_clear()
+
+
+@pytest.fixture
+def measured(table):
+    sm_90 = {"architecture": "sm_9*", "dtypes": (BF16,)}
+    table(
+        Row(CE, "native", MEASURED, "2026-01-02: 3 us to 9", columns=64, **sm_90),
+        Row(CE, "native", MEASURED, "2026-01-02", rows=100, columns=4096, **sm_90),
+        Row(CE, "triton", BY_MODEL, "2026-01-02: 5 to 6", columns=4096, **sm_90),
+    )
+
+
+def test_without_a_row_triton_comes_first_on_a_gpu_and_native_on_a_cpu(table):
+    table()
     assert taken(logits(8, 100)) == "triton"
     assert taken(logits(8, 100), triton="not here") == "native"
     assert taken(logits(8, 100), triton="not here", native="not built") == "reference"
@@ -61,19 +80,90 @@ def test_a_row_is_for_its_loss_dtype_and_architecture():
     assert taken(small) == "native"
     assert taken(small, native="no") == "triton"
     assert taken(small, loss="distillation") == "triton"
-    assert taken(logits(8, 10, F32)) == "triton"
+    assert taken(logits(8, 10, dtype=F32)) == "triton"
     with triton.recorded("sm_80"):
         assert taken(small) == "triton"
+
+
+def test_a_row_may_be_for_few_bytes(table):
+    table(Row(CE, "native", BY_MODEL, "", nbytes=1 << 20))
+    assert taken(logits(512, 1024)) == "native"
+    assert taken(logits(513, 1024)) == "triton"
+    assert taken(logits(512, 1024, dtype=F32)) == "triton"
+
+
+def test_a_row_may_be_for_unaligned_rows(table):
+    table(Row((*CE, "distillation"), "native", BY_MODEL, "", unaligned=True))
+    assert taken(logits(4, 50257)) == "native"
+    assert taken(logits(4, 50256)) == "triton"
+    assert taken(logits(4, 50260, dtype=F32)) == "triton"
+    assert taken(logits(1, 50257)) == "triton"  # it has no second row
+    assert taken(logits(4, 50257, stride=(50264, 1))) == "triton"
+    assert taken(logits(4, 50256, stride=(50257, 1))) == "native"
+    assert taken(logits(2, 3, 50257), loss="distillation") == "native"
+    assert taken(logits(2, 8, 50257)) == "triton"  # cross entropy's classes are axis 1
+    assert taken(logits(2, 50257, 8, stride=(50257 * 8, 1, 50257))) == "native"
+    assert taken(logits(2, 50256, 8, stride=(50256 * 8, 1, 50256))) == "triton"
+    assert taken(logits(3)) == taken(logits()) == "triton"
+
+
+def test_a_view_may_begin_at_an_odd_address():
+    rows = torch.empty(4, 64, dtype=BF16)
+    assert [choice._unaligned(rows[:, start:], 1) for start in (0, 1, 4, 8)] == [False, True, True, False]
+
+
+def test_a_row_may_be_for_long_rows(table):
+    table(Row((*CE, "distillation"), "native", BY_MODEL, "", row_bytes_over=64 << 10))
+    assert taken(logits(4, 32768)) == "triton"
+    assert taken(logits(4, 32776)) == "native"
+    assert taken(logits(4, 16392, dtype=F32)) == "native"
+    assert taken(logits(2, 4, 32776)) == "triton"
+    assert taken(logits(2, 4, 32776), loss="distillation") == "native"
+
+
+@pytest.mark.parametrize(
+    ("loss", "shape", "dtype", "expected"),
+    [
+        ("cross_entropy", (256, 1000), BF16, "native"),
+        ("cross_entropy", (256, 1000), F32, "native"),
+        ("cross_entropy_stats", (32768, 4096), BF16, "native"),
+        ("cross_entropy", (32768, 4096), F32, "triton"),
+        ("cross_entropy", (32768, 4097), F32, "native"),
+        ("cross_entropy", (8192, 50257), BF16, "native"),
+        ("cross_entropy", (16384, 131072), F32, "native"),
+        ("distillation", (16384, 32000), BF16, "native"),
+        ("distillation", (8192, 128256), BF16, "native"),
+        ("linear_cross_entropy", (4096, 4096), BF16, "native"),
+        ("linear_cross_entropy", (4096, 256), BF16, "triton"),
+        ("linear_cross_entropy", (4096, 4096), F32, "triton"),
+        ("linear_distillation", (1024, 256), BF16, "native"),
+        ("linear_distillation", (4096, 4096), BF16, "triton"),
+        ("info_nce", (65536, 1024), BF16, "triton"),
+        ("sup_con", (2048, 128), BF16, "native"),
+        ("nt_xent", (2048, 128), F32, "triton"),
+        ("mse", (8, 8), F32, "triton"),
+    ],
+)
+def test_the_table(loss, shape, dtype, expected):
+    assert taken(logits(*shape, dtype=dtype), loss=loss) == expected
+
+
+def test_what_is_measured_stands_before_what_is_not():
+    bases = [row.basis for row in choice.TABLE]
+    assert set(bases) <= {MEASURED, BY_MODEL}
+    assert bases == sorted(bases, key=BY_MODEL.__eq__)
+    assert all(row.figures and row.faster in ("native", "triton") for row in choice.TABLE)
 
 
 def reasons(tensor, **refused):
     return dispatch._report("cross_entropy", implementations(**refused), (tensor,), "auto").splitlines()
 
 
-def test_explain_says_that_nothing_was_measured():
+def test_explain_says_that_there_are_no_figures(table):
+    table()
     assert reasons(logits(8, 10)) == [
         "cross_entropy(impl='auto'): served by triton",
-        "  native: could serve it; no measurement on this device: Triton",
+        "  native: could serve it; neither measured nor modelled here: Triton comes first",
         "  reference: could serve it; triton comes first",
     ]
     assert reasons(logits(8, 10), triton="too old")[1:] == [
@@ -83,10 +173,14 @@ def test_explain_says_that_nothing_was_measured():
 
 
 @pytest.mark.usefixtures("measured")
-def test_explain_gives_the_measurement():
+def test_explain_says_whether_it_was_measured():
     assert reasons(logits(8, 10))[:2] == [
         "cross_entropy(impl='auto'): served by native",
-        "  triton: could serve it; measured to be faster on this device: native (2026-01-02: 3 us to 9)",
+        "  triton: could serve it; native was measured to be faster here (2026-01-02: 3 us to 9)",
+    ]
+    assert reasons(logits(200, 100))[:2] == [
+        "cross_entropy(impl='auto'): served by triton",
+        "  native: could serve it; triton is expected to be faster here, by model, not measured (2026-01-02: 5 to 6)",
     ]
 
 
@@ -96,3 +190,28 @@ def test_the_first_tensor_of_every_call_is_found():
     assert choice.on_gpu((fake, None)) is fake
     assert choice.on_gpu(((fake, None), 1)) is fake
     assert choice.on_gpu((logits(2, 3, device="cpu"),)) is None
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_under_compile_and_vmap(monkeypatch, table, dynamic):
+    """The table is looked into there too; the tensors are CPU tensors, since there may be no GPU."""
+    table(*(Row(CE, "native", BY_MODEL, "", **at) for at in ({"rows": 1, "columns": 1}, {"unaligned": True})))
+    asked = []
+
+    def on_gpu(call):
+        return call[0]
+
+    def architecture(device):
+        torch._dynamo.graph_break()  # raises where the compiler traces it
+        asked.append(device)
+        return "sm_90"
+
+    monkeypatch.setattr(choice, "on_gpu", on_gpu)
+    monkeypatch.setattr(triton, "architecture", architecture)
+    x, y = torch.randn(4, 1001), torch.randint(0, 1001, (4,))
+    expected = torch.nn.functional.cross_entropy(x, y)
+    compiled = torch.compile(tlk.cross_entropy, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    torch.testing.assert_close(compiled(x[:, 1:], y.clamp(max=999)), tlk.cross_entropy(x[:, 1:], y.clamp(max=999)))
+    batched = torch.func.vmap(tlk.cross_entropy)(x.view(2, 2, 1001), y.view(2, 2))
+    torch.testing.assert_close(batched.mean(), expected)
+    assert len(asked) >= 2

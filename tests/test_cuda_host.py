@@ -12,10 +12,11 @@ import pytest
 import torch
 from cross_entropy_cases import BF16, COLUMN_STRATEGIES, F16, F32, F64, ROW_STRATEGIES, STRATEGY_OPTIONS, Case
 from linear_cross_entropy_cases import MIXED
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tlkernels as tlk
 from tlkernels import testing
-from tlkernels._core import library
+from tlkernels._core import autograd, library
 
 pytestmark = pytest.mark.skipif(not testing.on_cuda_host("cross_entropy"), reason="no compiler, or no checkout")
 TARGET = testing.Target("native", testing.CUDA_HOST)
@@ -205,8 +206,9 @@ def test_a_device_without_clusters(monkeypatch):
     check(Case((2, 200_003), BF16))
 
 
+@pytest.mark.parametrize("factor_dtype", [F64, F32, BF16, F16], ids=str)
 @pytest.mark.parametrize("dtype", [F64, F32, BF16, F16], ids=str)
-def test_scale(dtype):
+def test_scale(dtype, factor_dtype):
     """And with it every bit pattern of the 16-bit types through the conversions of the host run."""
     values = (
         torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
@@ -214,21 +216,106 @@ def test_scale(dtype):
         else torch.randn(1000, dtype=dtype)
     )
     for factor in (0.3, 1.0, 1e-4):
-        by = torch.tensor(factor, dtype=F64 if dtype == F64 else F32)
+        given = torch.tensor(factor, dtype=factor_dtype)
+        by = given.to(F64 if dtype == F64 else F32)
         expected = values if factor == 1 else (values.to(by.dtype) * by).to(dtype)
         for start, stop in ((0, values.numel()), (1, 1), (1, 4), (3, values.numel() - 2)):
             result = values.clone()
             with testing.forced(TARGET):
-                library.scale_(result[start:stop], by)
+                library.scale_(result[start:stop], given)
             outside = torch.ones(values.numel(), dtype=torch.bool)
             outside[start:stop] = False
             assert torch.equal(result[outside].nan_to_num(), values[outside].nan_to_num())
             torch.testing.assert_close(result[start:stop], expected[start:stop], rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", [F64, BF16], ids=str)
+def test_scale_of_more_than_a_sweep_of_the_grid(dtype):
+    """The pretended device has 4 multiprocessors, so at most 32 blocks, which here sweep twice and a bit."""
+    n = 2 * 32 * 256 * 2 * (16 // dtype.itemsize) + 777
+    values = torch.randn(n).to(dtype)
+    result, by = values.clone(), torch.tensor(0.3, dtype=dtype)
+    with testing.forced(TARGET):
+        library.scale_(result[1:-1], by)
+    assert torch.equal(result[1:-1], values[1:-1] * by)
+    assert torch.equal(result[[0, -1]], values[[0, -1]])
+
+
+def test_scale_says_what_it_expects():
+    values = torch.randn(4)
+    with testing.forced(TARGET):
+        with pytest.raises(ValueError, match="factor: expected one number, got shape"):
+            library.scale_(values, torch.ones(2))
+        with pytest.raises(TypeError, match="expected float64, float32, bfloat16 or float16, got Int"):
+            library.scale_(values, torch.ones((), dtype=torch.int32))
+        with pytest.raises(ValueError, match="values: expected dense memory, got strides"):
+            library.scale_(values[::2], torch.ones(()))
+
+
+class Seen(TorchDispatchMode):
+    """The names of the ops that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.names.append(op.name())
+        return op(*args, **(kwargs or {}))
+
+
+ATTACHED = {
+    "cross_entropy": lambda x: tlk.cross_entropy(x, torch.tensor([1, 0, 2]), impl="native"),
+    "linear_cross_entropy": lambda x, w: tlk.linear_cross_entropy(x, w, torch.tensor([1, 0, 2]), impl="native"),
+    "distillation": lambda x, w: tlk.distillation(x, w, impl="native"),
+    "info_nce": lambda x, w: tlk.info_nce(x, w, temperature=0.1, impl="native"),
+}
+
+
+@pytest.mark.parametrize("dtype", [F64, F32, BF16], ids=str)
+@pytest.mark.parametrize("name", ATTACHED)
+def test_the_backward_on_a_gpu(name, dtype, monkeypatch):
+    """The extension's node multiplies by the op that reads the upstream, in its own dtype, where the tensors are."""
+    loss, generator = ATTACHED[name], torch.Generator().manual_seed(0)
+    inputs = [torch.randn(3, 8, generator=generator).to(dtype) for _ in range(loss.__code__.co_argcount)]
+    for needs in ([True] * len(inputs), [False] * (len(inputs) - 1) + [True]):
+        leaves = [x.clone().requires_grad_(need) for x, need in zip(inputs, needs, strict=True)]
+        wanted = [x for x in leaves if x.requires_grad]
+        with testing.forced(TARGET):
+            unscaled = torch.autograd.grad(loss(*leaves), wanted)
+            monkeypatch.setattr(autograd, "_ON_DEVICE", ("cpu",))
+            value = loss(*leaves)
+            assert value.grad_fn.name() == "tlkernels::LossBackward"
+            assert value.dtype == dtype
+            upstream = torch.tensor(0.3, dtype=dtype)
+            with Seen() as seen:
+                first = torch.autograd.grad(value, wanted, upstream, retain_graph=True)
+            assert [name for name in seen.names if name != "aten::view"] == ["tlkernels::scale_"] * len(wanted)
+            with Seen() as seen:
+                second = torch.autograd.grad(value, wanted, upstream, retain_graph=True)
+            assert seen.names.count("tlkernels::scale_") == len(wanted)
+            assert "aten::_local_scalar_dense" not in seen.names
+            again = torch.autograd.grad(value, wanted, upstream, create_graph=True)
+            torch.autograd.grad(value, wanted)
+            with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+                torch.autograd.grad(value, wanted)
+            ones = torch.autograd.grad(loss(*leaves), wanted)
+            monkeypatch.undo()
+        for grads in (first, second):
+            for grad, whole in zip(grads, unscaled, strict=True):
+                wide = F64 if dtype == F64 else F32
+                assert torch.equal(grad, (whole.to(wide) * upstream.to(wide)).to(dtype))
+        for grad, one, whole in zip(again, ones, unscaled, strict=True):
+            assert grad.requires_grad
+            assert torch.equal(one, whole)
+            tolerance = 2e-2 if dtype == BF16 else 1e-4
+            torch.testing.assert_close(grad, whole * upstream, rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.core
 @pytest.mark.parametrize("dtype", [F64, F32, BF16], ids=str)
 @pytest.mark.parametrize("options", [{}, {"target": "probabilities", "reduction": "none", **MIXED}], ids=str)
+@pytest.mark.usefixtures("poisoned_memory")
 def test_linear_cross_entropy_in_chunks(dtype, options, monkeypatch):
     """Two chunks of rows, whose gradients of weight and bias are added up."""
     rows, classes = 300, 37
@@ -253,6 +340,18 @@ def test_linear_cross_entropy_in_chunks(dtype, options, monkeypatch):
         return zip(("loss", *made.wants_grad), ours, eager, right, strict=True)
 
     testing.check_budgets(dtype, draw, first=1)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_linear_cross_entropy_of_no_rows(dtype):
+    """There is no chunk that writes the gradients of weight and bias."""
+    x, y = torch.empty(0, 5, dtype=dtype, requires_grad=True), torch.empty(0, dtype=torch.long)
+    w, b = (torch.randn(7, *features).to(dtype).requires_grad_() for features in ((5,), ()))
+    with testing.forced(TARGET):
+        loss = tlk.linear_cross_entropy(x, w, y, linear_bias=b, reduction="sum", impl="native")
+        grads = torch.autograd.grad(loss, (x, w, b))
+    assert all(torch.equal(grad, torch.zeros_like(grad)) for grad in (loss, *grads))
 
 
 def test_the_cpu_kernels_come_back():

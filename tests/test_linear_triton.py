@@ -98,6 +98,19 @@ def test_the_weights_gradient_never_reaches_logits_that_are_still_read(shape):
         assert held <= 1.2 * weight.nbytes <= 3 * rows * classes * 2 / 2
 
 
+@pytest.mark.parametrize(("classes", "features", "architecture", "block"), [
+    (128256, 4096, "sm_90", 8448),  # 66 x 16 tiles, eight for each of 132 multiprocessors
+    (32000, 4096, "sm_90", 2048),  # 16 x 16: no larger block takes fewer turns
+    (128256, 4096, "gfx942", 8064),  # a sixteenth, where the tiles are not known
+    (7, 4096, "sm_90", 7),
+    (0, 4096, "sm_90", 0),
+], ids=str)  # fmt: skip
+def test_blocks_fill_the_multiprocessors(classes, features, architecture, block):
+    with triton.recorded(architecture):
+        here = linear.machine(torch.device("meta"))
+    assert linear._block(classes, features, here) == block
+
+
 class Watched(TorchDispatchMode):
     """Counts multiplications of products, and the largest tensor made."""
 

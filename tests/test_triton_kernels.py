@@ -63,14 +63,18 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "tests/test_every_loss.py"
     assert passed >= 25, run.stdout
 
 
-@pytest.mark.parametrize("upstream", [1.0, 0.5])
+@pytest.mark.parametrize("upstream", [1.0, 0.3])
+@pytest.mark.parametrize("upstream_dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
-def test_a_gradient_is_scaled_in_place(upstream, dtype):
-    from tlkernels._core.triton_kernels import scale_
+def test_a_gradient_is_scaled_in_place(dtype, upstream_dtype, upstream, monkeypatch):
+    """Each program takes several blocks; the upstream is read in its own dtype."""
+    from tlkernels._core import triton_kernels
 
-    values = torch.randn(3, 1001).to(dtype)
-    expected = (values.double() * upstream).to(dtype)
-    assert scale_(values, torch.tensor(upstream)) is values
+    monkeypatch.setattr(triton_kernels, "_SCALE_PROGRAMS", 2)
+    values, factor = torch.randn(5, 1001).to(dtype), torch.tensor(upstream, dtype=upstream_dtype)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    expected = (values.to(wide) * factor.to(wide)).to(dtype)
+    assert triton_kernels.scale_(values, factor) is values
     assert torch.equal(values, expected)
 
 

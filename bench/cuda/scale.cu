@@ -3,11 +3,8 @@
 
 using namespace tlk;
 
-extern "C" int tlk_scale(void* values, int scalar, const void* factor, int64_t n, cudaStream_t stream) {
-  const auto run = [&](auto* typed) {
-    using A = Compute<std::remove_pointer_t<decltype(typed)>>;
-    return int(scale(typed, static_cast<const A*>(factor), n, stream));
-  };
+extern "C" int tlk_scale(void* values, int scalar, const Factor* factor, int64_t n, cudaStream_t stream) {
+  const auto run = [&](auto* typed) { return int(scale(typed, *factor, n, stream)); };
   switch (Scalar(scalar)) {
     case Scalar::f64:
       return run(static_cast<double*>(values));

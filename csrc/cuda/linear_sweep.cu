@@ -11,14 +11,16 @@ namespace tlk {
 
 using at::Tensor;
 
-// total += a @ b in the total's type, where that is not the operands'.
-static void add_product(Tensor& total, const Tensor& a, const Tensor& b) {
-  if (a.scalar_type() == total.scalar_type())
-    at::addmm_out(total, total, a, b);
-  else if (a.is_cuda())
-    at::addmm_out(total, total, a, b, total.scalar_type());
-  else  // the library has such products on GPUs alone
-    at::addmm_out(total, total, a.to(total.scalar_type()), b.to(total.scalar_type()));
+// total += a @ b, or of the first part total = a @ b, in the total's type, where that is not the operands'.
+static void add_product(Tensor& total, const Tensor& a, const Tensor& b, bool first) {
+  const at::ScalarType type = total.scalar_type();
+  if (a.scalar_type() == type) {
+    first ? at::mm_out(total, a, b) : at::addmm_out(total, total, a, b);
+  } else if (a.is_cuda()) {
+    first ? at::mm_out(total, a, b, type) : at::addmm_out(total, total, a, b, type);
+  } else {  // the library has such products on GPUs alone
+    add_product(total, a.to(type), b.to(type), first);
+  }
 }
 
 // Each chunk passes over the weight, and over its gradient in float32: 4096 x 4096 x 128256 bfloat16 in chunks of 256
@@ -47,9 +49,11 @@ DeviceLinearSweep::DeviceLinearSweep(const LinearLayer& layer, std::array<bool, 
   if (needs[0]) grad_input_ = at::empty(input.sizes(), input.options());
   if (needs[1]) {  // of one chunk there is no sum, to be rounded once
     const at::TensorOptions options = weight.options().dtype(rows <= chunk_rows_ ? weight.scalar_type() : wide);
-    grad_weight_ = at::zeros(weight.sizes(), options);
+    grad_weight_ = at::empty(weight.sizes(), options);
   }
-  if (needs[2]) grad_bias_ = at::zeros({classes}, weight.options().dtype(wide));
+  if (needs[2]) grad_bias_ = at::empty({classes}, weight.options().dtype(wide));
+  for (Tensor* sum : {&grad_weight_, &grad_bias_})
+    if (rows == 0 && sum->defined()) sum->zero_();  // else the first chunk writes it
 }
 
 Tensor DeviceLinearSweep::logits(int64_t begin, int64_t end) {
@@ -68,13 +72,13 @@ void DeviceLinearSweep::take(int64_t begin, int64_t end, const Tensor& gradient)
     Tensor result = grad_input_.narrow(0, begin, end - begin);
     at::mm_out(result, gradient, layer_.weight);
   }
-  if (needs_[1]) {
-    if (layer_.input.size(0) <= chunk_rows_)
-      at::mm_out(grad_weight_, gradient.t(), x);
-    else
-      add_product(grad_weight_, gradient.t(), x);
-  }
-  if (needs_[2]) grad_bias_.add_(at::sum(gradient, {0}, /*keepdim=*/false, grad_bias_.scalar_type()));
+  const bool first = begin == 0;
+  if (needs_[1]) add_product(grad_weight_, gradient.t(), x, first);
+  if (!needs_[2]) return;
+  if (first)
+    at::sum_out(grad_bias_, gradient, {0}, /*keepdim=*/false, grad_bias_.scalar_type());
+  else
+    grad_bias_.add_(at::sum(gradient, {0}, /*keepdim=*/false, grad_bias_.scalar_type()));
 }
 
 std::array<Tensor, 3> DeviceLinearSweep::gradients() {

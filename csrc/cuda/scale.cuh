@@ -5,23 +5,50 @@
 namespace tlk {
 
 constexpr int kScaleThreads = 256;
-constexpr int kScalePacks = 4;  // of a thread: 16 KB a block, so that a grid with nothing to do is small
+constexpr int kScalePacks = 2;   // that a thread loads before it stores the first
+constexpr int kScaleBlocks = 8;  // of a multiprocessor, which holds no more: a grid that has nothing to do is small
+
+struct Factor {
+  const void* data;
+  Scalar type;
+};
+
+// As torch's cast gives it, without the launch of one.
+template <class A>
+TLK_DEVICE A read(const Factor& factor) {
+  switch (factor.type) {
+    case Scalar::f64:
+      return A(*static_cast<const double*>(factor.data));
+    case Scalar::f32:
+      return A(*static_cast<const float*>(factor.data));
+    case Scalar::bf16:
+      return A(widen(*static_cast<const bf16*>(factor.data)));
+    case Scalar::f16:
+      return A(widen(*static_cast<const f16*>(factor.data)));
+  }
+  return A(1);
+}
 
 template <class T>
-__global__ void __launch_bounds__(kScaleThreads) scale_kernel(T* values, const Compute<T>* factor, int64_t n) {
-  const Compute<T> by = *factor;
+__global__ void __launch_bounds__(kScaleThreads) scale_kernel(T* values, Factor factor, int64_t n) {
+  const auto by = read<Compute<T>>(factor);
   if (by == 1) return;
   const int64_t head = head_of(values, n), packs = (n - head) / kLanes<T>, tail = head + packs * kLanes<T>;
   uint4* const aligned = reinterpret_cast<uint4*>(values + head);
-  const int64_t first = int64_t(blockIdx.x) * kScaleThreads * kScalePacks + threadIdx.x;
+  const int64_t step = int64_t(gridDim.x) * kScaleThreads;
+  for (int64_t first = int64_t(blockIdx.x) * kScaleThreads + threadIdx.x; first < packs; first += kScalePacks * step) {
+    uint4 bits[kScalePacks] = {};
 #pragma unroll
-  for (int i = 0; i < kScalePacks; ++i) {
-    const int64_t at = first + i * kScaleThreads;
-    if (at >= packs) break;
-    Pack<T> pack(load_streaming(aligned + at));
+    for (int i = 0; i < kScalePacks; ++i)
+      if (first + i * step < packs) bits[i] = load_streaming(aligned + first + i * step);
 #pragma unroll
-    for (int k = 0; k < kLanes<T>; ++k) pack.lane[k] = narrow<T>(widen(pack.lane[k]) * by);
-    store_streaming(aligned + at, pack.bits);
+    for (int i = 0; i < kScalePacks; ++i) {
+      if (first + i * step >= packs) break;
+      Pack<T> pack(bits[i]);
+#pragma unroll
+      for (int k = 0; k < kLanes<T>; ++k) pack.lane[k] = narrow<T>(widen(pack.lane[k]) * by);
+      store_streaming(aligned + first + i * step, pack.bits);
+    }
   }
   if (blockIdx.x > 0) return;
   for (int64_t i = threadIdx.x; i < head + n - tail; i += kScaleThreads) {
@@ -30,13 +57,16 @@ __global__ void __launch_bounds__(kScaleThreads) scale_kernel(T* values, const C
   }
 }
 
-// n contiguous values; `factor` is of their compute type.
+// n contiguous values.
 template <class T>
-cudaError_t scale(T* values, const Compute<T>* factor, int64_t n, cudaStream_t stream) {
+cudaError_t scale(T* values, Factor factor, int64_t n, cudaStream_t stream) {
   if (n == 0) return cudaSuccess;
+  Device device;
+  if (const cudaError_t error = current_device(device)) return error;
   constexpr int64_t each = int64_t(kScaleThreads) * kScalePacks * kLanes<T>;
+  const int64_t wanted = (n + each - 1) / each, most = int64_t(device.multiprocessors) * kScaleBlocks;
   Grid grid;
-  grid.blocks = dim3(unsigned((n + each - 1) / each));
+  grid.blocks = dim3(unsigned(wanted < most ? wanted : most));
   grid.threads = kScaleThreads;
   return launch(grid, stream, scale_kernel<T>, values, factor, n);
 }

@@ -136,7 +136,7 @@ def measured_rows(figures: Sequence[Line]) -> list[str]:
     """
     head = next((line for line in figures if "date" in line), None)
     origin = f"{head['date'][:10]}, {head['machine']['device']}" if head else ""
-    by_loss: dict[tuple[str, ...], list[tuple[int, int, float, float]]] = collections.defaultdict(list)
+    by_loss: dict[tuple[Any, ...], list[tuple[int, int, float, float]]] = collections.defaultdict(list)
     for lines in timed(figures).values():
         if all(name in lines for name in OURS):
             native, triton = (lines[name] for name in OURS)
@@ -144,22 +144,22 @@ def measured_rows(figures: Sequence[Line]) -> list[str]:
             key = native["loss"].partition("[")[0], native["architecture"], native["dtype"]
             by_loss[key].append((columns, rows, native["ms"][1], triton["ms"][1]))
     found = []
-    for key, sizes in by_loss.items():
+    for where, sizes in by_loss.items():
         sizes.sort()
         following = [*sizes[1:], None]
-        found += [_measured_row(key, *pair, origin) for pair in zip(sizes, following, strict=True)]
+        found += [_measured_row(where, *pair, origin) for pair in zip(sizes, following, strict=True)]
     return found
 
 
-def _measured_row(key: tuple[str, ...], size: Any, following: Any, origin: str) -> str:
-    loss, architecture, dtype = key
+def _measured_row(where: tuple[Any, ...], size: Any, following: Any, origin: str) -> str:
+    loss, architecture, dtype = where
     columns, rows, native, triton = size
     faster = "native" if native <= triton * (1 + TIES) else "triton"
     said = f"{origin}: {rows} x {columns} takes {native:.3g} ms, Triton {triton:.3g} ms"
     limits = f", rows={rows}" if following and following[0] == columns else ""
     limits += f", columns={columns}" if following else ""
-    where = f'architecture="{architecture}", dtypes=(torch.{dtype},)'
-    return f'Row(("{loss}",), "{faster}", MEASURED, "{said}", {where}{limits}),'
+    conditions = f'architecture="{architecture}", dtypes=(torch.{dtype},)'
+    return f'Row(("{loss}",), "{faster}", MEASURED, "{said}", {conditions}{limits}),'
 
 
 def write(out: Path, parts: Path, notes: Sequence[str]) -> tuple[str, bool]:

@@ -14,6 +14,10 @@ Tensors = Sequence[Tensor | None]
 Step = Callable[[Tensors, Sequence[bool]], tuple[Tensor, list[Tensor | None]]]
 Backward = Callable[[Tensor, Tensors, Sequence[bool]], list[Tensor | None]]
 Again = Callable[[Tensors], Tensor]
+Scale = Callable[[Tensor, Tensor], Tensor]
+
+_ON_DEVICE = native.served("scale_")
+"""The types of devices on which the extension multiplies gradients by their upstream without reading it on the host."""
 
 
 def plain(*tensors: Tensor | None) -> bool:
@@ -71,7 +75,9 @@ def _refuse_transforms() -> str | None:
     return None
 
 
-def one_sweep(step: Step, again: Again, *tensors: Tensor | None, by_triton: bool = False) -> Tensor:
+def one_sweep(
+    step: Step, again: Again, *tensors: Tensor | None, dtype: torch.dtype | None = None, by_triton: bool = False
+) -> Tensor:
     """Return a loss whose gradients are computed along with it; only where `plain(*tensors)`, and for a 0-d loss.
 
     The first backward gives the gradients away, so that theirs is the only memory; a second one computes them again,
@@ -81,12 +87,19 @@ def one_sweep(step: Step, again: Again, *tensors: Tensor | None, by_triton: bool
         step: (tensors, whether each needs a gradient) -> the loss and a fresh gradient for each that does.
         again: the same loss of the same tensors in plain PyTorch.
         tensors: what may need a gradient; `step` and `again` hold everything else.
-        by_triton: whether a kernel of Triton's multiplies gradients by their upstream, which then is not read on the
-            host; for the extension's on a GPU its own does.
+        dtype: of the loss, where `step` may give another. A cast outside would be one more node of the graph, and on a
+            GPU one more launch in the backward.
+        by_triton: whether `step` is Triton's. Where the extension has no kernel for the device, Triton's multiplies
+            gradients by their upstream.
     """
     needs = [_needs_grad(tensor) for tensor in tensors]
     with torch.no_grad():
         loss, grads = step(tensors, needs)
+        if dtype is not None and loss.dtype != dtype:
+            loss = loss.to(dtype)
+    if not any(needs):
+        return loss
+    scale = _scale(loss.device.type, by_triton)
 
     def compute(upstream: Tensor, tensors: Tensors, needs: Sequence[bool], create_graph: bool) -> list[Tensor | None]:
         if create_graph:
@@ -95,21 +108,7 @@ def one_sweep(step: Step, again: Again, *tensors: Tensor | None, by_triton: bool
             grad if grad is None else scale(grad, upstream) for grad in where_needed(step(tensors, needs)[1], needs)
         ]
 
-    on_gpu = loss.device.type == "cuda"
-
-    def scale(grad: Tensor, upstream: Tensor) -> Tensor:
-        if by_triton:
-            from tlkernels._core import triton_kernels
-
-            return triton_kernels.scale_(grad, upstream)
-        if on_gpu:
-            scale_(grad, upstream)
-            return grad
-        return grad.mul_(upstream)
-
-    if not any(needs):
-        return loss
-    return _attach(loss, tensors, grads, compute, scale if by_triton or on_gpu else None)
+    return _attach(loss, tensors, grads, compute, scale)
 
 
 def two_sweeps(loss: Tensor, backward: Backward, again: Again, *tensors: Tensor | None) -> Tensor:
@@ -132,19 +131,39 @@ def two_sweeps(loss: Tensor, backward: Backward, again: Again, *tensors: Tensor 
     return _attach(loss, tensors, [], compute) if any(map(_needs_grad, tensors)) else loss
 
 
+def _scale(device: str, by_triton: bool) -> Scale:
+    """Return what multiplies a gradient in place by its upstream, on that type of device."""
+    if device in _ON_DEVICE:
+        return _by_extension
+    return _by_triton if by_triton else Tensor.mul_
+
+
+def _by_extension(grad: Tensor, upstream: Tensor) -> Tensor:
+    scale_(grad, upstream)
+    return grad
+
+
+def _by_triton(grad: Tensor, upstream: Tensor) -> Tensor:
+    from tlkernels._core import triton_kernels
+
+    return triton_kernels.scale_(grad, upstream)
+
+
 def _needs_grad(tensor: Tensor | None) -> bool:
     return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
 
 
-def _attach(loss: Tensor, tensors: Tensors, grads: Sequence[Tensor | None], compute: Any, scale: Any = None) -> Tensor:
-    """Return `loss` as the result of `tensors`, as `native.attach` says; `scale(grad, upstream)` multiplies in place.
+def _attach(
+    loss: Tensor, tensors: Tensors, grads: Sequence[Tensor | None], compute: Any, scale: Scale = Tensor.mul_
+) -> Tensor:
+    """Return `loss` as the result of `tensors`, as `native.attach` says; `scale` multiplies the gradients.
 
-    The extension does it where it is here, but it multiplies by any upstream that is not on the CPU, 1 or not.
+    The extension's node is faster than one of Python's, but it does not call Triton.
     """
-    if native.available() and scale is None:
-        native.attach(loss, tensors, grads, compute)
+    if native.available() and scale is not _by_triton:
+        native.attach(loss, tensors, grads, compute, scale is _by_extension)
         return loss
-    attached: Tensor = _Attached.apply([loss], list(grads), scale or Tensor.mul_, compute, *tensors)  # type: ignore[no-untyped-call]
+    attached: Tensor = _Attached.apply([loss], list(grads), scale, compute, *tensors)  # type: ignore[no-untyped-call]
     return attached
 
 

@@ -1,5 +1,6 @@
-"""Which implementation "auto" tries first on a GPU: the one that was measured to be faster there."""
+"""Which implementation "auto" tries first on a GPU: the one that was measured, or is expected, to be faster there."""
 
+import functools
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -8,27 +9,66 @@ from torch import Tensor
 
 from tlkernels._core import triton
 
+MEASURED, BY_MODEL = "measured", "by model"
 
-class Measured(NamedTuple):
-    """A result: on GPUs of that architecture, for calls up to that size, `faster` is the faster implementation."""
 
-    loss: str
-    architecture: str
-    """A pattern, such as "sm_9*"."""
-    dtype: torch.dtype
-    """Of the call's first tensor; of the same the numbers below."""
-    rows: int | None
-    """The product of all its sizes but the last, at the most; None for any number."""
-    columns: int | None
-    """Its last size, at the most; None for any."""
+class Row(NamedTuple):
+    """For calls of these losses that meet every condition, `faster` is the faster implementation."""
+
+    losses: tuple[str, ...]
     faster: str
     """"native" or "triton"."""
-    when: str
-    """The date and the figures."""
+    basis: str
+    """MEASURED or BY_MODEL."""
+    figures: str
+    """The date and the figures, with their case and GPU."""
+    architecture: str = "sm_*"
+    """A pattern, such as "sm_9*"."""
+    dtypes: tuple[torch.dtype, ...] = ()
+    """Of the call's first tensor, of which are the numbers below too; empty for any."""
+    rows: int | None = None
+    """The product of all its sizes but that of the columns, at the most; None for any number."""
+    columns: int | None = None
+    """Classes or features, at the most; None for any number."""
+    nbytes: int | None = None
+    """Of all its elements, at the most; None for any number."""
+    row_bytes_over: int = 0
+    """The row's columns lie together and take more bytes than this; 0 for any row."""
+    unaligned: bool = False
+    """The row's columns lie together, and not every row begins at a multiple of 16 bytes."""
 
 
-MEASURED: tuple[Measured, ...] = ()
-"""The first row that fits decides. Rows come from bench/gpu.py, which runs both; no GPU was at hand so far."""
+_LOGITS = ("cross_entropy", "cross_entropy_stats", "distillation")
+_LINEAR_CE = ("linear_cross_entropy", "linear_cross_entropy_stats")
+_EMBEDDINGS = ("info_nce", "nt_xent", "sup_con")
+_BF16 = (torch.bfloat16,)
+_PYTHON = "2026-11-26, H200: Triton's Python takes 127 us a call before its launches; the kernels take "
+
+TABLE: tuple[Row, ...] = (
+    # Small calls: kernels at half of 4.3 TB/s, of 790 TFLOP/s, or in float32 of 53 TFLOP/s.
+    Row(_LOGITS, "native", BY_MODEL, _PYTHON + "125 us for 128 MiB", nbytes=128 << 20),
+    Row((*_LINEAR_CE, "linear_distillation"), "native", BY_MODEL, _PYTHON + "127 us for 1024 x 256 x 32000",
+        nbytes=512 << 10),
+    Row(_EMBEDDINGS, "native", BY_MODEL, _PYTHON + "109 us for 2048 x 1024", rows=2048,
+        dtypes=(torch.bfloat16, torch.float16)),
+    Row(_EMBEDDINGS, "native", BY_MODEL, _PYTHON + "101 us for 512 x 1024 in float32", rows=512),
+    Row(_LOGITS, "native", BY_MODEL, "2026-11-26, H200: 8192 x 50257 in bfloat16 reaches 0.45 of the bandwidth, Triton "
+        "0.30: it reads such rows number by number", unaligned=True),
+    Row(_LOGITS, "native", BY_MODEL, "2026-11-26, H200: cross entropy of 16384 x 131072 in bfloat16 reaches 0.70 of "
+        "the bandwidth, Triton 0.45, distillation of 8192 x 128256 0.57 and 0.42: Triton reads such rows twice",
+        architecture="sm_9*", row_bytes_over=64 << 10),
+    Row(_LOGITS, "native", BY_MODEL, "2026-11-26, H200: cross entropy of 32768 x 4096 reaches 0.65 of the bandwidth, "
+        "Triton 0.60, of 32768 x 32768 0.66 and 0.57, distillation of 16384 x 32000 0.60 and 0.50",
+        architecture="sm_9*", dtypes=_BF16),
+    Row(_LINEAR_CE, "triton", BY_MODEL, "2026-11-26, H200: up to 265 features Triton makes the logits in its kernels, "
+        "twice, in less time than it takes to store and read them", architecture="sm_9*", dtypes=_BF16, columns=256),
+    Row(_LINEAR_CE, "native", BY_MODEL, "2026-11-26, H200: 4096 x 4096 x 128256 takes 17.6 ms, Triton 18.2 ms",
+        architecture="sm_9*", dtypes=_BF16),
+    Row(_EMBEDDINGS, "triton", BY_MODEL, "2026-11-26, H200: 65536 x 1024 reaches 0.63 of the library's rate, native "
+        "0.54, 65536 x 512 0.52 and 0.43", architecture="sm_9*", dtypes=_BF16),
+)  # fmt: skip
+"""The first row that fits decides. Measured rows stand before those by model; they come from bench/gpu.py, which
+times both implementations. No GPU was at hand so far."""
 
 
 def on_gpu(call: Any) -> Tensor | None:
@@ -39,16 +79,49 @@ def on_gpu(call: Any) -> Tensor | None:
 
 def faster(loss: str, tensor: Tensor) -> tuple[str, str]:
     """Return which implementation to try first for a loss of this tensor on a GPU, and why."""
-    if MEASURED:
-        where = triton.architecture(tensor.device)
-        columns = tensor.shape[-1] if tensor.dim() else 1
-        rows = tensor.numel() // max(1, columns)
-        for row in MEASURED:
-            if (
-                (row.loss, row.dtype) == (loss, tensor.dtype)
-                and fnmatchcase(where, row.architecture)
-                and (row.rows is None or rows <= row.rows)
-                and (row.columns is None or columns <= row.columns)
-            ):
-                return row.faster, f"measured to be faster on this device: {row.faster} ({row.when})"
-    return "triton", "no measurement on this device: Triton"
+    axis = 1 if loss in ("cross_entropy", "cross_entropy_stats") and tensor.dim() > 1 else -1
+    for row in _rows(loss, tensor.device, tensor.dtype):
+        if _fits(row, tensor, axis):
+            said = "was measured to be faster here" if row.basis == MEASURED else "is expected to be faster here"
+            how = "" if row.basis == MEASURED else ", by model, not measured"
+            return row.faster, f"{row.faster} {said}{how} ({row.figures})"
+    return "triton", "neither measured nor modelled here: Triton comes first"
+
+
+def _rows(loss: str, device: torch.device, dtype: torch.dtype) -> tuple[Row, ...]:
+    return _rows_at(loss, triton.architecture(device), dtype)
+
+
+# torch.compile calls it instead of tracing it. This is what torch.compiler.assume_constant_result does, without the
+# import of the compiler.
+_rows._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _rows_at(loss: str, where: str, dtype: torch.dtype) -> tuple[Row, ...]:
+    return tuple(
+        row
+        for row in TABLE
+        if loss in row.losses and (not row.dtypes or dtype in row.dtypes) and fnmatchcase(where, row.architecture)
+    )
+
+
+def _fits(row: Row, tensor: Tensor, axis: int) -> bool:
+    columns, size = tensor.shape[axis] if tensor.dim() else 1, tensor.element_size()
+    together = tensor.dim() > 0 and tensor.stride(axis) == 1
+    return (
+        (row.rows is None or tensor.numel() <= row.rows * columns)
+        and (row.columns is None or columns <= row.columns)
+        and (row.nbytes is None or tensor.numel() * size <= row.nbytes)
+        and (not row.row_bytes_over or (together and columns * size > row.row_bytes_over))
+        and (not row.unaligned or (together and _unaligned(tensor, axis)))
+    )
+
+
+def _unaligned(tensor: Tensor, axis: int) -> bool:
+    """Return whether some of the rows along this axis begin elsewhere than at a multiple of 16 bytes."""
+    others = (k for k in range(tensor.dim()) if k != axis % tensor.dim() and tensor.shape[k] > 1)
+    places: list[int | torch.SymInt] = [tensor.stride(k) for k in others]
+    if not torch.compiler.is_compiling():  # which cannot trace it
+        places.append(tensor.storage_offset())
+    return any(place * tensor.element_size() % 16 for place in places)

@@ -35,6 +35,8 @@ class Machine(NamedTuple):
     """Bytes of logits that chunks may take beside what the gradient of the weight takes anyway."""
     align: int
     """Rows and classes of chunks and blocks are multiples of so many."""
+    multiprocessors: int
+    """Each has a tile of the library's products at a time, `align` x 256; 1 where that is not known."""
     programs: int
     """Of a sweep over all classes: several for each multiprocessor of the largest of these GPUs."""
 
@@ -46,13 +48,13 @@ _CHUNK = 256 << 20
 # With 256 MiB a chunk of 128256 classes has 1046 rows, at which the library's products run at their full rate. The
 # interpreter's row makes chunks and blocks of small tests.
 _MACHINES = (
-    Machine("interpreter", {2: 8e14, 4: 5e13, 8: 5e13}, _SHARE, 4e12, 1 << 17, 16, 8),
-    Machine("sm_8*", {2: 2.5e14, 4: 1.6e13, 8: 1.6e13}, _SHARE, 1.6e12, _CHUNK, 128, 1024),
-    Machine("sm_9*", {2: 7.9e14, 4: 5.3e13, 8: 5.3e13}, _SHARE, 4.3e12, _CHUNK, 128, 1024),
-    Machine("sm_10*", {2: 1.8e15, 4: 6e13, 8: 3e13}, _SHARE, 6.4e12, _CHUNK, 128, 1024),
-    Machine("sm_12*", {2: 1.7e14, 4: 8e13, 8: 1.3e12}, _SHARE, 1.4e12, _CHUNK, 128, 1024),
-    Machine("gfx9*", {2: 1e15, 4: 1.3e14, 8: 1.3e14}, _SHARE, 4.2e12, _CHUNK, 128, 1024),
-    Machine("*", {2: 1e14, 4: 1e13, 8: 1e12}, _SHARE, 1e12, _CHUNK, 128, 1024),
+    Machine("interpreter", {2: 8e14, 4: 5e13, 8: 5e13}, _SHARE, 4e12, 1 << 17, 16, 1, 8),
+    Machine("sm_8*", {2: 2.5e14, 4: 1.6e13, 8: 1.6e13}, _SHARE, 1.6e12, _CHUNK, 128, 108, 1024),
+    Machine("sm_9*", {2: 7.9e14, 4: 5.3e13, 8: 5.3e13}, _SHARE, 4.3e12, _CHUNK, 128, 132, 1024),
+    Machine("sm_10*", {2: 1.8e15, 4: 6e13, 8: 3e13}, _SHARE, 6.4e12, _CHUNK, 128, 148, 1024),
+    Machine("sm_12*", {2: 1.7e14, 4: 8e13, 8: 1.3e12}, _SHARE, 1.4e12, _CHUNK, 128, 188, 1024),
+    Machine("gfx9*", {2: 1e15, 4: 1.3e14, 8: 1.3e14}, _SHARE, 4.2e12, _CHUNK, 128, 1, 1024),
+    Machine("*", {2: 1e14, 4: 1e13, 8: 1e12}, _SHARE, 1e12, _CHUNK, 128, 1, 1024),
 )
 
 
@@ -153,6 +155,23 @@ def _multiple(number: int, of: int) -> int:
     return -(-number // of) * of
 
 
+def _block(classes: int, features: int, here: Machine) -> int:
+    """Return how many rows of the weight's gradient are made at a time, about a sixteenth of them.
+
+    Up to an eighth more where that fills the multiprocessors better: of 128256 x 4096 a block of 8064 rows has 1008
+    tiles for 132 multiprocessors and takes as long as one of 8448, which has 1056.
+    """
+    least = max(1, -(-classes // (16 * here.align)))
+
+    def turns(block: int) -> int:
+        """Of a multiprocessor, for all blocks of so many tiles."""
+        whole, rest = divmod(-(-classes // here.align), block)
+        across = -(-features // 256)
+        return whole * -(-block * across // here.multiprocessors) + -(-rest * across // here.multiprocessors)
+
+    return min(classes, here.align * min(range(least, least + least // 8 + 1), key=turns))
+
+
 def _stride(rows: int) -> int:
     """Between two classes of transposed logits: the library's products, and 16-byte accesses, want it even."""
     return _multiple(rows, 16)
@@ -201,7 +220,7 @@ class Sweep:
         a class has `stride` <= `features` logits and the logits end a block behind the gradient.
         """
         stride = _stride(self.rows)
-        self.block = min(self.classes, _multiple(-(-self.classes // 16), machine(self.input.device).align))
+        self.block = _block(self.classes, self.features, machine(self.input.device))
         logits = self.classes * stride
         start = _multiple((self.classes + self.block) * self.features - logits, 128)
         memory = self.input.new_empty(start + logits)

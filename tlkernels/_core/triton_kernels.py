@@ -57,20 +57,23 @@ def _count(target, weight, partial, n, C, ignore_index, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _scale(values, factor, n, BLOCK: tl.constexpr):
+def _scale(values, factor, n, BLOCK: tl.constexpr, T: tl.constexpr):
     """Multiply in place by the number in memory; where it is 1 nothing is read or written, nor asked of the host."""
-    by = tl.load(factor)
+    by = tl.load(factor).to(T)
     if by != 1:
-        i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        x = tl.load(values + i, i < n)
-        tl.store(values + i, (x.to(by.dtype) * by).to(x.dtype), i < n)
+        for start in range(tl.program_id(0).to(tl.int64) * BLOCK, n, tl.num_programs(0).to(tl.int64) * BLOCK):
+            i = start + tl.arange(0, BLOCK)
+            x = tl.load(values + i, i < n)
+            tl.store(values + i, (x.to(T) * by).to(x.dtype), i < n)
 
 
 # 2026-11-21, by reasoning: one program sums what the programs of a loss left, a few thousand numbers, so more lanes
-# would idle; scaling moves 16 KiB a program, so that the grid of a gradient that needs no scaling stays small.
+# would idle; scaling has programs for 128 multiprocessors, 2048 threads each, whatever the size of the gradient, since
+# mostly they have nothing to do.
 _SUM = Table("sum", Config("interpreter", 0, None, {"BLOCK": 64}, 1), Config("*", 0, None, {"BLOCK": 1024}, 4))
 _COUNT = Config("*", 0, None, {"BLOCK": 1024}, 4)
 _SCALE = Table("scale", Config("interpreter", 0, None, {"BLOCK": 1024}, 1), Config("*", 0, None, {"BLOCK": 8192}, 8))
+_SCALE_PROGRAMS = 1024
 
 
 def sum_of(values: Tensor, out: Tensor, factor: float = 1.0, divisor: Tensor | None = None) -> Tensor:
@@ -82,10 +85,10 @@ def sum_of(values: Tensor, out: Tensor, factor: float = 1.0, divisor: Tensor | N
 
 def scale_(values: Tensor, factor: Tensor) -> Tensor:
     """Return a dense tensor multiplied in place by the 0-d `factor`, which is read on the device."""
-    from_64 = values.dtype == torch.float64
-    factor = factor.to(torch.float64 if from_64 else torch.float32)
-    config = _SCALE.find(values.device, 0, values.numel())
-    launch(_scale, (triton.cdiv(values.numel(), config.meta["BLOCK"]),), values, factor, values.numel(), config=config)
+    n, config = values.numel(), _SCALE.find(values.device, 0, values.numel())
+    programs = min(triton.cdiv(n, config.meta["BLOCK"]), _SCALE_PROGRAMS)
+    wide = tl.float64 if values.dtype == torch.float64 else tl.float32
+    launch(_scale, (programs,), values, factor, n, config=config, T=wide)
     return values
 
 

@@ -336,9 +336,9 @@ def _run_plain(ops: Ops, call: Call) -> Tensor:
         loss = sweep(tensors[0], target, weight, *numbers, reduction == "mean")
         if needs[0]:
             loss, grad = loss
-        return loss if loss.dtype == call.dtype else loss.to(call.dtype), [grad]
+        return loss, [grad]
 
-    return one_sweep(step_, again, input, by_triton=ops is TRITON)
+    return one_sweep(step_, again, input, dtype=call.dtype, by_triton=ops is TRITON)
 
 
 def _run(ops: Ops, call: Call) -> Tensor | CrossEntropyOutput:

@@ -187,7 +187,7 @@ def _run(ops: Ops, call: Call) -> Tensor:
             rows = _Rows.apply(*tensors, options, ops) if ops.second else _losses(tensors, options)  # type: ignore[no-untyped-call]
             return reduce(rows, call.denominator(), "mean" if mean else reduction)
 
-        loss = one_sweep(run, again, student, teacher, by_triton=ops is TRITON)
+        loss = one_sweep(run, again, student, teacher, dtype=call.dtype, by_triton=ops is TRITON)
     else:
         loss = ops.step(student, teacher, *options, mean, False, False)[0]
     return loss if loss.dtype == call.dtype else loss.to(call.dtype)

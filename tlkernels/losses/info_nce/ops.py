@@ -149,7 +149,7 @@ def _run(ops: Ops, call: Call) -> Tensor:
             same = _with(call, tensors)
             return reference.loss(same._replace(dtype=compute_dtype(*tensors[:3])))
 
-        return one_sweep(compute, again, *tensors).to(call.dtype)
+        return one_sweep(compute, again, *tensors, dtype=call.dtype)
     rows: Tensor
     rows, state = _Rows.apply(*tensors, *rest, options, ops)  # type: ignore[no-untyped-call]
     counted = (state[0, -1] > 0).sum() if options.by_label else query.shape[0]

@@ -145,7 +145,7 @@ class _Rows(Function):
         return *grads, *(None,) * 5
 
 
-def _reduced(call: Call, ops: Ops) -> Tensor:
+def _reduced(call: Call, ops: Ops, dtype: torch.dtype) -> Tensor:
     """The reduced loss of a flat call under plain autograd."""
     target, (weight, *numbers), mean = call.target, call.options, call.reduction == "mean"
 
@@ -159,8 +159,8 @@ def _reduced(call: Call, ops: Ops) -> Tensor:
         return loss
 
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in call.layer):
-        return one_sweep(sweep, again, *call.layer, by_triton=ops is TRITON)
-    return sweep(call.layer, (False, False, False))[0]
+        return one_sweep(sweep, again, *call.layer, dtype=dtype, by_triton=ops is TRITON)
+    return sweep(call.layer, (False, False, False))[0].to(dtype)
 
 
 def _run(ops: Ops, call: Call) -> Tensor | CrossEntropyOutput:
@@ -169,7 +169,7 @@ def _run(ops: Ops, call: Call) -> Tensor | CrossEntropyOutput:
     dtype = flat.on_shape().dtype
     # A float16 gradient waits for the loss scale that comes with its upstream: before, small values would be 0.
     if not call.stats and reduction != "none" and call.input.dtype != torch.float16 and plain(*call.layer):
-        return _reduced(flat, ops).to(dtype)
+        return _reduced(flat, ops, dtype)
     output = _Rows.apply(*flat.layer, target, weight, numbers, call.stats, ops)  # type: ignore[no-untyped-call]
     rows, *stats = output if call.stats else (output,)
     loss = reduce(rows, flat.on_shape().denominator() if reduction == "mean" else 1, reduction).to(dtype)

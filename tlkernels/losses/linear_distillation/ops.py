@@ -130,7 +130,7 @@ def _run(ops: Ops, call: Call) -> Tensor:
             rows = _losses(tensors, options)
             return reduce(rows, call.denominator(), "mean" if mean else reduction)
 
-        loss = one_sweep(run, again, *tensors, by_triton=ops is TRITON)
+        loss = one_sweep(run, again, *tensors, dtype=call.dtype, by_triton=ops is TRITON)
     else:
         loss = ops.step(*tensors, *options, mean, [False] * len(layers))[0]
     return loss if loss.dtype == call.dtype else loss.to(call.dtype)

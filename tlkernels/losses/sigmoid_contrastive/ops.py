@@ -113,7 +113,8 @@ def _run(ops: Ops, call: Call) -> Tensor:
             loss, *grads = ops.step(one, *tensors, own, needs)
             return loss, where_needed(grads, needs)
 
-        loss = one_sweep(compute, lambda tensors: _again(own, tensors), *tensors, by_triton=ops is TRITON)
+        by_triton = ops is TRITON
+        loss = one_sweep(compute, lambda t: _again(own, t), *tensors, dtype=call.dtype, by_triton=by_triton)
     else:
         loss = _Loss.apply(*tensors, own, ops)  # type: ignore[no-untyped-call]
     return loss.to(call.dtype)
