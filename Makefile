@@ -13,7 +13,7 @@ BENCH_ARGS ?=
 COMPILE_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full test-sixth lint bench sanitize cuda-compile gpu-check clean FORCE
+.PHONY: help setup demo test test-full test-sixth lint bench sanitize cuda-compile gpu-kit gpu-run clean FORCE
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*##/\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -66,12 +66,31 @@ sanitize: setup  ## the kernels' core tests under AddressSanitizer and UBSan
 cuda-compile: setup  ## the CUDA kernels for every architecture, no GPU needed (COMPILE_ARGS=--quick for two of them)
 	$(PY) -m bench.cuda_resources $(COMPILE_ARGS)
 
-gpu-check: setup  ## what needs a GPU: build, tests, sanitizer, benchmarks, within 9 minutes
-	PY=$(PY) scripts/gpu_check.sh
+# The lent GPU machine has this Python and this torch (docs/gpu-run.md). Its build leaves that of the source tree alone.
+PYTHON312 ?= python3.12
+GPU_TORCH := 2.11.0
+GPU_PEERS := liger-kernel==0.8.5 cut-cross-entropy==25.1.1
+KIT := build/gpu-kit
+KIT_PY := $(KIT)/venv/bin/python
+KIT_PIP := $(KIT_PY) -m pip --disable-pip-version-check -q
+gpu-kit: $(KIT)/created  ## for docs/gpu-run.md: the extension for a lent GPU machine, into .gpu and .whl
+	$(KIT_PY) -m scripts.gpu.kit
+
+gpu-run: setup  ## everything that needs a GPU, within ten minutes, on a machine that has one; its files in build/gpu
+	GPU_BUDGET=$${GPU_BUDGET:-555} $(PY) -m scripts.gpu build/gpu
 
 clean:  ## what was built, not the virtual environment
 	rm -rf build *.egg-info tlkernels/_C*.so .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache $(VENV)/built
 	find bench csrc tests tlkernels -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(KIT)/created: Makefile
+	@$(PYTHON312) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' || \
+		{ echo "$(PYTHON312): Python 3.12 is needed; make gpu-kit PYTHON312=... names one" >&2; exit 1; }
+	rm -rf .whl
+	$(PYTHON312) -m venv $(KIT)/venv
+	$(KIT_PIP) install torch==$(GPU_TORCH) numpy setuptools wheel pybind11
+	$(KIT_PIP) download --no-deps --only-binary=:all: -d .whl $(GPU_PEERS)
+	@touch $@
 
 $(VENV)/created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

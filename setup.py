@@ -148,7 +148,7 @@ def native_extension() -> dict:
         sources=[],
         language="c++",
         libraries=["c10", "torch", "torch_cpu", "torch_python", *(CUDA_LIBRARIES if cuda else ())],
-        library_dirs=library_paths("cuda" if cuda else "cpu"),
+        library_dirs=[*library_paths(), *(nvcc.libraries() if cuda else ())],
         extra_link_args=["-fopenmp", *SANITIZE_FLAGS],
     )
     return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}

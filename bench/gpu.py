@@ -1,27 +1,53 @@
-"""What is measured on a GPU: sizes, floors, peers where they are installed, and the bars to clear.
+"""What is measured on a GPU, the most telling first; a line of JSON is written as soon as a figure is there.
+
+    python -m bench.gpu FILE [--seconds 200]     measures until the time is over
+    python -m bench.gpu FILE --first             the first call of each that compiles, which fills the caches
+    python -m bench.gpu FILE --once              each native and Triton call of the first cases once, for ncu
+    --dry                                        tiny sizes on a CPU, to try this script
 
 Floors are what the card itself gives in the same run: a copy that moves the bytes of a loss on logits, the bare
-products of a linear loss, and for InfoNCE products of 8192 x 8192 x 8192 with the operations of four of N x N x D.
-
-Where the extension has CUDA kernels, `native` and `triton` run beside each other as contestants of the same run; their
-times are where the rows of tlkernels/_core/choice.py come from.
+products of a linear loss, and for losses on pairs products of 8192 x 8192 x 8192 with the operations of those that the
+loss needs. `native` and `triton` are contestants of the same run; the rows of tlkernels/_core/choice.py come from them.
 """
 
+import argparse
 import importlib
 import importlib.util
-from collections.abc import Callable, Iterator
+import json
+import os
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, nullcontext
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 import tlkernels as tlk
 from bench import losses
-from bench.losses import BF16, F32, Case, Cast, Loss, Make, Shape, Work
-from tlkernels._core import native
+from bench.contestants import Step
+from bench.losses import BF16, F32, Case, Cast, Loss, Shape, Work
+from bench.origin import describe
+from tlkernels import testing
+from tlkernels._core import triton
 
 FAR = 8192  # rows, columns and depth of a product that runs at the card's rate
+LEAST_ROUNDS, MOST_ROUNDS = 5, 60
+SECONDS_OF_ONE = 0.25
+DRY = 512  # sizes are divided by it
+OURS = ("native", "triton")
+COMPILED = (*OURS, "compile")  # native is there for comparison
+FIRST_CASES = 4  # for --once
+PRODUCTS = {"info_nce": 4, "nt_xent": 3, "sup_con": 3, "sigmoid_contrastive": 3}
+"""Products of N x N x D that each needs: similarities and gradients. InfoNCE makes its similarities twice, as its
+relatives do, whose two gradients are of the same tensor and so one product; the sigmoid loss makes them once."""
 
 
 def _installed(name: str, module: str, function: str, use: Callable[[Any], Loss]) -> dict[str, Loss]:
@@ -31,93 +57,330 @@ def _installed(name: str, module: str, function: str, use: Callable[[Any], Loss]
     return {name: use(getattr(importlib.import_module(module), function))}
 
 
-def _both(make: Make) -> Make:
-    """With the two implementations on a GPU beside what "auto" takes."""
-
-    def made(shape: Shape, cast: Cast) -> Work:
-        work = make(shape, cast)
-        names = ("native", "triton") if native.build_info().get("cuda") else ()
-        return work._replace(peers={**work.peers, **{name: partial(work.ours, impl=name) for name in names}})
-
-    return made
-
-
 def cross_entropy(shape: Shape, cast: Cast) -> Work:
     rows, classes = shape
     x, y = cast(losses.normal(rows, classes, scale=2)), losses.classes_of(rows, classes)
     out = torch.empty_like(x)
-    peers = _installed(
-        "liger",
-        "liger_kernel.transformers.functional",
-        "liger_cross_entropy",
-        lambda function: lambda x: function(x, y),
-    )
+    liger = "liger_kernel.transformers.functional"
+    peers = _installed("liger", liger, "liger_cross_entropy", lambda function: lambda x: function(x, y))
     peers |= _installed("quack", "quack.cross_entropy", "cross_entropy", lambda function: lambda x: function(x, y))
-
-    def ours(x: torch.Tensor, impl: str = "auto") -> torch.Tensor:
-        return tlk.cross_entropy(x, y, impl=impl)
-
-    return Work((x,), ours, lambda x: F.cross_entropy(x, y), lambda: out.copy_(x), peers, overwriting=("liger",))
+    return Work(
+        (x,),
+        lambda x, impl="auto": tlk.cross_entropy(x, y, impl=impl),
+        lambda x: F.cross_entropy(x, y),
+        lambda: out.copy_(x),
+        peers,
+        overwriting=("liger",),
+    )
 
 
 def linear_cross_entropy(shape: Shape, cast: Cast) -> Work:
     work = losses.linear_cross_entropy(shape, cast)
     y = losses.classes_of(shape[0], shape[2])
-    peers = _installed(
-        "liger",
-        "liger_kernel.transformers.functional",
-        "liger_fused_linear_cross_entropy",
-        lambda function: lambda x, w: function(x, w, y),
-    )
-    peers |= _installed(
-        "cce", "cut_cross_entropy", "linear_cross_entropy", lambda function: lambda x, w: function(x, w, y)
-    )
+    liger, name = "liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy"
+    peers = _installed("liger", liger, name, lambda function: lambda x, w: function(x, w, y))
+    cce = "cut_cross_entropy"
+    peers |= _installed("cce", cce, "linear_cross_entropy", lambda function: lambda x, w: function(x, w, y))
     return work._replace(peers=peers)
 
 
-def info_nce(shape: Shape, cast: Cast) -> Work:
-    work = losses.info_nce(shape, cast)
-    rows, features = shape
-    a, b, out = (cast(losses.normal(FAR, FAR, seed=seed)) for seed in range(3))
-    times = max(1, round(4 * rows * rows * features / FAR**3))
+def pairs(make: losses.Make) -> losses.Make:
+    """With a floor that is the card's own rate."""
 
-    def floor() -> None:
-        for _ in range(times):
-            torch.mm(a, b, out=out)
+    def made(shape: Shape, cast: Cast) -> Work:
+        work = make(shape, cast)
+        side = FAR if shape[0] >= FAR else shape[0]
+        a, b, out = (cast(losses.normal(side, side, seed=seed)) for seed in range(3))
+        times = max(1, round(operations(make.__name__, shape) / (2 * side**3)))
 
-    def both_directions(function: Any) -> Loss:
-        return lambda q, k: (function(q, k, scale=14.3).mean() + function(k, q, scale=14.3).mean()) / 2
+        def floor() -> None:
+            for _ in range(times):
+                torch.mm(a, b, out=out)
 
-    peers = _installed("inf_cl", "inf_cl", "cal_flash_loss", both_directions)
-    return work._replace(floor=floor, peers=peers)
+        return work._replace(floor=floor)
+
+    return made
+
+
+def operations(loss: str, shape: Shape) -> int:
+    """Floating-point operations of the products of a forward and a backward; 0 where memory is the limit."""
+    if loss == "linear_cross_entropy":
+        return 3 * 2 * prod(shape)
+    if loss == "linear_distillation":
+        rows, features, teacher_features, classes = shape
+        return 2 * rows * classes * (3 * features + teacher_features)
+    return PRODUCTS.get(loss, 0) * 2 * shape[0] ** 2 * shape[1]
+
+
+def moved(loss: str, shape: Shape, dtype: torch.dtype) -> int:
+    """Bytes that have to move: the gradient written, and the logits, or both inputs, read."""
+    return (2 if loss == "cross_entropy" else 3) * prod(shape) * dtype.itemsize
+
+
+def _case(name: str, shape: Shape, make: losses.Make, bars: dict[str, float], *contestants: str) -> Case:
+    return Case(name, shape, BF16, make, bars, ("floor", *OURS, *contestants))
+
+
+def _ways(*names: str) -> tuple[str, ...]:
+    """Contestants: native with rows kept in one of these ways."""
+    return tuple(f"native:{name}" for name in names)
 
 
 def _cases() -> Iterator[Case]:
-    both = ("eager", "compile", "floor")
-    for shape in ((32768, 4096), (32768, 32768), (16384, 131072), (8192, 262144)):
-        bars = {"floor": 0.9, "compile": 1.4, "liger": 1.0, "quack": 1.0}
-        yield Case("cross_entropy", shape, BF16, _both(cross_entropy), bars, both, 4.0)
-    for shape in ((16384, 32000), (8192, 128256)):
-        bars = {"floor": 0.88, "compile": 3.0}
-        yield Case("distillation", shape, BF16, _both(losses.distillation("forward_kl")), bars, both, 4.0)
+    """In order of worth."""
+    logits = {"floor": 0.9, "compile": 1.4, "liger": 1.0, "quack": 1.0}
+    both = {"floor": 0.88, "compile": 3.0}
+    teacher = losses.distillation("forward_kl")
+    peers = ("eager", "compile", "liger", "quack")
+    few = _ways("registers", "shared", "sweeps")
+    many = _ways("cluster", "sweeps")
+    yield _case("cross_entropy", (32768, 32768), cross_entropy, logits, *few, *peers)
     # 17.3 ms where the products at 790 TFLOP/s take 16.3
-    bars = {"floor": 16.3 / 17.3, "liger": 1.0, "cce": 1.0}
-    yield Case("linear_cross_entropy", (4096, 4096, 128256), BF16, linear_cross_entropy, bars, ("eager", "floor"), 6.0)
-    yield Case(
-        "linear_distillation", (4096, 4096, 4096, 128256), BF16, losses.linear_distillation, {"floor": 1 / 1.1},
-        ("eager", "floor"), 6.0,
-    )  # fmt: skip
-    for features in (1024, 512):
-        bars = {"floor": 0.55, "inf_cl": 4.0}
-        yield Case("info_nce", (65536, features), BF16, _both(info_nce), bars, ("floor",), 8.0)
-    bars = {"eager": 1.0}
-    few = ("eager", "compile")
-    yield Case("cross_entropy", (256, 1000), BF16, _both(cross_entropy), bars, few, 2.0, quick=True)
-    # Narrow rows, rows of odd length, and one past what a block's shared memory holds.
-    for shape in ((65536, 45), (8192, 50257)):
-        yield Case("cross_entropy", shape, BF16, _both(cross_entropy), {}, both, 2.0)
-        yield Case("distillation", shape, BF16, _both(losses.distillation("forward_kl")), {}, both, 2.0)
-    yield Case("distillation", (4096, 128256), F32, _both(losses.distillation("js")), {}, both, 2.0)
+    linear = {"floor": 16.3 / 17.3, "liger": 1.0, "cce": 1.0}
+    yield _case("linear_cross_entropy", (4096, 4096, 128256), linear_cross_entropy, linear, "eager", "liger", "cce")
+    yield _case("distillation", (16384, 32000), teacher, both, "eager", "compile")
+    yield _case("info_nce", (65536, 1024), pairs(losses.info_nce), {"floor": 0.65})
+    yield _case("cross_entropy", (16384, 131072), cross_entropy, logits, *many, *peers)
+    yield _case("cross_entropy", (32768, 4096), cross_entropy, logits, *_ways("warp", "registers", "shared"), *peers)
+    yield _case("cross_entropy", (256, 1000), cross_entropy, {"eager": 1.0}, *peers)
+    yield _case("cross_entropy", (8192, 50257), cross_entropy, {"floor": 0.8}, *few)
+    yield _case("distillation", (8192, 128256), teacher, both, "eager", "compile")
+    shape = (4096, 4096, 4096, 128256)
+    yield _case("linear_distillation", shape, losses.linear_distillation, {"floor": 1 / 1.1}, "eager")
+    yield _case("info_nce", (16384, 1024), pairs(losses.info_nce), {}, "eager")
+    for make in (losses.nt_xent, losses.sup_con, losses.sigmoid_contrastive):
+        yield _case(make.__name__, (32768, 768), pairs(make), {})
+    yield _case("info_nce", (65536, 512), pairs(losses.info_nce), {"floor": 0.6})
+    yield _case("cross_entropy", (8192, 262144), cross_entropy, logits, *many, *peers)
+    yield _case("cross_entropy", (65536, 45), cross_entropy, {}, *_ways("lanes", "warp"), "eager")
+    yield _case("distillation", (65536, 45), teacher, {}, "eager")
+    yield _case("mse", (8192, 8192), losses.squared(tlk.mse, F.mse_loss), {}, "eager")
+    yield _case("info_nce", (64, 128), losses.info_nce, {}, "eager")
+    yield Case("distillation[js]", (4096, 128256), F32, losses.distillation("js"), {}, ("floor", *OURS, "eager"))
 
 
 CASES: tuple[Case, ...] = tuple(_cases())
+
+
+class Timing(NamedTuple):
+    """Quartiles in ms on the GPU, the host's µs until it has launched everything, and the peak above the inputs."""
+
+    ms: list[float]
+    host_us: float
+    peak_bytes: int
+    rounds: int
+
+
+def timed(step: Step, dry: bool) -> Timing:
+    """Time a forward and a backward by events."""
+    for _ in range(2):
+        sample(step, dry)
+    peak = 0
+    if not dry:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        sample(step, dry)
+        peak = torch.cuda.max_memory_allocated() - before
+    once, _ = sample(step, dry)
+    rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, int(1e3 * SECONDS_OF_ONE / max(once, 1e-3))))
+    samples = [sample(step, dry) for _ in range(rounds)]
+    quartiles = statistics.quantiles([ms for ms, _ in samples], n=4, method="inclusive")
+    host = statistics.median(us for _, us in samples)
+    return Timing([float(f"{ms:.4g}") for ms in quartiles], float(f"{host:.4g}"), peak, rounds)
+
+
+def sample(step: Step, dry: bool) -> tuple[float, float]:
+    """Return the ms of one call on the GPU, and the µs until the host has launched it."""
+    step.prepare()
+    start = time.perf_counter()
+    if dry:
+        step()
+        seconds = time.perf_counter() - start
+        step.release()
+        return 1e3 * seconds, 1e6 * seconds
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    before.record()
+    step()
+    after.record()
+    host = time.perf_counter() - start
+    torch.cuda.synchronize()
+    step.release()
+    return before.elapsed_time(after), 1e6 * host
+
+
+class Bench:
+    """Writes lines about cases to a file until the time is over.
+
+    What the file has a line about already is not measured again, so that the program can be started anew where a
+    contestant has ended the process or lost the GPU's context. The contestant that runs is named in a file of its own.
+    """
+
+    def __init__(self, path: Path, seconds: float, dry: bool, first: bool) -> None:
+        """With `first` for first calls, which nothing is started anew for."""
+        self.dry, self.is_first = dry, first
+        self.device = torch.device("cpu" if dry else "cuda")
+        self.end = time.monotonic() + seconds
+        self.running = path.with_suffix(".first" if first else ".running")
+        self.done = _done(path)
+        self.file = path.open("a", buffering=1)
+        if self.running.exists() and not first:
+            line = json.loads(self.running.read_text())
+            self.done[line["case"], line["who"]] = None
+            self.file.write(json.dumps({**line, "failed": "ended the process"}) + "\n")
+
+    def close(self) -> None:
+        self.running.unlink(missing_ok=True)
+        self.file.close()
+
+    def over(self) -> bool:
+        return time.monotonic() > self.end
+
+    def write(self, case: Case, **values: Any) -> None:
+        line = {
+            "case": case.id,
+            "loss": case.loss,
+            "shape": case.shape,
+            "dtype": str(case.dtype).removeprefix("torch."),
+            "architecture": "cpu" if self.dry else triton.architecture(torch.device("cuda", 0)),
+        }
+        first = {"first": True} if self.is_first else {}
+        self.file.write(json.dumps({**line, **values, **first}) + "\n")
+
+    def work(self, case: Case) -> Work:
+        """Return a case's inputs and functions. What is timed runs outside the context, which slows every call."""
+        with self.device:
+            return case.make(case.shape, lambda tensor: tensor.to(case.dtype))
+
+    def contestants(self, case: Case, work: Work) -> list[str]:
+        """Return those of a case that are here."""
+        here = {"floor", "eager", *work.peers, *self.served(work)}
+        here |= set() if self.dry else {"compile"}  # minutes on two cores, and nothing of ours
+        named = ["reference" if self.dry and name == "triton" else name for name in case.contestants]
+        ways = "native" in here and not self.dry
+        return [name for name in named if name in here or (ways and name.startswith("native:"))]
+
+    def served(self, work: Work) -> list[str]:
+        """Return the implementations of ours that serve a case's call; in a dry run the reference stands for Triton."""
+        found = []
+        for name in ("native", "reference") if self.dry else OURS:
+            report = tlk.explain(work.ours, *work.inputs, impl=name)
+            if f"served by {name}" in report.splitlines()[0]:
+                found.append(name)
+        return found
+
+    def measure(self, case: Case) -> None:
+        """Time every contestant; then hold the results of ours against float64."""
+        work = self.attempt(case, "inputs", partial(self.work, case))
+        if work is None:
+            return
+        for name in self.contestants(case, work):
+            if self.over():
+                return
+            if (case.id, name) not in self.done:
+                self.attempt(case, name, partial(self.time, case, name, work))
+        if (case.id, "errors") not in self.done and not self.over():
+            self.attempt(case, "errors", partial(self.errors, case, work))
+
+    def time(self, case: Case, name: str, work: Work) -> None:
+        loss, _, way = name.partition(":")
+        with testing.cross_entropy_strategy(way) if way else nullcontext():
+            timing = timed(losses.build(loss, work), self.dry)
+        self.done[case.id, name] = timing.ms[1]
+        floor = self.done.get((case.id, "floor"))
+        share = {"of_floor": floor / timing.ms[1]} if floor else {}
+        self.write(case, who=name, **timing._asdict(), **_rate(case, timing), **share, bars=dict(case.bars))
+
+    def errors(self, case: Case, work: Work) -> None:
+        names = ["eager", *self.served(work)]
+        for draws in (1, 10):  # a loss is one number, and eager's may have been lucky
+            with self.device:
+                found = losses.errors(case, names, draws)
+            wrong = losses.excess(case, found)
+            if not wrong:
+                break
+        self.write(case, who="errors", error=found, **({"wrong": wrong} if wrong else {}))
+
+    def first(self, case: Case, names: Sequence[str]) -> None:
+        """Call these contestants for the first time in this process."""
+        work = self.attempt(case, "inputs", partial(self.work, case))
+        for name in self.contestants(case, work) if work else ():
+            if name in names and not self.over():
+                self.attempt(case, name, partial(self.first_call, case, name, work))
+
+    def first_call(self, case: Case, name: str, work: Work) -> None:
+        start = time.perf_counter()
+        losses.build(name, work)()
+        if not self.dry:
+            torch.cuda.synchronize()
+        self.write(case, who=name, first_ms=1e3 * (time.perf_counter() - start))
+
+    def attempt(self, case: Case, name: str, function: Callable[[], Any]) -> Any:
+        """Return the function's value; where it fails, write why and return None."""
+        self.running.write_text(json.dumps({"case": case.id, "who": name}))
+        try:
+            return function()
+        except Exception as error:
+            text = traceback.format_exception_only(error)[-1].strip()
+            self.write(case, who=name, failed=text[-300:])
+            if testing.context_lost(text):
+                self.running.unlink()
+                os._exit(testing.CONTEXT_LOST)
+            return None
+        finally:
+            self.running.unlink(missing_ok=True)
+            if not self.dry:
+                torch.cuda.empty_cache()
+
+
+def _done(path: Path) -> dict[tuple[str, str], float | None]:
+    """Return what the file has a line about: case and contestant -> ms, or None."""
+    found: dict[tuple[str, str], float | None] = {}
+    for text in path.read_text().splitlines() if path.exists() else ():
+        line = json.loads(text)
+        if "who" in line and not line.get("first"):
+            found[line["case"], line["who"]] = line["ms"][1] if "ms" in line else None
+    return found
+
+
+def _tiny(case: Case) -> Case:
+    return replace(case, shape=tuple(max(8, size // DRY) for size in case.shape))
+
+
+def _rate(case: Case, timing: Timing) -> dict[str, Any]:
+    loss = case.loss.partition("[")[0]
+    seconds = timing.ms[1] / 1e3
+    if count := operations(loss, case.shape):
+        return {"rate": count / seconds / 1e12, "unit": "TFLOP/s"}
+    return {"rate": moved(loss, case.shape, case.dtype) / seconds / 1e9, "unit": "GB/s"}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--seconds", type=float, default=200.0)
+    parser.add_argument("--first", action="store_true")
+    parser.add_argument("--once", action="store_true")
+    parser.add_argument("--dry", action="store_true")
+    arguments = parser.parse_args()
+    if not (arguments.dry or torch.cuda.is_available()):
+        print("there is no GPU", file=sys.stderr)
+        return 2
+    first = arguments.first or arguments.once
+    with closing(Bench(arguments.file, arguments.seconds, arguments.dry, first)) as bench:
+        what = "first calls, beside other work" if arguments.first else "times, alone on the card"
+        bench.file.write(json.dumps({**describe(), "what": what, "dry": arguments.dry}) + "\n")
+        for case in CASES[: FIRST_CASES if arguments.once else None]:
+            if bench.over():
+                break
+            case = _tiny(case) if arguments.dry else case
+            if first:
+                bench.first(case, OURS if arguments.once else COMPILED)
+            else:
+                bench.measure(case)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

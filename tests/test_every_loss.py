@@ -1,21 +1,14 @@
 """The battery that every loss goes through: it takes part by a `LOSS` in tests/<loss>_cases.py."""
 
-import importlib
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
+from battery import LOSSES, Call, draw, gradients, leaves, targets, upstream_of
 
 import tlkernels as tlk
 from tlkernels import testing
 from tlkernels._core import triton
-
-LOSSES = {}
-for path in sorted(Path(__file__).parent.glob("*_cases.py")):
-    module = importlib.import_module(path.stem)
-    if hasattr(module, "LOSS"):
-        LOSSES[path.stem.removesuffix("_cases")] = module.LOSS
 
 IMPLEMENTATIONS = sorted({target.impl for target in testing.targets()})
 
@@ -38,7 +31,7 @@ def over_targets():
             loss, case, target, id=f"{name}-{case.id}-{target}", marks=[pytest.mark.full] if case.large else []
         )
         for name, loss in LOSSES.items()
-        for target in testing.targets(loss=loss.cuda or name)
+        for target in targets(name)
         for case in loss.cases
         if not (case.large and target.isa == testing.CUDA_HOST)
     ]
@@ -58,37 +51,6 @@ def impl(request):
     return request.param
 
 
-class Call:
-    """A case with numbers: `ours`, `eager` and `right` are functions of the tensors that get a gradient."""
-
-    def __init__(self, loss, case, impl, seed=0):
-        self.arguments = case.make(seed)
-        if testing.too_large(impl, *self.arguments.values()):
-            pytest.skip("left out by the size rule of the interpreter")
-        self.tensors, put = testing.split(self.arguments, case.wants_grad)
-        wide_tensors, wide_put = testing.split(testing.widened(self.arguments), case.wants_grad)
-        self.wide_tensors = wide_tensors
-        self.ours = lambda *tensors: loss.function(**put(*tensors), impl=impl)
-        self.eager = lambda *tensors: loss.pytorch(**put(*tensors))
-        self.right = lambda *tensors: loss.pytorch(**wide_put(*tensors))
-
-
-def leaves(tensors):
-    return [tensor.detach().requires_grad_() for tensor in tensors]
-
-
-def upstream_of(value, seed=0):
-    """Not 1, and the same number in every dtype."""
-    upstream = 0.5 + torch.rand(value.shape, generator=testing.generator(seed))
-    return upstream.to(torch.bfloat16).to(value)
-
-
-def gradients(function, tensors, seed=0):
-    inputs = leaves(tensors)
-    value = function(*inputs)
-    return value.detach(), torch.autograd.grad(value, inputs, upstream_of(value, seed))
-
-
 def same(result, expected):
     torch.testing.assert_close(result, expected, rtol=1e-9, atol=1e-11)
 
@@ -97,23 +59,8 @@ def same(result, expected):
 @pytest.mark.usefixtures("poisoned_memory")
 @over_targets()
 def test_value_and_gradients(loss, case, target):
-    def draw(seed):
-        with testing.forced(target) as impl:
-            call = Call(loss, case, impl, seed)
-            before = [tensor.clone() for tensor in call.tensors]
-            value, grads = gradients(call.ours, call.tensors, seed)
-        assert all(map(torch.equal, call.tensors, before)), "an input was changed"
-        assert value.dtype == case.dtype
-        for name, grad, tensor in zip(case.wants_grad, grads, call.tensors, strict=True):
-            assert (grad.dtype, grad.shape) == (tensor.dtype, tensor.shape), name
-        eager_value, eager_grads = gradients(call.eager, call.tensors, seed)
-        right_value, right_grads = gradients(call.right, call.wide_tensors, seed)
-        triples = [("loss", value, eager_value, right_value)]
-        triples += zip(case.wants_grad, grads, eager_grads, right_grads, strict=True)
-        return triples
-
     interpreted = target.impl == "triton" and triton.INTERPRETED  # which takes its time
-    testing.check_budgets(case.dtype, draw, first=1 if interpreted else 3)
+    testing.check_budgets(case.dtype, partial(draw, loss, case, target), first=1 if interpreted else 3)
 
 
 @pytest.mark.core

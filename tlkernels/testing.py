@@ -3,6 +3,7 @@
 A new loss takes part by giving its eager PyTorch lines, which, run in float64, are also its oracle.
 """
 
+import ctypes
 import importlib.util
 import os
 import shutil
@@ -154,6 +155,31 @@ def forced(target: Target) -> Iterator[str]:
     finally:
         if instruction_set:
             native.force_isa(before)
+
+
+@contextmanager
+def cross_entropy_strategy(name: str, library: Any = None) -> Iterator[None]:
+    """Let cross entropy's CUDA kernels keep rows in one way of csrc/cuda/cross_entropy_table.h alone.
+
+    `library` has the kernels as a ctypes library; the extension's, unless the host run's is given.
+    """
+    library = library or ctypes.CDLL(native.file())
+    force = library.tlk_force_cross_entropy_strategy
+    force(ctypes.c_char_p(name.encode()))
+    try:
+        yield
+    finally:
+        force(ctypes.c_char_p(None))
+
+
+CONTEXT_LOST = 77
+"""The status of a process that ends itself, since after a CUDA error nothing can run in it."""
+
+
+def context_lost(message: str) -> bool:
+    """Return whether an error's message is of one after which the process cannot use its GPU."""
+    words = ("CUDA error", "AcceleratorError", "illegal memory access", "device-side assert")
+    return "out of memory" not in message and any(word in message for word in words)
 
 
 @dataclass(frozen=True)

@@ -67,8 +67,8 @@ TABLE: tuple[Row, ...] = (
     Row(_EMBEDDINGS, "triton", BY_MODEL, "2026-11-26, H200: 65536 x 1024 reaches 0.63 of the library's rate, native "
         "0.54, 65536 x 512 0.52 and 0.43", architecture="sm_9*", dtypes=_BF16),
 )  # fmt: skip
-"""The first row that fits decides. Measured rows stand before those by model; they come from bench/test_gpu.py, which
-runs both implementations. No GPU was at hand so far."""
+"""The first row that fits decides. Measured rows stand before those by model; they come from bench/gpu.py, which
+times both implementations. No GPU was at hand so far."""
 
 
 def on_gpu(call: Any) -> Tensor | None:

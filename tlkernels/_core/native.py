@@ -39,6 +39,11 @@ def _loaded() -> ModuleType:
     return _extension
 
 
+def file() -> str:
+    """Return the path of the extension."""
+    return str(_loaded().__file__)
+
+
 def served(op: str) -> tuple[str, ...]:
     """Return the types of devices for whose tensors the extension has `tlkernels::<op>`: "cpu" and "cuda"."""
     has = torch._C._dispatch_has_kernel_for_dispatch_key

@@ -1,0 +1,237 @@
+"""Everything that needs a GPU, in one command and in the order of its worth: what ends early has told the most.
+
+    GPU_BUDGET=555 python3 -m scripts.gpu FOLDER        in the root of the checkout; python3 is the one with torch
+
+FOLDER gets at most eight files: summary.txt, env.txt, build.log, battery.jsonl, failures.txt, sanitizer.txt,
+figures.jsonl, ncu.txt. It needs torch, triton and numpy; docs/gpu-run.md says the rest. GPU_FAKE=1 tries it on a CPU.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import traceback
+from pathlib import Path
+from typing import Any
+
+from scripts.gpu import kit, summary
+from scripts.gpu.session import TIMED_OUT, Session
+from scripts.gpu.units import MOST_DEATHS, Pool, Unit
+
+USAGE = "usage: GPU_BUDGET=555 python3 -m scripts.gpu FOLDER"
+
+# Each phase ends at this share of the budget, of 555 s: 60, 290, 510 and 550.
+SMOKE, BATTERY, FIGURES = 60 / 555, 290 / 555, 510 / 555
+MOST_SLOTS = 12
+"""Processes of the battery: each has a context of half a gigabyte on the card."""
+SANITIZERS = (
+    ("memcheck", "native"), ("racecheck", "native"), ("synccheck", "native"), ("initcheck", "native"),
+    ("memcheck", "triton"),
+)  # fmt: skip
+ERRORS_FOUND = 9
+NCU_SECTIONS = ("SpeedOfLight", "Occupancy", "WarpStateStats", "MemoryWorkloadAnalysis")
+NCU_KERNELS = ("cross_entropy_rows", "distillation_kernel", "of_tiles", "^sweep", "^statistics")
+"""What ncu looks at: parts of the names of CUDA kernels, and whole names of Triton's."""
+
+
+def environment(session: Session) -> None:
+    """Write down what is here."""
+    commands = (
+        "uname -a; nproc; free -g; df -h .; nvidia-smi",
+        "which -a nvcc compute-sanitizer ncu c++; nvcc --version; compute-sanitizer --version; ncu --version",
+        f"git rev-parse HEAD; cat {kit.KIT}/{kit.INFO}",
+    )
+    for command in commands:
+        session.call(["bash", "-c", command], 20, session.out / "env.txt")
+    session.note(f"wheels: {', '.join(kit.unpack_wheels(session.parts / 'site')) or 'none'}")
+
+
+def extension(session: Session) -> dict[str, Any] | None:
+    """Unpack the kit's extension, or build one; return the battery's plan, or None where nothing can be run."""
+    try:
+        session.note(f"extension: the kit's, of commit {kit.unpack(card())}")
+    except kit.KitError as error:
+        session.note(f"extension: {error}")
+        build(session)
+    plan = planned(session)
+    if plan is None:
+        session.note("no plan: the package does not load (build.log)")
+    elif not plan["build"].get("cuda"):
+        session.note("extension: WITHOUT CUDA kernels; only Triton and the reference are run")
+    return plan
+
+
+def card() -> str:
+    """Return the architecture of the card, such as "sm_90a"; of the lent ones if there is none."""
+    if shutil.which("nvidia-smi") is None:
+        return kit.ARCHITECTURE
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
+    name = "sm_" + answer[0].replace(".", "") if answer else kit.ARCHITECTURE
+    return name + "a" if name in ("sm_90", "sm_100") else name  # they have instructions under that name alone
+
+
+def build(session: Session) -> None:
+    """Build the extension in place: some 90 s on 16 cores, and little where the one here is of these sources."""
+    if session.fake:
+        session.note("extension: what is here, nothing is built in a dry run")
+        return
+    variables = {**kit.build_variables(card()), "MAX_JOBS": str(os.cpu_count() or 1)}
+    command = session.python("setup.py", "build_ext", "--inplace")
+    status = session.call(command, min(240.0, session.left()), session.out / "build.log", variables)
+    session.note(f"extension: built here, status {status}")
+
+
+def planned(session: Session) -> dict[str, Any] | None:
+    """Import the package in a process of its own, and return what it has and the battery's units."""
+    path = session.parts / "plan.json"
+    command = session.python("-m", "scripts.gpu.battery", "plan", str(path))
+    status = session.call(command, session.left(), session.out / "build.log")
+    return json.loads(path.read_text()) if status == 0 else None
+
+
+def sanitize(session: Session, until: float) -> list[threading.Thread]:
+    """Start compute-sanitizer's tools, beside what else runs."""
+    report = session.out / "sanitizer.txt"
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        report.write_text("no compute-sanitizer: NOT RUN\n")
+        session.note("sanitizer: not here, NOT RUN")
+        return []
+    report.write_text("")
+    help_text = subprocess.run([tool, "--help"], capture_output=True, text=True, check=False).stdout
+    threads = [
+        threading.Thread(target=_sanitize_with, args=(session, tool, help_text, name, impl, until))
+        for name, impl in SANITIZERS
+    ]
+    for thread in threads:
+        thread.start()
+    return threads
+
+
+def _sanitize_with(session: Session, tool: str, help_text: str, name: str, impl: str, until: float) -> None:
+    options = ["--tool", name, "--error-exitcode", str(ERRORS_FOUND), "--print-limit", "20"]
+    filters = [option for option in ("--kernel-name", "--kernel-regex") if f"{option} " in help_text]
+    # torch's own kernels would take most of the time; but initcheck does not see what they write if it leaves them out.
+    if impl == "native" and name != "initcheck" and filters:
+        options += [filters[0], "kns=tlk"]
+    log = session.parts / f"{name}-{impl}.txt"
+    command = [tool, *options, *session.python("-m", "scripts.gpu.kernels", impl)]
+    status = session.call(command, session.left(until), log, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+    found = status not in (0, TIMED_OUT)
+    session.findings += found
+    session.note(f"sanitizer: {name} on {impl}, status {status}{', SEE sanitizer.txt' if found else ''}")
+    with (session.out / "sanitizer.txt").open("a") as file:
+        file.write(f"==== {name} on {impl}: status {status}\n{log.read_text()[-6000:]}\n")
+
+
+def warm(session: Session, until: float) -> threading.Thread:
+    """Start the first call of everything that is compiled for the figures; the caches keep it."""
+    command = figures_command(session, session.out / "figures.jsonl", session.left(until), "--first")
+    log = session.parts / "first.log"
+    thread = threading.Thread(target=lambda: session.call(command, session.left(until), log))
+    thread.start()
+    return thread
+
+
+def figures_command(session: Session, file: Path, seconds: float, *options: str) -> list[str]:
+    """Return the command that measures, for so many seconds, into a file."""
+    dry = ["--dry"] if session.fake else []
+    return session.python("-m", "bench.gpu", str(file), "--seconds", f"{seconds:.0f}", *options, *dry)
+
+
+def measure(session: Session, until: float) -> None:
+    """Measure, alone on the card."""
+    session.note("figures: alone on the card from here")
+    log = session.parts / "figures.log"
+    status = None
+    for _ in range(MOST_DEATHS):  # it goes on behind what has ended it
+        seconds = session.left(until)
+        if status == 0 or seconds < 5:
+            break
+        command = figures_command(session, session.out / "figures.jsonl", seconds - 3)
+        status = session.call(command, seconds, log)
+        session.note(f"figures: status {status} {log.read_text()[-300:] if status else ''}")
+
+
+def profile(session: Session) -> None:
+    """Let ncu look at one launch of the main kernels."""
+    tool = shutil.which("ncu")
+    report = session.out / "ncu.txt"
+    if tool is None or session.left() < 20:
+        report.write_text("NOT RUN\n")
+        session.note(f"ncu: NOT RUN, {'no time left' if tool else 'not here'}")
+        return
+    sections = [word for name in NCU_SECTIONS for word in ("--section", name)]
+    names = ["-k", "regex:" + "|".join(NCU_KERNELS), "--launch-count", "8"]
+    once = figures_command(session, session.parts / "once.jsonl", 30, "--once")
+    command = [tool, "--clock-control", "none", *sections, *names, *once]
+    status = session.call(command, session.left(), report)
+    session.note(f"ncu: status {status}")
+
+
+def phases(session: Session) -> None:
+    """Run everything."""
+    environment(session)
+    plan = extension(session)
+    if plan is None:
+        return
+    session.note(f"extension: {plan['build']}")
+    until = BATTERY * session.budget
+    units = [Unit(**fields) for fields in plan["units"]]
+    pool = Pool(session, units, max(2, min(MOST_SLOTS, (os.cpu_count() or 1) - 4)), until)
+    pool.wait_for("smoke", SMOKE * session.budget)
+    session.note("smoke: over")
+    beside = [warm(session, until)]
+    if plan["build"].get("cuda"):
+        beside += sanitize(session, until)
+    else:
+        (session.out / "sanitizer.txt").write_text("no CUDA kernels: NOT RUN\n")
+    pool.wait()
+    session.note(f"battery: over, {len(pool.waiting)} units not begun")
+    for thread in beside:
+        thread.join()
+    summary.write(session.out, session.parts, session.notes)
+    measure(session, FIGURES * session.budget)
+    profile(session)
+
+
+def finish(session: Session) -> bool:
+    """Write the summary, print the end of it, and return whether something ran and nothing went wrong."""
+    session.end()
+    for path in session.out.glob("figures.*"):  # what a process that was ended has not removed
+        if path.suffix != ".jsonl":
+            path.unlink()
+    text, right = summary.write(session.out, session.parts, session.notes)
+    print(text[-summary.PAGE :], flush=True)
+    return right and not session.findings
+
+
+def main(arguments: list[str]) -> int:
+    """Run all phases within the budget; the summary is written whatever happens."""
+    if len(arguments) != 1:
+        print(USAGE, file=sys.stderr)
+        return 2
+    budget = float(os.environ.get("GPU_BUDGET", "555"))
+    session = Session(Path(arguments[0]), budget, fake=os.environ.get("GPU_FAKE") == "1")
+
+    def stop(*_: Any) -> None:
+        finish(session)
+        os._exit(1)
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        phases(session)
+    except Exception as error:
+        session.note(f"broke: {error!r}")
+        traceback.print_exc()
+        finish(session)
+        return 1
+    return 0 if finish(session) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,186 @@
+"""What a run tells: files of lines, and a page that is printed last."""
+
+import collections
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from scripts.gpu.units import BEGUN, DIED, FAILED, PASSED, REFUSED, TIMEOUT, read_lines
+
+Line = Mapping[str, Any]
+COLUMNS = (PASSED, FAILED, DIED, TIMEOUT, REFUSED, BEGUN)
+WRONG = (FAILED, DIED, TIMEOUT)
+PAGE = 11_500
+"""The characters of the page that are printed: so many come back with the answer of the device tool."""
+OURS = ("native", "triton")
+TIES = 0.03
+"""Times that differ by less are no reason to prefer either."""
+
+
+def outcomes(parts: Path) -> list[Line]:
+    """Return the last line of every case that was begun."""
+    last: dict[tuple[Any, ...], Line] = {}
+    for path in sorted(parts.glob("*.jsonl")):
+        for line in read_lines(path):
+            last[tuple(line[key] for key in ("kind", "loss", "impl", "shard", "job"))] = line
+    return list(last.values())
+
+
+def battery_table(lines: Sequence[Line]) -> list[str]:
+    """Return how many cases of each loss and implementation came to what."""
+    counts: dict[tuple[str, str], collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    for line in lines:
+        counts[line["loss"], line["impl"]][line["status"]] += 1
+    if not lines:
+        return ["NOTHING WAS RUN"]
+    head = f"{'loss':22}{'impl':10}" + "".join(f"{name:>9}" for name in COLUMNS)
+    rows = [
+        f"{loss:22}{impl:10}" + "".join(f"{count[name]:9}" for name in COLUMNS)
+        for (loss, impl), count in sorted(counts.items())
+    ]
+    return [head, *rows]
+
+
+def failure_groups(lines: Sequence[Line]) -> list[list[Line]]:
+    """Return what went wrong, cases with the same end of their message together, the most frequent first."""
+    groups: dict[tuple[str, ...], list[Line]] = collections.defaultdict(list)
+    for line in lines:
+        if line["status"] in WRONG:
+            groups[line["loss"], line["impl"], line["status"], line["error"].strip()[-120:]].append(line)
+    return sorted(groups.values(), key=len, reverse=True)
+
+
+def failures_text(groups: Sequence[Sequence[Line]]) -> str:
+    """Return a paragraph for each group, with one whole message."""
+    parts = []
+    for group in groups:
+        first = group[0]
+        names = ", ".join(line["case"] for line in group[:6])
+        parts.append(
+            f"==== {len(group)} x {first['loss']} {first['impl']} {first['status']}: {names}\n{first['error']}\n"
+        )
+    return "\n".join(parts)
+
+
+def failure_lines(groups: Sequence[Sequence[Line]]) -> list[str]:
+    """Return a line for each group: how many, whose, the first case's name, the end of the message."""
+    found = []
+    for group in groups[:25]:
+        first = group[0]
+        message = " ".join(first["error"].split())[-150:]
+        found.append(f"{len(group)} x {first['loss']} {first['impl']} {first['status']} {first['case']}: {message}")
+    return found or ["none"]
+
+
+def timed(figures: Sequence[Line]) -> dict[str, dict[str, Line]]:
+    """Return case -> contestant -> its line, of those that have a time."""
+    cases: dict[str, dict[str, Line]] = collections.defaultdict(dict)
+    for line in figures:
+        if "ms" in line:
+            cases[line["case"]][line["who"]] = line
+    return cases
+
+
+def figure_lines(figures: Sequence[Line]) -> list[str]:
+    """Return a line for each case: ms, and in brackets the share of the floor and for ours the host's µs."""
+    found = []
+    for case, lines in timed(figures).items():
+        parts = []
+        for who, line in lines.items():
+            share = f"{line['of_floor']:.2f}" if "of_floor" in line and who != "floor" else ""
+            host = f"{line['host_us']:.0f} us" if who in OURS else ""
+            inside = ", ".join(filter(None, (share, host)))
+            parts.append(f"{who} {line['ms'][1]:.4g}" + (f" ({inside})" if inside else ""))
+        found.append(f"{case}: {' | '.join(parts)}")
+    return found
+
+
+def trouble_lines(figures: Sequence[Line]) -> list[str]:
+    """Return a line for each result that is wrong, and for each contestant that failed."""
+    wrong = [f"{line['case']} WRONG {line['wrong']}" for line in figures if "wrong" in line]
+    failed = [f"{line['case']} {line['who']}: {line['failed'][-120:]}" for line in figures if "failed" in line]
+    return [*wrong, *failed]
+
+
+def first_call_lines(figures: Sequence[Line]) -> list[str]:
+    """Return a line for each case: the ms of the first call of each that compiles."""
+    cases: dict[str, list[str]] = collections.defaultdict(list)
+    for line in figures:
+        if "first_ms" in line:
+            cases[line["case"]].append(f"{line['who']} {line['first_ms']:.0f}")
+    return [f"{case}: {' | '.join(parts)}" for case, parts in cases.items()]
+
+
+def bar_lines(figures: Sequence[Line]) -> list[str]:
+    """Return for each bar how many times as long that contestant takes as the faster of ours, and the bar."""
+    found = []
+    for case, lines in timed(figures).items():
+        ours = [lines[name] for name in OURS if name in lines]
+        if not ours:
+            continue
+        best = min(ours, key=lambda line: line["ms"][1])
+        for name, bar in best["bars"].items():
+            if name in lines:
+                ratio = lines[name]["ms"][1] / best["ms"][1]
+                verdict = "met" if ratio >= bar else "missed"
+                found.append(f"{case:44}{best['who']:8} {name:8} {ratio:6.2f}, bar {bar:.2f}: {verdict}")
+    return found
+
+
+def measured_rows(figures: Sequence[Line]) -> list[str]:
+    """Return rows for tlkernels/_core/choice.py: of each loss and dtype the faster implementation by size.
+
+    A row stands for the sizes up to its own; the largest of a loss for everything above it too. That is a proposal: who
+    takes it over sees whether the sizes measured are enough for it.
+    """
+    head = next((line for line in figures if "date" in line), None)
+    origin = f"{head['date'][:10]}, {head['machine']['device']}" if head else ""
+    by_loss: dict[tuple[Any, ...], list[tuple[int, int, float, float]]] = collections.defaultdict(list)
+    for lines in timed(figures).values():
+        if all(name in lines for name in OURS):
+            native, triton = (lines[name] for name in OURS)
+            rows, columns = native["shape"][:2]
+            key = native["loss"].partition("[")[0], native["architecture"], native["dtype"]
+            by_loss[key].append((columns, rows, native["ms"][1], triton["ms"][1]))
+    found = []
+    for where, sizes in by_loss.items():
+        sizes.sort()
+        following = [*sizes[1:], None]
+        found += [_measured_row(where, *pair, origin) for pair in zip(sizes, following, strict=True)]
+    return found
+
+
+def _measured_row(where: tuple[Any, ...], size: Any, following: Any, origin: str) -> str:
+    loss, architecture, dtype = where
+    columns, rows, native, triton = size
+    faster = "native" if native <= triton * (1 + TIES) else "triton"
+    said = f"{origin}: {rows} x {columns} takes {native:.3g} ms, Triton {triton:.3g} ms"
+    limits = f", rows={rows}" if following and following[0] == columns else ""
+    limits += f", columns={columns}" if following else ""
+    conditions = f'architecture="{architecture}", dtypes=(torch.{dtype},)'
+    return f'Row(("{loss}",), "{faster}", MEASURED, "{said}", {conditions}{limits}),'
+
+
+def write(out: Path, parts: Path, notes: Sequence[str]) -> tuple[str, bool]:
+    """Write the battery's files and summary.txt; return the page, and whether something ran and nothing went wrong."""
+    lines = outcomes(parts)
+    groups = failure_groups(lines)
+    with (out / "battery.jsonl").open("w") as file:
+        for line in lines:
+            file.write(json.dumps(line) + "\n")
+    (out / "failures.txt").write_text(failures_text(groups))
+    figures = read_lines(out / "figures.jsonl")
+    sections = {
+        "first calls, ms": first_call_lines(figures),
+        "rows for choice.py, a proposal": measured_rows(figures),
+        "figures: ms (share of the floor, host)": figure_lines(figures),
+        "figures: wrong or failed": trouble_lines(figures),
+        "bars: time of the contestant / time of the faster of ours": bar_lines(figures),
+        "notes": notes,
+        "battery": battery_table(lines),
+        "failures": failure_lines(groups),
+    }
+    text = "\n\n".join("\n".join([f"== {title}", *body]) for title, body in sections.items()) + "\n"
+    (out / "summary.txt").write_text(text)
+    return text, bool(lines) and not groups and not any("wrong" in line for line in figures)
