@@ -34,6 +34,12 @@ FAULTS = {
     "unwritten_shared_memory": "nan",
     "unaligned_load": "a load of 16 bytes is not aligned",
     "block_leaves_its_cluster": "waits for ever at a barrier of the cluster",
+    "ends_without_waiting": "may end while thread",
+    "ends_without_a_barrier": "may end while thread",
+    "reads_after_arriving": "may end while thread",
+    "reads_without_waiting": "nan",
+    "arrives_twice": "arrives at a barrier of the cluster before it has waited for the last one",
+    "waits_without_arriving": "waits for a barrier of the cluster at which it has not arrived",
 }
 
 
