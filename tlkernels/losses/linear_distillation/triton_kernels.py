@@ -212,7 +212,7 @@ def finish(
     s = tl.arange(0, SPLITS)
     there = (s < splits)[:, None] & here[None, :]
     at = s.to(tl.int64)[:, None] * rows + r[None, :]
-    field = splits.to(tl.int64) * rows
+    field = tl.cast(splits, tl.int64) * rows
     hard = tl.zeros([BLOCK], T)
     if partial is not None:
         nothing = tl.zeros([SPLITS, BLOCK], T)
