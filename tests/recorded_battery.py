@@ -1,26 +1,19 @@
 """Records what the battery's cases launch in Triton, on CPU tensors, and compiles it as the launcher would on a GPU.
 
-    python tests/recorded_battery.py                    all cases, the front end of every kernel
-    python tests/recorded_battery.py --quick            a case of each kind, a kernel of each pattern
-    python tests/recorded_battery.py --compile mse      all cases of a loss, to machine code
+    python -m tests.recorded_battery                    all cases, the front end of every kernel
+    python -m tests.recorded_battery --quick            the front end of a kernel of each kind
+    python -m tests.recorded_battery --compile mse      the kernels of a loss, to machine code
 
 A launch is specialised by its values: an integer of 1 becomes a constant, what 16 divides becomes another kernel. So
-the arguments are those of real calls, and Triton's own functions say what each launch compiles. Run by
-tests/test_triton_battery.py in a process of its own, since a kernel that is defined with TRITON_INTERPRET compiles to
-nothing.
+the arguments are those of real calls, and Triton's own functions say what each launch compiles. In a process of its
+own, without TRITON_INTERPRET, since an interpreted kernel compiles to nothing.
 """
 
 import argparse
 import collections
-import os
 import sys
-import tempfile
 import time
 from pathlib import Path
-
-os.environ.pop("TRITON_INTERPRET", None)
-os.environ.setdefault("TRITON_CACHE_DIR", os.path.join(tempfile.gettempdir(), "tlkernels_recorded"))
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
 import torch
 
@@ -153,7 +146,10 @@ def main(arguments):
     parser.add_argument("--compile", action="store_true", help="to machine code")
     parser.add_argument("--architecture", default="sm_90")
     options = parser.parse_args(arguments)
+    if core.INTERPRETED:
+        parser.error("TRITON_INTERPRET is set: nothing would be compiled")
     library = serve_cpu_tensors()
+    sys.path.append(str(Path(__file__).parent))
     import triton
     from test_every_loss import LOSSES
 

@@ -50,7 +50,8 @@ def _join(peak, total, far, mass, heat):
     return top, tl.sum(factor * total, 0), tl.sum(far + mass * shift, 0), tl.sum(mass, 0), heat
 
 
-@triton.jit
+# The rows of a tile lie together: how wide its loads and stores are depends on what divides their number.
+@triton.jit(do_not_specialize=["tiles"])
 def statistics(
     logits,
     stride,
@@ -158,7 +159,7 @@ def statistics(
         tl.store(best_class + split.to(tl.int64) * rows + r, at, r < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "splits"])
 def finish(
     partial,
     best_class,  # or None
