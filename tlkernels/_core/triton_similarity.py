@@ -75,7 +75,7 @@ def _power_below(x):
     return power
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def scale_rows(
     x, out, norms, rows, features, row_stride, feature_stride, out_stride, BR: tl.constexpr, BD: tl.constexpr
 ):
@@ -107,7 +107,7 @@ def scale_rows(
         tl.store(out + i[:, None] * out_stride + d, value, (i[:, None] < rows) & (d < out_stride))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "all_rows"])
 def finish(
     total, x, norms, scale, extra, grad, first, rows, features, all_rows, total_stride, x_stride,
     BR: tl.constexpr, BD: tl.constexpr,
