@@ -146,7 +146,7 @@ def main(arguments):
         parser.error("TRITON_INTERPRET is set: its ops would be those of CPU tensors")
     make_cuda_known()
     sys.path.append(str(HERE))
-    from test_every_loss import LOSSES
+    from battery import LOSSES
 
     core._too_old = lambda index: False
     testing.generator = lambda seed: None

@@ -151,7 +151,7 @@ def main(arguments):
     library = serve_cpu_tensors()
     sys.path.append(str(Path(__file__).parent))
     import triton
-    from test_every_loss import LOSSES
+    from battery import LOSSES
 
     from bench.triton_launches import compiled, front_end
 
