@@ -36,12 +36,12 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
     ("cross_entropy_rows<*, InShared<*>, *, true>", "*"): _FEW,
     ("cross_entropy_rows<double, InRegisters<double>, *>", "*"): _FEW,
     ("cross_entropy_columns<double, *>", "*"): _FEW,
-    # js. __launch_bounds__ with one block a multiprocessor may end this and the above; to be tried.
+    # js. __launch_bounds__ with one block a multiprocessor ends this, but takes 101 to 128 registers for it.
     ("distillation_kernel<*, 1, *>", "*"): "up to 76 bytes: ptxas goes down to 64 registers, so that two blocks fit",
     ("cross_entropy_rows<*, InMemory<*>, *>", "sm_1*"): _FEW,
-    ("cross_entropy_rows<double, InShared<double>, 512, false>", "sm_1*"): _FEW,
+    ("cross_entropy_rows<double, InShared<double>, 512, false>", "*"): _FEW,
     ("cross_entropy_columns<*, true>", "sm_1*"): _FEW,
-    ("distillation_kernel<double, 2, false>", "sm_1*"): "up to 64 bytes, in float64, which these GPUs compute slowly",
+    ("distillation_kernel<double, 2, false, *>", "sm_1*"): "up to 64 bytes, in float64, which is slow on these GPUs",
     (
         "contrastive::statistics_of_tiles<contrastive::Products<*, contrastive::Shape<float, 128, 128, 2, 4> > >",
         "sm_1*",

@@ -314,11 +314,18 @@ struct DistillationRow {
   }
 };
 
+// Blocks of a multiprocessor that the compiler is to leave registers for; 0: it sees for itself, and goes down to 64
+// where that spills little, so that two blocks of 512 fit. For rows that are swept three blocks would spill 100 words.
+template <class T>
+constexpr int least_blocks(bool whole) {
+  return !whole ? 2 : sizeof(T) == 8 ? 1 : 0;
+}
+
 template <class T, Divergence kD, bool kWhole, int kGrads>
-__global__ void __launch_bounds__(kWhole ? kRowThreads : kSweepThreads, kWhole ? 1 : TLK_TRY)
+__global__ void __launch_bounds__(kWhole ? kRowThreads : kSweepThreads, least_blocks<T>(kWhole))
     distillation_kernel(const __grid_constant__ DistillationOnDevice call, const __grid_constant__ RowPlan plan) {
   DistillationRow<T, kD, kWhole, kGrads> of(call, plan);
-  if (of.row < call.rows) of.run();  // so the whole team, or none of it
+  if (of.row < call.rows) of.run();
   of.team.wait_for_readers();
 }
 

@@ -77,8 +77,8 @@ inline Grid grid_of(const RowPlan& plan, int64_t rows) {
   return grid;
 }
 
-// The threads of a row in `cluster` blocks, a constant where kernels know it. The reductions' shared memory comes first,
-// then the row's.
+// The threads of a row in `cluster` blocks, a constant where kernels know it. The reductions' shared memory comes
+// first, then the row's.
 TLK_DEVICE Team team_of(const RowPlan& plan, int cluster) {
   return Team(kWarp, cluster, plan.rows > 1 ? nullptr : shared_memory<char>());
 }

@@ -58,7 +58,8 @@ union alignas(16) Pack {
   TLK_DEVICE explicit Pack(uint4 v) : bits(v) {}
 };
 
-// Numbers of 16 bits two at a time: one instruction converts both, on a faster pipe than one that converts a single one.
+// Numbers of 16 bits two at a time: one instruction converts both, on a faster pipe than one that converts a single
+// one.
 template <class T>
 TLK_DEVICE unsigned narrow_pair(float low, float high);
 template <>

@@ -85,7 +85,7 @@ Fiber* self = nullptr;  // the one that runs
 std::deque<std::unique_ptr<Fiber>> fibers;
 std::deque<Fiber*> ready;
 std::vector<std::vector<std::unique_ptr<Group>>> groups;  // of each warp
-std::vector<std::vector<Fiber*>> block_barriers;  // that wait
+std::vector<std::vector<Fiber*>> block_barriers;          // that wait
 ClusterBarrier cluster_barrier;
 std::vector<char*> shared_memory;
 std::vector<Lifetime> lifetimes;  // of them
@@ -298,7 +298,8 @@ void barrier(Place place) {
 
 void cluster_arrive(Place place) {
   ClusterBarrier& at = cluster_barrier;
-  if (self->arrived != self->waited) fail("arrives at a barrier of the cluster before it has waited for the last one", place);
+  if (self->arrived != self->waited)
+    fail("arrives at a barrier of the cluster before it has waited for the last one", place);
   if (at.arrived == 0)
     at.place = place;
   else
