@@ -1,4 +1,4 @@
-# Every target sets up what it needs; a second call re-does nothing. PYTHON=python3.12 chooses another interpreter.
+# Every target sets up what it needs; running it again does nothing. PYTHON=python3.12 chooses another interpreter.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,7 +13,7 @@ BENCH_ARGS ?=
 COMPILE_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench sanitize cuda-compile gpu-kit gpu-run clean FORCE
+.PHONY: help setup demo test test-full test-sixth lint bench sanitize cuda-compile gpu-kit gpu-run clean FORCE
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*##/\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -23,8 +23,25 @@ setup: $(VENV)/built  ## virtual environment, pinned dependencies, the extension
 demo: setup  ## fine-tune a pretrained model on docstrings (DEMO_ARGS='--help' tells the options)
 	$(BIN)/tlkernels finetune $(DEMO_ARGS)
 
-test: setup  ## the test suite (TEST_ARGS='-k softcap')
+test: setup build/cuda_host  ## every loss, implementation, dtype and option, in pairs (TEST_ARGS='-k softcap')
 	$(PY) -m pytest -n auto $(TEST_ARGS)
+
+test-full: setup build/cuda_host sanitize  ## every test there is, and every combination: hours
+	$(PY) -m pytest -n auto -m '' $(TEST_ARGS)
+	$(MAKE) cuda-compile
+
+# Architecture k is compiled with sixth k; the resource report of Triton's kernels is among the tests.
+ARCHITECTURES := sm_80 sm_86 sm_89 sm_90a sm_100a sm_120
+test-sixth: setup build/cuda_host  ## one sixth of what `make test` leaves out (SIXTH=1 ... 6)
+	$(PY) -m pytest -n auto -m full --sixth $(SIXTH) $(TEST_ARGS)
+	$(MAKE) sanitize TEST_ARGS='--sixth $(SIXTH)'
+	if $(PY) -c 'from csrc import nvcc; raise SystemExit(nvcc.compiler() is None)'; then \
+		TLKERNELS_CUDA_ARCHS=$(word $(SIXTH),$(ARCHITECTURES)) $(MAKE) cuda-compile COMPILE_ARGS=--quick; fi
+
+# The CUDA kernels for the host run; before the tests, so that their processes need not wait for one another.
+.PHONY: build/cuda_host
+build/cuda_host: setup
+	@$(PY) tests/cuda_host/build.py
 
 lint: setup  ## ruff, mypy, clang-format; changes nothing
 	$(BIN)/ruff check .
@@ -43,7 +60,8 @@ SANITIZED = LD_PRELOAD="$(call RUNTIME,libasan.so) $(call RUNTIME,libubsan.so) $
 sanitize: setup  ## the kernels' core tests under AddressSanitizer and UBSan
 	TLKERNELS_SANITIZE=1 $(PY) setup.py -q build -b build/sanitize --build-lib build/sanitize/lib
 	$(SANITIZED) $(PY) -P -c 'import torch; from tlkernels import _C; assert _C.build_info()["sanitize"] == "1", _C'
-	$(SANITIZED) $(BIN)/pytest -m core -k 'native or cuda_host' tests $(TEST_ARGS)
+	$(SANITIZED) $(PY) tests/cuda_host/build.py
+	$(SANITIZED) $(BIN)/pytest -n auto -m core -k 'native or cuda_host' tests $(TEST_ARGS)
 
 cuda-compile: setup  ## the CUDA kernels for every architecture, no GPU needed (COMPILE_ARGS=--quick for two of them)
 	$(PY) -m bench.cuda_resources $(COMPILE_ARGS)
@@ -70,7 +88,7 @@ $(KIT)/created: Makefile
 		{ echo "$(PYTHON312): Python 3.12 is needed; make gpu-kit PYTHON312=... names one" >&2; exit 1; }
 	rm -rf .whl
 	$(PYTHON312) -m venv $(KIT)/venv
-	$(KIT_PIP) install torch==$(GPU_TORCH) numpy setuptools wheel pybind11 ninja
+	$(KIT_PIP) install torch==$(GPU_TORCH) numpy setuptools wheel pybind11
 	$(KIT_PIP) download --no-deps --only-binary=:all: -d .whl $(GPU_PEERS)
 	@touch $@
 
@@ -85,7 +103,7 @@ $(VENV)/created:
 # torch comes first: the extension is built against the very one that it will run with, not in an isolated environment.
 $(VENV)/base: constraints.txt | $(VENV)/created
 	@echo "installing into $(VENV); the first time it takes some minutes"
-	$(PIP) install -c constraints.txt torch setuptools wheel pybind11 ninja numpy
+	$(PIP) install -c constraints.txt torch setuptools wheel pybind11 numpy
 	@touch $@
 
 # The environment that decides what is built: its file changes when it does, and then the extension is built anew.
@@ -93,14 +111,19 @@ $(VENV)/settings: FORCE | $(VENV)/created
 	@env | grep -E '^(TLKERNELS_(BUILD|CUDA|CUDA_ARCHS)|CUDA_HOME|CC|CXX|CFLAGS|CXXFLAGS)=' | sort > $@.new
 	@cmp -s $@.new $@ || cp $@.new $@
 
+# The extension is compiled while the other packages are installed: each keeps less than two cores busy.
+INSTALL = TLKERNELS_BUILD=0 $(PIP) install --no-build-isolation -c constraints.txt -e '.[$(EXTRAS)]'
 $(VENV)/built: $(VENV)/base $(VENV)/settings pyproject.toml setup.py $(CSRC)
 ifeq ($(TLKERNELS_BUILD),0)
 	rm -f tlkernels/_C*.so
+	$(INSTALL)
 else
 	@command -v $${CXX:-c++} >/dev/null || \
 		{ echo "no C++ compiler: install one (apt: g++), or set TLKERNELS_BUILD=0 to do without" >&2; exit 1; }
 	@$(PY) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || \
 		{ echo "no Python.h: install it (apt: python3-dev), or set TLKERNELS_BUILD=0 to do without" >&2; exit 1; }
+	@mkdir -p build; $(PY) setup.py -q build_ext --inplace >build/extension.log 2>&1 & built=$$!; \
+		$(INSTALL); installed=$$?; \
+		wait $$built || { cat build/extension.log >&2; exit 1; }; exit $$installed
 endif
-	$(PIP) install --no-build-isolation -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@

@@ -9,10 +9,8 @@ TLKERNELS_CUDA=0 leaves them out, TLKERNELS_CUDA_ARCHS narrows what they are com
 import itertools
 import os
 import platform
-import shlex
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import sysconfig
 from pathlib import Path
 
 from setuptools import setup
@@ -21,7 +19,7 @@ ROOT = Path(__file__).parent
 CPU = Path("csrc/cpu")
 
 sys.path.insert(0, str(ROOT))
-from csrc import nvcc  # noqa: E402
+from csrc import nvcc, objects  # noqa: E402
 
 # csrc/cpu/<name>.inl is compiled for each instruction set
 KERNELS = ["cross_entropy", "distillation", "info_nce", "mse", "sigmoid_contrastive"]
@@ -32,6 +30,8 @@ if platform.machine() in ("x86_64", "AMD64"):
     ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     ISA_FLAGS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
     ISA_FLAGS["avx512"] += ["-mprefer-vector-width=512"]
+
+CUDA_LIBRARIES = ("c10_cuda", "torch_cuda", "cudart")
 
 SANITIZE = os.environ.get("TLKERNELS_SANITIZE") == "1"
 # At -O3 the sanitized AVX-512 target takes five minutes to compile.
@@ -45,22 +45,6 @@ def switch(name: str, default: str) -> bool:
     if value not in ("0", "1"):
         raise SystemExit(f"{name}: expected 0 or 1, got {value!r}")
     return value == "1"
-
-
-def fresh(built: Path, command: list[str]) -> bool:
-    """Return whether `built` was made by this very command from files that have not changed since."""
-    made_by = built.with_suffix(".command")
-    if not (built.exists() and made_by.exists() and made_by.read_text() == shlex.join(command)):
-        return False
-    sources = built.with_suffix(".d").read_text().replace("\\\n", " ").partition(":")[2].split()
-    return all(Path(source).exists() and os.path.getmtime(source) < os.path.getmtime(built) for source in sources)
-
-
-def compile_kernels(built: Path, command: list[str]) -> None:
-    """Run a compiler command, showing it."""
-    print(shlex.join(command), flush=True)
-    subprocess.run(command, check=True)
-    built.with_suffix(".command").write_text(shlex.join(command))
 
 
 def why_no_cuda(torch_cuda: str | None) -> str:
@@ -88,7 +72,7 @@ def cuda_architectures(torch_cuda: str | None) -> tuple[str, ...]:
     return () if why_not else nvcc.architectures()
 
 
-def cuda_commands(folder: Path, names: tuple[str, ...]) -> list[tuple[Path, list[str]]]:
+def cuda_commands(folder: Path, names: tuple[str, ...]) -> list[objects.Command]:
     """Return the object of each csrc/cuda/<name>.cu, and the command that makes it for these architectures."""
     from torch.utils.cpp_extension import include_paths
 
@@ -96,57 +80,76 @@ def cuda_commands(folder: Path, names: tuple[str, ...]) -> list[tuple[Path, list
     for source in sorted(Path("csrc/cuda").glob("*.cu")):
         built = folder / f"{source.stem}-cuda.o"
         includes = [f"-I{path}" for path in include_paths()]
-        dependencies = ["-MD", "-MF", str(built.with_suffix(".d"))]
         command = [str(nvcc.compiler()), *nvcc.OPTIONS, *nvcc.generate(names), *includes, "-c", str(source)]
-        commands.append((built, [*command, *dependencies, "-o", str(built)]))
+        commands.append((built, [*command, "-o", str(built)]))
     return commands
+
+
+def kernel_commands(folder: Path) -> list[objects.Command]:
+    """Return the object of each csrc/cpu/<name>.inl for each instruction set, and the command that makes it."""
+    common = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
+    common += ["-fno-math-errno", "-fno-trapping-math", *SANITIZE_FLAGS]
+    # GCC 12 takes the undefined operand inside its own AVX-512 intrinsics for ours.
+    common += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+    commands = []
+    for name, (isa, flags) in itertools.product(KERNELS, ISA_FLAGS.items()):
+        built = folder / f"{name}-{isa}.o"
+        source = ["-x", "c++", "-c", str(CPU / f"{name}.inl")]
+        commands.append((built, [objects.compiler(), *common, *flags, f"-DTLK_ISA={isa}", *source, "-o", str(built)]))
+    return commands
+
+
+def op_flags(cuda: tuple[str, ...]) -> list[str]:
+    """Return the compiler's options for what includes torch's headers."""
+    import pybind11
+    import torch
+    from torch.utils.cpp_extension import include_paths
+
+    about = {"TORCH": torch.__version__, "SANITIZE": int(SANITIZE)}
+    about["CUDA"] = f"{nvcc.version()} for {' '.join(cuda)}" if cuda else ""
+    includes = [pybind11.get_include(), *include_paths(), sysconfig.get_path("include")]
+    flags = ["-O2", "-std=c++20", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall", "-DNDEBUG", *SANITIZE_FLAGS]
+    # GCC 12 takes a small vector of torch for uninitialised where it is moved.
+    flags += ["-Wno-maybe-uninitialized"]
+    flags += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+    flags += [f'-DTLK_BUILD_{name}="{value}"' for name, value in about.items()]
+    return flags + [f"-isystem{path}" for path in includes]
 
 
 def native_extension() -> dict:
     """Return setup()'s arguments for the extension."""
-    import pybind11
     import torch
+    from setuptools import Extension
+    from setuptools.command.build_ext import build_ext
+    from torch.utils.cpp_extension import library_paths
 
     cuda = cuda_architectures(torch.version.cuda)
-    if cuda:  # torch takes the folder above the first nvcc on PATH, which may be only a script; it asks when imported
-        os.environ["CUDA_HOME"] = nvcc.home()
-    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
-    class Build(BuildExtension):
-        """Compiles csrc/cpu/<name>.inl first, each for every instruction set with its flags, and csrc/cuda/*.cu."""
+    class Build(build_ext):
+        """Compiles csrc/cpu/<name>.inl, each for every instruction set with its flags, csrc/cuda/*.cu and *.cpp."""
 
         def build_extension(self, ext) -> None:
-            compiler = os.environ.get("CXX", "c++")
-            folder = Path(self.build_temp) / "kernels"
+            folder = Path(self.build_temp) / "objects"
             folder.mkdir(parents=True, exist_ok=True)
-            common = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
-            common += ["-fno-math-errno", "-fno-trapping-math", *SANITIZE_FLAGS]
-            # GCC 12 takes the undefined operand inside its own AVX-512 intrinsics for ours.
-            common += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
-            commands = []
-            for name, (isa, flags) in itertools.product(KERNELS, ISA_FLAGS.items()):
-                built = folder / f"{name}-{isa}.o"
-                source = ["-x", "c++", "-c", str(CPU / f"{name}.inl")]
-                command = [compiler, *common, *flags, f"-DTLK_ISA={isa}", *source, "-MD", "-o", str(built)]
-                commands.append((built, command))
-            if cuda:
-                commands = cuda_commands(folder, cuda) + commands  # they take longest
-            ext.extra_objects += [str(built) for built, _ in commands]
-            stale = [made for made in commands if not fresh(*made)]
-            with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
-                list(pool.map(lambda args: compile_kernels(*args), stale))
+            flags = op_flags(cuda)
+            ops = [
+                objects.from_source(path, folder / f"{path.parent.name}-{path.stem}.o", flags)
+                for path in sorted(Path("csrc").rglob("*.cpp"))
+            ]
+            # What takes longest comes first.
+            commands = [*(cuda_commands(folder, cuda) if cuda else []), *kernel_commands(folder), *ops]
+            objects.compile_stale(commands, objects.precompiled_header(folder, flags), verbose=self.verbose)
+            ext.extra_objects = [str(built) for built, _ in commands]
+            self.force = True  # to link takes a moment, and which objects there are may have changed
             super().build_extension(ext)
 
-    about = {"TORCH": torch.__version__, "SANITIZE": int(SANITIZE)}
-    about["CUDA"] = f"{nvcc.version()} for {' '.join(cuda)}" if cuda else ""
-    extension = (CUDAExtension if cuda else CppExtension)(
+    extension = Extension(
         "tlkernels._C",
-        sources=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp")),
-        include_dirs=[pybind11.get_include()],
-        define_macros=[(f"TLK_BUILD_{name}", f'"{value}"') for name, value in about.items()],
-        extra_compile_args=["-O2", "-fopenmp", "-fvisibility=hidden", "-Wall", *SANITIZE_FLAGS],
+        sources=[],
+        language="c++",
+        libraries=["c10", "torch", "torch_cpu", "torch_python", *(CUDA_LIBRARIES if cuda else ())],
+        library_dirs=[*library_paths(), *(nvcc.libraries() if cuda else ())],
         extra_link_args=["-fopenmp", *SANITIZE_FLAGS],
-        depends=[str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*")],
     )
     return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}
 

@@ -23,9 +23,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from bench.resources import report
+from bench.triton_launches import compiled, specialised
 from tlkernels._core import triton as core
 
 LOSSES = sorted(path.parent.name for path in Path(core.__file__).parents[1].glob("losses/*/triton.py"))
@@ -33,7 +32,6 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 CSV = Path(__file__).parent / "results" / "triton_resources.csv"
 # What an instruction of a claim is called on AMD.
 _AMD = {"LDG.E.128": "global_load_dwordx4", "STG.E.128": "global_store_dwordx4", "HGMMA": "v_mfma"}
-_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
 
 
 class Row(NamedTuple):
@@ -88,7 +86,7 @@ def stale() -> list[str]:
     with CSV.open(newline="") as file:
         have = {(row["loss"], row["architecture"], row["kernel"], row["source"]) for row in csv.DictReader(file)}
     need = {
-        (loss, architecture, _name(launch), source)
+        (loss, architecture, specialised(launch, architecture).name, source)
         for loss in LOSSES
         for _, architecture, launch, source in distinct(loss)
     }
@@ -97,15 +95,11 @@ def stale() -> list[str]:
     ]
 
 
-def _name(launch: core.Launch) -> str:
-    return str(launch.kernel.__name__).lstrip("_")
-
-
 def _hash(architecture: str, launch: core.Launch) -> str:
     import triton
 
-    options = sorted(launch.options.items())
-    parts = [triton.__version__, architecture, repr(specialised(launch)), repr(options), _source(launch.kernel)]
+    _, *parts = specialised(launch, architecture).key
+    parts = [triton.__version__, architecture, *parts, _source(launch.kernel)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
@@ -128,50 +122,13 @@ def _add_source(function: Any, seen: dict[str, str]) -> None:
             seen[name] = repr(value)
 
 
-def specialised(launch: core.Launch) -> tuple[dict[str, str], dict[tuple[int], Any], dict[tuple[int], Any]]:
-    """Return signature, constants and attributes as Triton derives them from the arguments of a launch."""
-    signature, constants, attributes = {}, {}, {}
-    for position, parameter in enumerate(launch.kernel.params):
-        name, place = parameter.name, (position,)
-        value = launch.args.get(name, parameter.default)
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
-            signature[name], constants[place] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[name] = "*" + (_TYPES.get(value.dtype) or _integer(value.dtype))
-            if value.storage_offset() * value.element_size() % 16 == 0:
-                attributes[place] = [["tt.divisibility", 16]]
-        elif isinstance(value, bool):
-            signature[name] = "i1"
-        elif isinstance(value, int):
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
-                attributes[place] = [["tt.divisibility", 16]]
-        else:
-            signature[name] = parameter.annotation_type or "fp32"
-    return signature, constants, attributes
-
-
-def _integer(dtype: torch.dtype) -> str:
-    if dtype == torch.bool:
-        return "i1"
-    return ("i" if dtype.is_signed else "u") + str(dtype.itemsize * 8)
-
-
 def _row(loss: str, example: core.Example, architecture: str, launch: core.Launch, source: str) -> Row:
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    backend, number, lanes = "cuda", architecture.removeprefix("sm_"), 32
-    if architecture.startswith("gfx"):
-        backend, number, lanes = "hip", architecture, 64
-    target = GPUTarget(backend, int(number) if number.isdigit() else number, lanes)
-    signature, constants, attributes = specialised(launch)
-    compiled = triton.compile(ASTSource(launch.kernel, signature, constants, attributes), target, launch.options)
-    found = _nvidia(compiled.asm["cubin"]) if backend == "cuda" else _amd(compiled.asm["amdgcn"])
-    kernel = _name(launch)
+    of = specialised(launch, architecture)
+    kernel = of.name
+    result = compiled(of, architecture)
+    found = _nvidia(result.asm["cubin"]) if "cubin" in result.asm else _amd(result.asm["amdgcn"])
     names = launch.kernel.arg_names
-    meta = " ".join(f"{names[place[0]]}={_short(value)}" for place, value in constants.items())
+    meta = " ".join(f"{names[place[0]]}={_short(value)}" for place, value in of.constants.items())
     problem = ", ".join(_problems(example, kernel, architecture, found))
     exceptions = {
         why
@@ -179,8 +136,8 @@ def _row(loss: str, example: core.Example, architecture: str, launch: core.Launc
         if of.lstrip("_") == kernel and fnmatchcase(architecture, pattern) and what in problem
     }
     return Row(
-        loss, example.name, kernel, architecture, meta, compiled.metadata.num_warps, compiled.metadata.num_stages,
-        found["registers"], compiled.metadata.shared, found["local"], found["spills"], found["LDG.E.128"],
+        loss, example.name, kernel, architecture, meta, result.metadata.num_warps, result.metadata.num_stages,
+        found["registers"], result.metadata.shared, found["local"], found["spills"], found["LDG.E.128"],
         found["STG.E.128"], found["HGMMA"], problem, "; ".join(sorted(exceptions)), source,
     )  # fmt: skip
 

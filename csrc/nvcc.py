@@ -46,6 +46,11 @@ def home() -> str:
     return str(Path(found[1]).resolve())
 
 
+def libraries() -> list[str]:
+    """Return the folders of the toolkit's libraries for the linker, libcudart's among them."""
+    return [str(path) for path in (Path(home()) / "lib64", Path(home()) / "lib") if path.is_dir()]
+
+
 @functools.cache
 def version() -> str:
     """Return the toolkit's version, such as "13.0"."""

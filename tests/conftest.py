@@ -1,9 +1,11 @@
-"""Fixtures of all tests."""
+"""Fixtures of all tests, and which tests make up the quick part."""
 
 import os
+from collections import defaultdict
 
 import pytest
 import torch
+from covering import covering
 
 # Before triton and tlkernels are imported, which ask for these once. With the check, class indices out of range raise
 # on a GPU too.
@@ -19,12 +21,57 @@ if triton.INTERPRETED and triton.available():
     testing.mend_interpreter()
 
 
-def pytest_collection_modifyitems(items):
-    """Mark what runs on a GPU: the tests with a parameter that is an implementation or target of one."""
+FEW = 8
+"""A test with no more parameter sets than that is in the quick part with all of them."""
+SIXTHS = range(1, 7)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--sixth", type=int, choices=SIXTHS, help="of the tests chosen otherwise, run one sixth")
+
+
+def quick_part(ids):
+    """Return which of a test's parameter sets, given by their ids, `make test` runs: all pairs of words are in it.
+
+    Of an option, a word such as "softcap=5.0", its default is a word too.
+    """
+    if len(ids) <= FEW:
+        return range(len(ids))
+    cases = [set(id.split("-")) for id in ids]
+    options = {word.partition("=")[0] for words in cases for word in words if "=" in word}
+    for words in cases:
+        given = {word.partition("=")[0] for word in words}
+        words |= {f"{name}=" for name in options - given}
+    return covering(cases)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(config, items):
+    """Mark what runs on a GPU, and what is not in the quick part.
+
+    A test runs on a GPU if a parameter is an implementation or a target of one.
+    """
+    grids = defaultdict(list)
     for item in items:
-        params = item.callspec.params.values() if hasattr(item, "callspec") else ()
-        if "cuda" in map(testing.device, params):
+        if not hasattr(item, "callspec"):
+            continue
+        params = item.callspec.params
+        if "cuda" in map(testing.device, params.values()):
             item.add_marker("gpu")
+        if not item.get_closest_marker("full"):
+            grids[item.nodeid.partition("[")[0], id(params.get("loss"))].append(item)
+    for grid in grids.values():
+        quick = set(quick_part([item.callspec.id for item in grid]))
+        for k, item in enumerate(grid):
+            if k not in quick:
+                item.add_marker("full")
+    result = yield
+    sixth = config.getoption("sixth")
+    if sixth is not None:
+        chosen = items[sixth - 1 :: len(SIXTHS)]
+        config.hook.pytest_deselected(items=list(set(items) - set(chosen)))
+        items[:] = chosen
+    return result
 
 
 @pytest.fixture(autouse=True)

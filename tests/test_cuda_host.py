@@ -34,6 +34,12 @@ FAULTS = {
     "unwritten_shared_memory": "nan",
     "unaligned_load": "a load of 16 bytes is not aligned",
     "block_leaves_its_cluster": "waits for ever at a barrier of the cluster",
+    "ends_without_waiting": "may end while thread",
+    "ends_without_a_barrier": "may end while thread",
+    "reads_after_arriving": "may end while thread",
+    "reads_without_waiting": "nan",
+    "arrives_twice": "arrives at a barrier of the cluster before it has waited for the last one",
+    "waits_without_arriving": "waits for a barrier of the cluster at which it has not arrived",
 }
 
 
@@ -250,6 +256,14 @@ def test_scale_says_what_it_expects():
             library.scale_(values, torch.ones((), dtype=torch.int32))
         with pytest.raises(ValueError, match="values: expected dense memory, got strides"):
             library.scale_(values[::2], torch.ones(()))
+
+
+@pytest.mark.parametrize("served", [(), ("cuda",)], ids=["without CUDA kernels", "with CUDA kernels"])
+def test_what_multiplies_gradients(served, monkeypatch):
+    monkeypatch.setattr(autograd, "_ON_DEVICE", served)
+    assert autograd._scale("cuda", by_triton=True) is (autograd._by_extension if served else autograd._by_triton)
+    assert autograd._scale("cpu", by_triton=True) is autograd._by_triton
+    assert autograd._scale("cpu", by_triton=False) is torch.Tensor.mul_
 
 
 class Seen(TorchDispatchMode):

@@ -13,10 +13,10 @@ from tlkernels._core import triton
 IMPLEMENTATIONS = sorted({target.impl for target in testing.targets()})
 
 
-def over(which=lambda loss, case: True):
-    """Parametrise by the cases that `which` lets through."""
+def over(which=lambda loss, case: True, quick=lambda loss, case: True):
+    """Parametrise by the cases that `which` lets through; those that `quick` does not are marked full."""
     chosen = [
-        pytest.param(loss, case, id=f"{name}-{case.id}")
+        pytest.param(loss, case, id=f"{name}-{case.id}", marks=[] if quick(loss, case) else [pytest.mark.full])
         for name, loss in LOSSES.items()
         for case in loss.cases
         if which(loss, case)
@@ -27,7 +27,9 @@ def over(which=lambda loss, case: True):
 def over_targets():
     """Parametrise by all cases and what can run them."""
     chosen = [
-        pytest.param(loss, case, target, id=f"{name}-{case.id}-{target}")
+        pytest.param(
+            loss, case, target, id=f"{name}-{case.id}-{target}", marks=[pytest.mark.full] if case.large else []
+        )
         for name, loss in LOSSES.items()
         for target in targets(name)
         for case in loss.cases
@@ -178,7 +180,7 @@ class TestFunc:
             assert impl not in ("auto", "reference")
 
 
-@over(lambda loss, case: case.small or case is loss.cases[0])
+@over(lambda loss, case: case.small or case is loss.cases[0], quick=one_each)
 def test_compile(loss, case, impl):
     call = Call(loss, case, impl)
     torch._dynamo.reset()

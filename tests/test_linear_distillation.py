@@ -13,6 +13,7 @@ from linear_distillation_cases import LAYERS, make, pytorch
 
 import tlkernels as tlk
 from tlkernels import testing
+from tlkernels._core import native
 
 pytestmark = [pytest.mark.core, pytest.mark.usefixtures("poisoned_memory")]
 
@@ -45,11 +46,9 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())))
+@pytest.mark.parametrize("options", OPTIONS, ids=testing.words)
 def test_as_the_dense_form(impl, options):
     """`linear_distillation` is `distillation` of `F.linear`, for every option."""
-    if impl == "triton" and OPTIONS.index(options) % 7:
-        pytest.skip("of the interpreter, which takes its time, every seventh combination")
     arguments = make((2, 5), 37, F64, **options)(0)
 
     def dense(student_input, student_weight, student_bias, teacher_input, teacher_weight, teacher_bias, **rest):
@@ -75,6 +74,14 @@ def test_strides(impl):
     torch.testing.assert_close(list(found), expected)
 
 
+# Gigabytes of logits, and chunks are the same on every instruction set.
+MANY_CHUNKS = [
+    pytest.param(target, marks=[] if target.isa in (native.isa(), testing.CUDA_HOST) else [pytest.mark.full])
+    for target in testing.targets(loss="linear_distillation")
+]
+
+
+@pytest.mark.parametrize("target", MANY_CHUNKS, ids=str, indirect=True)
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_many_chunks(impl, target, dtype, monkeypatch):
     """Gradients of weights and biases add up over chunks, in float32 (in bf16: axolotl #1601)."""

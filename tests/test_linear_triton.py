@@ -50,6 +50,43 @@ def test_in_chunks(loss, case):
         budget.check(name)
 
 
+class Padding(TorchDispatchMode):
+    """Looks behind the rows of 16-bit operands of products: the library may read there, and multiply by 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.padded, self.finite = 0, True
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in ("mm", "addmm"):
+            for operand in args[-2:]:
+                rows, width = (operand if operand.stride(1) == 1 else operand.t()).shape
+                stride = max(operand.stride())
+                behind = operand.as_strided((rows, stride - width), (stride, 1), operand.storage_offset() + width)
+                self.padded += behind.numel() > 0
+                self.finite &= bool(behind.isfinite().all())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("strategy", linear.STRATEGIES)
+@pytest.mark.parametrize("features", [16, 64], ids=["own memory", "memory of the weight's gradient"])
+def test_no_product_reads_memory_that_nothing_wrote(strategy, features):
+    """CPUs with AMX read what lies behind a row of bfloat16 along, and a NaN there was one of the result."""
+    from tlkernels.losses.linear_cross_entropy import triton as kernels
+
+    arguments = linear_cross_entropy_cases.make((33,), features, 1009, BF16, "indices", False, False, {}, 0)
+    input, weight, target = (arguments[name] for name in ("input", "linear_weight", "target"))
+    with linear.forced(strategy), Padding() as seen:
+        ours = kernels.step(input, weight, None, target, None, -100, 0.0, 1.0, None, 0.0, True, True, True, False)
+    assert seen.padded
+    assert seen.finite
+    leaves = [tensor.double().requires_grad_() for tensor in (input, weight)]
+    loss = LCE.pytorch(*leaves, target)
+    for value, right in zip(ours[:3], (loss.detach(), *torch.autograd.grad(loss, leaves)), strict=True):
+        torch.testing.assert_close(value.double(), right, rtol=0, atol=float(right.abs().max()) / 100)
+
+
 def layer(rows, features, classes, dtype=BF16):
     input = torch.empty(rows, features, dtype=dtype, device="meta")
     return input, input.new_empty(classes, features), None

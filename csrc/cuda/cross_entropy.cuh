@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(kThreads)
   RowOf<T, kFull> row(call, numbers, of.row);
   Store store;
   row.run(store, of.team, shared_memory<char>() + Team::kScratch);
-  if (blocks > 1) cluster_sync();  // no block ends while another reads its memory
+  of.team.wait_for_readers();
 }
 
 template <class T, bool kShared, bool kFull>

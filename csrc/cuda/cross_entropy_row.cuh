@@ -82,8 +82,9 @@ class RowOf {
     } else {
       Store::kRereads ? sum_at_once(store, team) : sum_in_two(store, team);
     }
-    finish(team);
     if (kFull && c.correct) write_correct(store, team);
+    team.has_read();
+    finish(team);
     if (grad_) write_gradient(store, n == 0, team);
   }
 

@@ -2,7 +2,8 @@
 //
 // Bytes: both rows are read and each wanted gradient is written once, as long as the rows are kept (rows.cuh). A row is
 // swept for peaks and sums, in js and tv for the means of the slopes, and for the gradients. Exponentials are computed
-// again in each sweep, two of a class, since kept numbers would take the registers of twice the row.
+// again in each sweep, two of a class, since kept numbers would take the registers of twice the row. A gradient that is
+// not wanted is not computed: kernels are made for sets of them.
 #pragma once
 #include "../distillation.h"
 #include "pack.cuh"
@@ -19,7 +20,8 @@ struct DistillationOnDevice : Distillation {
   const double* divisor = nullptr;  // null: 1
 };
 
-template <class T, Divergence kD, bool kWhole>
+// Bit i of kGrads: there may be a gradient of side i.
+template <class T, Divergence kD, bool kWhole, int kGrads>
 struct DistillationRow {
   using A = Compute<T>;
   static constexpr int L = kLanes<T>;
@@ -51,7 +53,7 @@ struct DistillationRow {
   TLK_DEVICE DistillationRow(const DistillationOnDevice& call, const RowPlan& plan_)
       : c(call),
         plan(plan_),
-        team(team_of(plan_)),
+        team(team_of(plan_, kWhole ? 1 : plan_.cluster)),
         row(row_of(plan_)),
         begin(int64_t(team.rank()) * plan_.packs),
         end(begin + plan_.packs),
@@ -200,7 +202,7 @@ struct DistillationRow {
     return pair;
   }
 
-  // For js and tv: the divergence, and the means of the slopes.
+  // For js and tv: the divergence, and the means of the slopes of which there may be a gradient.
   TLK_DEVICE A mean_slopes(Distributions& of) {
     A sums[3] = {};
     sweep(false, [&](int64_t) {
@@ -208,7 +210,8 @@ struct DistillationRow {
         const Pair pair = compare(of, x_0, x_1);
         const A m_0 = pair.p[0] * pair.s[0], m_1 = pair.p[1] * pair.s[1];
         sums[0] += kD == Divergence::tv ? (pair.p[0] - pair.p[1]) * pair.s[0] : m_0 + m_1;
-        sums[1] += m_0, sums[2] += m_1;
+        if (kGrads & 1) sums[1] += m_0;
+        if (kGrads & 2) sums[2] += m_1;
       });
     });
     team.template reduce<Sum>(sums);
@@ -228,49 +231,50 @@ struct DistillationRow {
       for (int i = 0; i < kPacks; ++i) {
         const int64_t at = first + i * plan.threads;
         const Pack<T> a(kept[0][i]), b(kept[1][i]);
-        Pack<T> out[2];
+        A d[2][L];
 #pragma unroll
         for (int l = 0; l < L; ++l) {
           const A x_0 = widen(a.lane[l]), x_1 = widen(b.lane[l]);
           const Pair pair = compare(of, x_0, x_1);
-          A d[2];
-          d[0] = pair.p[0] == 0 ? A(0) : pair.p[0] * (pair.s[0] - of.mean[0]) * factor;
+          d[0][l] = pair.p[0] == 0 ? A(0) : pair.p[0] * (pair.s[0] - of.mean[0]) * factor;
           if (kD == Divergence::kl)
-            d[1] = (pair.p[1] - pair.p[0]) * factor;
+            d[1][l] = (pair.p[1] - pair.p[0]) * factor;
           else
-            d[1] = pair.p[1] == 0 ? A(0) : pair.p[1] * (pair.s[1] - of.mean[1]) * factor;
+            d[1][l] = pair.p[1] == 0 ? A(0) : pair.p[1] * (pair.s[1] - of.mean[1]) * factor;
           if (hard) {
             const A e = exp2_of((c.student ? x_1 - of.peak[1] : x_0 - of.peak[0]) * k_1);
             const A own = at * L + l == h.target ? h.keep : A(0);
             const A by_hard = (e * h.inv_sum - (own + h.spread)) * h.factor;
-            d[0] += c.student ? A(0) : by_hard;
-            d[1] += c.student ? by_hard : A(0);
+            d[0][l] += c.student ? A(0) : by_hard;
+            d[1][l] += c.student ? by_hard : A(0);
           }
-          out[0].lane[l] = narrow<T>(d[0]), out[1].lane[l] = narrow<T>(d[1]);
         }
 #pragma unroll
         for (int side = 0; side < 2; ++side)
-          if (grad[side]) store_pack(grad[side], n, at, out[side]);
+          if (wants(side)) store_pack(grad[side], n, at, narrow_pack<T>(d[side]));
       }
     });
   }
 
-  // The same number for all of the row.
-  TLK_DEVICE void fill(A loss, A gradient) {
-    if (c.loss && team.leads()) static_cast<A*>(c.loss)[row] = loss;
+  TLK_DEVICE bool wants(int side) const { return (kGrads >> side & 1) && grad[side]; }
+
+  // The loss and the gradients of a row that is not looked at.
+  TLK_DEVICE void fill(A value) {
+    team.has_read();
+    if (c.loss && team.leads()) static_cast<A*>(c.loss)[row] = value;
     Pack<T> pack;
 #pragma unroll
-    for (int l = 0; l < L; ++l) pack.lane[l] = narrow<T>(gradient);
+    for (int l = 0; l < L; ++l) pack.lane[l] = narrow<T>(value);
     for (int64_t k = begin; k < end; k += plan.threads)
 #pragma unroll
       for (int side = 0; side < 2; ++side)
-        if (grad[side]) store_pack(grad[side], n, k + team.thread(), pack);
+        if (wants(side)) store_pack(grad[side], n, k + team.thread(), pack);
   }
 
   TLK_DEVICE void run() {
     const int64_t target = c.target ? c.target[row] : 0;
-    if (c.target && target == c.ignore_index) return fill(A(0), A(0));
-    if (target < 0 || target >= c.classes) return fill(A(NAN), A(NAN));
+    const bool ignored = c.target && target == c.ignore_index;
+    if (ignored || target < 0 || target >= c.classes) return fill(ignored ? A(0) : A(NAN));
     // Read before a gradient may take the place of the logits.
     const A own = hard ? widen((c.student ? x[1] : x[0])[target]) : A(0);
     Sums z;
@@ -290,6 +294,7 @@ struct DistillationRow {
     } else {
       divergence = mean_slopes(of);
     }
+    team.has_read();
     const A weight = per_row(c.row_weight);
     if (c.loss && team.leads()) {
       A value = A(c.soft) * divergence;
@@ -300,7 +305,7 @@ struct DistillationRow {
       }
       static_cast<A*>(c.loss)[row] = weight * value;
     }
-    if (grad[0] || grad[1]) {
+    if (wants(0) || wants(1)) {
       const A upstream = weight * per_row(c.grad_loss) * (c.divisor ? A(c.factor) / A(*c.divisor) : A(c.factor));
       const Hard h = {upstream * A(c.hard), 1 / z.hard_sum, A(1 - c.smoothing), A(c.smoothing / double(c.classes)),
                       target};
@@ -309,23 +314,35 @@ struct DistillationRow {
   }
 };
 
-template <class T, Divergence kD, bool kWhole>
-__global__ void __launch_bounds__(kRowThreads)
+template <class T, Divergence kD, bool kWhole, int kGrads>
+__global__ void __launch_bounds__(kWhole ? kRowThreads : kSweepThreads, kWhole ? 1 : TLK_TRY)
     distillation_kernel(const __grid_constant__ DistillationOnDevice call, const __grid_constant__ RowPlan plan) {
-  DistillationRow<T, kD, kWhole> of(call, plan);
-  if (of.row < call.rows) of.run();
-  if (!kWhole && plan.cluster > 1) cluster_sync();  // the others may still read this block's sums
+  DistillationRow<T, kD, kWhole, kGrads> of(call, plan);
+  if (of.row < call.rows) of.run();  // so the whole team, or none of it
+  of.team.wait_for_readers();
 }
 
-template <class T, Divergence kD>
+template <class T, Divergence kD, int kGrads>
 cudaError_t distillation_of(const DistillationOnDevice& call, cudaStream_t stream) {
   Device device;
   if (const cudaError_t error = current_device(device)) return error;
-  const RowPlan plan = plan_rows<T>(device, call.classes, 2, DistillationRow<T, kD, true>::kPacks);
+  const RowPlan plan = plan_rows<T>(device, call.classes, 2, DistillationRow<T, kD, true, kGrads>::kPacks);
   if ((call.rows + plan.rows - 1) / plan.rows * plan.cluster > 0x7fffffff) return cudaErrorNotSupported;
-  const auto kernel =
-      plan.keep == Keep::registers ? distillation_kernel<T, kD, true> : distillation_kernel<T, kD, false>;
+  const auto kernel = plan.keep == Keep::registers ? distillation_kernel<T, kD, true, kGrads>
+                                                   : distillation_kernel<T, kD, false, kGrads>;
   return launch(grid_of(plan, call.rows), stream, kernel, call, plan);
+}
+
+// The teacher's gradient alone, which hardly any training asks for, has no kernel of its own but in kl, where the
+// student is either side.
+template <class T, Divergence kD>
+cudaError_t distillation_of(const DistillationOnDevice& call, cudaStream_t stream) {
+  const bool of_0 = call.side[0].grad, of_1 = call.side[1].grad;
+  if (!of_0 && !of_1) return distillation_of<T, kD, 0>(call, stream);
+  if (!of_0) return distillation_of<T, kD, 2>(call, stream);
+  if constexpr (kD == Divergence::kl)
+    if (!of_1) return distillation_of<T, kD, 1>(call, stream);
+  return distillation_of<T, kD, 3>(call, stream);
 }
 
 template <class T>

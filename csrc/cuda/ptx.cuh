@@ -63,13 +63,16 @@ TLK_DEVICE unsigned cluster_rank() {
 #endif
 }
 
-// A barrier of all threads of the cluster, which orders their accesses to each other's shared memory.
-TLK_DEVICE void cluster_sync() {
+// A barrier of all threads of the cluster in two halves: what they read and wrote before they arrived comes before what
+// they do after they have waited, in global memory too. So arriving takes as long as the stores that are under way.
+TLK_DEVICE void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile(
-      "barrier.cluster.arrive.release;\n"
-      "barrier.cluster.wait.acquire;" ::
-          : "memory");
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+#endif
+}
+TLK_DEVICE void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 #endif
 }
 

@@ -76,7 +76,7 @@ class Team {
     if (blocks_ == 1) return;
     if (threadIdx.x == 0)
       for (int i = 0; i < N; ++i) part[i * (kWarp + 1) + kWarp] = value[i];
-    cluster_sync();
+    cluster_arrive(), cluster_wait();
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       const A* const of_block = part + i * (kWarp + 1) + kWarp;
@@ -93,11 +93,20 @@ class Team {
   // Orders what the team's threads read and write.
   TLK_DEVICE void sync() const {
     if (blocks_ > 1)
-      cluster_sync();
+      cluster_arrive(), cluster_wait();
     else if (scratch_)
       __syncthreads();
     else
       __syncwarp();
+  }
+
+  // A block may not end while another reads its sums. Every thread of the team calls the first once, after the last
+  // reduction and before it stores much, since arriving waits for stores; and the second at its end.
+  TLK_DEVICE void has_read() const {
+    if (blocks_ > 1) cluster_arrive();
+  }
+  TLK_DEVICE void wait_for_readers() const {
+    if (blocks_ > 1) cluster_wait();
   }
 
  private:

@@ -36,10 +36,7 @@ TLK_DEVICE void visit(const Slice<T>& slice, int j, const Pack<T>& pack, Body& b
   for (int i = 0; i < kLanes<T>; ++i) v[i] = widen(pack.lane[i]);
   if (j < slice.packs) body(slice.first + j * kLanes<T>, v);
   if (!out) return;
-  Pack<T> result;
-#pragma unroll
-  for (int i = 0; i < kLanes<T>; ++i) result.lane[i] = narrow<T>(v[i]);
-  store_pack(out + slice.first, slice.n, j, result);
+  store_pack(out + slice.first, slice.n, j, narrow_pack<T>(v));
 }
 
 // A few numbers for each lane of some lanes of a warp, one by one: rows of so few that packs would leave lanes idle.

@@ -6,7 +6,8 @@
 
 namespace tlk {
 
-constexpr int kRowThreads = 512;  // of a block at the most
+constexpr int kRowThreads = 512;    // of a block at the most
+constexpr int kSweepThreads = 256;  // of one whose row is not in registers
 // Packs of a tensor's row that a thread holds at a time, at the most. Of float64 fewer, whose exponentials take
 // registers themselves.
 template <class T>
@@ -49,7 +50,7 @@ RowPlan plan_rows(const Device& device, int64_t classes, int tensors, int held) 
   } else if (packs <= kRowThreads * held) {
     while (plan.threads / 2 * held >= packs) plan.threads /= 2;
   } else {
-    plan.threads = 256;
+    plan.threads = kSweepThreads;
     const auto block = [&](int cluster) {
       return 16 * tensors * ((packs + cluster - 1) / cluster) + RowPlan::kScratch;
     };
@@ -76,9 +77,10 @@ inline Grid grid_of(const RowPlan& plan, int64_t rows) {
   return grid;
 }
 
-// The threads of a row. The reductions' shared memory comes first, then the row's.
-TLK_DEVICE Team team_of(const RowPlan& plan) {
-  return Team(kWarp, plan.cluster, plan.rows > 1 ? nullptr : shared_memory<char>());
+// The threads of a row in `cluster` blocks, a constant where kernels know it. The reductions' shared memory comes first,
+// then the row's.
+TLK_DEVICE Team team_of(const RowPlan& plan, int cluster) {
+  return Team(kWarp, cluster, plan.rows > 1 ? nullptr : shared_memory<char>());
 }
 TLK_DEVICE int64_t row_of(const RowPlan& plan) {
   return int64_t(blockIdx.x / unsigned(plan.cluster)) * plan.rows + threadIdx.x / unsigned(plan.threads);

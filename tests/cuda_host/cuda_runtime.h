@@ -32,7 +32,7 @@ CUDA_HOST_VECTOR(unsigned, uint)
 // ---- within a block and a warp ----
 
 inline void __syncthreads(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
-  cuda_host::barrier(cuda_host::Scope::block, {file, line});
+  cuda_host::barrier({file, line});
 }
 inline void __syncwarp(unsigned mask = 0xffffffffu, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
   cuda_host::exchange(mask, "", 1, "__syncwarp", {file, line});

@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
@@ -54,6 +55,7 @@ struct Fiber : Context {
   bool done = true;
   const char* waits = nullptr;  // for what
   Place place{};
+  unsigned arrived = 0, waited = 0;  // at how many barriers of the cluster
 };
 
 // Lanes that exchange values. A lane can be one exchange ahead of another, not two, so two sets of slots do.
@@ -65,8 +67,17 @@ struct Group {
   alignas(16) char slots[2][32][kExchanged];
 };
 
-struct Barrier {
+struct ClusterBarrier {
+  size_t arrived = 0;
+  unsigned passed = 0;  // how often all have arrived
+  Place place{};        // where the first has
   std::vector<Fiber*> waiting;
+};
+
+// The barrier of the cluster that a block has to wait for before it ends, because of what was read in it.
+struct Lifetime {
+  unsigned barrier = 0;  // counted from 1; 0: none
+  std::string reader;
 };
 
 Context main_context;
@@ -74,9 +85,10 @@ Fiber* self = nullptr;  // the one that runs
 std::deque<std::unique_ptr<Fiber>> fibers;
 std::deque<Fiber*> ready;
 std::vector<std::vector<std::unique_ptr<Group>>> groups;  // of each warp
-std::vector<Barrier> block_barriers;
-Barrier cluster_barrier;
+std::vector<std::vector<Fiber*>> block_barriers;  // that wait
+ClusterBarrier cluster_barrier;
 std::vector<char*> shared_memory;
+std::vector<Lifetime> lifetimes;  // of them
 size_t shared_bytes = 0, block_threads = 0, cluster_threads = 0;
 const std::function<void()>* body = nullptr;
 std::string failure;
@@ -155,6 +167,11 @@ std::string text(const Thread& thread) {
   return "thread " + std::to_string(thread.index.x) + " of block " + std::to_string(thread.block_index.x);
 }
 
+void expect_same_barrier(Place first, Place place) {
+  if (first.line != place.line || std::strcmp(first.file, place.file) != 0)
+    fail(("threads are at different barriers: another is at " + text(first)).c_str(), place);
+}
+
 void prepare(size_t count) {
   while (fibers.size() < count) fibers.push_back(std::make_unique<Fiber>());
   for (size_t i = 0; i < count; ++i) {
@@ -184,6 +201,7 @@ void run_cluster(const Launch& launch, uint3 first) {
   groups.resize(launch.cluster * ((threads + 31) / 32));
   block_barriers.assign(launch.cluster, {});
   cluster_barrier = {};
+  lifetimes.assign(launch.cluster, {});
   for (unsigned rank = 0; rank < launch.cluster; ++rank) {
     void* memory = nullptr;
     if (posix_memalign(&memory, 128, shared_bytes ? shared_bytes : 1)) throw std::bad_alloc();
@@ -194,7 +212,7 @@ void run_cluster(const Launch& launch, uint3 first) {
   for (unsigned i = 0; i < cluster_threads; ++i) {
     Fiber& fiber = *fibers[i];
     const unsigned rank = i / threads;
-    fiber.done = false, fiber.waits = nullptr, fiber.copies = {{}};
+    fiber.done = false, fiber.waits = nullptr, fiber.copies = {{}}, fiber.arrived = fiber.waited = 0;
     fiber.thread = {{i % threads, 0, 0}, {first.x + rank, first.y, first.z}, i % threads % 32, rank, launch.cluster,
                     shared_memory[rank]};
     all.push_back(&fiber);
@@ -214,6 +232,13 @@ void run_cluster(const Launch& launch, uint3 first) {
   if (failure.empty() && waiting)
     failure = text(waiting->thread) + " waits for ever at " + waiting->waits + " (" + text(waiting->place) +
               "): " + std::to_string(ended) + " of " + std::to_string(cluster_threads) + " threads have ended";
+  for (unsigned rank = 0; failure.empty() && rank < launch.cluster; ++rank) {
+    unsigned waited = 0;
+    for (unsigned i = 0; i < threads; ++i) waited = std::max(waited, fibers[rank * threads + i]->waited);
+    if (waited < lifetimes[rank].barrier)
+      failure = "block " + std::to_string(first.x + rank) + " may end while " + lifetimes[rank].reader +
+                " reads its shared memory";
+  }
   if (!failure.empty()) throw std::runtime_error("CUDA kernel on the host: " + failure);
 }
 
@@ -258,22 +283,42 @@ const char* exchange(unsigned mask, const void* value, size_t size, const char* 
   return group->slots[generation % 2][0];
 }
 
-void barrier(Scope scope, Place place) {
-  const bool block = scope == Scope::block;
-  Barrier& at = block ? block_barriers[now->cluster_rank] : cluster_barrier;
-  if (!at.waiting.empty()) {
-    const Place first = at.waiting.front()->place;
-    if (first.line != place.line || std::strcmp(first.file, place.file) != 0)
-      fail(("threads are at different barriers: another is at " + text(first)).c_str(), place);
-  }
-  if (at.waiting.size() + 1 < (block ? block_threads : cluster_threads)) {
-    at.waiting.push_back(self);
-    wait(block ? "__syncthreads" : "a barrier of the cluster", place);
+void barrier(Place place) {
+  std::vector<Fiber*>& waiting = block_barriers[now->cluster_rank];
+  if (!waiting.empty()) expect_same_barrier(waiting.front()->place, place);
+  if (waiting.size() + 1 < block_threads) {
+    waiting.push_back(self);
+    wait("__syncthreads", place);
     return;
   }
   std::vector<Fiber*> others;
+  others.swap(waiting);
+  release(others);
+}
+
+void cluster_arrive(Place place) {
+  ClusterBarrier& at = cluster_barrier;
+  if (self->arrived != self->waited) fail("arrives at a barrier of the cluster before it has waited for the last one", place);
+  if (at.arrived == 0)
+    at.place = place;
+  else
+    expect_same_barrier(at.place, place);
+  ++self->arrived;
+  if (++at.arrived < cluster_threads) return;
+  at.arrived = 0;
+  ++at.passed;
+  std::vector<Fiber*> others;
   others.swap(at.waiting);
   release(others);
+}
+
+void cluster_wait(Place place) {
+  if (self->arrived == self->waited) fail("waits for a barrier of the cluster at which it has not arrived", place);
+  if (cluster_barrier.passed < self->arrived) {
+    cluster_barrier.waiting.push_back(self);
+    wait("a barrier of the cluster", place);
+  }
+  self->waited = self->arrived;
 }
 
 void copy_later(void* to, const void* from, size_t size) { self->copies.back().push_back({to, from, size}); }
@@ -289,10 +334,12 @@ void wait_for_copies(size_t pending_groups) {
         std::memset(copy.to, 0, copy.size);
 }
 
-void* shared_of(const void* p, unsigned rank) {
+const void* read_shared_of(const void* p, unsigned rank) {
   const ptrdiff_t offset = static_cast<const char*>(p) - now->shared;
   if (offset < 0 || size_t(offset) >= shared_bytes || rank >= now->cluster_size)
     fail("not an address in the shared memory of a block of the cluster", CUDA_HOST_HERE);
+  Lifetime& of = lifetimes[rank];
+  if (rank != now->cluster_rank && of.barrier <= self->arrived) of = {self->arrived + 1, text(*now)};
   return shared_memory[rank] + offset;
 }
 

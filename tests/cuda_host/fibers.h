@@ -39,16 +39,19 @@ struct Place {
 constexpr size_t kExchanged = 64;
 const char* exchange(unsigned mask, const void* value, size_t size, const char* what, Place place);
 
-enum class Scope { block, cluster };
-void barrier(Scope scope, Place place);
+void barrier(Place place);  // of the block
+// The barrier of the cluster: a thread goes on when it has arrived, and waits for the others later.
+void cluster_arrive(Place place);
+void cluster_wait(Place place);
 
 // Copies of the thread in groups, done at the wait for theirs; of null they are zeros.
 void copy_later(void* to, const void* from, size_t size);
 void commit_copies();
 void wait_for_copies(size_t pending_groups);
 
-// Another block's shared memory, at the place that `p` has in this one's.
-void* shared_of(const void* p, unsigned rank);
+// A block's shared memory, at the place that `p` has in this one's, to be read at once. The launch fails unless that
+// block waits, before it ends, for a barrier of the cluster at which the thread that calls arrives after this.
+const void* read_shared_of(const void* p, unsigned rank);
 
 // Ends the launch with an error.
 [[noreturn]] void fail(const char* what, Place place);

@@ -36,12 +36,15 @@ inline float exp2_approximate(float x) {
 }
 
 inline unsigned cluster_rank() { return cuda_host::now->cluster_rank; }
-inline void cluster_sync(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
-  cuda_host::barrier(cuda_host::Scope::cluster, {file, line});
+inline void cluster_arrive(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  cuda_host::cluster_arrive({file, line});
+}
+inline void cluster_wait(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  cuda_host::cluster_wait({file, line});
 }
 template <class T>
 T load_from(const T* p, unsigned rank) {
-  return *static_cast<const T*>(cuda_host::shared_of(p, rank));
+  return *static_cast<const T*>(cuda_host::read_shared_of(p, rank));
 }
 
 // Reads at once: what another thread writes there before all have passed a barrier shows.

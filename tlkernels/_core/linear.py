@@ -211,7 +211,7 @@ class Sweep:
         if needs[1]:
             self.totals[1] = new(self.weight.shape, dtype=wide if chunked else None)
         if not self.lean or any(needs):
-            self.logits = new((plan.classes, _stride(min(plan.rows, self.rows))))
+            self._keep_logits(new((plan.classes, _stride(min(plan.rows, self.rows)))), min(plan.rows, self.rows))
 
     def _share_memory(self) -> None:
         """Put the logits behind the gradient of the weight, overlapping it.
@@ -224,8 +224,17 @@ class Sweep:
         logits = self.classes * stride
         start = _multiple((self.classes + self.block) * self.features - logits, 128)
         memory = self.input.new_empty(start + logits)
-        self.logits = memory[start:].view(self.classes, stride)
+        self._keep_logits(memory[start:].view(self.classes, stride), self.rows)
         self.totals[1] = memory[: self.weight.numel()].view(self.weight.shape)
+
+    def _keep_logits(self, logits: Tensor, rows: int) -> None:
+        """Keep this memory for the logits of so many rows, with zeros behind those of each class.
+
+        On CPUs with AMX oneDNN multiplies 16-bit operands by tiles, and reads what is behind their rows along: a NaN
+        there, times 0, is a NaN of the product. What it costs a GPU is one small launch, 4 MB for 128256 classes.
+        """
+        self.logits = logits
+        logits[:, rows:].zero_()
 
     def part(self, begin: int, end: int, first: int, last: int) -> Tensor:
         """Return the memory of the transposed logits of these rows and classes, which other parts may share."""

@@ -174,19 +174,23 @@ class Launch(NamedTuple):
 
 class _Recorder(NamedTuple):
     architecture: str
-    launches: list[Launch]
+    take: Callable[[Launch], None]
 
 
 _recorder: _Recorder | None = None
 
 
 @contextmanager
-def recorded(where: str) -> Iterator[list[Launch]]:
-    """Record launches, of tensors that may be on the meta device, as on the architecture `where`; make none."""
+def recorded(where: str, take: Callable[[Launch], None] | None = None) -> Iterator[list[Launch]]:
+    """Record launches, of tensors that may be on the meta device, as on the architecture `where`; make none.
+
+    They are in the list that is given, or go to `take` at the time of the launch.
+    """
     global _recorder
-    before, _recorder = _recorder, _Recorder(where, [])
+    launches: list[Launch] = []
+    before, _recorder = _recorder, _Recorder(where, take or launches.append)
     try:
-        yield _recorder.launches
+        yield launches
     finally:
         _recorder = before
 
@@ -206,7 +210,7 @@ def launch(kernel: Any, grid: Sequence[int], *args: Any, config: Config | None =
         constants = {name: value for name, value in constants.items() if name not in options}
     if _recorder is not None:
         named = dict(zip(kernel.arg_names, args, strict=False))
-        _recorder.launches.append(Launch(kernel, tuple(grid), {**named, **constants}, options))
+        _recorder.take(Launch(kernel, tuple(grid), {**named, **constants}, options))
         return
     first = next(arg for arg in args if isinstance(arg, Tensor))
     with _on(first.device):

@@ -30,7 +30,7 @@ def tanh_and_slope(x):
     return tl.where(x < 0, -t, t), 4 * e / ((1 + e) * (1 + e))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _sum(values, divisor, out, n, factor: tl.float64, BLOCK: tl.constexpr):
     """Write factor * sum(values) / divisor; added up in float64 in a fixed order."""
     total = tl.zeros([BLOCK], tl.float64)
@@ -43,7 +43,7 @@ def _sum(values, divisor, out, n, factor: tl.float64, BLOCK: tl.constexpr):
     tl.store(out, result.to(out.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _count(target, weight, partial, n, C, ignore_index, BLOCK: tl.constexpr):
     """Write the number of targets of each block that are not ignored, or their weights' sum."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

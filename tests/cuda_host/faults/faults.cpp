@@ -16,7 +16,8 @@ constexpr int kThreads = 96;
 __global__ void none(float* out) {
   Team team(kWarp, 2, shared_memory<char>());
   out[threadIdx.x] = team.reduce<Sum>(float(threadIdx.x));
-  cluster_sync();
+  team.has_read();
+  team.wait_for_readers();
 }
 
 __global__ void thread_leaves_before_barrier(float* out) {
@@ -77,7 +78,46 @@ __global__ void unaligned_load(float* out) {
 
 __global__ void block_leaves_its_cluster(float* out) {
   if (blockIdx.x % 2 == 1) return;
-  cluster_sync();
+  cluster_arrive(), cluster_wait();
+  out[threadIdx.x] = 0;
+}
+
+__global__ void ends_without_waiting(float* out) {
+  Team team(kWarp, 2, shared_memory<char>());
+  out[threadIdx.x] = team.reduce<Sum>(float(threadIdx.x));
+  team.has_read();
+}
+
+__global__ void ends_without_a_barrier(float* out) {
+  Team team(kWarp, 2, shared_memory<char>());
+  out[threadIdx.x] = team.reduce<Sum>(float(threadIdx.x));
+}
+
+__global__ void reads_after_arriving(float* out) {
+  Team team(kWarp, 2, shared_memory<char>());
+  const float sum = team.reduce<Sum>(float(threadIdx.x));
+  team.has_read();
+  out[threadIdx.x] = sum + 0 * load_from(shared_memory<float>(), 1 - cluster_rank());
+  team.wait_for_readers();
+}
+
+__global__ void reads_without_waiting(float* out) {
+  shared_memory<float>()[threadIdx.x] = 1;
+  cluster_arrive();
+  out[threadIdx.x] += load_from(shared_memory<float>() + threadIdx.x, 1 - cluster_rank());
+  cluster_wait();
+  cluster_arrive(), cluster_wait();
+}
+
+__global__ void arrives_twice(float* out) {
+  cluster_arrive();
+  cluster_arrive();
+  cluster_wait();
+  out[threadIdx.x] = 0;
+}
+
+__global__ void waits_without_arriving(float* out) {
+  cluster_wait();
   out[threadIdx.x] = 0;
 }
 
@@ -103,6 +143,12 @@ const Fault kFaults[] = {
     FAULT(unwritten_shared_memory),
     FAULT(unaligned_load),
     FAULT(block_leaves_its_cluster),
+    FAULT(ends_without_waiting),
+    FAULT(ends_without_a_barrier),
+    FAULT(reads_after_arriving),
+    FAULT(reads_without_waiting),
+    FAULT(arrives_twice),
+    FAULT(waits_without_arriving),
     FAULT(reads_past_the_end),
     FAULT(writes_past_shared_memory),
 };

@@ -80,6 +80,11 @@ class Positions(NamedTuple):
     strides: tuple[tuple[int, int, int], ...]
     """Of each tensor."""
 
+    @property
+    def of_indices(self) -> tuple[int, int, int]:
+        """The strides of contiguous class indices; the number of rows is none of them."""
+        return self.inner if self.outer > 1 else 0, 1, 0
+
 
 def _merged(tensor: Tensor) -> tuple[int, int, int] | None:
     """Return strides along the first axis, all axes behind the second as one, and the second; None if they differ."""
@@ -159,9 +164,9 @@ def sweep(
         programs = lying.outer * triton.cdiv(P, BP)
         partial = None if total is None else input.new_empty(programs, dtype=T)
         launch(
-            kernels.sweep, (programs,), input, target, weight, _rows(upstream), _rows(upstream_lse), divisor, loss,
-            peak, log_sum, entropy, correct, partial, grad, P, classes, x_outer, x_pos, x_class,
-            *(lying.strides[-1] if probabilities else (P, 1, 0)),
+            kernels.sweep if columns else kernels.sweep_rows, (programs,), input, target, weight, _rows(upstream),
+            _rows(upstream_lse), divisor, loss, peak, log_sum, entropy, correct, partial, grad, P, classes, x_outer,
+            x_pos, x_class, *(lying.strides[-1] if probabilities else lying.of_indices),
             *(lying.strides[1] if grad is not None else (0, 0, 0)),
             ignore_index, factor, label_smoothing, temperature, softcap or 1.0, z_loss, PROBABILITIES=probabilities,
             SMOOTHING=label_smoothing != 0, SOFTCAP=softcap is not None, Z_LOSS=z_loss != 0,
@@ -287,10 +292,11 @@ def directional(
     BP, BC = _tile(config, P, classes, columns, held)
     T = compute_dtype(input)
     launch(
-        kernels.directional, (lying.outer * triton.cdiv(P, BP),), direction, _rows(grad_loss), _rows(grad_lse), input,
-        target, weight, v_loss, v_lse, v_input, v_target if probabilities else None, P, classes,
+        kernels.directional if columns else kernels.directional_rows, (lying.outer * triton.cdiv(P, BP),), direction,
+        _rows(grad_loss), _rows(grad_lse), input, target, weight, v_loss, v_lse, v_input,
+        v_target if probabilities else None, P, classes,
         *(stride for strides in lying.strides[:3] for stride in strides),
-        *(stride for strides in (lying.strides[3:] or ((P, 1, 0), (0, 0, 0))) for stride in strides),
+        *(stride for strides in (lying.strides[3:] or (lying.of_indices, (0, 0, 0))) for stride in strides),
         ignore_index, label_smoothing, temperature, softcap or 1.0, z_loss, PROBABILITIES=probabilities,
         SMOOTHING=label_smoothing != 0, SOFTCAP=softcap is not None, WHOLE=bool(config.meta["WHOLE"]), T=DTYPES[T],
         BP=BP, BC=BC, config=config._replace(meta={}),

@@ -373,3 +373,8 @@ def directional(
                 here[:, None] & (c < C)[None, :], c, C, u, bend, v, q, p, g, a, twice, along, kept, slope, softcap,
                 smoothing, SOFTCAP, T,
             )  # fmt: skip
+
+
+# Where the rows of classes lie together, P is the number of rows, which a last, shorter batch changes. In columns the
+# positions lie together, and how wide their loads are depends on what divides P.
+sweep_rows, directional_rows = (triton.jit(kernel.fn, do_not_specialize=["P"]) for kernel in (sweep, directional))

@@ -43,7 +43,7 @@ def _lanes(x, peaks, sums, sums_1, k, HARD: tl.constexpr):
     return tl.maximum(peaks, x), sums, sums_1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "inner"])
 def distillation(
     student, teacher, target, row_weight,
     upstream,  # of each row, or None for 1
@@ -261,7 +261,7 @@ def _second_terms(
     return x_p, x_q
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "inner"])
 def second(
     v_student, v_teacher, grad_rows, student, teacher, target, row_weight, by_rows, by_student, by_teacher,
     N, inner, C, s_outer, s_inner, s_class, t_outer, t_inner, t_class, ignore_index,

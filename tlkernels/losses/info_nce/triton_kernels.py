@@ -52,7 +52,12 @@ def finite_or_zero(peak):
     return tl.where(peak == -INF, 0.0, peak)
 
 
-@triton.jit
+# Not specialised is what another size of the batch changes: numbers of rows and columns, and where their statistics lie
+# in a tensor of several.
+@triton.jit(do_not_specialize=[
+    "row_end", "column_count", "first_column", "classes", "own", "known_stride", "mask_row", "row_part", "row_items",
+    "column_part", "column_items", "skipped", "row_tiles", "tile_offset",
+])  # fmt: skip
 def statistics(
     rows, columns, known, row_norms, column_norms, scale, target, mask, row_ids, column_ids, by_row, by_column,
     first_row, row_end, column_count, first_column, classes, own, D, row_stride, column_stride, known_stride,
@@ -102,7 +107,10 @@ def statistics(
             tl.store(to + 3 * column_items, tl.sum(in_set.to(C), 0), j < column_count)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["items", "tiles", "first_tile", "part_stride", "part_items", "state_stride"],
+    do_not_specialize_on_alignment=["state"],
+)
 def fold(
     parts, state, first, items, tiles, first_tile, part_stride, part_items, state_stride,
     SET: tl.constexpr, FRESH: tl.constexpr, SIDE: tl.constexpr, TILE: tl.constexpr, BT: tl.constexpr, BI: tl.constexpr,
@@ -147,7 +155,7 @@ def fold(
         tl.store(at + 4 * state_stride, count, r < items)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_count", "key_count", "classes"], do_not_specialize_on_alignment=["out"])
 def positives(
     rows, keys, negatives, own_negatives, row_norms, key_norms, negative_norms, target, out, row_count, key_count,
     classes, D, row_stride, key_stride, negative_stride, BI: tl.constexpr, BD: tl.constexpr,
@@ -213,7 +221,7 @@ def row_loss(state, positive, i, here, stride, scale, smoothing, SET: tl.constex
     return loss
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["by_row", "by_column", "positive"])
 def losses(by_row, by_column, positive, scale, loss, rows, smoothing: tl.float64, SET: tl.constexpr, BI: tl.constexpr):
     """Write the loss of each row, with `by_column` the mean of both directions."""
     C: tl.constexpr = loss.dtype.element_ty
@@ -225,7 +233,7 @@ def losses(by_row, by_column, positive, scale, loss, rows, smoothing: tl.float64
     tl.store(loss + i, result, i < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "classes"], do_not_specialize_on_alignment=["state", "positive"])
 def slopes(
     state, positive, target, scale, upstream, extra, out, rows, classes, upstream_stride, smoothing: tl.float64,
     part: tl.float64, SET: tl.constexpr, BI: tl.constexpr,
@@ -266,7 +274,10 @@ def slopes(
     tl.store(out + 3 * rows + i, tl.where(valid, own, 0.0), here)
 
 
-@triton.jit
+# But what divides `column_count`: how wide the stores to the panel are depends on it.
+@triton.jit(do_not_specialize=[
+    "row_end", "first_column", "classes", "own", "known_stride", "mask_row", "slopes_stride", "row_tiles",
+], do_not_specialize_on_alignment=["by_scale"])  # fmt: skip
 def gradient(
     rows, columns, known, row_norms, column_norms, scale, target, mask, row_ids, column_ids, row_slopes, column_slopes,
     panel, by_scale, first_row, row_end, column_count, first_column, classes, own, D, row_stride, column_stride,
@@ -317,7 +328,9 @@ def gradient(
     tl.store(at, g.to(panel.dtype.element_ty), (i < row_end)[:, None] & (j < column_count)[None, :])
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["end", "first", "columns", "rows"], do_not_specialize_on_alignment=["similarity", "by_scale"]
+)
 def gradient_at_positives(
     row_slopes, column_slopes, similarity, target, row_norms, column_norms, panel, by_scale, begin, end, first, columns,
     rows, panel_stride, BI: tl.constexpr,

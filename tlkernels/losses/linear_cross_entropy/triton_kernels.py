@@ -50,7 +50,8 @@ def _join(peak, total, far, mass, heat):
     return top, tl.sum(factor * total, 0), tl.sum(far + mass * shift, 0), tl.sum(mass, 0), heat
 
 
-@triton.jit
+# The rows of a tile lie together: how wide its loads and stores are depends on what divides their number.
+@triton.jit(do_not_specialize=["tiles"])
 def statistics(
     logits,
     stride,
@@ -142,7 +143,7 @@ def statistics(
     peak, total, far, mass, heat = _join(peak, total, far, mass, heat)
     splits = tl.num_programs(1)
     out = partial + split.to(tl.int64) * rows + r
-    next_field = splits.to(tl.int64) * rows
+    next_field = tl.cast(splits, tl.int64) * rows
     tl.store(out, peak, r < rows)
     tl.store(out + next_field, total, r < rows)
     if not PROBABILITIES:
@@ -158,7 +159,7 @@ def statistics(
         tl.store(best_class + split.to(tl.int64) * rows + r, at, r < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "splits"])
 def finish(
     partial,
     best_class,  # or None
@@ -191,7 +192,7 @@ def finish(
     s = tl.arange(0, SPLITS)
     there = (s < splits)[:, None] & (r < rows)[None, :]
     at = partial + s.to(tl.int64)[:, None] * rows + r[None, :]
-    next_field = splits.to(tl.int64) * rows
+    next_field = tl.cast(splits, tl.int64) * rows
     smoothing = number(smoothing, T)
     peaks = tl.load(at, there, other=float("-inf"))
     totals = tl.load(at + next_field, there, other=0.0)
@@ -304,14 +305,18 @@ def gradient(
     y = r
     if not PROBABILITIES:
         y = tl.load(target + r, here, other=-1)
-        counted = y != ignore_index
+        counted = here & (y != ignore_index)
         g = tl.where((y >= 0) & (y < classes), g, float("nan"))
+    # Of the tile's dimensions already: Triton 3.6 has one `tl.where` of a row's condition and another of it expanded
+    # for two layouts of one value, and fails in float64.
+    counted, g = counted[None, None, :], g[None, None, :]
     g = tl.where(counted, g, 0.0)  # it may be infinite where no row counts
-    rest = 2 * number(z_loss, T) * (peak + log_sum) * g
+    rest = 2 * number(z_loss, T) * (peak + log_sum)[None, None, :] * g
     lively = counted
     if grad_lse is not None:
-        rest = tl.where(counted, rest, 0.0) + tl.load(grad_lse + r * grad_lse_row, here, other=0.0).to(T)
-        lively = here
+        rest = tl.where(counted, rest, 0.0)
+        rest += tl.load(grad_lse + r * grad_lse_row, here, other=0.0).to(T)[None, None, :]
+        lively = here[None, None, :]
     c = (first + tl.arange(0, DEEP)[:, None] * LANES + tl.arange(0, LANES)[None, :])[:, :, None]
     there = (c < end) & here[None, None, :]
     z, slope = _scaled(x, inv_t, cap, CAPPED)
@@ -326,8 +331,8 @@ def gradient(
         if SMOOTH:
             spread = tl.load(spread_of + r, here, other=0.0)
             d += smoothing / classes * (spread[None, None, :] * p - _weights(class_weight, c, c < classes, T))
-    d = tl.where(counted[None, None, :], g[None, None, :] * d, 0.0)
-    d = (d + rest[None, None, :] * p) * slope
-    d = tl.where(lively[None, None, :], d, 0.0)
+    d = tl.where(counted, g * d, 0.0)
+    d = (d + rest * p) * slope
+    d = tl.where(lively, d, 0.0)
     at = gradient + (c - begin).to(tl.int64) * gradient_stride + r[None, None, :]
     tl.store(at, d.to(gradient.dtype.element_ty), there)

@@ -23,7 +23,8 @@ def _rebased(distance, total, factor, own_shift, other_shift):
     return tl.where(factor == 0, 0.0, factor * (distance + total * (other_shift - own_shift)))
 
 
-@triton.jit
+# As in linear cross entropy, loads and stores are as wide as what divides `rows` lets them be.
+@triton.jit(do_not_specialize=["tiles"])
 def normalise(
     s_logits, s_stride, s_input, s_row, s_k, s_weight, s_weight_row, s_weight_k, s_bias,
     t_logits, t_stride, t_input, t_row, t_k, t_weight, t_weight_row, t_weight_k, t_bias,
@@ -145,7 +146,7 @@ def _slopes(ratio, ps, pt, beta, DIVERGENCE: tl.constexpr):
     return tl.where(ps == 0, 0.0, ps * s_slope), tl.where(pt == 0, 0.0, pt * t_slope)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["kept_rows", "tiles"])
 def average(
     s_logits, s_stride, s_input, s_row, s_k, s_weight, s_weight_row, s_weight_k, s_bias,
     t_logits, t_stride, t_input, t_row, t_k, t_weight, t_weight_row, t_weight_k, t_bias,
@@ -194,7 +195,7 @@ def average(
     tl.store(out + tl.num_programs(1).to(tl.int64) * rows, tl.sum(t_sum, 0), here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "kept_rows", "splits"])
 def finish(
     partial,  # of `normalise`, or None when it has been here already
     averages,  # of `average`, or None
@@ -212,7 +213,7 @@ def finish(
     s = tl.arange(0, SPLITS)
     there = (s < splits)[:, None] & here[None, :]
     at = s.to(tl.int64)[:, None] * rows + r[None, :]
-    field = splits.to(tl.int64) * rows
+    field = tl.cast(splits, tl.int64) * rows
     hard = tl.zeros([BLOCK], T)
     if partial is not None:
         nothing = tl.zeros([SPLITS, BLOCK], T)
@@ -278,7 +279,7 @@ def finish(
         tl.store(loss + r, result, here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["kept_rows"])
 def gradient(
     s_logits, s_stride, s_input, s_row, s_k, s_weight, s_weight_row, s_weight_k, s_bias,
     t_logits, t_stride, t_input, t_row, t_k, t_weight, t_weight_row, t_weight_k, t_bias,

@@ -125,9 +125,13 @@ def _again(weight: Tensor | None, reduction: str) -> Any:
 def _reduced(call: Call, ops: Ops, input: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
     """The reduced squared errors under plain autograd."""
     denominator = call.denominator() if call.reduction == "mean" else 1.0
-    divided: tuple[Any, ...] = (float(denominator),)
-    if ops is TRITON:
-        divided = (denominator, 1.0) if isinstance(denominator, Tensor) else (None, _reciprocal(denominator))
+    divided: tuple[Any, ...]
+    if ops is NATIVE:
+        divided = (float(denominator),)
+    elif isinstance(denominator, Tensor):  # on a GPU the host does not read it
+        divided = denominator, 1.0
+    else:
+        divided = None, _reciprocal(denominator)
 
     def sweep(tensors: Tensors, needs: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
         loss, *grads = ops.step(*tensors, weight, *divided, *needs)

@@ -48,7 +48,8 @@ def log_of_one_more(e, TERMS: tl.constexpr):
     return 2 * s * p
 
 
-@triton.jit
+# What another number of rows changes, but for `column_count`: how wide the stores to the panel are depends on it.
+@triton.jit(do_not_specialize=["row_end", "own", "known_stride", "row_tiles"])
 def pairs(
     rows, columns, known, scale, bias, upstream, extra, panel, losses, by_scale, by_bias,
     first_row, row_end, column_count, own, D, row_stride, column_stride, known_stride, panel_stride, row_tiles,

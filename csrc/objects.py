@@ -1,0 +1,92 @@
+"""Compiles C++ and CUDA sources to objects, several at a time, for setup.py and tests/cuda_host/build.py.
+
+What is not stale is not compiled again. Torch's headers are compiled once, as a precompiled header: of the 8 s that a
+source with them takes, they are 6.
+"""
+
+import hashlib
+import json
+import os
+import shlex
+import subprocess
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+CSRC = Path(__file__).parent
+ROOT = CSRC.parent
+HEADER = CSRC / "precompiled.h"
+
+Command = tuple[Path, list[str]]
+"""A file, and the compiler's command that writes it."""
+
+
+def compiler() -> str:
+    """Return the C++ compiler: CXX of the environment, or c++."""
+    return os.environ.get("CXX", "c++")
+
+
+def precompiled_header(folder: Path, flags: Sequence[str]) -> Command:
+    """Return the command that compiles torch's headers; `flags` are those of the sources that will use it."""
+    built = folder / f"{HEADER.name}.gch"
+    return built, [compiler(), *flags, "-x", "c++-header", str(HEADER), "-o", str(built)]
+
+
+def from_source(source: Path, built: Path, flags: Sequence[str]) -> Command:
+    """Return the command that compiles a source with the precompiled header, which lies in the folder of `built`."""
+    header = ["-Winvalid-pch", "-include", str(built.parent / HEADER.name)]
+    return built, [compiler(), *flags, *header, "-x", "c++", "-c", str(source), "-o", str(built)]
+
+
+def compile_stale(commands: Sequence[Command], header: Command | None = None, verbose: bool = False) -> None:
+    """Run the commands, several at a time (MAX_JOBS); those that use the precompiled header after it.
+
+    A command is left out if it was run before, as it is, on files with the same contents.
+
+    Raises:
+        RuntimeError: a command failed; the message is the command and what the compiler said.
+    """
+    jobs = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
+    with ThreadPoolExecutor(jobs) as pool:
+        ready = pool.submit(_compile, *header, (), verbose) if header else None
+
+        def run(made: Command) -> None:
+            built, command = made
+            if "-include" not in command:
+                return _compile(built, command, (), verbose)
+            assert ready is not None
+            ready.result()
+            return _compile(built, command, (HEADER,), verbose)
+
+        list(pool.map(run, commands))
+
+
+def _compile(built: Path, command: list[str], further: Sequence[Path], verbose: bool) -> None:
+    """Run a command unless its file is fresh; `further` are dependencies that the compiler does not name."""
+    record = built.with_name(f"{built.name}.json")
+    if built.exists() and record.exists():
+        made_by, digests = json.loads(record.read_text())
+        if made_by == command and all(Path(p).exists() and _digest(p) == digest for p, digest in digests.items()):
+            return
+    record.unlink(missing_ok=True)
+    if verbose:
+        print(shlex.join(command), flush=True)
+    names = f"{built}.d"
+    done = subprocess.run([*command, "-MD", "-MF", names], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{shlex.join(command)}\n{done.stdout}{done.stderr}")
+    if done.stderr:
+        print(done.stderr, flush=True)
+    sources = Path(names).read_text().replace("\\\n", " ").partition(":")[2].split()
+    ours = {Path(name).resolve() for name in [*sources, *further]}
+    tracked = sorted(str(path) for path in ours if path.is_relative_to(ROOT) and _is_source(path))
+    record.write_text(json.dumps([command, {path: _digest(path) for path in tracked}]))
+
+
+def _is_source(path: Path) -> bool:
+    """Whether a file of the checkout is not one of a virtual environment or a build inside it."""
+    return path.relative_to(ROOT).parts[0] in ("csrc", "tests")
+
+
+def _digest(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()

@@ -1,0 +1,173 @@
+"""Makes the battery's calls with fake CUDA tensors: whether the host waits for a GPU, and whether devices are mixed.
+
+    python -m tests.fake_battery            all cases, by triton and by reference
+    python -m tests.fake_battery --quick    each case in one of its dtypes, by triton
+
+A fake tensor has a shape, a dtype and a device, but no values: whoever asks for one (`float`, `bool`, `item`, a shape
+that depends on it) raises, where on a GPU the host would wait and a graph could not be captured. Triton's launches are
+recorded; what the extension has for a GPU is not run.
+"""
+
+import argparse
+import collections
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import traceback
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import tlkernels as tlk
+from tlkernels import testing
+from tlkernels._core import triton as core
+
+HERE = Path(__file__).parent
+GPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+
+
+def make_cuda_known():
+    """Give a CPU build of torch what autograd asks of a device, by a library of a few lines."""
+    if torch.backends.cuda.is_built():
+        return
+    root = Path(torch.__file__).parent
+    compiler = sysconfig.get_config_var("CXX") or "c++"
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "fake_cuda.so"
+        command = [
+            *compiler.split(),
+            "-std=c++20",
+            "-shared",
+            "-fPIC",
+            f"-I{root}/include",
+            str(HERE / "fake_cuda.cpp"),
+        ]
+        subprocess.run([*command, f"-L{root}/lib", "-lc10", "-o", str(library)], check=True)
+        torch.ops.load_library(library)
+
+
+class Implementations(TorchDispatchMode):
+    """Runs what Triton's ops have for a GPU, where fake tensors would take the op's fake."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "tlkernels" and func._schema.name.endswith("_triton"):
+            with self:
+                return func.redispatch(GPU, *args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def backward(loss):
+    """Call the nodes behind a loss as autograd's engine does, which a CPU build has no threads of a GPU for."""
+    waiting, order, todo = collections.Counter(), set(), [loss.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node in order:
+            continue
+        order.add(node)
+        for following, _ in node.next_functions:
+            if following is not None:
+                waiting[following] += 1
+                todo.append(following)
+    grads = collections.defaultdict(dict)
+    grads[loss.grad_fn][0] = torch.ones_like(loss)
+    ready = [loss.grad_fn]
+    while ready:
+        node = ready.pop()
+        if type(node).__name__ != "AccumulateGrad":
+            given = [grads[node].get(k) for k in range(len(node._input_metadata))]
+            with torch.no_grad():
+                found = (node if callable(node) else node.apply)(*given)  # of C++, of Python
+            found = found if isinstance(found, tuple) else (found,)
+            # A node in Python has results for what is no tensor too, None.
+            wanted = [place for place in node.next_functions if place[0] is not None]
+            for (following, k), grad in zip(wanted, [grad for grad in found if grad is not None], strict=True):
+                assert grad.device.type == "cuda", f"{type(node).__name__} gives a gradient on {grad.device}"
+                before = grads[following].get(k)
+                grads[following][k] = grad if before is None else before + grad
+        for following, _ in node.next_functions:
+            if following is not None:
+                waiting[following] -= 1
+                if not waiting[following]:
+                    ready.append(following)
+
+
+def call(name, loss, case, impl):
+    """Make the calls of a case: value and gradients, the value alone, and statistics."""
+    # Some cases ask for values while they make them.
+    known = (
+        patch.object(torch.Tensor, "__bool__", lambda tensor: False),
+        patch.object(torch.Tensor, "item", lambda _: 1.0),
+    )
+    with torch.device("cuda"), known[0], known[1]:
+        arguments = case.make(0)
+    tensors, put = testing.split(arguments, case.wants_grad)
+    inputs = [tensor.detach().requires_grad_() for tensor in tensors]
+    value = loss.function(**put(*inputs), impl=impl)
+    assert value.device.type == "cuda", f"the loss is on {value.device}"
+    backward(value)
+    loss.function(**put(*tensors), impl=impl)
+    if name == "cross_entropy":
+        tlk.cross_entropy_stats(**arguments, impl=impl)
+
+
+def in_one_dtype(cases):
+    """Return one of the cases that differ by dtype alone, of each kind; with any dtype now and then."""
+    alike = collections.defaultdict(list)
+    for case in cases:
+        alike[case.id.replace(str(case.dtype).removeprefix("torch."), "")].append(case)
+    return [of_kind[k % len(of_kind)] for k, of_kind in enumerate(alike.values())]
+
+
+def place_of(error):
+    """Return where in the package, or in the tests, an error came from."""
+    frames = [
+        frame for frame in traceback.extract_tb(error.__traceback__) if HERE.parent in Path(frame.filename).parents
+    ]
+    return " <- ".join(f"{Path(f.filename).name}:{f.lineno} {f.line}" for f in reversed(frames[-2:]))
+
+
+def check_devices(launch):
+    """Raise if a kernel would get a tensor that is not on the GPU."""
+    for name, value in launch.args.items():
+        if isinstance(value, torch.Tensor):
+            assert value.device.type == "cuda", f"{launch.kernel.__name__}: {name} is on {value.device}"
+
+
+def main(arguments):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("losses", nargs="*", help="all, if none is given")
+    parser.add_argument("--quick", action="store_true", help="each case in one of its dtypes, by triton")
+    options = parser.parse_args(arguments)
+    if core.INTERPRETED:
+        parser.error("TRITON_INTERPRET is set: its ops would be those of CPU tensors")
+    make_cuda_known()
+    sys.path.append(str(HERE))
+    from battery import LOSSES
+
+    core._too_old = lambda index: False
+    testing.generator = lambda seed: None
+    for module in list(sys.modules.values()):  # what `plain` asks of a tensor's type leaves out fake ones
+        if module.__name__.startswith("tlkernels.") and hasattr(module, "plain"):
+            module.plain = lambda *tensors: True
+    failures, made = collections.defaultdict(list), 0
+    for impl in ("triton",) if options.quick else ("triton", "reference"):
+        for name in options.losses or LOSSES:
+            for case in in_one_dtype(LOSSES[name].cases) if options.quick else LOSSES[name].cases:
+                made += 1
+                try:
+                    with FakeTensorMode(), Implementations(), core.recorded("sm_90", check_devices):
+                        call(name, LOSSES[name], case, impl)
+                except Exception as error:
+                    failures[name, impl, type(error).__name__, str(error), place_of(error)].append(case.id)
+    for (*what, place), cases in failures.items():
+        print(*what, f"{len(cases)} of {cases[:3]}", place, sep="\n    ")
+    print(f"{made} calls with fake CUDA tensors, {sum(map(len, failures.values()))} failed")
+    return bool(failures) or not made
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
