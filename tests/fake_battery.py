@@ -10,9 +10,9 @@ recorded; what the extension has for a GPU is not run.
 
 import argparse
 import collections
+import os
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import traceback
 from pathlib import Path
@@ -35,7 +35,7 @@ def make_cuda_known():
     if torch.backends.cuda.is_built():
         return
     root = Path(torch.__file__).parent
-    compiler = sysconfig.get_config_var("CXX") or "c++"
+    compiler = os.environ.get("CXX", "c++")
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "fake_cuda.so"
         command = [

@@ -307,8 +307,7 @@ def gradient(
         y = tl.load(target + r, here, other=-1)
         counted = here & (y != ignore_index)
         g = tl.where((y >= 0) & (y < classes), g, float("nan"))
-    # Of the tile's dimensions already: Triton 3.6 has one `tl.where` of a row's condition and another of it expanded
-    # for two layouts of one value, and fails in float64.
+    # Expanded once, before `tl.where`: Triton 3.6 does not compile float64 where rows and tiles share the condition.
     counted, g = counted[None, None, :], g[None, None, :]
     g = tl.where(counted, g, 0.0)  # it may be infinite where no row counts
     rest = 2 * number(z_loss, T) * (peak + log_sum)[None, None, :] * g
