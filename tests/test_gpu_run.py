@@ -264,11 +264,11 @@ def travelling(folder):
 
 def dry_run(python, checkout, out):
     """Run the script in a copy, with a case that ends its process; return its output."""
-    variables = {"GPU_BUDGET": "555", "GPU_FAKE": "1", "GPU_FAKE_CRASH": "nt_xent-native-1"}
+    variables = {"GPU_BUDGET": "1200", "GPU_FAKE": "1", "GPU_FAKE_CRASH": "nt_xent-native-1"}
     kept = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "PYTHONPATH")}
     command = [str(python), "-m", "scripts.gpu", str(out)]
     process = subprocess.run(
-        command, cwd=checkout, env={**kept, **variables}, capture_output=True, text=True, timeout=600
+        command, cwd=checkout, env={**kept, **variables}, capture_output=True, text=True, timeout=1300
     )
     assert process.returncode == 1, process.stdout + process.stderr  # something died
     return process.stdout
