@@ -108,7 +108,7 @@ def first_call_lines(figures: Sequence[Line]) -> list[str]:
     cases: dict[str, list[str]] = collections.defaultdict(list)
     for line in figures:
         if "first_ms" in line:
-            cases[line["case"]].append(f"{line['who']} {line['first_ms']:.0f}")
+            cases[line["case"]].append(f"{line['who']} {line['first_ms']:.3g}")
     return [f"{case}: {' | '.join(parts)}" for case, parts in cases.items()]
 
 
