@@ -136,7 +136,21 @@ def test_a_unit_goes_on_behind_a_case_that_ends_its_process(session):
     text, right = summary.write(session.out, session.parts, [])
     assert not right
     assert "mse                   triton" in text
-    assert "case 1: status -6 Fatal Python error: Segmentation fault" in text
+    assert "1 x mse triton died case 1: Fatal Python error: Segmentation fault" in text
+
+
+def test_failures_that_differ_in_numbers_alone_are_told_together():
+    messages = [f"Traceback\n  assert\nAssertionError: loss: error {n}.5, allowed 1" for n in range(3)] + [
+        "RuntimeError: x"
+    ]
+    lines = [
+        {"loss": "mse", "impl": "native", "status": "failed", "case": f"case {n}", "error": message}
+        for n, message in enumerate(messages)
+    ]
+    assert summary.failure_lines(summary.failure_groups(lines)) == [
+        "3 x mse native failed case 0: AssertionError: loss: error 0.5, allowed 1",
+        "1 x mse native failed case 3: RuntimeError: x",
+    ]
 
 
 def test_a_process_that_does_not_start_is_told(session, monkeypatch):
@@ -265,6 +279,7 @@ def travelling(folder):
 def dry_run(python, checkout, out):
     """Run the script in a copy, with a case that ends its process; return its output."""
     variables = {"GPU_BUDGET": "1200", "GPU_FAKE": "1", "GPU_FAKE_CRASH": "nt_xent-native-0"}
+    variables["GPU_COMMIT"] = "0123456789"  # a copy has no repository
     kept = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "PYTHONPATH")}
     command = [str(python), "-m", "scripts.gpu", str(out)]
     process = subprocess.run(
@@ -309,7 +324,9 @@ def test_dry_run(which, tmp_path):
     assert {line["status"] for line in lines} <= {"passed", "died", "begun"}
 
     head, *figures = units.read_lines(out / "figures.jsonl")
-    assert head["dry"] and head["commit"] and head["versions"]["torch"]
+    assert head["dry"]
+    assert head["commit"] == "0123456789"
+    assert head["versions"]["torch"]
     measured = summary.timed(figures)
     assert {"floor", "native", "reference", "eager"} <= set(next(iter(measured.values())))
     assert not [line for line in figures if "wrong" in line]
