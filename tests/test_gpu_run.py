@@ -136,7 +136,21 @@ def test_a_unit_goes_on_behind_a_case_that_ends_its_process(session):
     text, right = summary.write(session.out, session.parts, [])
     assert not right
     assert "mse                   triton" in text
-    assert "case 1: status -6 Fatal Python error: Segmentation fault" in text
+    assert "1 x mse triton died case 1: Fatal Python error: Segmentation fault" in text
+
+
+def test_failures_that_differ_in_numbers_alone_are_told_together():
+    messages = [f"Traceback\n  assert\nAssertionError: loss: error {n}.5, allowed 1" for n in range(3)] + [
+        "RuntimeError: x"
+    ]
+    lines = [
+        {"loss": "mse", "impl": "native", "status": "failed", "case": f"case {n}", "error": message}
+        for n, message in enumerate(messages)
+    ]
+    assert summary.failure_lines(summary.failure_groups(lines)) == [
+        "3 x mse native failed case 0: AssertionError: loss: error 0.5, allowed 1",
+        "1 x mse native failed case 3: RuntimeError: x",
+    ]
 
 
 def test_a_process_that_does_not_start_is_told(session, monkeypatch):
@@ -264,11 +278,12 @@ def travelling(folder):
 
 def dry_run(python, checkout, out):
     """Run the script in a copy, with a case that ends its process; return its output."""
-    variables = {"GPU_BUDGET": "555", "GPU_FAKE": "1", "GPU_FAKE_CRASH": "nt_xent-native-1"}
+    variables = {"GPU_BUDGET": "1200", "GPU_FAKE": "1", "GPU_FAKE_CRASH": "nt_xent-native-0"}
+    variables["GPU_COMMIT"] = "0123456789"  # a copy has no repository
     kept = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "PYTHONPATH")}
     command = [str(python), "-m", "scripts.gpu", str(out)]
     process = subprocess.run(
-        command, cwd=checkout, env={**kept, **variables}, capture_output=True, text=True, timeout=600
+        command, cwd=checkout, env={**kept, **variables}, capture_output=True, text=True, timeout=1300
     )
     assert process.returncode == 1, process.stdout + process.stderr  # something died
     return process.stdout
@@ -304,15 +319,14 @@ def test_dry_run(which, tmp_path):
     ran = {(line["loss"], line["impl"]) for line in lines}
     assert ran == {(loss, impl) for loss in cases.LOSSES for impl in ("native", "reference")}
     at_crash = [line for line in lines if (line["kind"], line["loss"], line["impl"]) == ("smoke", "nt_xent", "native")]
-    assert [line["status"] for line in sorted(at_crash, key=lambda line: line["job"])][:3] == [
-        "passed",
-        "died",
-        "passed",
-    ]
+    statuses = [line["status"] for line in sorted(at_crash, key=lambda line: line["job"])]
+    assert statuses[:2] == ["died", "passed"]  # named, and what comes behind it runs
     assert {line["status"] for line in lines} <= {"passed", "died", "begun"}
 
     head, *figures = units.read_lines(out / "figures.jsonl")
-    assert head["dry"] and head["commit"] and head["versions"]["torch"]
+    assert head["dry"]
+    assert head["commit"] == "0123456789"
+    assert head["versions"]["torch"]
     measured = summary.timed(figures)
     assert {"floor", "native", "reference", "eager"} <= set(next(iter(measured.values())))
     assert not [line for line in figures if "wrong" in line]

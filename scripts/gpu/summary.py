@@ -2,6 +2,7 @@
 
 import collections
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,12 +43,19 @@ def battery_table(lines: Sequence[Line]) -> list[str]:
     return [head, *rows]
 
 
+def _gist(error: str) -> str:
+    """Return the last line of a message that names an error."""
+    lines = error.strip().splitlines() or [""]
+    return next((line for line in reversed(lines) if "rror" in line), lines[-1]).strip()[-150:]
+
+
 def failure_groups(lines: Sequence[Line]) -> list[list[Line]]:
-    """Return what went wrong, cases with the same end of their message together, the most frequent first."""
+    """Return what went wrong, cases whose messages differ in numbers alone together, the most frequent first."""
     groups: dict[tuple[str, ...], list[Line]] = collections.defaultdict(list)
     for line in lines:
         if line["status"] in WRONG:
-            groups[line["loss"], line["impl"], line["status"], line["error"].strip()[-120:]].append(line)
+            message = re.sub(r"\d+", "#", _gist(line["error"]))
+            groups[line["loss"], line["impl"], line["status"], message].append(line)
     return sorted(groups.values(), key=len, reverse=True)
 
 
@@ -64,12 +72,12 @@ def failures_text(groups: Sequence[Sequence[Line]]) -> str:
 
 
 def failure_lines(groups: Sequence[Sequence[Line]]) -> list[str]:
-    """Return a line for each group: how many, whose, the first case's name, the end of the message."""
+    """Return a line for each group: how many, whose, the first case's name and error."""
     found = []
     for group in groups[:25]:
         first = group[0]
-        message = " ".join(first["error"].split())[-150:]
-        found.append(f"{len(group)} x {first['loss']} {first['impl']} {first['status']} {first['case']}: {message}")
+        who = f"{first['loss']} {first['impl']} {first['status']}"
+        found.append(f"{len(group)} x {who} {first['case']}: {_gist(first['error'])}")
     return found or ["none"]
 
 
@@ -108,7 +116,7 @@ def first_call_lines(figures: Sequence[Line]) -> list[str]:
     cases: dict[str, list[str]] = collections.defaultdict(list)
     for line in figures:
         if "first_ms" in line:
-            cases[line["case"]].append(f"{line['who']} {line['first_ms']:.0f}")
+            cases[line["case"]].append(f"{line['who']} {line['first_ms']:.3g}")
     return [f"{case}: {' | '.join(parts)}" for case, parts in cases.items()]
 
 
