@@ -82,9 +82,13 @@ class RowOf {
     } else {
       Store::kRereads ? sum_at_once(store, team) : sum_in_two(store, team);
     }
-    if (kFull && c.correct) write_correct(store, team);
-    team.has_read();
+    const bool correct = kFull && c.correct;  // takes more reductions
+    if (!correct) team.has_read();
     finish(team);
+    if (correct) {
+      write_correct(store, team);
+      team.has_read();
+    }
     if (grad_) write_gradient(store, n == 0, team);
   }
 
