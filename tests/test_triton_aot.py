@@ -32,9 +32,8 @@ def test_the_report_is_of_these_sources_and_without_a_problem():
     assert run.returncode == 0, f"{run.stderr}\nrun python -m bench.triton_resources"
 
 
-@pytest.mark.parametrize(
-    "loss", [loss if loss == "mse" else pytest.param(loss, marks=pytest.mark.full) for loss in LOSSES]
-)
+@pytest.mark.full
+@pytest.mark.parametrize("loss", LOSSES)
 def test_compiles_without_spills_and_as_the_byte_model_says(loss):
     run = python("-m", "bench.triton_resources", loss)
     assert run.returncode == 0, run.stderr
