@@ -46,7 +46,7 @@ build/cuda_host: setup
 lint: setup  ## ruff, mypy, clang-format; changes nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy -p tlkernels -p bench
+	$(BIN)/mypy -p tlkernels -p bench -p scripts
 	$(BIN)/clang-format --dry-run --Werror $(filter %.h %.inl %.cpp %.cu %.cuh,$(CSRC))
 
 bench: setup  ## ratios to eager, torch.compile and copy_, written to bench/results (BENCH_ARGS=--quick)
