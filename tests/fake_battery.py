@@ -80,11 +80,14 @@ def backward(loss):
         if type(node).__name__ != "AccumulateGrad":
             given = [grads[node].get(k) for k in range(len(node._input_metadata))]
             with torch.no_grad():
-                found = (node if callable(node) else node.apply)(*given)  # of C++, of Python
-            found = found if isinstance(found, tuple) else (found,)
-            # A node in Python has results for what is no tensor too, None.
-            wanted = [place for place in node.next_functions if place[0] is not None]
-            for (following, k), grad in zip(wanted, [grad for grad in found if grad is not None], strict=True):
+                found = (node if callable(node) else node.apply)(*given)
+            found, places = found if isinstance(found, tuple) else (found,), node.next_functions
+            if not callable(node):  # a node in Python has results for what is no tensor too, None
+                places = [place for place in places if place[0] is not None]
+                found = [grad for grad in found if grad is not None]
+            for (following, k), grad in zip(places, found, strict=True):
+                if following is None or grad is None:
+                    continue
                 assert grad.device.type == "cuda", f"{type(node).__name__} gives a gradient on {grad.device}"
                 before = grads[following].get(k)
                 grads[following][k] = grad if before is None else before + grad
