@@ -24,7 +24,8 @@ from csrc import objects  # noqa: E402
 CSRC = ROOT / "csrc"
 # Those that belong to the extension module.
 NOT_SHARED = ("module.cpp", "autograd.cpp")
-FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-DTLK_CUDA_HOST"]
+FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+FLAGS += ["-Wno-maybe-uninitialized", "-DTLK_CUDA_HOST"]  # GCC 12 takes a small vector of torch for uninitialised
 SANITIZE = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g1"]
 
 
