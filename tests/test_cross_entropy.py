@@ -69,9 +69,10 @@ def test_second_gradient(case, reduction, target):
 
 @pytest.mark.parametrize("target", TARGETS, ids=str)
 @pytest.mark.parametrize("case", [
-    Case((4, 5), F64), Case((4, 5), F64, weighted=True, options=MIXED),
-    Case((3, 5), F64, "probabilities", True, options=MIXED),
-    Case((2, 3, 4), F64, options=MIXED), Case((5,), F64, options=MIXED[:4]),
+    Case((4, 5), F64), Case((3, 5), F64, "probabilities", True, options=MIXED),
+    *(pytest.param(case, marks=pytest.mark.full) for case in (
+        Case((4, 5), F64, weighted=True, options=MIXED), Case((2, 3, 4), F64, options=MIXED),
+        Case((5,), F64, options=MIXED[:4]))),
 ], ids=str)  # fmt: skip
 def test_gradcheck(case, target):
     input, classes, weight, options = case.make(0)
