@@ -171,7 +171,10 @@ SPILLS = {
     for name in ("statistics", "gradient", "pairs")
     for what in ("spills", "local")
 }
-SPILLS["pairs", "gfx942", "spills"] = "scalar registers, kept in lanes of vector registers: no memory"
+SPILLS |= {
+    (name, "gfx942", "spills"): "scalar registers, kept in lanes of vector registers: no memory"
+    for name in ("statistics", "pairs")
+}
 """The exceptions of kernels with a bound on registers."""
 # Passes over rows of features, bound by memory: 16 bytes a lane.
 _ROWS = Table(

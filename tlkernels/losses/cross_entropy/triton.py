@@ -306,6 +306,13 @@ def directional(
 
 _WIDE = {"sweep": ("LDG.E.128", "STG.E.128")}
 _PLAIN = (None, -100, 0.0, 1.0, None, 0.0)
+_FEW = "8 to 32 bytes of a thread, once a row of which it holds 128 bytes: of 16 warps, each thread has 128 registers"
+_SPILLS = {
+    ("sweep", "sm_80", "spills: 14,"): _FEW,
+    ("sweep", "sm_90", "spills: 2,"): _FEW,
+    ("sweep", "sm_100", "spills: 12,"): _FEW,
+}
+_SCALARS = {("sweep", "gfx942", "spills"): "scalar registers, kept in lanes of vector registers: no memory"}
 
 
 def examples() -> Iterator[Example]:
@@ -317,7 +324,8 @@ def examples() -> Iterator[Example]:
     ):
         for classes in sizes:
             x, y = _meta((4096, classes), dtype), _meta((4096,), torch.int64)
-            yield Example(f"step-{classes}-{dtype}", partial(step, x, y, *_PLAIN, True), _WIDE)
+            spills = _SPILLS if (dtype, classes) == (torch.float32, 16384) else {}
+            yield Example(f"step-{classes}-{dtype}", partial(step, x, y, *_PLAIN, True), _WIDE, spills)
     x, y = _meta((4096, 32000), torch.bfloat16), _meta((4096,), torch.int64)
     for classes in (8192, 32000):
         z, weight = _meta((4096, classes), torch.bfloat16), _meta((classes,), torch.bfloat16)
@@ -337,7 +345,7 @@ def examples() -> Iterator[Example]:
     yield Example("step-odd", partial(step, _meta((4096, 50257), torch.bfloat16), y, *_PLAIN, True))
     for classes in (21, 300):
         x, y = _meta((8, classes, 512, 512), torch.bfloat16), _meta((8, 512, 512), torch.int64)
-        yield Example(f"columns-{classes}", partial(step, x, y, *_PLAIN, True), _WIDE)
+        yield Example(f"columns-{classes}", partial(step, x, y, *_PLAIN, True), _WIDE, _SCALARS)
 
 
 def _meta(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -226,6 +226,12 @@ def second(
     return by_rows, by_student, by_teacher
 
 
+_OF_SECOND = {
+    ("second", "sm_100", "LDG.E.128"): "half as wide: what it reads is in L2, and registers are what is short",
+    ("second", "gfx942", "spills"): "scalar registers, kept in lanes of vector registers: no memory",
+}
+
+
 def examples() -> Iterator[Example]:
     """Yield calls that take every kernel and every row of the table."""
     wide = {"distillation": ("LDG.E.128", "STG.E.128")}
@@ -253,13 +259,7 @@ def examples() -> Iterator[Example]:
             f"second-{divergence}",
             partial(second, x, x, rows, x, x, *options, True, True),
             {"second": wide["distillation"]},
-            {
-                (
-                    "second",
-                    "sm_100",
-                    "LDG.E.128",
-                ): "half as wide: what it reads is in L2, and registers are what is short"
-            },
+            _OF_SECOND,
         )
     x = logits(32000, torch.bfloat16)
     yield Example("losses", partial(forward, x, x, *plain[:-1]), {"distillation": ("LDG.E.128",)})

@@ -228,7 +228,7 @@ def _shaped(grads: Sequence[Tensor], layers: Sequence[Any]) -> tuple[Tensor, ...
 
 _FEW = {
     ("average", "sm_100", "spills: 2,"): "two words of 255 registers in float32, whose products bound it",
-    ("gradient", "sm_100", "spills: 2,"): "two words of 255 registers, with all options at once",
+    ("gradient", "sm_100", "spills: 4,"): "two words of 255 registers, with all options at once",
     ("normalise", "gfx942", "spills"): "scalar registers, kept in vector registers, not in memory",
     ("average", "gfx942", "spills"): "scalar registers, kept in vector registers, not in memory",
 }
