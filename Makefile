@@ -24,16 +24,16 @@ demo: setup  ## fine-tune a pretrained model on docstrings (DEMO_ARGS='--help' t
 	$(BIN)/tlkernels finetune $(DEMO_ARGS)
 
 test: setup build/cuda_host  ## every loss, implementation, dtype and option, in pairs (TEST_ARGS='-k softcap')
-	$(PY) -m pytest -n auto $(TEST_ARGS)
+	$(PY) -m pytest -n auto --dist worksteal $(TEST_ARGS)
 
 test-full: setup build/cuda_host sanitize  ## every test there is, and every combination: hours
-	$(PY) -m pytest -n auto -m '' $(TEST_ARGS)
+	$(PY) -m pytest -n auto --dist worksteal -m '' $(TEST_ARGS)
 	$(MAKE) cuda-compile
 
 # Architecture k is compiled with sixth k; the resource report of Triton's kernels is among the tests.
 ARCHITECTURES := sm_80 sm_86 sm_89 sm_90a sm_100a sm_120
 test-sixth: setup build/cuda_host  ## one sixth of what `make test` leaves out (SIXTH=1 ... 6)
-	$(PY) -m pytest -n auto -m full --sixth $(SIXTH) $(TEST_ARGS)
+	$(PY) -m pytest -n auto --dist worksteal -m full --sixth $(SIXTH) $(TEST_ARGS)
 	$(MAKE) sanitize TEST_ARGS='--sixth $(SIXTH)'
 	if $(PY) -c 'from csrc import nvcc; raise SystemExit(nvcc.compiler() is None)'; then \
 		TLKERNELS_CUDA_ARCHS=$(word $(SIXTH),$(ARCHITECTURES)) $(MAKE) cuda-compile COMPILE_ARGS=--quick; fi
@@ -61,7 +61,7 @@ sanitize: setup  ## the kernels' core tests under AddressSanitizer and UBSan
 	TLKERNELS_SANITIZE=1 $(PY) setup.py -q build -b build/sanitize --build-lib build/sanitize/lib
 	$(SANITIZED) $(PY) -P -c 'import torch; from tlkernels import _C; assert _C.build_info()["sanitize"] == "1", _C'
 	$(SANITIZED) $(PY) tests/cuda_host/build.py
-	$(SANITIZED) $(BIN)/pytest -n auto -m core -k 'native or cuda_host' tests $(TEST_ARGS)
+	$(SANITIZED) $(BIN)/pytest -n auto --dist worksteal -m core -k 'native or cuda_host' tests $(TEST_ARGS)
 
 cuda-compile: setup  ## the CUDA kernels for every architecture, no GPU needed (COMPILE_ARGS=--quick for two of them)
 	$(PY) -m bench.cuda_resources $(COMPILE_ARGS)

@@ -1,6 +1,7 @@
 """Fixtures of all tests, and which tests make up the quick part."""
 
 import os
+import time
 from collections import defaultdict
 
 import pytest
@@ -89,6 +90,12 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """Do not wait between the tries to reach a model hub, which take 23 s where there is no network."""
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
 
 
 @pytest.fixture

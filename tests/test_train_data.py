@@ -189,6 +189,6 @@ def test_empty_strings_are_no_labels(tmp_path):
     assert labels.count(IGNORE) == 9
 
 
-def test_a_hub_name_without_a_network():
+def test_a_hub_name_without_a_network(impatient):
     with pytest.raises(UserError, match="cannot read nobody/nothing-of-this-name"):
         load_data(DataConfig(path="nobody/nothing-of-this-name"), seed=0)

@@ -85,7 +85,7 @@ def test_where_the_default_model_comes_from(tiny, tmp_path, monkeypatch):
     assert source(ModelConfig(path="somebody/some-model")) == "somebody/some-model"
 
 
-def test_what_is_not_an_encoder_or_not_there(tiny, tmp_path):
+def test_what_is_not_an_encoder_or_not_there(tiny, tmp_path, impatient):
     import transformers
 
     transformers.T5Config(d_model=16, num_layers=1, vocab_size=8).save_pretrained(tmp_path)
