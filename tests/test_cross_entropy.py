@@ -93,7 +93,7 @@ def test_gradcheck(case, target):
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=str)
-@pytest.mark.parametrize("dtype", [F64, F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("dtype", [F32, BF16, *(pytest.param(d, marks=pytest.mark.full) for d in (F64, F16))], ids=str)
 def test_pytorch_samples(dtype, target):
     """PyTorch's own samples of the function."""
     from torch.testing._internal.common_methods_invocations import op_db

@@ -452,7 +452,10 @@ def peak_memory(name, n, d):
 
 
 @pytest.mark.usefixtures("needs_native")
-@pytest.mark.parametrize("name", ["info_nce", "none", "nt_xent", "sup_con", "sigmoid_contrastive"])
+@pytest.mark.parametrize("name", [
+    "info_nce", "sigmoid_contrastive",
+    *(pytest.param(name, marks=pytest.mark.full) for name in ("none", "nt_xent", "sup_con")),
+])  # fmt: skip
 def test_no_matrix_of_similarities(name):
     """6144 x 6144 floats are 151 MB, as bytes 38 MB; embeddings, gradients, statistics and a tile are under 16 MB."""
     above, _ = peak_memory(name, 6144, 16)

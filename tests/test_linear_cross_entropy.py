@@ -74,8 +74,10 @@ def test_the_dense_form_agrees(any_isa, options, target, weighted):
          torch.autograd.grad(expected, layer(arguments), upstream))  # fmt: skip
 
 
-@pytest.mark.parametrize("step", [25, pytest.param(1, marks=pytest.mark.full)], ids=["some", "all"])
-@pytest.mark.parametrize("dtype", [F64, F32, BF16, F16], ids=str)
+SAMPLES = [(F32, 25), *(pytest.param(dtype, 1, marks=pytest.mark.full) for dtype in (F64, F32, BF16, F16))]
+
+
+@pytest.mark.parametrize(("dtype", "step"), SAMPLES, ids=str)
 def test_pytorch_samples(impl, dtype, step):
     """PyTorch's own samples of the function, but for those of several layers (linear_weight of more dimensions)."""
     from torch.testing._internal.common_methods_invocations import op_db
