@@ -56,9 +56,10 @@ bench: setup  ## ratios to eager, torch.compile and copy_, written to bench/resu
 # process, and libstdc++ with them, or they do not find the functions that they wrap.
 RUNTIME = $$($${CXX:-c++} -print-file-name=$(1))
 SANITIZED = LD_PRELOAD="$(call RUNTIME,libasan.so) $(call RUNTIME,libubsan.so) $(call RUNTIME,libstdc++.so)" \
-	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH=$(CURDIR)/build/sanitize/lib
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH=$(CURDIR)/build/sanitize/lib:$(CURDIR)
 sanitize: setup  ## the kernels' core tests under AddressSanitizer and UBSan
 	TLKERNELS_SANITIZE=1 $(PY) setup.py -q build -b build/sanitize --build-lib build/sanitize/lib
+	ln -sfn $(CURDIR)/tests $(CURDIR)/csrc build/sanitize/lib
 	$(SANITIZED) $(PY) -P -c 'import torch; from tlkernels import _C; assert _C.build_info()["sanitize"] == "1", _C'
 	$(SANITIZED) $(PY) tests/cuda_host/build.py
 	$(SANITIZED) $(BIN)/pytest -n auto --dist worksteal -m core -k 'native or cuda_host' tests $(TEST_ARGS)

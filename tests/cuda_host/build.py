@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch.utils.cpp_extension import include_paths
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent  # of a link: `make sanitize` has one
 ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT))
 from csrc import objects  # noqa: E402
