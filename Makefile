@@ -26,7 +26,7 @@ demo: setup  ## fine-tune a pretrained model on docstrings (DEMO_ARGS='--help' t
 test: setup build/cuda_host  ## every loss, implementation, dtype and option, in pairs (TEST_ARGS='-k softcap')
 	$(PY) -m pytest -n auto --dist worksteal $(TEST_ARGS)
 
-test-full: setup build/cuda_host sanitize  ## every test there is, and every combination: hours
+test-full: setup build/cuda_host sanitize  ## every test there is, and every combination: an hour or two
 	$(PY) -m pytest -n auto --dist worksteal -m '' $(TEST_ARGS)
 	$(MAKE) cuda-compile
 
