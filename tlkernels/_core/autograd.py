@@ -1,55 +1,200 @@
-"""Autograd that losses share: a gradient computed along with the loss, and derivatives of gradients."""
+"""Autograd that the losses share.
 
+A loss is an op with a `Rule`, which says how the op is differentiated. `differentiable` registers the rule with the op,
+so that `torch.compile`, `torch.export`, `make_fx`, saved-tensor hooks and tensor subclasses find it there. Plain eager
+autograd has a faster way: `apply` and `one_sweep` attach a node of the extension to the op's result.
+"""
+
+import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import Function, forward_ad
 
-from tlkernels._core import native, triton
+from tlkernels._core import library, native, triton
 from tlkernels._core.library import scale_
 
+Args = Sequence[Any]
+"""The arguments of an op: tensors, None, and numbers."""
+Needs = Sequence[bool]
 Tensors = Sequence[Tensor | None]
-Step = Callable[[Tensors, Sequence[bool]], tuple[Tensor, list[Tensor | None]]]
-Backward = Callable[[Tensor, Tensors, Sequence[bool]], list[Tensor | None]]
-Again = Callable[[Tensors], Tensor]
 Scale = Callable[[Tensor, Tensor], Tensor]
 
 _ON_DEVICE = native.served("scale_")
 """The types of devices on which the extension multiplies gradients by their upstream without reading it on the host."""
 
 
-def plain(*tensors: Tensor | None) -> bool:
-    """Return whether nothing but plain autograd will ask for derivatives: no compiler, transform, forward mode."""
-    return (
-        not torch.compiler.is_compiling()
-        and all(tensor is None or type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
-        and torch._C._autograd._top_saved_tensors_default_hooks(False) is None  # such as activation checkpointing
-    )
+class Rule(NamedTuple):
+    """How an op is differentiated by its first arguments.
 
-
-def differentiate(again: Again, tensors: Tensors, needs: Sequence[bool], upstream: Tensor) -> list[Tensor | None]:
-    """Return the gradients of `again(tensors)` where needed, themselves differentiable to any order.
-
-    `again` is the loss in plain PyTorch. Backwards call this where `create_graph=True` asks for more derivatives.
+    A rule holds no tensor. What it reads comes with `args`, which autograd saves: so versions are checked, hooks are
+    called, and a loss keeps nothing alive once its graph is gone.
     """
+
+    inputs: int
+    """How many arguments, the first ones, may need a gradient."""
+    backward: Callable[[Tensors, Args, Needs], Tensors]
+    """(upstream of each differentiable result, args followed by what is kept, needs) -> a gradient for each input."""
+    reference: Callable[[Args], Tensor | Tensors] | None
+    """The differentiable results in plain PyTorch, for derivatives of gradients; None where `backward` has its own."""
+    results: tuple[int, ...] = (0,)
+    """Which results of the op are differentiable."""
+    kept: tuple[int, ...] = ()
+    """Which results the backward reads."""
+
+
+class Sweep(NamedTuple):
+    """How a reduced loss is computed along with its gradients. Like a `Rule`, it holds no tensor."""
+
+    inputs: int
+    step: Callable[[Args, Needs], tuple[Tensor, Tensors]]
+    """(args, needs) -> the loss, and a fresh gradient for each input that needs one."""
+    reference: Callable[[Args], Tensor]
+    """The loss in plain PyTorch."""
+    by_triton: bool = False
+    """Whether `step` is Triton's. Where the extension has no kernel for the device, Triton's multiplies gradients by
+    their upstream."""
+
+
+_rules: dict[Any, Rule] = {}
+
+
+def differentiable(op: Any, rule: Rule) -> None:
+    """Register `rule` as the autograd formula of `op`."""
+    _rules[op] = rule
+    arguments = len(op._schema.arguments)
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        outputs = output if isinstance(output, tuple) else (output,)
+        ctx.mark_non_differentiable(*(o for i, o in enumerate(outputs) if i not in rule.results))
+        ctx.set_materialize_grads(False)
+        _save(ctx, (*inputs, *(outputs[i] for i in rule.kept)))
+
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        # A compiler traces the first derivative alone, and raises itself where another is asked of it.
+        create_graph = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        upstreams, needs = [grads[i] for i in rule.results], ctx.needs_input_grad[: rule.inputs]
+        if all(upstream is None for upstream in upstreams):
+            return (None,) * arguments
+        return *gradients(rule, upstreams, _saved(ctx), needs, create_graph), *(None,) * (arguments - rule.inputs)
+
+    library.register_autograd(op, backward, setup_context)
+
+
+def _save(ctx: Any, args: Args) -> None:
+    """Save the arguments of an op. Inference tensors, whose versions are not counted, are held as they are."""
+    ctx.tracked = [isinstance(arg, Tensor) and not arg.is_inference() for arg in args]
+    ctx.save_for_backward(*(arg for arg, tracked in zip(args, ctx.tracked, strict=True) if tracked))
+    ctx.rest = [None if tracked else arg for arg, tracked in zip(args, ctx.tracked, strict=True)]
+
+
+def _saved(ctx: Any) -> list[Any]:
+    tensors = iter(ctx.saved_tensors)  # read once: hooks may unpack a tensor once only
+    return [next(tensors) if tracked else arg for arg, tracked in zip(ctx.rest, ctx.tracked, strict=True)]
+
+
+def gradients(rule: Rule | Sweep, upstreams: Tensors, args: Args, needs: Needs, create_graph: bool) -> Tensors:
+    """Return the gradients by the first arguments where needed; differentiable to any order with `create_graph`."""
+    if create_graph and rule.reference is not None:
+        return differentiate(rule.reference, upstreams, args, needs)
+    if isinstance(rule, Rule):
+        return rule.backward(upstreams, args, needs)
+    (upstream,) = upstreams
+    assert upstream is not None
+    found = rule.step(args, needs)[1]
+    scale = _scale(upstream.device.type, rule.by_triton)
+    return [None if grad is None else _scaled(grad, upstream, scale) for grad in where_needed(found, needs)]
+
+
+def differentiate(
+    reference: Callable[[Args], Tensor | Tensors], upstreams: Tensors, args: Args, needs: Needs
+) -> list[Tensor | None]:
+    """Return the gradients of `reference(args)` by the first arguments where needed, with a graph of their own."""
     with torch.enable_grad():
-        loss = again(tensors)
-        wanted = [tensor for tensor, need in zip(tensors, needs, strict=True) if need and tensor is not None]
-        found = iter(torch.autograd.grad(loss, wanted, upstream.to(loss.dtype), create_graph=True, allow_unused=True))
+        # An alias of each, so that a tensor that comes in twice has two gradients.
+        args = [arg.view_as(arg) if i < len(needs) and needs[i] else arg for i, arg in enumerate(args)]
+        results = reference(args)
+        results = (results,) if isinstance(results, Tensor) else results
+        pairs = [(r, u.to(r.dtype)) for r, u in zip(results, upstreams, strict=True) if r is not None and u is not None]
+        wanted = [arg for arg, need in zip(args, needs, strict=False) if need]
+        grads = torch.autograd.grad(
+            [result for result, _ in pairs], wanted, [u for _, u in pairs], create_graph=True, allow_unused=True
+        )
+    found = iter(grads)
     return [next(found) if need else None for need in needs]
 
 
-def where_needed(grads: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor | None]:
+def where_needed(grads: Tensors, needs: Needs) -> list[Tensor | None]:
     """Return None in place of the gradients that an op has not computed."""
     return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
 
 
+def plain(*args: Any) -> bool:
+    """Return whether nothing but plain autograd will ask for derivatives: no compiler, transform, mode, subclass."""
+    return (
+        not torch.compiler.is_compiling()
+        and all(not isinstance(arg, Tensor) or type(arg) in _PLAIN for arg in args)
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and torch._C._autograd._top_saved_tensors_default_hooks(False) is None  # such as activation checkpointing
+        and not torch._C._len_torch_dispatch_stack()  # such as make_fx
+    )
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def apply(op: Any, *args: Any) -> Any:
+    """Return the results of `op`, differentiable by its rule."""
+    rule = _rules[op]
+    if len(rule.results) > 1 or not plain(*args):
+        return op(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        results = op(*args)
+    if _needs_grad(args[: rule.inputs]):
+        first, *others = (results,) if isinstance(results, Tensor) else results
+        kept = [others[i - 1] for i in rule.kept]
+        first = _attach(first, rule, (*args, *kept), [])
+        return first if isinstance(results, Tensor) else (first, *others)
+    return results
+
+
+def two_sweeps(loss: Tensor, rule: Rule, *args: Any) -> Tensor:
+    """Return `loss`, computed without autograd, as the result of `args`; only where `plain(*args)`."""
+    return _attach(loss, rule, args, []) if _needs_grad(args[: rule.inputs]) else loss
+
+
+def one_sweep(sweep: Sweep, *args: Any, dtype: torch.dtype | None = None) -> Tensor:
+    """Return a 0-d loss whose gradients are computed along with it; only where `plain(*args)`.
+
+    The first backward hands out the stored gradients, and no copy is kept. A second one computes them again, and one
+    that is to be differentiated (`create_graph=True`) goes through `sweep.reference`.
+
+    Args:
+        sweep: the loss.
+        args: of the loss.
+        dtype: of the result, where `sweep.step` may give another. A cast outside would be one more node of the graph,
+            and on a GPU one more launch in the backward.
+    """
+    enabled = torch.is_grad_enabled()
+    needs = [enabled and arg is not None and arg.requires_grad for arg in args[: sweep.inputs]]
+    with torch._C._AutoDispatchBelowAutograd():
+        loss, grads = sweep.step(args, needs)
+        if dtype is not None and loss.dtype != dtype:
+            loss = loss.to(dtype)
+    return _attach(loss, sweep, args, where_needed(grads, needs)) if any(needs) else loss
+
+
+def _needs_grad(args: Args) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
+
+
 def refuse_native(*tensors: Tensor | None, served: tuple[str, ...] = ("cpu",)) -> str | None:
-    """Return why a native implementation without functorch support cannot serve a call with these tensors, or None.
+    """Return why a native implementation cannot serve a call with these tensors, or None.
 
     `served` are the types of devices that it has kernels for (`native.served`).
     """
@@ -59,15 +204,30 @@ def refuse_native(*tensors: Tensor | None, served: tuple[str, ...] = ("cpu",)) -
         if tensor is not None and tensor.device.type not in served:
             kinds = " and ".join(kind.upper() for kind in served)
             return f"it serves {kinds} tensors; there is one on {tensor.device}"
-    return _refuse_transforms()
+    return refuse_subclasses(*tensors)
 
 
 def refuse_triton(*tensors: Tensor | None) -> str | None:
-    """Return why a Triton implementation without functorch support cannot serve a call with these tensors, or None."""
-    return triton.refuse_triton(*tensors) or _refuse_transforms()
+    """Return why a Triton implementation cannot serve a call with these tensors, or None."""
+    return triton.refuse_triton(*tensors) or refuse_subclasses(*tensors)
 
 
-def _refuse_transforms() -> str | None:
+def refuse_subclasses(*tensors: Tensor | None) -> str | None:
+    """Return why kernels cannot serve these tensors if one is of a kind that has operators of its own, or None."""
+    for tensor in tensors:
+        if tensor is None or type(tensor) in _PLAIN or isinstance(tensor, _TRACED):
+            continue
+        kind = type(tensor)
+        if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:  # such as DTensor
+            return f"a {kind.__name__} goes through the reference, since it has no rule for the kernels' ops"
+    return None
+
+
+_TRACED = (FakeTensor, FunctionalTensor)
+
+
+def refuse_transforms() -> str | None:
+    """Return why kernels without functorch support cannot serve a call at this moment, or None."""
     if torch._C._are_functorch_transforms_active():
         return "torch.func transforms go through the reference"
     if forward_ad._current_level >= 0:
@@ -75,67 +235,20 @@ def _refuse_transforms() -> str | None:
     return None
 
 
-def one_sweep(
-    step: Step, again: Again, *tensors: Tensor | None, dtype: torch.dtype | None = None, by_triton: bool = False
-) -> Tensor:
-    """Return a loss whose gradients are computed along with it; only where `plain(*tensors)`, and for a 0-d loss.
-
-    The first backward gives the gradients away, so that theirs is the only memory; a second one computes them again,
-    and one that is to be differentiated (`create_graph=True`) goes through `again`.
-
-    Args:
-        step: (tensors, whether each needs a gradient) -> the loss and a fresh gradient for each that does.
-        again: the same loss of the same tensors in plain PyTorch.
-        tensors: what may need a gradient; `step` and `again` hold everything else.
-        dtype: of the loss, where `step` may give another. A cast outside would be one more node of the graph, and on a
-            GPU one more launch in the backward.
-        by_triton: whether `step` is Triton's. Where the extension has no kernel for the device, Triton's multiplies
-            gradients by their upstream.
-    """
-    needs = [_needs_grad(tensor) for tensor in tensors]
-    with torch.no_grad():
-        loss, grads = step(tensors, needs)
-        if dtype is not None and loss.dtype != dtype:
-            loss = loss.to(dtype)
-    if not any(needs):
-        return loss
-    scale = _scale(loss.device.type, by_triton)
-
-    def compute(upstream: Tensor, tensors: Tensors, needs: Sequence[bool], create_graph: bool) -> list[Tensor | None]:
-        if create_graph:
-            return differentiate(again, tensors, needs, upstream)
-        return [
-            grad if grad is None else scale(grad, upstream) for grad in where_needed(step(tensors, needs)[1], needs)
-        ]
-
-    return _attach(loss, tensors, grads, compute, scale)
-
-
-def two_sweeps(loss: Tensor, backward: Backward, again: Again, *tensors: Tensor | None) -> Tensor:
-    """Return `loss`, computed without autograd, with a gradient by `tensors`; only where `plain(*tensors)`.
-
-    For what `one_sweep` does not serve: an upstream gradient for each row, or one that the gradient must not be rounded
-    without, as in float16.
-
-    Args:
-        loss: its own history is replaced.
-        backward: (upstream, tensors, whether each needs a gradient) -> a gradient for each that does.
-        again, tensors: as of `one_sweep`.
-    """
-
-    def compute(upstream: Tensor, tensors: Tensors, needs: Sequence[bool], create_graph: bool) -> list[Tensor | None]:
-        if create_graph:
-            return differentiate(again, tensors, needs, upstream)
-        return backward(upstream, tensors, needs)
-
-    return _attach(loss, tensors, [], compute) if any(map(_needs_grad, tensors)) else loss
-
-
 def _scale(device: str, by_triton: bool) -> Scale:
     """Return what multiplies a gradient in place by its upstream, on that type of device."""
     if device in _ON_DEVICE:
         return _by_extension
     return _by_triton if by_triton else Tensor.mul_
+
+
+def _scaled(grad: Tensor, upstream: Tensor, scale: Scale) -> Tensor:
+    # A batch of upstream values (is_grads_batched) makes a batch of gradients; a compiler traces a function of values.
+    return scale(grad, upstream) if _one_value(upstream) else grad * upstream
+
+
+def _one_value(upstream: Tensor) -> bool:
+    return plain(upstream) and not torch._C._functorch.is_legacy_batchedtensor(upstream)
 
 
 def _by_extension(grad: Tensor, upstream: Tensor) -> Tensor:
@@ -149,21 +262,16 @@ def _by_triton(grad: Tensor, upstream: Tensor) -> Tensor:
     return triton_kernels.scale_(grad, upstream)
 
 
-def _needs_grad(tensor: Tensor | None) -> bool:
-    return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
-
-
-def _attach(
-    loss: Tensor, tensors: Tensors, grads: Sequence[Tensor | None], compute: Any, scale: Scale = Tensor.mul_
-) -> Tensor:
-    """Return `loss` as the result of `tensors`, as `native.attach` says; `scale` multiplies the gradients.
+def _attach(loss: Tensor, rule: Rule | Sweep, args: Args, grads: Tensors) -> Tensor:
+    """Return `loss` as the result of `args`, as `native.attach` says.
 
     The extension's node is faster than one of Python's, but it does not call Triton.
     """
+    scale = _scale(loss.device.type, isinstance(rule, Sweep) and rule.by_triton)
     if native.available() and scale is not _by_triton:
-        native.attach(loss, tensors, grads, compute, scale is _by_extension)
+        native.attach(loss, rule, args, grads, scale is _by_extension)
         return loss
-    attached: Tensor = _Attached.apply([loss], list(grads), scale, compute, *tensors)  # type: ignore[no-untyped-call]
+    attached: Tensor = _Attached.apply([loss], list(grads), scale, rule, *args)  # type: ignore[no-untyped-call]
     return attached
 
 
@@ -171,17 +279,39 @@ class _Attached(Function):
     """What `native.attach` does."""
 
     @staticmethod
-    def forward(ctx: Any, loss: list[Tensor], grads: Any, scale: Any, compute: Any, *tensors: Tensor | None) -> Tensor:
-        ctx.save_for_backward(*tensors)
-        ctx.grads, ctx.scale, ctx.compute = grads, scale, compute
+    def forward(ctx: Any, loss: list[Tensor], grads: Any, scale: Any, rule: Any, *args: Any) -> Tensor:
+        _save(ctx, args)
+        ctx.grads, ctx.scale, ctx.rule = grads, scale, rule
         return loss[0]
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:
-        needs = ctx.needs_input_grad[4:]
+        rule, needs = ctx.rule, ctx.needs_input_grad[4 : 4 + ctx.rule.inputs]
         if ctx.grads and not torch.is_grad_enabled():
-            ready, ctx.grads = where_needed(ctx.grads, needs), []
-            found = [grad if grad is None else ctx.scale(grad, upstream) for grad in ready]
+            ready = where_needed(ctx.grads, needs)
+            if _one_value(upstream):
+                ctx.grads = []
+            grads = [None if grad is None else _scaled(grad, upstream, ctx.scale) for grad in ready]
         else:
-            found = ctx.compute(upstream, ctx.saved_tensors, needs, torch.is_grad_enabled())
-        return None, None, None, None, *found
+            grads = list(gradients(rule, [upstream], _saved(ctx), needs, torch.is_grad_enabled()))
+        return None, None, None, None, *grads, *(None,) * (len(ctx.rest) - rule.inputs)
+
+
+_constants: dict[int, tuple[Rule | Sweep, list[Any]]] = {}
+_numbers: dict[tuple[Rule | Sweep, str], int] = {}
+_next = itertools.count()
+
+
+def number_of(rule: Rule | Sweep, rest: list[Any]) -> int:
+    """Return a number for a rule and the arguments that are no tensors, under which `by_number` finds them again.
+
+    Compiled autograd puts the number into its graph, and into the key by which it finds the graph again.
+    """
+    number = _numbers.setdefault((rule, repr(rest)), next(_next))
+    _constants.setdefault(number, (rule, rest))
+    return number
+
+
+def by_number(number: int) -> tuple[Rule | Sweep, list[Any]]:
+    """Return what `number_of` was given."""
+    return _constants[number]

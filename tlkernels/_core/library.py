@@ -1,6 +1,7 @@
 """Definition of torch ops: schemas and fakes in Python, so the package imports without _C; C++ and Triton implement."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,18 +9,43 @@ import torch
 _library = torch.library.Library("tlkernels", "DEF")
 
 
-def define(schema: str, fake: Callable[..., Any]) -> Any:
-    """Define `tlkernels::<schema>` and return its overload; `fake` gives results of the right kind without data."""
+def define(schema: str, fake: Callable[..., Any], differentiable: bool = False) -> Any:
+    """Define `tlkernels::<schema>` and return its overload; `fake` gives results of the right kind without data.
+
+    A differentiable op gets its formula by `register_autograd`.
+    """
     name = _library.define(schema)
     torch.library.register_fake(f"tlkernels::{name}", fake, lib=_library)
-    # Autograd is attached around the op; torch's own fallback would only box its arguments to say that it has none.
-    _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
-    return getattr(torch.ops.tlkernels, name).default
+    op = getattr(torch.ops.tlkernels, name).default
+    if not differentiable:
+        # Autograd is attached around the op; torch's own fallback would only box its arguments to say that it has none.
+        _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    if op._schema.returns and not op._schema.is_mutable:
+        torch.library.register_vmap(f"tlkernels::{name}", partial(_one_by_one, op), lib=_library)
+    return op
 
 
-def define_implemented(schema: str, fake: Callable[..., Any], implementation: Callable[..., Any], key: str) -> Any:
+def _one_by_one(op: Any, info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
+    """Vmap by a loop, for batches of upstream values; the kernels have no batch dimension."""
+    results = [
+        op(*(arg.select(d, i) if isinstance(d, int) else arg for arg, d in zip(args, in_dims, strict=True)))
+        for i in range(info.batch_size)
+    ]
+    if isinstance(results[0], torch.Tensor):
+        return torch.stack(results), 0
+    return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * len(results[0])
+
+
+def register_autograd(op: Any, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
+    """Register the formula by which a differentiable op is differentiated."""
+    torch.library.register_autograd(op._schema.name, backward, setup_context=setup_context, lib=_library)
+
+
+def define_implemented(
+    schema: str, fake: Callable[..., Any], implementation: Callable[..., Any], key: str, differentiable: bool = False
+) -> Any:
     """As `define`, with an implementation in Python for the dispatch key."""
-    op = define(schema, fake)
+    op = define(schema, fake, differentiable)
     _library.impl(op._schema.name.split("::")[1], implementation, key)
     return op
 

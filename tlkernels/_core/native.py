@@ -70,16 +70,14 @@ def force_isa(name: str) -> None:
     _loaded().isa_force(name)
 
 
-def attach(
-    loss: Tensor, inputs: Sequence[Tensor | None], grads: Sequence[Tensor | None], compute: Any, on_device: bool
-) -> None:
-    """Make `loss` the result of `inputs` in autograd's graph. For `_core/autograd.py`.
+def attach(loss: Tensor, rule: Any, args: Sequence[Any], grads: Sequence[Tensor | None], on_device: bool) -> None:
+    """Make `loss` the result of `args` in autograd's graph. For `_core/autograd.py`.
 
-    `grads` are the gradients for an upstream of 1, one for each input, or empty. Where they are gone, or are to be
-    differentiated, `compute(upstream, inputs, whether each needs a gradient, create_graph)` gives them.
-    `on_device` has `tlkernels::scale_` multiply them, so that the host does not read the upstream.
+    `grads` are the gradients for an upstream of 1, one for each of the rule's inputs, or empty. Where they are gone, or
+    are to be differentiated, `_core.autograd.gradients` computes them. `on_device` has `tlkernels::scale_` multiply
+    them, so that the host does not read the upstream.
     """
-    _loaded().attach(loss, inputs, grads, compute, on_device)
+    _loaded().attach(loss, rule, args, grads, on_device)
 
 
 def build_info() -> dict[str, str]:

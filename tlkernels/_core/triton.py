@@ -58,13 +58,13 @@ def _too_old(index: int) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(index) < (8, 0)
 
 
-def define(schema: str, fake: Callable[..., Any], module: str, function: str) -> Any:
+def define(schema: str, fake: Callable[..., Any], module: str, function: str, differentiable: bool = False) -> Any:
     """Define `tlkernels::<schema>`, implemented by a function of `module`, which is imported by the first call."""
 
     def implementation(*args: Any) -> Any:
         return getattr(importlib.import_module(module), function)(*args)
 
-    return define_implemented(schema, fake, implementation, DEVICE.upper())
+    return define_implemented(schema, fake, implementation, DEVICE.upper(), differentiable)
 
 
 def tf32() -> bool:

@@ -4,30 +4,35 @@ Under plain autograd a reduced loss and its gradients come from one sweep over t
 loss of each row and another the gradients, from the logits again, and the reduction is plain PyTorch.
 """
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from tlkernels._core import native, triton
 from tlkernels._core.autograd import (
+    Args,
+    Needs,
+    Rule,
+    Sweep,
     Tensors,
+    apply,
+    differentiable,
     differentiate,
     one_sweep,
     plain,
     refuse_native,
+    refuse_transforms,
     refuse_triton,
     where_needed,
 )
 from tlkernels._core.dispatch import Implementation
 from tlkernels._core.dtypes import compute_dtype
 from tlkernels._core.library import define
-from tlkernels._core.reduction import reduce, sum_in_order
+from tlkernels._core.reduction import reduce
 from tlkernels.losses.distillation import reference
-from tlkernels.losses.distillation.call import Call, Options
+from tlkernels.losses.distillation.call import Call, Options, rows_that_count
 
 OPTIONS = (
     "Tensor? target, Tensor? row_weight, float temperature, str divergence, float beta, float hard_weight,"
@@ -86,126 +91,106 @@ _SCHEMAS: tuple[tuple[str, str, Any], ...] = (
         _fake_second,
     ),
 )
-NATIVE = Ops(*(define(f"distillation_{name}{schema}", fake) for name, schema, fake in _SCHEMAS[:3]))
+_DIFFERENTIABLE = ("fwd",)
+NATIVE = Ops(
+    *(define(f"distillation_{name}{schema}", fake, name in _DIFFERENTIABLE) for name, schema, fake in _SCHEMAS[:3])
+)
 _SERVED = native.served("distillation_fwd")
 TRITON = Ops(
     *(
-        triton.define(f"distillation_{name}_triton{schema}", fake, "tlkernels.losses.distillation.triton", function)
+        triton.define(
+            f"distillation_{name}_triton{schema}",
+            fake,
+            "tlkernels.losses.distillation.triton",
+            function,
+            name in (*_DIFFERENTIABLE, "bwd"),
+        )
         for function, (name, schema, fake) in zip(Ops._fields, _SCHEMAS, strict=True)
     )
 )
 
 
-def _losses(logits: Tensors, options: Options) -> Tensor:
-    student, teacher = logits
-    assert student is not None
-    assert teacher is not None
-    return reference.losses(student, teacher, options)
+def _losses(args: Args) -> Tensor:
+    student, teacher, *options = args[: 2 + len(Options._fields)]
+    return reference.losses(student, teacher, Options(*options))
 
 
-class _Rows(Function):
-    """(student, teacher, options, ops) -> the loss of each row."""
+def _rule(ops: Ops) -> Rule:
+    """The loss of each row."""
 
-    @staticmethod
-    def forward(student: Tensor, teacher: Tensor, options: Options, ops: Ops) -> Tensor:
-        rows: Tensor = ops.forward(student, teacher, *options)
-        return rows
+    def backward(upstreams: Tensors, args: Args, needs: Needs) -> Tensors:
+        return where_needed(ops.backward(*upstreams, *args, *needs), needs)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        student, teacher, options, ctx.ops = inputs
-        ctx.save_for_backward(student, teacher, *options[:2])
-        ctx.numbers = options[2:]
-
-    @staticmethod
-    def backward(ctx: Any, grad_rows: Tensor) -> Any:
-        student, teacher, *rest = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:2]
-        options = Options(*rest, *ctx.numbers)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            if ctx.ops.second is not None:
-                return *_Gradients.apply(grad_rows, student, teacher, options, ctx.ops, needs), None, None  # type: ignore[no-untyped-call]
-            return *differentiate(lambda t: _losses(t, options), (student, teacher), needs, grad_rows), None, None
-        return *where_needed(ctx.ops.backward(grad_rows, student, teacher, *options, *needs), needs), None, None
+    # Where there is a kernel of the second derivative, the gradients have a rule of their own.
+    return Rule(2, backward, None if ops.second else _losses)
 
 
-class _Gradients(Function):
-    """(grad_rows, student, teacher, options, ops, which are needed) -> the gradients, differentiable to any order."""
+def _second_rule(ops: Ops) -> Rule:
+    """The gradients for an upstream of each row, args being (upstream, student, teacher, *options, *needs)."""
 
-    @staticmethod
-    def forward(
-        grad_rows: Tensor, student: Tensor, teacher: Tensor, options: Options, ops: Ops, needs: Sequence[bool]
-    ) -> tuple[Tensor | None, ...]:
-        return tuple(where_needed(ops.backward(grad_rows, student, teacher, *options, *needs), needs))
+    def backward(directions: Tensors, args: Args, needs: Needs) -> Tensors:
+        return where_needed(ops.second(*directions, *args[:-2], *needs[1:]), needs)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        grad_rows, student, teacher, options, ctx.ops, ctx.needs = inputs
-        ctx.save_for_backward(grad_rows, student, teacher, *options[:2])
-        ctx.numbers = options[2:]
-        ctx.set_materialize_grads(False)
+    def gradients(args: Args) -> Tensors:
+        upstream, *rest = args[:-2]
+        return differentiate(_losses, [upstream], rest, args[-2:])
 
-    @staticmethod
-    def backward(ctx: Any, *directions: Tensor | None) -> Any:
-        grad_rows, student, teacher, *rest = ctx.saved_tensors
-        options = Options(*rest, *ctx.numbers)
-        needs = ctx.needs_input_grad[:3]
-        if not torch.is_grad_enabled():
-            found = ctx.ops.second(*directions, grad_rows, student, teacher, *options, *needs[1:])
-            return *where_needed(found, needs), None, None, None
+    return Rule(3, backward, gradients, results=(0, 1))
 
-        def gradients(tensors: Tensors) -> Tensor:
-            upstream, *logits = tensors
-            assert upstream is not None
-            grads = differentiate(lambda t: _losses(t, options), logits, ctx.needs, upstream)
-            pairs = zip(grads, directions, strict=True)
-            return sum_in_order(
-                torch.stack([(grad * v).sum() for grad, v in pairs if grad is not None and v is not None])
-            )
 
-        one = torch.ones((), dtype=compute_dtype(student, teacher), device=student.device)
-        return *differentiate(gradients, (grad_rows, student, teacher), needs, one), None, None, None
+def _sweep(ops: Ops) -> Sweep:
+    """The reduced loss; behind the options comes whether it is the mean."""
+
+    def step(args: Args, needs: Needs) -> tuple[Tensor, Tensors]:
+        loss, *grads = ops.step(*args, *needs)
+        return loss, grads
+
+    def reduced(args: Args) -> Tensor:
+        *args, mean = args
+        student, _, *options = args
+        rows = apply(ops.forward, *args) if ops.second else _losses(args)
+        return reduce(rows, rows_that_count(student, Options(*options)), "mean" if mean else "sum")
+
+    return Sweep(2, step, reduced, by_triton=ops is TRITON)
+
+
+for _ops in (NATIVE, TRITON):
+    differentiable(_ops.forward, _rule(_ops))
+differentiable(TRITON.backward, _second_rule(TRITON))
+_SWEEPS = {ops: _sweep(ops) for ops in (NATIVE, TRITON)}
 
 
 def _run(ops: Ops, call: Call) -> Tensor:
     student, teacher, options, reduction = call
     mean = reduction in ("mean", "batchmean")
-    differentiable = torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad)
+    args = student, teacher, *options
+    differentiated = torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad)
     half = torch.float16 in (student.dtype, teacher.dtype)
     loss: Tensor
     # A float16 gradient waits for the loss scale that comes with its upstream: before, small values would be 0.
-    if reduction == "none" or not plain(student, teacher) or (differentiable and half):
-        rows: Tensor = _Rows.apply(student, teacher, options, ops)  # type: ignore[no-untyped-call]
-        loss = reduce(rows, call.denominator(), "mean" if mean else reduction)
-    elif differentiable:
-
-        def run(tensors: Tensors, needs: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
-            loss, *grads = ops.step(*tensors, *options, mean, *needs)
-            return loss, where_needed(grads, needs)
-
-        def again(tensors: Tensors) -> Tensor:
-            rows = _Rows.apply(*tensors, options, ops) if ops.second else _losses(tensors, options)  # type: ignore[no-untyped-call]
-            return reduce(rows, call.denominator(), "mean" if mean else reduction)
-
-        loss = one_sweep(run, again, student, teacher, dtype=call.dtype, by_triton=ops is TRITON)
-    else:
-        loss = ops.step(student, teacher, *options, mean, False, False)[0]
+    if reduction != "none" and plain(*args) and not (differentiated and half):
+        return one_sweep(_SWEEPS[ops], *args, mean, dtype=call.dtype)
+    loss = reduce(apply(ops.forward, *args), call.denominator(), "mean" if mean else reduction)
     return loss if loss.dtype == call.dtype else loss.to(call.dtype)
 
 
-def refuse_row_weight(options: Options) -> str | None:
+def refuse_options(options: Options) -> str | None:
     """Return why kernels cannot serve these options, or None."""
     if options.row_weight is not None and options.row_weight.requires_grad:
         return "it gives no gradient for row_weight, which requires one"
-    return None
+    return refuse_transforms()
 
 
 def _refuse_native(call: Call) -> str | None:
-    return refuse_native(call.student, call.teacher, served=_SERVED) or refuse_row_weight(call.options)
+    return refuse_native(*_tensors(call), served=_SERVED) or refuse_options(call.options)
 
 
 def _refuse_triton(call: Call) -> str | None:
-    return refuse_triton(call.student, call.teacher) or refuse_row_weight(call.options)
+    return refuse_triton(*_tensors(call)) or refuse_options(call.options)
+
+
+def _tensors(call: Call) -> Tensors:
+    return call.student, call.teacher, call.options.target, call.options.row_weight
 
 
 IMPLEMENTATIONS = (

@@ -11,15 +11,20 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from tlkernels._core import native, triton
 from tlkernels._core.autograd import (
+    Args,
+    Needs,
+    Rule,
+    Sweep,
     Tensors,
-    differentiate,
+    apply,
+    differentiable,
     one_sweep,
     plain,
     refuse_native,
+    refuse_transforms,
     refuse_triton,
     where_needed,
 )
@@ -87,72 +92,58 @@ class Ops(NamedTuple):
 
 
 NATIVE = Ops(
-    define(_FORWARD.format(""), _fake_native), define(_BACKWARD.format(""), _fake_backward), define(_STEP, _fake_step)
+    define(_FORWARD.format(""), _fake_native, differentiable=True),
+    define(_BACKWARD.format(""), _fake_backward),
+    define(_STEP, _fake_step),
 )
 _SERVED = native.served("info_nce_fwd")
 TRITON = Ops(
-    triton.define(_FORWARD.format("_triton"), _fake_triton, _KERNELS, "forward"),
+    triton.define(_FORWARD.format("_triton"), _fake_triton, _KERNELS, "forward", differentiable=True),
     triton.define(_BACKWARD.format("_triton"), _fake_backward, _KERNELS, "backward"),
 )
 
 
-def _with(call: Call, tensors: Tensors) -> Call:
-    query, key, negatives, logit_scale = tensors
-    assert query is not None
-    assert logit_scale is not None
-    return call._replace(query=query, key=key, negatives=negatives, logit_scale=logit_scale)
+_TENSORS = len(Call._fields) - 3  # and then the options
 
 
-class _Rows(Function):
-    """(query, key, negatives, logit_scale, target, mask, query_ids, key_ids, options, ops) -> rows' losses, state."""
+def _call(args: Args, reduction: str) -> Call:
+    tensors, options = args[:_TENSORS], Options(*args[_TENSORS : _TENSORS + len(Options._fields)])
+    return Call._make((*tensors, options, reduction, compute_dtype(*tensors[:3])))
 
-    @staticmethod
-    def forward(*args: Any) -> Any:
-        *tensors, options, ops = args
-        return ops.forward(*tensors, *options)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        *tensors, ctx.options, ctx.ops = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(*tensors, output[1])
+def _rule(ops: Ops) -> Rule:
+    """The loss of each row."""
 
-    @staticmethod
-    def backward(ctx: Any, grad_rows: Tensor, _: Any) -> Any:
-        *tensors, state = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:4]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            call = Call._make((*tensors, ctx.options, "none", grad_rows.dtype))
-            grads = differentiate(
-                lambda t: reference.rows_and_counted(_with(call, t))[0], tensors[:4], needs, grad_rows
-            )
-        else:
-            grads = where_needed(ctx.ops.backward(grad_rows, state, *tensors, *ctx.options, needs), needs)
-        return *grads, *(None,) * 6
+    def backward(upstreams: Tensors, args: Args, needs: Needs) -> Tensors:
+        *args, state = args
+        return where_needed(ops.backward(*upstreams, state, *args, needs), needs)
+
+    return Rule(4, backward, lambda args: reference.rows_and_counted(_call(args, "none"))[0], kept=(1,))
+
+
+def _step(args: Args, needs: Needs) -> tuple[Tensor, Tensors]:
+    loss, *grads = NATIVE.step(*args, needs)
+    return loss, grads
+
+
+for _ops in (NATIVE, TRITON):
+    differentiable(_ops.forward, _rule(_ops))
+# Behind the options comes whether the loss is the mean.
+_SWEEP = Sweep(4, _step, lambda args: reference.loss(_call(args, "mean" if args[-1] else "sum")))
 
 
 def _run(ops: Ops, call: Call) -> Tensor:
     query, key, negatives, scale = call.differentiable
     tensors = (query, key, negatives, as_tensor(scale, query.device))
-    rest: tuple[Any, ...] = (call.target, call.mask, call.query_ids, call.key_ids)
-    options: Options = call.options
+    args = *tensors, call.target, call.mask, call.query_ids, call.key_ids, *call.options
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     # A float16 gradient waits for the loss scale that comes with its upstream: before, small values would be 0.
     narrow = any(t is not None and t.dtype == torch.float16 for t in tensors)
-    if ops.step and wanted and call.reduction != "none" and not narrow and plain(*tensors):
-
-        def compute(tensors: Tensors, needs: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
-            loss, *grads = ops.step(*tensors, *rest, *options, call.reduction == "mean", needs)
-            return loss, where_needed(grads, needs)
-
-        def again(tensors: Tensors) -> Tensor:
-            same = _with(call, tensors)
-            return reference.loss(same._replace(dtype=compute_dtype(*tensors[:3])))
-
-        return one_sweep(compute, again, *tensors, dtype=call.dtype)
+    if ops.step and wanted and call.reduction != "none" and not narrow and plain(*args):
+        return one_sweep(_SWEEP, *args, call.reduction == "mean", dtype=call.dtype)
     rows: Tensor
-    rows, state = _Rows.apply(*tensors, *rest, options, ops)  # type: ignore[no-untyped-call]
-    counted = (state[0, -1] > 0).sum() if options.by_label else query.shape[0]
+    rows, state = apply(ops.forward, *args)
+    counted = (state[0, -1] > 0).sum() if call.options.by_label else query.shape[0]
     return reduce(rows, counted, call.reduction).to(call.dtype)
 
 
@@ -161,8 +152,22 @@ def _run_triton(call: Call) -> Tensor:
     return _run(TRITON, call)
 
 
+def _tensors(call: Call) -> Tensors:
+    """What a call is refused by; a scale may be on the CPU whatever the rest is on."""
+    return call.query, call.key, call.negatives, call.target, call.mask, call.query_ids, call.key_ids
+
+
 IMPLEMENTATIONS = (
-    Implementation("native", lambda call: refuse_native(call.query, served=_SERVED), partial(_run, NATIVE)),
-    Implementation("triton", lambda call: refuse_triton(call.query), _run_triton, by_name_only=triton.INTERPRETED),
+    Implementation(
+        "native",
+        lambda call: refuse_native(*_tensors(call), served=_SERVED) or refuse_transforms(),
+        partial(_run, NATIVE),
+    ),
+    Implementation(
+        "triton",
+        lambda call: refuse_triton(*_tensors(call)) or refuse_transforms(),
+        _run_triton,
+        by_name_only=triton.INTERPRETED,
+    ),
     Implementation("reference", lambda call: None, reference.loss),
 )

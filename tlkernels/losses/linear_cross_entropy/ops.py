@@ -4,21 +4,25 @@ Under plain autograd a reduced loss takes its gradients along, so that three GEM
 loss of each row, and the backward makes the logits anew. What is not a first derivative goes through the reference.
 """
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from tlkernels._core import linear, native, triton
 from tlkernels._core.autograd import (
+    Args,
+    Needs,
+    Rule,
+    Sweep,
     Tensors,
-    differentiate,
+    apply,
+    differentiable,
     one_sweep,
     plain,
     refuse_native,
+    refuse_transforms,
     refuse_triton,
     where_needed,
 )
@@ -82,95 +86,79 @@ _SCHEMAS: tuple[tuple[str, Any], ...] = (
     (f"step{{}}({_CALL}, bool mean, {_NEEDS}) -> (Tensor loss, {_GRADIENTS})", _fake_step),
 )
 _NAME = "linear_cross_entropy_{}"
-NATIVE = Ops(*(define(_NAME.format(schema.format("")), fake) for schema, fake in _SCHEMAS))
+_DIFFERENTIABLE = ("forward", "forward_stats")
+NATIVE = Ops(
+    *(
+        define(_NAME.format(schema.format("")), fake, name in _DIFFERENTIABLE)
+        for name, (schema, fake) in zip(Ops._fields, _SCHEMAS, strict=True)
+    )
+)
 _SERVED = native.served(_NAME.format("fwd"))
 TRITON = Ops(
     *(
         triton.define(
-            _NAME.format(schema.format("_triton")), fake, "tlkernels.losses.linear_cross_entropy.triton", name
+            _NAME.format(schema.format("_triton")),
+            fake,
+            "tlkernels.losses.linear_cross_entropy.triton",
+            name,
+            name in _DIFFERENTIABLE,
         )
         for name, (schema, fake) in zip(Ops._fields, _SCHEMAS, strict=True)
     )
 )
 
 
-class _Rows(Function):
-    """(layer's tensors, target, weight, other options, stats, ops) -> loss[, lse, entropy, correct]."""
-
-    @staticmethod
-    def forward(
-        input: Tensor,
-        linear_weight: Tensor,
-        linear_bias: Tensor | None,
-        target: Tensor,
-        weight: Tensor | None,
-        numbers: Any,
-        stats: bool,
-        ops: Ops,
-    ) -> Any:
-        op = ops.forward_stats if stats else ops.forward
-        return op(input, linear_weight, linear_bias, target, weight, *numbers)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        *tensors, ctx.numbers, ctx.stats, ctx.ops = inputs
-        ctx.save_for_backward(*tensors)
-        if ctx.stats:
-            ctx.mark_non_differentiable(*output[2:])
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None, grad_lse: Tensor | None = None, *_: Any) -> Any:
-        input, linear_weight, linear_bias, target, weight = ctx.saved_tensors
-        layer, needs = (input, linear_weight, linear_bias), ctx.needs_input_grad[:3]
-        if grad_loss is None:
-            grad_loss = input.new_zeros(input.shape[:1], dtype=compute_dtype(input))
-        # A compiler traces the first derivative alone, and raises itself where another is asked of it.
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            call = Call(*layer, target, Options(weight, *ctx.numbers), "none", grad_lse is not None)
-            upstream = grad_loss
-
-            def dot(tensors: Tensors) -> Tensor:
-                """The rows times their upstream values, which get their derivatives too."""
-                output = reference.linear_cross_entropy(call.of(tensors))
-                if isinstance(output, Tensor):
-                    return (output * upstream).sum()
-                assert grad_lse is not None
-                return (output.loss * upstream).sum() + (output.lse * grad_lse).sum()
-
-            grads = differentiate(dot, layer, needs, torch.ones((), device=target.device))
-        else:
-            found = ctx.ops.backward(grad_loss, grad_lse, *layer, target, weight, *ctx.numbers, *needs)
-            grads = where_needed(found, needs)
-        return *grads, *(None,) * 5
+def _call(args: Args, reduction: str, stats: bool) -> Call:
+    input, linear_weight, linear_bias, target, *options = args
+    return Call(input, linear_weight, linear_bias, target, Options(*options), reduction, stats)
 
 
-def _reduced(call: Call, ops: Ops, dtype: torch.dtype) -> Tensor:
-    """The reduced loss of a flat call under plain autograd."""
-    target, (weight, *numbers), mean = call.target, call.options, call.reduction == "mean"
+def _rule(ops: Ops, stats: bool) -> Rule:
+    """The loss of each row, with `stats` its lse too."""
 
-    def sweep(layer: Tensors, needs: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
-        loss, *grads = ops.step(*layer, target, weight, *numbers, mean, *needs)
-        return loss, where_needed(grads, needs)
+    def backward(upstreams: Tensors, args: Args, needs: Needs) -> Tensors:
+        by_loss, by_lse = upstreams if stats else (*upstreams, None)
+        if by_loss is None:
+            by_loss = args[0].new_zeros(args[0].shape[:1], dtype=compute_dtype(args[0]))
+        return where_needed(ops.backward(by_loss, by_lse, *args, *needs), needs)
 
-    def again(layer: Tensors) -> Tensor:
-        loss = reference.linear_cross_entropy(call.of(layer))
+    def rows(args: Args) -> Tensor | Tensors:
+        output = reference.linear_cross_entropy(_call(args, "none", stats))
+        return output if isinstance(output, Tensor) else (output.loss, output.lse)
+
+    return Rule(3, backward, rows, results=(0, 1) if stats else (0,))
+
+
+def _sweep(ops: Ops) -> Sweep:
+    """The reduced loss; behind the options comes whether it is the mean."""
+
+    def step(args: Args, needs: Needs) -> tuple[Tensor, Tensors]:
+        loss, *grads = ops.step(*args, *needs)
+        return loss, grads
+
+    def reduced(args: Args) -> Tensor:
+        *args, mean = args
+        loss = reference.linear_cross_entropy(_call(args, "mean" if mean else "sum", False))
         assert isinstance(loss, Tensor)
         return loss
 
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in call.layer):
-        return one_sweep(sweep, again, *call.layer, dtype=dtype, by_triton=ops is TRITON)
-    return sweep(call.layer, (False, False, False))[0].to(dtype)
+    return Sweep(3, step, reduced, by_triton=ops is TRITON)
+
+
+for _ops in (NATIVE, TRITON):
+    differentiable(_ops.forward, _rule(_ops, stats=False))
+    differentiable(_ops.forward_stats, _rule(_ops, stats=True))
+_SWEEPS = {ops: _sweep(ops) for ops in (NATIVE, TRITON)}
 
 
 def _run(ops: Ops, call: Call) -> Tensor | CrossEntropyOutput:
     shape, flat = call.input.shape[:-1], call.flat()
-    target, (weight, *numbers), reduction = flat.target, flat.options, flat.reduction
-    dtype = flat.on_shape().dtype
+    args = *flat.layer, flat.target, *flat.options
+    reduction, dtype = flat.reduction, flat.on_shape().dtype
     # A float16 gradient waits for the loss scale that comes with its upstream: before, small values would be 0.
-    if not call.stats and reduction != "none" and call.input.dtype != torch.float16 and plain(*call.layer):
-        return _reduced(flat, ops, dtype)
-    output = _Rows.apply(*flat.layer, target, weight, numbers, call.stats, ops)  # type: ignore[no-untyped-call]
+    if not call.stats and reduction != "none" and call.input.dtype != torch.float16 and plain(*args):
+        return one_sweep(_SWEEPS[ops], *args, reduction == "mean", dtype=dtype)
+    output = apply(ops.forward_stats if call.stats else ops.forward, *args)
     rows, *stats = output if call.stats else (output,)
     loss = reduce(rows, flat.on_shape().denominator() if reduction == "mean" else 1, reduction).to(dtype)
     loss = loss.reshape(shape) if reduction == "none" else loss
@@ -181,18 +169,22 @@ def _refuse_gradients(call: Call) -> str | None:
     for name, tensor in (("weight", call.options.weight), ("target", call.target)):
         if tensor is not None and tensor.requires_grad:
             return f"it gives no gradient for {name}, which requires one"
-    return None
+    return refuse_transforms()
+
+
+def _tensors(call: Call) -> Tensors:
+    return *call.layer, call.target, call.options.weight
 
 
 IMPLEMENTATIONS = (
     Implementation(
         "native",
-        lambda call: _refuse_gradients(call) or refuse_native(*call.layer, served=_SERVED),
+        lambda call: _refuse_gradients(call) or refuse_native(*_tensors(call), served=_SERVED),
         partial(_run, NATIVE),
     ),
     Implementation(
         "triton",
-        lambda call: _refuse_gradients(call) or refuse_triton(*call.layer),
+        lambda call: _refuse_gradients(call) or refuse_triton(*_tensors(call)),
         partial(_run, TRITON),
         by_name_only=triton.INTERPRETED,
         how=lambda call: linear.describe([call.layer]),

@@ -10,12 +10,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from tlkernels._core import linear, native, triton
 from tlkernels._core.autograd import (
+    Args,
+    Needs,
+    Rule,
+    Sweep,
     Tensors,
-    differentiate,
+    apply,
+    differentiable,
     one_sweep,
     plain,
     refuse_native,
@@ -25,8 +29,8 @@ from tlkernels._core.autograd import (
 from tlkernels._core.dispatch import Implementation
 from tlkernels._core.library import define
 from tlkernels._core.reduction import reduce
-from tlkernels.losses.distillation.call import Options
-from tlkernels.losses.distillation.ops import OPTIONS, fake_gradient, fake_rows, refuse_row_weight
+from tlkernels.losses.distillation.call import Options, rows_that_count
+from tlkernels.losses.distillation.ops import OPTIONS, fake_gradient, fake_rows, refuse_options
 from tlkernels.losses.linear_distillation import reference
 from tlkernels.losses.linear_distillation.call import Call, Layers
 
@@ -66,42 +70,61 @@ _SCHEMAS: tuple[tuple[str, Any], ...] = (
     (f"step{{}}({_ARGUMENTS}, bool mean, bool[6] needs) -> (Tensor loss, {_GRADIENTS})", _fake_step),
 )
 _NAME = "linear_distillation_{}"
-NATIVE = Ops(*(define(_NAME.format(schema.format("")), fake) for schema, fake in _SCHEMAS))
+NATIVE = Ops(
+    *(
+        define(_NAME.format(schema.format("")), fake, name == "forward")
+        for name, (schema, fake) in zip(Ops._fields, _SCHEMAS, strict=True)
+    )
+)
 _SERVED = native.served("linear_distillation_fwd")
 TRITON = Ops(
     *(
-        triton.define(_NAME.format(schema.format("_triton")), fake, "tlkernels.losses.linear_distillation.triton", name)
+        triton.define(
+            _NAME.format(schema.format("_triton")),
+            fake,
+            "tlkernels.losses.linear_distillation.triton",
+            name,
+            name == "forward",
+        )
         for name, (schema, fake) in zip(Ops._fields, _SCHEMAS, strict=True)
     )
 )
 
 
-def _losses(tensors: Tensors, options: Options) -> Tensor:
-    return reference.losses(Layers(*tensors), options)  # type: ignore[arg-type]
+_INPUTS = len(Layers._fields)
 
 
-class _Rows(Function):
-    """(ops, options, layers...) -> the loss of each row."""
+def _losses(args: Args) -> Tensor:
+    return reference.losses(Layers(*args[:_INPUTS]), Options(*args[_INPUTS:]))
 
-    @staticmethod
-    def forward(ops: Ops, options: Options, *layers: Tensor | None) -> Tensor:
-        rows: Tensor = ops.forward(*layers, *options)
-        return rows
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.ops, options, *layers = inputs
-        ctx.save_for_backward(*layers, *options[:2])
-        ctx.numbers = options[2:]
+def _rule(ops: Ops) -> Rule:
+    """The loss of each row."""
 
-    @staticmethod
-    def backward(ctx: Any, grad_rows: Tensor) -> Any:
-        *layers, target, row_weight = ctx.saved_tensors
-        needs = ctx.needs_input_grad[2:]
-        options = Options(target, row_weight, *ctx.numbers)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return None, None, *differentiate(lambda t: _losses(t, options), layers, needs, grad_rows)
-        return None, None, *where_needed(ctx.ops.backward(grad_rows, *layers, *options, needs), needs)
+    def backward(upstreams: Tensors, args: Args, needs: Needs) -> Tensors:
+        return where_needed(ops.backward(*upstreams, *args, needs), needs)
+
+    return Rule(_INPUTS, backward, _losses)
+
+
+def _sweep(ops: Ops) -> Sweep:
+    """The reduced loss; behind the options comes whether it is the mean."""
+
+    def step(args: Args, needs: Needs) -> tuple[Tensor, Tensors]:
+        loss, *grads = ops.step(*args, needs)
+        return loss, grads
+
+    def reduced(args: Args) -> Tensor:
+        *args, mean = args
+        counted = rows_that_count(args[0], Options(*args[_INPUTS:]))
+        return reduce(_losses(args), counted, "mean" if mean else "sum")
+
+    return Sweep(_INPUTS, step, reduced, by_triton=ops is TRITON)
+
+
+for _ops in (NATIVE, TRITON):
+    differentiable(_ops.forward, _rule(_ops))
+_SWEEPS = {ops: _sweep(ops) for ops in (NATIVE, TRITON)}
 
 
 def _run(ops: Ops, call: Call) -> Tensor:
@@ -113,38 +136,29 @@ def _run(ops: Ops, call: Call) -> Tensor:
         dtype = torch.get_autocast_dtype(device)
         tensors = [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in layers]
     present = [tensor for tensor in tensors if tensor is not None]
-    differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in present)
+    differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in present)
     half = any(tensor.dtype == torch.float16 for tensor in present)
-    loss: Tensor
+    args = *tensors, *options
     # A float16 gradient waits for the loss scale that comes with its upstream: before, small values would be 0.
-    if reduction == "none" or not plain(*tensors) or (differentiable and half):
-        rows: Tensor = _Rows.apply(ops, options, *tensors)  # type: ignore[no-untyped-call]
-        loss = reduce(rows, call.denominator(), "mean" if mean else reduction)
-    elif differentiable:
-
-        def run(tensors: Tensors, needs: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
-            loss, *grads = ops.step(*tensors, *options, mean, needs)
-            return loss, where_needed(grads, needs)
-
-        def again(tensors: Tensors) -> Tensor:
-            rows = _losses(tensors, options)
-            return reduce(rows, call.denominator(), "mean" if mean else reduction)
-
-        loss = one_sweep(run, again, *tensors, dtype=call.dtype, by_triton=ops is TRITON)
-    else:
-        loss = ops.step(*tensors, *options, mean, [False] * len(layers))[0]
+    if reduction != "none" and plain(*args) and not (differentiated and half):
+        return one_sweep(_SWEEPS[ops], *args, mean, dtype=call.dtype)
+    loss = reduce(apply(ops.forward, *args), call.denominator(), "mean" if mean else reduction)
     return loss if loss.dtype == call.dtype else loss.to(call.dtype)
+
+
+def _tensors(call: Call) -> Tensors:
+    return *call.layers, call.options.target, call.options.row_weight
 
 
 IMPLEMENTATIONS = (
     Implementation(
         "native",
-        lambda call: refuse_native(*call.layers, served=_SERVED) or refuse_row_weight(call.options),
+        lambda call: refuse_native(*_tensors(call), served=_SERVED) or refuse_options(call.options),
         partial(_run, NATIVE),
     ),
     Implementation(
         "triton",
-        lambda call: refuse_triton(*call.layers) or refuse_row_weight(call.options),
+        lambda call: refuse_triton(*_tensors(call)) or refuse_options(call.options),
         partial(_run, TRITON),
         by_name_only=triton.INTERPRETED,
         how=lambda call: linear.describe([call.layers[:3], call.layers[3:]]),

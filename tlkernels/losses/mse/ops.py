@@ -4,21 +4,25 @@ All tensors of an op have one shape and dtype; broadcasting, promotion and the r
 plain autograd a reduced loss takes its gradients along.
 """
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from tlkernels._core import triton
 from tlkernels._core.autograd import (
+    Args,
+    Needs,
+    Rule,
+    Sweep,
     Tensors,
-    differentiate,
+    apply,
+    differentiable,
     one_sweep,
     plain,
     refuse_native,
+    refuse_transforms,
     refuse_triton,
     where_needed,
 )
@@ -76,102 +80,91 @@ _SCHEMAS: tuple[tuple[str, Any], ...] = (
     ),
 )
 # What divides the sum: a number; on a GPU, where the host does not read the sum of the weights, a factor and a tensor.
-NATIVE = Ops(*(define(schema.format("", "float denominator"), fake) for schema, fake in _SCHEMAS))
+_DIFFERENTIABLE = ("forward", "total")
+NATIVE = Ops(
+    *(
+        define(schema.format("", "float denominator"), fake, name in _DIFFERENTIABLE)
+        for name, (schema, fake) in zip(Ops._fields, _SCHEMAS, strict=True)
+    )
+)
 TRITON = Ops(
     *(
         triton.define(
-            schema.format("_triton", "Tensor? divisor, float factor"), fake, "tlkernels.losses.mse.triton", name
+            schema.format("_triton", "Tensor? divisor, float factor"),
+            fake,
+            "tlkernels.losses.mse.triton",
+            name,
+            name in _DIFFERENTIABLE,
         )
         for name, (schema, fake) in zip(Ops._fields, _SCHEMAS, strict=True)
     )
 )
 
 
-class _Squared(Function):
-    """(input, target, weight, whether to sum, ops) -> squared errors, or their sum."""
-
-    @staticmethod
-    def forward(input: Tensor, target: Tensor, weight: Tensor | None, summed: bool, ops: Ops) -> Tensor:
-        result: Tensor = (ops.total if summed else ops.forward)(input, target, weight)
-        return result
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        *tensors, ctx.summed, ctx.ops = inputs
-        ctx.save_for_backward(*tensors)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        input, target, weight = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:2]
-        # A compiler traces the first derivative alone, and raises itself where another is asked of it.
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            reduction = "sum" if ctx.summed else "none"
-            grads = differentiate(_again(weight, reduction), (input, target), needs, grad)
-        else:
-            grads = where_needed(ctx.ops.backward(grad, *ctx.saved_tensors, *needs), needs)
-        return *grads, None, None, None
+def _squared(args: Args, reduction: str) -> Tensor:
+    input, target, weight = args[:3]
+    return reference.squared(Call(input, target, weight, reduction, None))
 
 
-def _again(weight: Tensor | None, reduction: str) -> Any:
-    def squared(tensors: Tensors) -> Tensor:
-        input, target = tensors
-        assert input is not None and target is not None
-        return reference.squared(Call(input, target, weight, reduction, None))
+def _rule(ops: Ops, reduction: str) -> Rule:
+    def backward(upstreams: Tensors, args: Args, needs: Needs) -> Tensors:
+        return where_needed(ops.backward(*upstreams, *args, *needs), needs)
 
-    return squared
+    return Rule(2, backward, partial(_squared, reduction=reduction))
 
 
-def _reduced(call: Call, ops: Ops, input: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
-    """The reduced squared errors under plain autograd."""
+def _sweep(ops: Ops) -> Sweep:
+    """The sum divided, as `ops.step` is told to by the arguments behind the weight."""
+
+    def step(args: Args, needs: Needs) -> tuple[Tensor, Tensors]:
+        loss, *grads = ops.step(*args, *needs)
+        return loss, grads
+
+    def divided(args: Args) -> Tensor:
+        loss, (divisor, *factor) = _squared(args, "sum"), args[3:]
+        loss = loss * factor[0] if factor else loss
+        return loss if divisor is None else loss / divisor
+
+    return Sweep(2, step, divided, by_triton=ops is TRITON)
+
+
+for _ops in (NATIVE, TRITON):
+    differentiable(_ops.forward, _rule(_ops, "none"))
+    differentiable(_ops.total, _rule(_ops, "sum"))
+_SWEEPS = {ops: _sweep(ops) for ops in (NATIVE, TRITON)}
+
+
+def _divided(ops: Ops, call: Call) -> tuple[Any, ...]:
+    """Return what `ops.step` takes to divide the sum by."""
     denominator = call.denominator() if call.reduction == "mean" else 1.0
-    divided: tuple[Any, ...]
     if ops is NATIVE:
-        divided = (float(denominator),)
-    elif isinstance(denominator, Tensor):  # on a GPU the host does not read it
-        divided = denominator, 1.0
-    else:
-        divided = None, _reciprocal(denominator)
-
-    def sweep(tensors: Tensors, needs: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
-        loss, *grads = ops.step(*tensors, weight, *divided, *needs)
-        return loss, where_needed(grads, needs)
-
-    def again(tensors: Tensors) -> Tensor:
-        loss: Tensor = _again(weight, "sum")(tensors)
-        return loss / denominator
-
-    if torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
-        return one_sweep(sweep, again, input, target, by_triton=ops is TRITON)
-    return sweep((input, target), (False, False))[0]
-
-
-def _reciprocal(count: float) -> float:
-    return 1 / count if count else float("inf")
+        return (float(denominator),)
+    if isinstance(denominator, Tensor):  # on a GPU the host does not read it
+        return denominator, 1.0
+    return None, 1 / denominator if denominator else float("inf")
 
 
 def _run(ops: Ops, call: Call) -> Tensor:
     input, target, *rest = call.expanded(call.common)
-    weight = rest[0] if rest else None
-    reduced = call.reduction != "none"
+    tensors = input, target, rest[0] if rest else None
     # A float16 gradient waits for the loss scale that comes with its upstream: before, small values would be 0.
-    if reduced and call.common != torch.float16 and plain(input, target, weight):
-        return call.finished(_reduced(call, ops, input, target, weight))
-    errors: Tensor = _Squared.apply(input, target, weight, reduced, ops)  # type: ignore[no-untyped-call]
+    if call.reduction != "none" and call.common != torch.float16 and plain(*tensors):
+        return call.finished(one_sweep(_SWEEPS[ops], *tensors, *_divided(ops, call)))
+    errors: Tensor = apply(ops.forward if call.reduction == "none" else ops.total, *tensors)
     return call.finished(errors / call.denominator() if call.reduction == "mean" else errors)
 
 
-def _refuse_weight(call: Call) -> str | None:
+def _refuse(call: Call) -> str | None:
     if call.weight is not None and call.weight.requires_grad:
         return "it gives no gradient for weight, which requires one"
-    return None
+    return refuse_transforms()
 
 
 IMPLEMENTATIONS = (
-    Implementation("native", lambda call: _refuse_weight(call) or refuse_native(call.input), partial(_run, NATIVE)),
+    Implementation("native", lambda call: _refuse(call) or refuse_native(*call[:3]), partial(_run, NATIVE)),
     Implementation(
         "triton",
-        lambda call: _refuse_weight(call) or refuse_triton(call.input),
+        lambda call: _refuse(call) or refuse_triton(*call[:3]),
         partial(_run, TRITON),
         by_name_only=triton.INTERPRETED,
     ),

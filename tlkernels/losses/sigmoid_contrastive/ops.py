@@ -3,21 +3,25 @@
 One sweep over the logits gives the loss and, where wanted, all gradients: each entry's is known at once.
 """
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from tlkernels._core import triton
 from tlkernels._core.autograd import (
+    Args,
+    Needs,
+    Rule,
+    Sweep,
     Tensors,
-    differentiate,
+    apply,
+    differentiable,
     one_sweep,
     plain,
     refuse_native,
+    refuse_transforms,
     refuse_triton,
     where_needed,
 )
@@ -61,69 +65,67 @@ _SCHEMAS: tuple[tuple[str, Any], ...] = (
         _fake_step,
     ),
 )
-NATIVE = Ops(*(define(schema.format(""), fake) for schema, fake in _SCHEMAS))
+NATIVE = Ops(
+    *(
+        define(schema.format(""), fake, name == "forward")
+        for name, (schema, fake) in zip(Ops._fields, _SCHEMAS, strict=True)
+    )
+)
 TRITON = Ops(
     *(
-        triton.define(schema.format("_triton"), fake, "tlkernels.losses.sigmoid_contrastive.triton", name)
+        triton.define(
+            schema.format("_triton"), fake, "tlkernels.losses.sigmoid_contrastive.triton", name, name == "forward"
+        )
         for name, (schema, fake) in zip(Ops._fields, _SCHEMAS, strict=True)
     )
 )
 
 
-def _again(own: int, tensors: Tensors) -> Tensor:
-    query, key, scale, bias = tensors
-    assert query is not None and key is not None and scale is not None and bias is not None
-    return reference.loss_in_compute_dtype(Call(query, key, scale, bias, own, query.dtype))
+def _loss(args: Args) -> Tensor:
+    return reference.loss_in_compute_dtype(Call._make((*args, args[0].dtype)))
 
 
-class _Loss(Function):
-    """(query, key, logit_scale, logit_bias, own, ops) -> loss."""
+def _rule(ops: Ops) -> Rule:
+    def backward(upstreams: Tensors, args: Args, needs: Needs) -> Tensors:
+        return where_needed(ops.step(*upstreams, *args, needs)[1:], needs)
 
-    @staticmethod
-    def forward(*args: Any) -> Any:
-        *tensors, own, ops = args
-        return ops.forward(*tensors, own)
+    return Rule(4, backward, _loss)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        *tensors, ctx.own, ctx.ops = inputs
-        ctx.save_for_backward(*tensors)
 
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> Any:
-        needs, own = ctx.needs_input_grad[:4], ctx.own
-        grads: Sequence[Tensor | None]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            grads = differentiate(lambda tensors: _again(own, tensors), ctx.saved_tensors, needs, upstream)
-        else:
-            grads = where_needed(ctx.ops.step(upstream, *ctx.saved_tensors, own, needs)[1:], needs)
-        return *grads, None, None
+def _sweep(ops: Ops) -> Sweep:
+    def step(args: Args, needs: Needs) -> tuple[Tensor, Tensors]:
+        one = torch.ones((), dtype=torch.float64, device=args[0].device)
+        loss, *grads = ops.step(one, *args, needs)
+        return loss, grads
+
+    return Sweep(4, step, _loss, by_triton=ops is TRITON)
+
+
+for _ops in (NATIVE, TRITON):
+    differentiable(_ops.forward, _rule(_ops))
+_SWEEPS = {ops: _sweep(ops) for ops in (NATIVE, TRITON)}
 
 
 def _run(ops: Ops, call: Call) -> Tensor:
     query, key, own = call.query, call.key, call.own
     tensors = (query, key, *(as_tensor(value, query.device) for value in (call.logit_scale, call.logit_bias)))
     wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    loss: Tensor
     # A float16 gradient waits for the loss scale that comes with its upstream: before, small values would be 0.
     if wanted and not any(tensor.dtype == torch.float16 for tensor in tensors) and plain(*tensors):
-
-        def compute(tensors: Tensors, needs: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
-            one = torch.ones((), dtype=torch.float64, device=query.device)
-            loss, *grads = ops.step(one, *tensors, own, needs)
-            return loss, where_needed(grads, needs)
-
-        by_triton = ops is TRITON
-        loss = one_sweep(compute, lambda t: _again(own, t), *tensors, dtype=call.dtype, by_triton=by_triton)
-    else:
-        loss = _Loss.apply(*tensors, own, ops)  # type: ignore[no-untyped-call]
+        return one_sweep(_SWEEPS[ops], *tensors, own, dtype=call.dtype)
+    loss: Tensor = apply(ops.forward, *tensors, own)
     return loss.to(call.dtype)
 
 
 IMPLEMENTATIONS = (
-    Implementation("native", lambda call: refuse_native(call.query), partial(_run, NATIVE)),
     Implementation(
-        "triton", lambda call: refuse_triton(call.query), partial(_run, TRITON), by_name_only=triton.INTERPRETED
+        "native", lambda call: refuse_native(call.query, call.key) or refuse_transforms(), partial(_run, NATIVE)
+    ),
+    Implementation(
+        "triton",
+        lambda call: refuse_triton(call.query, call.key) or refuse_transforms(),
+        partial(_run, TRITON),
+        by_name_only=triton.INTERPRETED,
     ),
     Implementation("reference", lambda call: None, reference.loss),
 )
