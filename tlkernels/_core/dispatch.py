@@ -1,7 +1,10 @@
 """Which implementation serves a call, and why each other one does not."""
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
+
+import torch
 
 from tlkernels._core import choice
 
@@ -24,7 +27,8 @@ class _Explained(Exception):
     """Not an error: it carries the answer out of the loss function."""
 
 
-_explaining = False
+_explaining: set[int] = set()
+"""The threads that are in `explain`."""
 
 
 def resolve(loss: str, implementations: Sequence[Implementation], call: Any, impl: str) -> Implementation:
@@ -36,7 +40,7 @@ def resolve(loss: str, implementations: Sequence[Implementation], call: Any, imp
     """
     if impl != "auto" and impl not in NAMES:
         raise ValueError(f"impl: expected 'auto' or one of {NAMES}, got {impl!r}")
-    if _explaining:
+    if _explaining and not torch.compiler.is_compiling() and threading.get_ident() in _explaining:
         raise _Explained(_report(loss, implementations, call, impl))
     for implementation in _in_order(loss, implementations, call, impl)[0]:
         if _asked_for(implementation, impl) and implementation.refuse(call) is None:
@@ -86,12 +90,12 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
     Raises:
         TypeError: `fn` is not a loss of this package.
     """
-    global _explaining
-    _explaining = True
+    thread = threading.get_ident()
+    _explaining.add(thread)
     try:
         fn(*args, **kwargs)
     except _Explained as answer:
         return str(answer)
     finally:
-        _explaining = False
+        _explaining.discard(thread)
     raise TypeError(f"fn: expected a loss of tlkernels, got {fn!r}")

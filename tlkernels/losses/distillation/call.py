@@ -1,5 +1,6 @@
 """What a call of distillation is: its tensors and options, checked."""
 
+import math
 from numbers import Real
 from typing import NamedTuple
 
@@ -49,7 +50,7 @@ class Call(NamedTuple):
 def rows_that_count(student: Tensor, options: Options) -> Tensor | float:
     """Return the number of rows of (rows..., C) whose target is not ignored."""
     if options.target is None:
-        return student.shape[:-1].numel()
+        return math.prod(student.shape[:-1])  # which keeps a symbolic size
     return (options.target != options.ignore_index).sum()
 
 
