@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import Function, forward_ad
+from torch.utils._pytree import tree_map
 
 from tlkernels._core import library, native, triton
 from tlkernels._core.library import scale_
@@ -116,7 +117,7 @@ def differentiate(
     """Return the gradients of `reference(args)` by the first arguments where needed, with a graph of their own."""
     with torch.enable_grad():
         # An alias of each, so that a tensor that comes in twice has two gradients.
-        args = [arg.view_as(arg) if i < len(needs) and needs[i] else arg for i, arg in enumerate(args)]
+        args = [arg.view_as(arg) if i < len(needs) and needs[i] else _trackable(arg) for i, arg in enumerate(args)]
         results = reference(args)
         results = (results,) if isinstance(results, Tensor) else results
         pairs = [(r, u.to(r.dtype)) for r, u in zip(results, upstreams, strict=True) if r is not None and u is not None]
@@ -128,20 +129,43 @@ def differentiate(
     return [next(found) if need else None for need in needs]
 
 
+def _trackable(arg: Any) -> Any:
+    """Return a copy of an inference tensor, which PyTorch's own operators do not save."""
+    return arg.clone() if isinstance(arg, Tensor) and arg.is_inference() else arg
+
+
+def in_pytorch(run: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Return an implementation in plain PyTorch as one that takes inference tensors where no gradient is needed."""
+
+    def run_trackable(call: Any) -> Any:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            call = tree_map(_trackable, call)
+        return run(call)
+
+    return run_trackable
+
+
 def where_needed(grads: Tensors, needs: Needs) -> list[Tensor | None]:
     """Return None in place of the gradients that an op has not computed."""
     return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
 
 
-def plain(*args: Any) -> bool:
-    """Return whether nothing but plain autograd will ask for derivatives: no compiler, transform, mode, subclass."""
+def eager(*args: Any) -> bool:
+    """Return whether the tensors among `args` are just values: no compiler, transform, mode, subclass."""
     return (
         not torch.compiler.is_compiling()
         and all(not isinstance(arg, Tensor) or type(arg) in _PLAIN for arg in args)
         and not torch._C._are_functorch_transforms_active()
+        and not torch._C._len_torch_dispatch_stack()  # such as make_fx
+    )
+
+
+def plain(*args: Any) -> bool:
+    """Return whether nothing but plain autograd will ask for derivatives of eager tensors."""
+    return (
+        eager(*args)
         and forward_ad._current_level < 0
         and torch._C._autograd._top_saved_tensors_default_hooks(False) is None  # such as activation checkpointing
-        and not torch._C._len_torch_dispatch_stack()  # such as make_fx
     )
 
 
@@ -248,7 +272,7 @@ def _scaled(grad: Tensor, upstream: Tensor, scale: Scale) -> Tensor:
 
 
 def _one_value(upstream: Tensor) -> bool:
-    return plain(upstream) and not torch._C._functorch.is_legacy_batchedtensor(upstream)
+    return eager(upstream) and not torch._C._functorch.is_legacy_batchedtensor(upstream)
 
 
 def _by_extension(grad: Tensor, upstream: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from tlkernels._core.autograd import (
     Tensors,
     apply,
     differentiable,
+    in_pytorch,
     one_sweep,
     plain,
     refuse_native,
@@ -270,5 +271,5 @@ def _refuse_reference(call: Call) -> str | None:
 IMPLEMENTATIONS = (
     Implementation("native", _refuse_native, partial(_run, NATIVE)),
     Implementation("triton", _refuse_triton, partial(_run, TRITON), by_name_only=triton.INTERPRETED),
-    Implementation("reference", _refuse_reference, reference.cross_entropy),
+    Implementation("reference", _refuse_reference, in_pytorch(reference.cross_entropy)),
 )

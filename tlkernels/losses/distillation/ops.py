@@ -20,6 +20,7 @@ from tlkernels._core.autograd import (
     apply,
     differentiable,
     differentiate,
+    in_pytorch,
     one_sweep,
     plain,
     refuse_native,
@@ -196,5 +197,5 @@ def _tensors(call: Call) -> Tensors:
 IMPLEMENTATIONS = (
     Implementation("native", _refuse_native, partial(_run, NATIVE)),
     Implementation("triton", _refuse_triton, partial(_run, TRITON), by_name_only=triton.INTERPRETED),
-    Implementation("reference", lambda call: None, reference.distillation),
+    Implementation("reference", lambda call: None, in_pytorch(reference.distillation)),
 )

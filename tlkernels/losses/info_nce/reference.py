@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tlkernels._core.autograd import eager
 from tlkernels._core.dtypes import compute_dtype
 from tlkernels._core.reduction import reduce
 from tlkernels.losses.info_nce.call import Call
@@ -69,7 +70,7 @@ def check_target(call: Call, on_gpu: bool = False) -> None:
     query, target = call.query, call.target
     columns = [query if call.key is None else call.key] + [call.negatives] * (call.negatives is not None)
     classes = sum(x.shape[-2] for x in columns if x is not None)
-    if call.options.by_label or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if call.options.by_label or not eager(query, target):
         return
     if query.device.type != "cpu" and not on_gpu:
         return

@@ -19,6 +19,7 @@ from tlkernels._core.autograd import (
     Tensors,
     apply,
     differentiable,
+    in_pytorch,
     one_sweep,
     plain,
     refuse_native,
@@ -189,5 +190,5 @@ IMPLEMENTATIONS = (
         by_name_only=triton.INTERPRETED,
         how=lambda call: linear.describe([call.layer]),
     ),
-    Implementation("reference", lambda call: None, reference.linear_cross_entropy),
+    Implementation("reference", lambda call: None, in_pytorch(reference.linear_cross_entropy)),
 )

@@ -20,6 +20,7 @@ from tlkernels._core.autograd import (
     Tensors,
     apply,
     differentiable,
+    in_pytorch,
     one_sweep,
     plain,
     refuse_native,
@@ -163,5 +164,5 @@ IMPLEMENTATIONS = (
         by_name_only=triton.INTERPRETED,
         how=lambda call: linear.describe([call.layers[:3], call.layers[3:]]),
     ),
-    Implementation("reference", lambda call: None, reference.linear_distillation),
+    Implementation("reference", lambda call: None, in_pytorch(reference.linear_distillation)),
 )
