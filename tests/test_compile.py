@@ -1,0 +1,174 @@
+"""torch.compile, torch.export, make_fx and compiled autograd: every loss, reduced and by row, with a dynamic batch."""
+
+import contextlib
+
+import pytest
+import torch
+import torch._dynamo.compiled_autograd as compiled_autograd
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import tlkernels as tlk
+from tlkernels import testing
+
+IMPLEMENTATIONS = sorted({target.impl for target in testing.targets()})
+
+
+def head(y):
+    """A linear layer's weight, of seven classes."""
+    return torch.cat([(y[:1] * k).cos() for k in range(7)])
+
+
+# Of two matrices with five columns, of which the first gets the gradient.
+LOSSES = {
+    "cross_entropy": lambda x, y, **how: tlk.cross_entropy(x, y.argmax(1), **how),
+    "probabilities": lambda x, y, **how: tlk.cross_entropy(x, y.softmax(1), label_smoothing=0.1, **how),
+    "stats": lambda x, y, **how: sum(tlk.cross_entropy_stats(x, y.argmax(1), z_loss=0.1, **how)[:2]),
+    "linear": lambda x, y, **how: tlk.linear_cross_entropy(x, head(y), y.argmax(1), **how),
+    "linear_stats": lambda x, y, **how: sum(tlk.linear_cross_entropy_stats(x, head(y), y.argmax(1), **how)[:2]),
+    "distillation": lambda x, y, **how: tlk.distillation(x, y, temperature=2.0, **how),
+    "with_hard_targets": lambda x, y, **how: tlk.distillation(x, y, y.argmax(1), hard_weight=0.5, **how),
+    "linear_distillation": lambda x, y, **how: tlk.linear_distillation(x, head(y), y, head(y.flip(1)), **how),
+    "one_head_for_both": lambda x, y, **how: tlk.linear_distillation(x, x, y, x, **how),
+    "info_nce": lambda x, y, **how: tlk.info_nce(x, y, temperature=0.5, **how),
+    "negatives": lambda x, y, **how: tlk.info_nce(x, y, logit_scale=y[0, 0].exp(), negatives=y.cos(), **how),
+    "symmetric": lambda x, y, **how: tlk.info_nce(x, y, symmetric=True, mask=(y.argmax(1), y.argmax(1)), **how),
+    "nt_xent": lambda x, y, **how: tlk.nt_xent(x, y, temperature=0.5, **how),
+    "sup_con": lambda x, y, **how: tlk.sup_con(x, y.argmax(1), temperature=0.5, **how),
+    "sigmoid": lambda x, y, *, impl, reduction: tlk.sigmoid_contrastive(
+        x, y, logit_scale=2.0, logit_bias=-1.0, impl=impl
+    ),
+    "mse": lambda x, y, **how: tlk.mse(x, y, **how),
+    "weighted": lambda x, y, **how: tlk.mse(x, y, weight=y.detach().exp(), **how),
+    "rmse": lambda x, y, **how: tlk.rmse(x, y, eps=0.1, **how),
+}
+BATCHES = [(torch.randn(n, 5, generator=testing.generator(n)), torch.randn(n, 5)) for n in (6, 9)]
+
+
+@pytest.fixture(params=LOSSES)
+def loss(request, impl, reduction):
+    torch._dynamo.reset()
+    return lambda x, y: LOSSES[request.param](x, y, impl=impl, reduction=reduction)
+
+
+def full(value, id):
+    return pytest.param(value, id=id, marks=[pytest.mark.full])
+
+
+# The reference is PyTorch's own operators; opcheck and test_every_loss.py have Triton's ops too.
+@pytest.fixture(params=[f"impl={i}" if i == "native" else full(f"impl={i}", f"impl={i}") for i in IMPLEMENTATIONS])
+def impl(request):
+    return request.param.removeprefix("impl=")
+
+
+@pytest.fixture(params=["reduction=mean", full("reduction=none", "reduction=none")])
+def reduction(request):
+    return request.param.removeprefix("reduction=")
+
+
+def with_gradient(function, x, y):
+    x = x.detach().requires_grad_()
+    value = function(x, y)
+    return value, torch.autograd.grad(value.sum() * 1.5, x)[0]
+
+
+@pytest.mark.parametrize("dynamic", [None, True], ids=["dynamic=later", "dynamic=first"])
+def test_compile(loss, dynamic):
+    """A training step, then a validation step of the same function (pytorch #107824)."""
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for batch in BATCHES:
+        torch.testing.assert_close(with_gradient(compiled, *batch), with_gradient(loss, *batch))
+        for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+            with mode():
+                torch.testing.assert_close(compiled(*batch), loss(*batch))
+
+
+@pytest.mark.parametrize("name", sorted({*LOSSES} - {"negatives", "one_head_for_both"}))
+def test_one_tensor_in_two_places(name, impl):
+    torch._dynamo.reset()
+    twice = lambda x, _: LOSSES[name](x, x, impl=impl, reduction="mean")  # noqa: E731
+    compiled = torch.compile(twice, fullgraph=True, backend="aot_eager")
+    x, _ = BATCHES[0]
+    torch.testing.assert_close(with_gradient(compiled, x, x), with_gradient(twice, x, x))
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x, x), twice(x, x))
+
+
+class Scaled(torch.nn.Module):
+    """A loss behind a parameter."""
+
+    def __init__(self, loss):
+        super().__init__()
+        self.loss, self.scale = loss, torch.nn.Parameter(torch.ones(5))
+
+    def forward(self, x, y):
+        return self.loss(x * self.scale, y)
+
+
+@pytest.mark.parametrize("strict", [pytest.param(False, id="strict=no"), full(True, "strict=yes")])
+def test_export(loss, strict):
+    """The exported program takes other batches, and is differentiable as the module is."""
+    rows = torch.export.Dim("rows", min=2, max=64)
+    module = Scaled(loss)
+    program = torch.export.export(module, BATCHES[0], dynamic_shapes=({0: rows}, {0: rows}), strict=strict)
+    exported = program.module()
+    decomposed = program.run_decompositions().module()
+    for batch in BATCHES:
+        expected = module(*batch)
+        torch.testing.assert_close(exported(*batch), expected)
+        torch.testing.assert_close(decomposed(*batch), expected)
+        found = torch.autograd.grad(exported(*batch).sum(), [*exported.parameters()])
+        torch.testing.assert_close(found, torch.autograd.grad(expected.sum(), [*module.parameters()]))
+
+
+@pytest.mark.parametrize("tracing", [full("real", "real"), full("fake", "fake"), "symbolic"])
+def test_make_fx(loss, tracing):
+    step = lambda x, y: with_gradient(loss, x, y)  # noqa: E731
+    traced = make_fx(step, tracing_mode=tracing)(*BATCHES[0])
+    other = BATCHES[1] if tracing == "symbolic" else tuple(tensor.flip(0) for tensor in BATCHES[0])
+    torch.testing.assert_close(traced(*other), step(*other))
+
+
+@pytest.mark.parametrize("backend", [full("eager", "eager"), "aot_eager"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+def test_compiled_autograd_over_an_eager_forward(loss, backend, dtype):
+    """pytorch #134514: of each batch its own tensors are in the traced backward, none of the first one's."""
+
+    def compiling(graph):
+        return torch.compile(graph, backend=backend, fullgraph=True, dynamic=True)
+
+    results = []
+    for around in (lambda: compiled_autograd._enable(compiling), contextlib.nullcontext):
+        results.append([])
+        for x, y in (*BATCHES, [tensor.flip(0) for tensor in BATCHES[0]]):
+            x = x.to(dtype, copy=True).requires_grad_()
+            value = (loss(x, y.to(dtype)).float().sum() * 1.5).sum()
+            with around():
+                value.backward()
+            results[-1].append(x.grad)
+    torch.testing.assert_close(*results)
+
+
+def test_an_option_that_changes():
+    """A number that comes into the compiled function is not the first call's for ever."""
+    torch._dynamo.reset()
+    x, y = BATCHES[0]
+    loss = lambda x, y, temperature: tlk.distillation(x, y, temperature=temperature)  # noqa: E731
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for temperature in (1.0, 2.0, 3.5):
+        torch.testing.assert_close(compiled(x, y, temperature), loss(x, y, temperature))
+
+
+def test_options_of_compiled_autograd_are_in_its_key():
+    x, y = BATCHES[0]
+    grads = []
+    for temperature in (1.0, 2.0):
+        for reduction in ("mean", "none"):
+            leaf = x.clone().requires_grad_()
+            value = tlk.cross_entropy(leaf, y.argmax(1), temperature=temperature, reduction=reduction)
+            with compiled_autograd._enable(lambda graph: torch.compile(graph, backend="eager")):
+                value.sum().backward()
+            right = x.clone().requires_grad_()
+            torch.nn.functional.cross_entropy(right / temperature, y.argmax(1), reduction=reduction).sum().backward()
+            torch.testing.assert_close(leaf.grad, right.grad)
+            grads.append(leaf.grad)
+    assert not torch.allclose(grads[0], grads[2])
