@@ -12,7 +12,7 @@ _library = torch.library.Library("tlkernels", "DEF")
 def define(schema: str, fake: Callable[..., Any], differentiable: bool = False) -> Any:
     """Define `tlkernels::<schema>` and return its overload; `fake` gives results of the right kind without data.
 
-    A differentiable op gets its formula by `register_autograd`.
+    A differentiable op is completed by `implement_autograd`.
     """
     name = _library.define(schema)
     torch.library.register_fake(f"tlkernels::{name}", fake, lib=_library)
@@ -20,13 +20,15 @@ def define(schema: str, fake: Callable[..., Any], differentiable: bool = False) 
     if not differentiable:
         # Autograd is attached around the op; torch's own fallback would only box its arguments to say that it has none.
         _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
-    if op._schema.returns and not op._schema.is_mutable:
-        torch.library.register_vmap(f"tlkernels::{name}", partial(_one_by_one, op), lib=_library)
     return op
 
 
+def implement_vmap(op: Any) -> None:
+    """Register a loop as the op's vmap: for batches of upstream values, since the kernels have no batch dimension."""
+    torch.library.register_vmap(op, partial(_one_by_one, op), lib=_library)
+
+
 def _one_by_one(op: Any, info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
-    """Vmap by a loop, for batches of upstream values; the kernels have no batch dimension."""
     results = [
         op(*(arg.select(d, i) if isinstance(d, int) else arg for arg, d in zip(args, in_dims, strict=True)))
         for i in range(info.batch_size)
@@ -36,9 +38,9 @@ def _one_by_one(op: Any, info: Any, in_dims: Sequence[Any], *args: Any) -> tuple
     return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * len(results[0])
 
 
-def register_autograd(op: Any, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
-    """Register the formula by which a differentiable op is differentiated."""
-    torch.library.register_autograd(op._schema.name, backward, setup_context=setup_context, lib=_library)
+def implement_autograd(op: Any, kernel: Callable[..., Any]) -> None:
+    """Register what a differentiable op does where a gradient may be wanted."""
+    _library.impl(op._schema.name.split("::")[1], kernel, "Autograd")
 
 
 def define_implemented(

@@ -198,9 +198,9 @@ def _again(ops: Ops, args: Args) -> Tensor:
 
 
 for _ops in (NATIVE, TRITON):
-    differentiable(_ops.forward, _rule(_ops, stats=False))
+    differentiable(_ops.forward, _rule(_ops, stats=False), _ops.backward)
     differentiable(_ops.forward_stats, _rule(_ops, stats=True))
-    differentiable(_ops.backward, _gradient_rule(_ops))
+    differentiable(_ops.backward, _gradient_rule(_ops), _ops.directional)
 _SWEEPS = {ops: _sweep(ops) for ops in (NATIVE, TRITON)}
 _ROWS_SWEEPS = {ops: _rows_sweep(ops) for ops in (NATIVE, TRITON)}
 

@@ -156,8 +156,8 @@ def _sweep(ops: Ops) -> Sweep:
 
 
 for _ops in (NATIVE, TRITON):
-    differentiable(_ops.forward, _rule(_ops))
-differentiable(TRITON.backward, _second_rule(TRITON))
+    differentiable(_ops.forward, _rule(_ops), _ops.backward)
+differentiable(TRITON.backward, _second_rule(TRITON), TRITON.second)
 _SWEEPS = {ops: _sweep(ops) for ops in (NATIVE, TRITON)}
 
 

@@ -128,7 +128,7 @@ def _step(args: Args, needs: Needs) -> tuple[Tensor, Tensors]:
 
 
 for _ops in (NATIVE, TRITON):
-    differentiable(_ops.forward, _rule(_ops))
+    differentiable(_ops.forward, _rule(_ops), _ops.backward)
 # Behind the options comes whether the loss is the mean.
 _SWEEP = Sweep(4, _step, lambda args: reference.loss(_call(args, "mean" if args[-1] else "sum")))
 

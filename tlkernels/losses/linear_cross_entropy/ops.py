@@ -147,7 +147,7 @@ def _sweep(ops: Ops) -> Sweep:
 
 
 for _ops in (NATIVE, TRITON):
-    differentiable(_ops.forward, _rule(_ops, stats=False))
+    differentiable(_ops.forward, _rule(_ops, stats=False), _ops.backward)
     differentiable(_ops.forward_stats, _rule(_ops, stats=True))
 _SWEEPS = {ops: _sweep(ops) for ops in (NATIVE, TRITON)}
 

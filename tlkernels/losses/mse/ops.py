@@ -130,7 +130,7 @@ def _sweep(ops: Ops) -> Sweep:
 
 
 for _ops in (NATIVE, TRITON):
-    differentiable(_ops.forward, _rule(_ops, "none"))
+    differentiable(_ops.forward, _rule(_ops, "none"), _ops.backward)
     differentiable(_ops.total, _rule(_ops, "sum"))
 _SWEEPS = {ops: _sweep(ops) for ops in (NATIVE, TRITON)}
 

@@ -103,7 +103,7 @@ def _sweep(ops: Ops) -> Sweep:
 
 
 for _ops in (NATIVE, TRITON):
-    differentiable(_ops.forward, _rule(_ops))
+    differentiable(_ops.forward, _rule(_ops), _ops.step)
 _SWEEPS = {ops: _sweep(ops) for ops in (NATIVE, TRITON)}
 
 
