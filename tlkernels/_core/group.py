@@ -10,7 +10,7 @@ The inner sum over s is what the backward of `gather` gives to rank r; the outer
 the gradients of parameters. Without that sum rank r would lack what its keys do to the other ranks' losses.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,14 +18,49 @@ from torch import Tensor
 from torch.autograd import Function
 
 
-def check_group(group: object) -> None:
-    """Raise TypeError or ValueError unless `group` is None or a process group that this process is in."""
+class SavedGroup(NamedTuple):
+    """The process group of a module that was pickled, until the process that loads it has that group."""
+
+    ranks: list[int] | None
+    """Global ranks, in the group's order; None for the default group, of whichever size."""
+    name: str
+
+    def find(self) -> Any:
+        """Return the group of this process with these ranks, of several rather the one of this name.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if dist.is_available() and dist.is_initialized():
+            if self.ranks is None:
+                return dist.group.WORLD
+            groups = [g for g in dist.distributed_c10d._world.pg_map if dist.get_process_group_ranks(g) == self.ranks]
+            # Every rank has created its groups in the same order, so that all take the same one.
+            groups.sort(key=lambda group: group.group_name != self.name)
+            if groups:
+                return groups[0]
+            why = "this process has no such group"
+        else:
+            why = "torch.distributed is not initialized"
+        which = "the default group" if self.ranks is None else f"a group of ranks {self.ranks}"
+        raise ValueError(f"group: expected {which}, as when the module was pickled, but {why}; or set `group`")
+
+
+def check_group(group: Any) -> Any:
+    """Return `group` if it is None or a process group that this process is in; for a `SavedGroup` its group.
+
+    Raises:
+        TypeError, ValueError: it is none.
+    """
+    if isinstance(group, SavedGroup):
+        group = group.find()
     if group is None:
-        return
+        return None
     if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"group: expected a torch.distributed.ProcessGroup or None, got {type(group).__name__}")
     if dist.get_rank(group) < 0:
         raise ValueError("group: expected a process group that this process belongs to")
+    return group
 
 
 def check_equal_shares(group: Any, **tensors: Tensor | None) -> None:
