@@ -34,6 +34,8 @@ def cross_entropy(
                                label_smoothing=label_smoothing)
         loss = loss + z_loss * torch.logsumexp(x, 1).square()  # per position, before the reduction; 0 where ignored
 
+    Options are given by name. Their numbers are what PyTorch's functions take as such: numpy's, too, and 0-d tensors.
+
     Args:
         input: logits of shape (C,), (N, C) or (N, C, d1, ...), any strides; float64, float32, bfloat16 or float16.
         target: class indices of an integer dtype and the input's shape without C, each in [0, C) or `ignore_index`; or

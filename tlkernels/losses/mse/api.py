@@ -20,6 +20,8 @@ def mse(
 
         loss = F.mse_loss(input, target, reduction=reduction, weight=weight)
 
+    Options are given by name.
+
     Args:
         input: any shape and strides; float64, float32, bfloat16 or float16 (or integers, beside a floating target).
         target: the same shape, or one that broadcasts with it, which warns as PyTorch does. Different dtypes are
