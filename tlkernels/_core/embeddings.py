@@ -34,12 +34,12 @@ def check_embeddings(name: str, tensor: Tensor, first: tuple[str, Tensor] | None
 
 
 def scalar(name: str, value: Any, device: torch.device) -> float | Tensor:
-    """Return a finite number as a float, a floating-point tensor of shape () or (1,) as a 0-d one.
+    """Return a finite number as a float, or a floating-point tensor of shape () or (1,) as a 0-d tensor.
 
-    A tensor is reshaped by autograd, so that its gradient has its own shape.
+    Autograd sees the reshape, so the gradient has the shape of the tensor that was given.
 
     Raises:
-        TypeError, ValueError: it is neither.
+        TypeError, ValueError: another kind of value or shape.
     """
     if not isinstance(value, Tensor):
         try:

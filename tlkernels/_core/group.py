@@ -19,23 +19,23 @@ from torch.autograd import Function
 
 
 class SavedGroup(NamedTuple):
-    """The process group of a module that was pickled, until the process that loads it has that group."""
+    """The process group of a pickled module, for a process that loads the module before it has the group."""
 
     ranks: list[int] | None
-    """Global ranks, in the group's order; None for the default group, of whichever size."""
+    """Global ranks in the group's order; None for the default group, whatever its size."""
     name: str
 
     def find(self) -> Any:
-        """Return the group of this process with these ranks, of several rather the one of this name.
+        """Return this process's group of these ranks; if there are several, the one with this name if possible.
 
         Raises:
-            ValueError: there is none.
+            ValueError: this process has no such group.
         """
         if dist.is_available() and dist.is_initialized():
             if self.ranks is None:
                 return dist.group.WORLD
             groups = [g for g in dist.distributed_c10d._world.pg_map if dist.get_process_group_ranks(g) == self.ranks]
-            # Every rank has created its groups in the same order, so that all take the same one.
+            # All ranks create their groups in the same order, so all find the same one.
             groups.sort(key=lambda group: group.group_name != self.name)
             if groups:
                 return groups[0]
@@ -47,10 +47,10 @@ class SavedGroup(NamedTuple):
 
 
 def check_group(group: Any) -> Any:
-    """Return `group` if it is None or a process group that this process is in; for a `SavedGroup` its group.
+    """Return `group`, or the group that a `SavedGroup` stands for.
 
     Raises:
-        TypeError, ValueError: it is none.
+        TypeError, ValueError: it is neither None nor a process group that this process is in.
     """
     if isinstance(group, SavedGroup):
         group = group.find()

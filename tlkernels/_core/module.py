@@ -1,4 +1,4 @@
-"""What all loss modules share: options that are attributes, and process groups that survive copying and pickling."""
+"""The base of all loss modules: options are attributes, and a process group survives copying and pickling."""
 
 import inspect
 from collections.abc import Callable
@@ -13,22 +13,22 @@ from tlkernels._core.group import SavedGroup
 
 
 class LossModule(torch.nn.Module):
-    """A module of a loss function, whose options are attributes of the same names.
+    """A loss function as a module. Its options are attributes, which the function checks at each forward.
 
-    `class SomeLoss(LossModule, function=some_loss)` has for options the arguments that `__init__` shares with the
-    function. `__init__` sets them; they can be read and set at any time, and the function checks them at each forward.
+    The options of `class SomeLoss(LossModule, function=some_loss)` are the arguments that `__init__` and the function
+    share; `__init__` sets an attribute of the same name for each.
     """
 
     _names: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls, *, function: Callable[..., Any] | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if function is not None:  # a user's subclass has the options of its base
+        if function is not None:  # a user's subclass inherits the options
             taken = inspect.signature(cls.__init__).parameters
             cls._names = tuple(name for name in inspect.signature(function).parameters if name in taken)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # torch.compile makes tensors of numpy's scalars.
+        # torch.compile would turn a numpy scalar into a tensor.
         super().__setattr__(name, value.item() if isinstance(value, numpy.generic) else value)
 
     def _options(self) -> dict[str, Any]:
@@ -36,7 +36,7 @@ class LossModule(torch.nn.Module):
         return {name: getattr(self, name) for name in self._names}
 
     def extra_repr(self) -> str:
-        """Return the options, for `repr`; of tensors the shape."""
+        """Return the options for `repr`; a tensor is shown by its shape."""
         return ", ".join(
             f"{name}=Tensor{tuple(value.shape)}" if isinstance(value, Tensor) else f"{name}={value!r}"
             for name, value in self._options().items()
@@ -53,14 +53,14 @@ class LossModule(torch.nn.Module):
 
 
 def refuse_deprecated(size_average: object, reduce: object) -> None:
-    """Raise TypeError unless both are None, the arguments that PyTorch's losses had before `reduction`."""
+    """Raise TypeError unless both of PyTorch's deprecated arguments are None."""
     for name, value in (("size_average", size_average), ("reduce", reduce)):
         if value is not None:
-            raise TypeError(f"{name}: expected None, since `reduction` takes its place, got {value!r}")
+            raise TypeError(f"{name}: expected None (deprecated in favour of reduction), got {value!r}")
 
 
 class _Shared:
-    """A process group in the state of a module: a copy of the module shares it, a pickle has a `SavedGroup`."""
+    """A process group in a module's state: a copy of the module shares it, a pickle holds a `SavedGroup`."""
 
     def __init__(self, group: Any) -> None:
         self.group = group
@@ -78,7 +78,7 @@ class _Shared:
 
 
 def _load(ranks: list[int] | None, name: str) -> Any:
-    """Return the group if this process has it yet; else what looks for it at each forward."""
+    """Return the group, or while this process does not have it, what looks for it at each forward."""
     saved = SavedGroup(ranks, name)
     try:
         return saved.find()

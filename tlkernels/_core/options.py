@@ -1,5 +1,4 @@
-"""Options as plain Python numbers, which is what kernels and compiled graphs hold: numpy scalars and tensors do not
-reach them."""
+"""Options as plain Python numbers: kernels and compiled graphs see no numpy scalars and no tensors."""
 
 import operator
 from numbers import Real
@@ -11,10 +10,10 @@ from torch import Tensor
 
 
 def integer(name: str, value: Any) -> int:
-    """Return an integer that PyTorch's functions take as an int: all that has `__index__`, but no bool.
+    """Return `value` as an int if PyTorch's functions take it as one: anything with `__index__` except a bool.
 
     Raises:
-        TypeError: it is none.
+        TypeError: another kind of value.
         ValueError: it does not fit into 64 bits.
     """
     if type(value) is not int:
@@ -30,10 +29,12 @@ def integer(name: str, value: Any) -> int:
 
 
 def number(name: str, value: Any) -> float:
-    """Return a real number as a float: Python's, numpy's, or a 0-d tensor that needs no gradient; no bool.
+    """Return `value` as a float if it is a real number of Python or numpy, or a 0-d tensor that needs no gradient.
+
+    A bool is refused. A tensor on a GPU is read by the host, as PyTorch's functions do.
 
     Raises:
-        TypeError: it is none.
+        TypeError: another kind of value.
         ValueError: it is too large for a float.
     """
     if isinstance(value, float):
@@ -48,10 +49,10 @@ def number(name: str, value: Any) -> float:
 
 
 def smoothing(value: Any) -> float:
-    """Return `label_smoothing`, in [0, 1]; `F.cross_entropy` takes a bool, too.
+    """Return `label_smoothing` as a float in [0, 1]; unlike other numbers it may be a bool, as in `F.cross_entropy`.
 
     Raises:
-        TypeError, ValueError: it is none.
+        TypeError, ValueError: another kind of value, or out of range.
     """
     plain = _item(value)
     share = float(plain) if isinstance(plain, bool) else number("label_smoothing", value)
@@ -61,10 +62,10 @@ def smoothing(value: Any) -> float:
 
 
 def flag(name: str, value: Any) -> bool:
-    """Return a bool, Python's or numpy's.
+    """Return a bool of Python or numpy as a bool.
 
     Raises:
-        TypeError: it is none.
+        TypeError: another kind of value.
     """
     if not isinstance(value, (bool, numpy.bool_)):
         raise TypeError(f"{name}: expected a bool, got {_kind(value)}")
@@ -72,7 +73,7 @@ def flag(name: str, value: Any) -> bool:
 
 
 def _item(value: Any) -> Any:
-    """Return the Python number that a numpy scalar or a 0-d tensor without gradient holds; all else as it is."""
+    """Return the Python number in a numpy scalar or in a 0-d tensor that needs no gradient; otherwise `value`."""
     if isinstance(value, numpy.generic) or (isinstance(value, Tensor) and not value.dim() and not value.requires_grad):
         return value.item()
     return value

@@ -34,7 +34,7 @@ def cross_entropy(
                                label_smoothing=label_smoothing)
         loss = loss + z_loss * torch.logsumexp(x, 1).square()  # per position, before the reduction; 0 where ignored
 
-    Options are given by name. Their numbers are what PyTorch's functions take as such: numpy's, too, and 0-d tensors.
+    Options are given by name only. Numbers may be numpy scalars or 0-d tensors, as in PyTorch.
 
     Args:
         input: logits of shape (C,), (N, C) or (N, C, d1, ...), any strides; float64, float32, bfloat16 or float16.
@@ -106,7 +106,7 @@ class CrossEntropyLoss(LossModule, torch.nn.CrossEntropyLoss, function=cross_ent
 
     The arguments are those of `cross_entropy`, by position in PyTorch's order. Each is an attribute of that name, which
     can be set at any time; `weight` is a buffer, as in PyTorch. The deprecated `size_average` and `reduce` must be
-    None, and raise TypeError otherwise.
+    None; a value raises TypeError.
     """
 
     def __init__(

@@ -138,7 +138,7 @@ class InfoNCELoss(LossModule, _Loss, function=info_nce):
         max_scale: each forward first brings a parameter above log(max_scale) back to it, as CLIP does.
 
     The others are those of `info_nce`. All are attributes, which but for `learnable` can be set at any time. A
-    `Parameter` given as `temperature` or `logit_scale` becomes the module's own, and is trained. A copy of the module
+    `Parameter` given as `temperature` or `logit_scale` becomes the module's own and is trained. A copy of the module
     shares `group`; a pickle finds the group of the same ranks where it is loaded.
     """
 

@@ -20,7 +20,7 @@ def mse(
 
         loss = F.mse_loss(input, target, reduction=reduction, weight=weight)
 
-    Options are given by name.
+    Options are given by name only.
 
     Args:
         input: any shape and strides; float64, float32, bfloat16 or float16 (or integers, beside a floating target).
@@ -75,8 +75,8 @@ def rmse(
 class MSELoss(LossModule, torch.nn.MSELoss, function=mse):
     """`mse` as a module: takes the place of `torch.nn.MSELoss`, of which it is an instance.
 
-    The options are attributes, which can be set at any time. The deprecated `size_average` and `reduce` must be None,
-    and raise TypeError otherwise.
+    The options are attributes, which can be set at any time. The deprecated `size_average` and `reduce` must be None;
+    a value raises TypeError.
     """
 
     def __init__(

@@ -85,7 +85,7 @@ def nt_xent(
 class NTXentLoss(LossModule, _Loss, function=nt_xent):
     """`nt_xent` as a module; the arguments are its options, and attributes that can be set at any time.
 
-    A `Parameter` given as `temperature` or `logit_scale` becomes the module's own, and is trained. A copy of the module
+    A `Parameter` given as `temperature` or `logit_scale` becomes the module's own and is trained. A copy of the module
     shares `group`; a pickle finds the group of the same ranks where it is loaded.
     """
 

@@ -69,7 +69,7 @@ def sigmoid_contrastive(
 class SigmoidContrastiveLoss(LossModule, function=sigmoid_contrastive):
     """`sigmoid_contrastive` as a module; the arguments are its options, and attributes that can be set at any time.
 
-    A `Parameter` given as `logit_scale` or `logit_bias` becomes the module's own, and is trained. A copy of the module
+    A `Parameter` given as `logit_scale` or `logit_bias` becomes the module's own and is trained. A copy of the module
     shares `group`; a pickle finds the group of the same ranks where it is loaded.
     """
 

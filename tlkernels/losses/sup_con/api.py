@@ -109,7 +109,7 @@ def _over_ranks(implementation: Implementation, call: Call, group: Any) -> Tenso
 class SupConLoss(LossModule, _Loss, function=sup_con):
     """`sup_con` as a module; the arguments are its options, and attributes that can be set at any time.
 
-    A `Parameter` given as `temperature` or `logit_scale` becomes the module's own, and is trained. A copy of the module
+    A `Parameter` given as `temperature` or `logit_scale` becomes the module's own and is trained. A copy of the module
     shares `group`; a pickle finds the group of the same ranks where it is loaded.
     """
 
