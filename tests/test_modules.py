@@ -273,6 +273,15 @@ class TestLearnableScale:
             assert made.log_logit_scale.requires_grad
             torch.testing.assert_close(made(A, B), F.cross_entropy(torch.e * A @ B.T, torch.arange(6)))
 
+    def test_averaged(self):
+        module = tlk.InfoNCELoss(learnable=True)
+        average = AveragedModel(module)
+        for value in (1.0, 2.0):
+            with torch.no_grad():
+                module.log_logit_scale.fill_(value)
+            average.update_parameters(module)
+        torch.testing.assert_close(average(A, B), F.cross_entropy(torch.tensor(1.5).exp() * A @ B.T, torch.arange(6)))
+
     @pytest.mark.parametrize(("name", "value"), [("temperature", 0.1), ("logit_scale", 3.0), ("max_scale", -1.0),
                                                  ("max_scale", None)])  # fmt: skip
     def test_what_is_set_is_checked(self, name, value):

@@ -56,9 +56,12 @@ def test_ignore_index(function, value):
     torch.tensor(0.25), torch.tensor(1), torch.tensor(True), torch.tensor([0.25]), Index(), np.array(0.25), None,
     "0.25", 1j, torch.tensor(0.25, requires_grad=True), 1.5,
 ], ids=repr)  # fmt: skip
-@pytest.mark.parametrize("function", LIKE_TORCHS)
+@pytest.mark.parametrize("function", [*LIKE_TORCHS, "info_nce"])
 def test_label_smoothing(function, value):
-    same_as_torch(LIKE_TORCHS[function], label_smoothing=value)
+    def info_nce(**option):
+        return tlk.info_nce(X, torch.eye(5), Y, **option)
+
+    same_as_torch(LIKE_TORCHS.get(function, info_nce), label_smoothing=value)
 
 
 @pytest.mark.parametrize("name", ["symmetric", "normalize"])

@@ -54,8 +54,8 @@ def smoothing(value: Any) -> float:
     Raises:
         TypeError, ValueError: another kind of value, or out of range.
     """
-    plain = _item(value)
-    share = float(plain) if isinstance(plain, bool) else number("label_smoothing", value)
+    plain = value if isinstance(value, float) else _item(value)
+    share = float(plain) if isinstance(plain, (float, bool)) else number("label_smoothing", value)
     if not 0 <= share <= 1:
         raise ValueError(f"label_smoothing: expected a number in [0, 1], got {share}")
     return share
