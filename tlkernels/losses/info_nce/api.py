@@ -134,10 +134,10 @@ class InfoNCELoss(LossModule, _Loss, function=info_nce):
     Args:
         learnable: own a parameter `log_logit_scale`, whose exponential is the logit scale; then neither `temperature`
             nor `logit_scale` can be given. It cannot be set afterwards.
-        init_temperature: where the parameter starts, and `reset_parameters()` takes it: log(1 / init_temperature).
+        init_temperature: the parameter starts at log(1 / init_temperature); `reset_parameters()` sets it back.
         max_scale: each forward first brings a parameter above log(max_scale) back to it, as CLIP does.
 
-    The others are those of `info_nce`. All are attributes, which but for `learnable` can be set at any time. A
+    The others are those of `info_nce`. All are attributes; all except `learnable` can be set at any time. A
     `Parameter` given as `temperature` or `logit_scale` becomes the module's own and is trained. A copy of the module
     shares `group`; a pickle finds the group of the same ranks where it is loaded.
     """
@@ -158,14 +158,10 @@ class InfoNCELoss(LossModule, _Loss, function=info_nce):
         impl: str = "auto",
     ) -> None:
         super().__init__(reduction=reduction)
-        self.temperature, self.logit_scale, self.symmetric, self.normalize = (
-            temperature,
-            logit_scale,
-            symmetric,
-            normalize,
-        )
-        self.label_smoothing, self.group, self.impl = label_smoothing, group, impl
+        self.temperature, self.logit_scale = temperature, logit_scale
+        self.symmetric, self.normalize, self.label_smoothing = symmetric, normalize, label_smoothing
         self.init_temperature, self.max_scale = init_temperature, max_scale
+        self.group, self.impl = group, impl
         self.log_logit_scale = Parameter(torch.empty(())) if flag("learnable", learnable) else None
         if self.log_logit_scale is not None:
             self._log_max_scale()
@@ -203,7 +199,7 @@ class InfoNCELoss(LossModule, _Loss, function=info_nce):
         """Return the bound of a learnable scale.
 
         Raises:
-            TypeError, ValueError: `max_scale` is none, or the scale is given as well.
+            TypeError, ValueError: `max_scale` is not a number above 0, or the scale is given in another way as well.
         """
         if self.temperature is not None or self.logit_scale is not None:
             raise ValueError("learnable: expected neither temperature nor logit_scale beside it; see init_temperature")
