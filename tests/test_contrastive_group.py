@@ -1,5 +1,7 @@
 """group=: with the keys of all ranks every gradient, averaged over ranks, is that of the whole batch on one process."""
 
+import copy
+import pickle
 import sys
 import traceback
 from datetime import timedelta
@@ -9,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.optim.swa_utils import AveragedModel
 
 import tlkernels as tlk
 from tlkernels import testing
@@ -57,6 +60,12 @@ def sup_con(batch, **options):
     return tlk.sup_con(encode(batch, "x"), batch["labels"], logit_scale=batch["scale"], **options)
 
 
+def sup_con_views(batch, **options):
+    """Two views of each sample; on one process the ranks' samples one after the other, as their rows are."""
+    views = torch.stack([encode(batch, "x"), encode(batch, "y")], 1)
+    return tlk.sup_con(views, batch["labels"], logit_scale=batch["scale"], **options)
+
+
 def sigmoid(batch, **options):
     scale, bias = batch["scale"], batch["bias"]
     return tlk.sigmoid_contrastive(
@@ -75,6 +84,8 @@ CASES = {
     "nt_xent-sum": partial(nt_xent, reduction="sum", normalize=False),
     "sup_con": sup_con,
     "sup_con-sum": partial(sup_con, reduction="sum"),
+    "sup_con-views": sup_con_views,
+    "sup_con-views-none": partial(sup_con_views, reduction="none"),
     "sigmoid_contrastive": sigmoid,
 }
 PARAMETERS = ("weight", "scale", "bias")
@@ -170,7 +181,39 @@ def check_distributed_data_parallel(rank, group, impl):
     torch.testing.assert_close(model.weight.grad, right, rtol=1e-4, atol=1e-6)
 
 
+def check_module_copies(rank, group, name, group_of):
+    """Deep copies share the group, pickles find it: by its ranks, of several such groups the one of its name."""
+    first, second = dist.new_group([1, 0]), dist.new_group([0, 1])
+    group = {"world": group, "first": first, "second": second}[group_of]
+    batch = share(inputs(), rank)
+    tensors = encode(batch, "x"), batch["labels"] if name == "SupConLoss" else encode(batch, "y")
+    module = getattr(tlk, name)(logit_scale=3.0, group=group, **({"logit_bias": -1.0} if "Sigmoid" in name else {}))
+    expected = module(*tensors)
+    for made in (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), AveragedModel(module).module):
+        assert made.group is group
+        torch.testing.assert_close(made(*tensors), expected, rtol=0, atol=0)
+    alone = getattr(tlk, name)(logit_scale=3.0, **({"logit_bias": -1.0} if "Sigmoid" in name else {}))
+    assert not torch.allclose(alone(*tensors), expected)
+
+
+def check_pickle_of_another_rank(rank, group):
+    """Rank 0's module, of a group that rank 1 is not in, is loaded on rank 1 but does not run there."""
+    groups = [dist.new_group([r]) for r in range(RANKS)]
+    pickled = [pickle.dumps(tlk.NTXentLoss(group=groups[rank]))]
+    dist.broadcast_object_list(pickled, src=0)
+    module, x = pickle.loads(pickled[0]), torch.randn(3, 4)
+    if rank == 0:
+        assert module(x, x).isfinite() and module.group is groups[0]
+    else:
+        with pytest.raises(ValueError, match=r"group: expected a group of ranks \[0\]"):
+            module(x, x)
+
+
 def all_checks():
+    for name in ("InfoNCELoss", "NTXentLoss", "SupConLoss", "SigmoidContrastiveLoss"):
+        for group_of in ("world", "first", "second"):
+            yield f"{name}-copies-{group_of}", partial(check_module_copies, name=name, group_of=group_of)
+    yield "pickle-of-another-rank", check_pickle_of_another_rank
     for impl in IMPLEMENTATIONS:
         for name in CASES:
             yield f"{name}-{impl}", partial(check_gradients, name=name, impl=impl)

@@ -311,7 +311,7 @@ ERRORS = [
     (ValueError, "temperature: expected a number above 0, got 0", (X, Y), {"temperature": 0}),
     (ValueError, "temperature: expected a finite number, got nan", (X, Y), {"temperature": NAN}),
     (TypeError, "logit_scale: expected a number or a 0-d tensor, got str", (X, Y), {"logit_scale": "1"}),
-    (ValueError, r"logit_scale: .* got shape \(1,\)", (X, Y), {"logit_scale": torch.ones(1)}),
+    (ValueError, r"logit_scale: .* got shape \(2,\)", (X, Y), {"logit_scale": torch.ones(2)}),
     (TypeError, "logit_scale: .* got torch.int64", (X, Y), {"logit_scale": torch.tensor(1)}),
     (ValueError, r"negatives: expected shape \(M, D\) or \(N, M, D\), got \(5,\)", (X, Y), {"negatives": Y[0]}),
     (ValueError, r"negatives: .* N = 4 queries, got \(3, 2, 5\)", (X, Y), {"negatives": torch.randn(3, 2, 5)}),

@@ -59,6 +59,41 @@ def test_two_views_of_each_is_nt_xent(impl):
     )
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("views", [1, 2, 3])
+def test_views_of_each_sample(impl, views, reduction):
+    """The convention of the paper's authors: features (batch, views, D), one label for all views of a sample."""
+    generator = testing.generator(views)
+    features = torch.randn(5, views, 4, generator=generator)
+    labels = torch.tensor([3, 0, 3, 1, 0], dtype=torch.uint16)
+    rows = torch.cat(features.double().unbind(1)).requires_grad_()  # all first views, then all second ones, ...
+    right = pytorch(rows, labels.long().repeat(views), temperature=0.5, reduction=reduction)
+    (expected,) = torch.autograd.grad(right.sum(), rows)
+    ours = tlk.sup_con(features.requires_grad_(), labels, temperature=0.5, reduction=reduction, impl=impl)
+    (grad,) = torch.autograd.grad(ours.sum(), features)
+    right = torch.stack(right.chunk(views), 1) if reduction == "none" else right
+    torch.testing.assert_close(ours, right.float())
+    torch.testing.assert_close(grad, torch.stack(expected.chunk(views), 1).float())
+
+
+def test_views_of_strided_features(impl):
+    features = torch.randn(4, 5, 2).permute(1, 2, 0)
+    labels = torch.tensor([0, 1, 0, 1, 2])
+    right = pytorch(features.double().flatten(0, 1), labels.repeat_interleave(2), temperature=0.5)
+    torch.testing.assert_close(tlk.sup_con(features, labels, temperature=0.5, impl=impl), right.float())
+
+
+@pytest.mark.parametrize(("error", "message", "features", "labels"), [
+    (ValueError, r"labels: expected shape \(4,\), got \(8,\)", torch.randn(4, 2, 3), torch.arange(8)),
+    (TypeError, "labels: expected a Tensor, got NoneType", torch.randn(4, 2, 3), None),
+    (ValueError, r"features: expected shape \(N, D\) or \(batch, views, D\), got \(4, 2, 3, 3\)",
+     torch.randn(4, 2, 3, 3), torch.arange(4)),
+])  # fmt: skip
+def test_bad_views(error, message, features, labels):
+    with pytest.raises(error, match=message):
+        tlk.sup_con(features, labels)
+
+
 @pytest.mark.parametrize(("error", "message", "labels", "options"), [
     (ValueError, r"labels: expected shape \(4,\), got \(3,\)", torch.arange(3), {}),
     (TypeError, "labels: expected an integer dtype, got torch.float32", torch.rand(4), {}),

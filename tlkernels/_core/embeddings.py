@@ -1,12 +1,13 @@
 """What losses on pairs of embeddings have in common: checks of the tensors, and the scale of the logits."""
 
 import math
-from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tlkernels._core.dtypes import FLOATING, autocasts, compute_dtype
+from tlkernels._core.options import number
 
 
 def check_embeddings(name: str, tensor: Tensor, first: tuple[str, Tensor] | None = None, shape: str = "(N, D)") -> None:
@@ -32,19 +33,31 @@ def check_embeddings(name: str, tensor: Tensor, first: tuple[str, Tensor] | None
         raise ValueError(f"{name}: expected {like.shape[-1]} features as {other} has, got shape {tuple(tensor.shape)}")
 
 
-def check_scalar(name: str, value: object, device: torch.device) -> None:
-    """Raise TypeError or ValueError unless `value` is a finite number or a floating-point 0-d tensor."""
-    if isinstance(value, Tensor):
-        if not value.is_floating_point():
-            raise TypeError(f"{name}: expected a number or a floating-point 0-d tensor, got {value.dtype}")
-        if value.dim() != 0:
-            raise ValueError(f"{name}: expected a number or a 0-d tensor, got shape {tuple(value.shape)}")
-        if value.device.type not in ("cpu", device.type):
-            raise ValueError(f"{name}: expected it on {device} or the CPU, got {value.device}")
-    elif not isinstance(value, Real) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected a number or a 0-d tensor, got {type(value).__name__}")
-    elif not math.isfinite(value):
-        raise ValueError(f"{name}: expected a finite number, got {value}")
+def scalar(name: str, value: Any, device: torch.device) -> float | Tensor:
+    """Return a finite number as a float, or a floating-point tensor of shape () or (1,) as a 0-d tensor.
+
+    Autograd sees the reshape, so the gradient has the shape of the tensor that was given.
+
+    Raises:
+        TypeError, ValueError: another kind of value or shape.
+    """
+    if not isinstance(value, Tensor):
+        try:
+            plain = number(name, value)
+        except TypeError:
+            raise TypeError(f"{name}: expected a number or a 0-d tensor, got {type(value).__name__}") from None
+        if not math.isfinite(plain):
+            raise ValueError(f"{name}: expected a finite number, got {plain}")
+        return plain
+    if not value.is_floating_point():
+        raise TypeError(f"{name}: expected a number or a floating-point 0-d tensor, got {value.dtype}")
+    if value.shape not in ((), (1,)):
+        raise ValueError(
+            f"{name}: expected a number or a 0-d tensor, or one of shape (1,), got shape {tuple(value.shape)}"
+        )
+    if value.device.type not in ("cpu", device.type):
+        raise ValueError(f"{name}: expected it on {device} or the CPU, got {value.device}")
+    return value.reshape(()) if value.dim() else value
 
 
 def resolve_scale(
@@ -54,11 +67,10 @@ def resolve_scale(
     if temperature is not None and logit_scale is not None:
         raise ValueError("temperature, logit_scale: expected at most one of them, since each is 1 over the other")
     if logit_scale is not None:
-        check_scalar("logit_scale", logit_scale, device)
-        return logit_scale
+        return scalar("logit_scale", logit_scale, device)
     if temperature is None:
         return 1.0
-    check_scalar("temperature", temperature, device)
+    temperature = scalar("temperature", temperature, device)
     if isinstance(temperature, Tensor):
         return temperature.to(compute_dtype(temperature)).reciprocal()
     if temperature <= 0:

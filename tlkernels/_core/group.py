@@ -10,7 +10,7 @@ The inner sum over s is what the backward of `gather` gives to rank r; the outer
 the gradients of parameters. Without that sum rank r would lack what its keys do to the other ranks' losses.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,14 +18,49 @@ from torch import Tensor
 from torch.autograd import Function
 
 
-def check_group(group: object) -> None:
-    """Raise TypeError or ValueError unless `group` is None or a process group that this process is in."""
+class SavedGroup(NamedTuple):
+    """The process group of a pickled module, for a process that loads the module before it has the group."""
+
+    ranks: list[int] | None
+    """Global ranks in the group's order; None for the default group, whatever its size."""
+    name: str
+
+    def find(self) -> Any:
+        """Return this process's group of these ranks; if there are several, the one with this name if possible.
+
+        Raises:
+            ValueError: this process has no such group.
+        """
+        if dist.is_available() and dist.is_initialized():
+            if self.ranks is None:
+                return dist.group.WORLD
+            groups = [g for g in dist.distributed_c10d._world.pg_map if dist.get_process_group_ranks(g) == self.ranks]
+            # All ranks create their groups in the same order, so all find the same one.
+            groups.sort(key=lambda group: group.group_name != self.name)
+            if groups:
+                return groups[0]
+            why = "this process has no such group"
+        else:
+            why = "torch.distributed is not initialized"
+        which = "the default group" if self.ranks is None else f"a group of ranks {self.ranks}"
+        raise ValueError(f"group: expected {which}, as when the module was pickled, but {why}; or set `group`")
+
+
+def check_group(group: Any) -> Any:
+    """Return `group`, or the group that a `SavedGroup` stands for.
+
+    Raises:
+        TypeError, ValueError: it is neither None nor a process group that this process is in.
+    """
+    if isinstance(group, SavedGroup):
+        group = group.find()
     if group is None:
-        return
+        return None
     if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"group: expected a torch.distributed.ProcessGroup or None, got {type(group).__name__}")
     if dist.get_rank(group) < 0:
         raise ValueError("group: expected a process group that this process belongs to")
+    return group
 
 
 def check_equal_shares(group: Any, **tensors: Tensor | None) -> None:

@@ -1,12 +1,12 @@
 """Cross entropy: the public function, its form with statistics, and the module."""
 
-from typing import Any
-
+import torch
 from torch import Tensor
-from torch.nn.modules.loss import _WeightedLoss
 
 from tlkernels._core.dispatch import resolve
-from tlkernels.losses.cross_entropy.call import Call, CrossEntropyOutput, Options, check
+from tlkernels._core.module import LossModule, refuse_deprecated
+from tlkernels._core.options import flag
+from tlkernels.losses.cross_entropy.call import Call, CrossEntropyOutput, check, plain_options
 from tlkernels.losses.cross_entropy.ops import IMPLEMENTATIONS
 
 
@@ -33,6 +33,8 @@ def cross_entropy(
         loss = F.cross_entropy(x, target, weight, ignore_index=ignore_index, reduction=reduction,
                                label_smoothing=label_smoothing)
         loss = loss + z_loss * torch.logsumexp(x, 1).square()  # per position, before the reduction; 0 where ignored
+
+    Options are given by name only. Numbers may be numpy scalars or 0-d tensors, as in PyTorch.
 
     Args:
         input: logits of shape (C,), (N, C) or (N, C, d1, ...), any strides; float64, float32, bfloat16 or float16.
@@ -65,8 +67,8 @@ def cross_entropy(
     Source: Szegedy et al. 2016 (arXiv 1512.00567) for label smoothing; `tlkernels/losses/cross_entropy/second_order.py`
     has the formulas of the gradients.
     """
-    options = Options(weight, ignore_index, label_smoothing, temperature, softcap, z_loss)
-    call = check(Call(input, target, options, reduction, inplace_grad, stats=False))
+    options = plain_options(weight, ignore_index, label_smoothing, temperature, softcap, z_loss)
+    call = check(Call(input, target, options, reduction, flag("inplace_grad", inplace_grad), stats=False))
     loss: Tensor = resolve("cross_entropy", IMPLEMENTATIONS, call, impl).run(call)
     return loss
 
@@ -93,47 +95,40 @@ def cross_entropy_stats(
         entropy = torch.distributions.Categorical(logits=x).entropy()           # classes along axis 1
         correct = (input.argmax(1) == target) & (target != ignore_index)         # or == target.argmax(1)
     """
-    options = Options(weight, ignore_index, label_smoothing, temperature, softcap, z_loss)
-    call = check(Call(input, target, options, reduction, inplace_grad, stats=True))
+    options = plain_options(weight, ignore_index, label_smoothing, temperature, softcap, z_loss)
+    call = check(Call(input, target, options, reduction, flag("inplace_grad", inplace_grad), stats=True))
     output: CrossEntropyOutput = resolve("cross_entropy_stats", IMPLEMENTATIONS, call, impl).run(call)
     return output
 
 
-class CrossEntropyLoss(_WeightedLoss):
-    """`cross_entropy` as a module: takes the place of `torch.nn.CrossEntropyLoss` with no other change.
+class CrossEntropyLoss(LossModule, torch.nn.CrossEntropyLoss, function=cross_entropy):
+    """`cross_entropy` as a module: takes the place of `torch.nn.CrossEntropyLoss`, of which it is an instance.
 
-    The arguments are those of `cross_entropy`; `weight` is a buffer, as in PyTorch. The deprecated `size_average` and
-    `reduce` raise TypeError.
+    The arguments are those of `cross_entropy`, by position in PyTorch's order. Each is an attribute of that name, which
+    can be set at any time; `weight` is a buffer, as in PyTorch. The deprecated `size_average` and `reduce` must be
+    None; a value raises TypeError.
     """
 
     def __init__(
         self,
         weight: Tensor | None = None,
-        *,
+        size_average: None = None,
         ignore_index: int = -100,
+        reduce: None = None,
         reduction: str = "mean",
         label_smoothing: float = 0.0,
+        *,
         temperature: float = 1.0,
         softcap: float | None = None,
         z_loss: float = 0.0,
         inplace_grad: bool = False,
         impl: str = "auto",
     ) -> None:
-        super().__init__(weight, reduction=reduction)
-        self.options: dict[str, Any] = {
-            "ignore_index": ignore_index,
-            "label_smoothing": label_smoothing,
-            "temperature": temperature,
-            "softcap": softcap,
-            "z_loss": z_loss,
-            "inplace_grad": inplace_grad,
-            "impl": impl,
-        }
+        refuse_deprecated(size_average, reduce)
+        super().__init__(weight, None, ignore_index, None, reduction, label_smoothing)
+        self.temperature, self.softcap, self.z_loss = temperature, softcap, z_loss
+        self.inplace_grad, self.impl = inplace_grad, impl
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """Return the loss."""
-        return cross_entropy(input, target, self.weight, reduction=self.reduction, **self.options)
-
-    def extra_repr(self) -> str:
-        """Return the options, for `repr`."""
-        return ", ".join(f"{name}={value!r}" for name, value in {"reduction": self.reduction, **self.options}.items())
+        return cross_entropy(input, target, **self._options())

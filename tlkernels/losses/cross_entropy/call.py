@@ -1,12 +1,12 @@
 """What a call of cross entropy is: its tensors and options, checked."""
 
-from numbers import Real
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tlkernels._core.dtypes import FLOATING, INTEGER, compute_dtype, loss_dtype
+from tlkernels._core.options import integer, number, smoothing
 from tlkernels._core.reduction import REDUCTIONS, sum_in_order
 
 
@@ -33,9 +33,6 @@ class Options(NamedTuple):
     temperature: float
     softcap: float | None
     z_loss: float
-
-
-_DEFAULTS = (-100, 0.0, 1.0, None, 0.0)
 
 
 class Call(NamedTuple):
@@ -113,8 +110,6 @@ def check(call: Call) -> Call:
         raise ValueError(f"reduction: expected one of {REDUCTIONS}, got {call.reduction!r}")
     if options.weight is not None:
         _check_weight(options.weight, input)
-    if options[1:] != _DEFAULTS:
-        _check_numbers(options)
     if call.inplace_grad:
         _check_inplace(call)
     return call
@@ -132,22 +127,29 @@ def _check_weight(weight: Tensor, input: Tensor) -> None:
         raise ValueError(f"weight: expected it on the input's device {input.device}, got {weight.device}")
 
 
-def _check_numbers(options: Options) -> None:
-    _, ignore_index, label_smoothing, temperature, softcap, z_loss = options
-    if type(ignore_index) is not int:
-        raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
-    numbers = (("label_smoothing", label_smoothing), ("temperature", temperature), ("z_loss", z_loss))
-    for name, value in numbers if softcap is None else (*numbers, ("softcap", softcap)):
-        if type(value) is not float and not (isinstance(value, Real) and not isinstance(value, bool)):
-            raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
+def plain_options(
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    temperature: float,
+    softcap: float | None,
+    z_loss: float,
+) -> Options:
+    """Return the options with plain numbers.
+
+    Raises:
+        TypeError, ValueError: a number of a wrong kind, or out of its range.
+    """
+    temperature, z_loss = number("temperature", temperature), number("z_loss", z_loss)
+    softcap = None if softcap is None else number("softcap", softcap)
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature: expected a finite number above 0, got {temperature}")
     if softcap is not None and not 0 < softcap < float("inf"):
         raise ValueError(f"softcap: expected None or a finite number above 0, got {softcap}")
     if not 0 <= z_loss < float("inf"):
         raise ValueError(f"z_loss: expected a finite number of at least 0, got {z_loss}")
+    ignore_index = integer("ignore_index", ignore_index)
+    return Options(weight, ignore_index, smoothing(label_smoothing), temperature, softcap, z_loss)
 
 
 def _check_inplace(call: Call) -> None:

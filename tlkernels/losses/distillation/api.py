@@ -1,12 +1,11 @@
 """Distillation: the public function and the module."""
 
-from typing import Any
-
-import torch
 from torch import Tensor
+from torch.nn.modules.loss import _Loss
 
 from tlkernels._core.dispatch import resolve
-from tlkernels.losses.distillation.call import Call, Options, check
+from tlkernels._core.module import LossModule
+from tlkernels.losses.distillation.call import Call, check, plain_options
 from tlkernels.losses.distillation.ops import IMPLEMENTATIONS
 
 
@@ -73,14 +72,19 @@ def distillation(
     Source: Hinton et al. 2015 (arXiv 1503.02531) for the temperature and its square; Agarwal et al. 2024
     (arXiv 2306.13649) for the generalised Jensen-Shannon divergence.
     """
-    options = Options(target, row_weight, temperature, divergence, beta, hard_weight, ignore_index, label_smoothing)
+    options = plain_options(
+        target, row_weight, temperature, divergence, beta, hard_weight, ignore_index, label_smoothing
+    )
     call = check(Call(student_logits, teacher_logits, options, reduction))
     loss: Tensor = resolve("distillation", IMPLEMENTATIONS, call, impl).run(call)
     return loss
 
 
-class DistillationLoss(torch.nn.Module):
-    """`distillation` as a module: the options are the constructor's, the tensors `forward`'s."""
+class DistillationLoss(LossModule, _Loss, function=distillation):
+    """`distillation` as a module: the options are the constructor's, the tensors `forward`'s.
+
+    Each option is an attribute, which can be set at any time.
+    """
 
     def __init__(
         self,
@@ -94,17 +98,9 @@ class DistillationLoss(torch.nn.Module):
         reduction: str = "mean",
         impl: str = "auto",
     ) -> None:
-        super().__init__()
-        self.options: dict[str, Any] = {
-            "temperature": temperature,
-            "divergence": divergence,
-            "beta": beta,
-            "hard_weight": hard_weight,
-            "ignore_index": ignore_index,
-            "label_smoothing": label_smoothing,
-            "reduction": reduction,
-            "impl": impl,
-        }
+        super().__init__(reduction=reduction)
+        self.temperature, self.divergence, self.beta, self.hard_weight = temperature, divergence, beta, hard_weight
+        self.ignore_index, self.label_smoothing, self.impl = ignore_index, label_smoothing, impl
 
     def forward(
         self,
@@ -115,8 +111,4 @@ class DistillationLoss(torch.nn.Module):
         row_weight: Tensor | None = None,
     ) -> Tensor:
         """Return the loss."""
-        return distillation(student_logits, teacher_logits, target, row_weight=row_weight, **self.options)
-
-    def extra_repr(self) -> str:
-        """Return the options, for `repr`."""
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        return distillation(student_logits, teacher_logits, target, row_weight=row_weight, **self._options())

@@ -1,13 +1,13 @@
 """What a call of distillation is: its tensors and options, checked."""
 
 import math
-from numbers import Real
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tlkernels._core.dtypes import FLOATING, INTEGER, loss_dtype
+from tlkernels._core.options import integer, number, smoothing
 
 REDUCTIONS = ("none", "mean", "batchmean", "sum")
 DIVERGENCES = ("forward_kl", "reverse_kl", "js", "tv")
@@ -24,9 +24,6 @@ class Options(NamedTuple):
     hard_weight: float
     ignore_index: int
     label_smoothing: float
-
-
-_DEFAULTS = (1.0, "forward_kl", 0.5, 0.0, -100, 0.0)
 
 
 class Call(NamedTuple):
@@ -92,7 +89,7 @@ def check_device(name: str, tensor: Tensor, student: Tensor) -> None:
 
 def check_options(options: Options, student: Tensor, reduction: str) -> None:
     """Raise TypeError or ValueError unless the options fit the student's logits or features, (rows..., any)."""
-    target, row_weight, *numbers = options
+    target, row_weight = options.target, options.row_weight
     rows = tuple(student.shape[:-1])
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected one of {REDUCTIONS}, got {reduction!r}")
@@ -109,30 +106,34 @@ def check_options(options: Options, student: Tensor, reduction: str) -> None:
         if tuple(row_weight.shape) != rows:
             raise ValueError(f"row_weight: expected shape {rows}, one number per row, got {tuple(row_weight.shape)}")
         check_device("row_weight", row_weight, student)
-    if tuple(numbers) != _DEFAULTS:
-        _check_numbers(options)
 
 
-def _check_numbers(options: Options) -> None:
-    target, _, temperature, divergence, beta, hard_weight, ignore_index, label_smoothing = options
-    if type(ignore_index) is not int:
-        raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
-    for name, value in (
-        ("temperature", temperature),
-        ("beta", beta),
-        ("hard_weight", hard_weight),
-        ("label_smoothing", label_smoothing),
-    ):
-        if not isinstance(value, Real) or isinstance(value, bool):
-            raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+def plain_options(
+    target: Tensor | None,
+    row_weight: Tensor | None,
+    temperature: float,
+    divergence: str,
+    beta: float,
+    hard_weight: float,
+    ignore_index: int,
+    label_smoothing: float,
+) -> Options:
+    """Return the options with plain numbers.
+
+    Raises:
+        TypeError, ValueError: a number of a wrong kind, or out of its range.
+    """
+    temperature, beta = number("temperature", temperature), number("beta", beta)
+    hard_weight = number("hard_weight", hard_weight)
     if divergence not in DIVERGENCES:
         raise ValueError(f"divergence: expected one of {DIVERGENCES}, got {divergence!r}")
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature: expected a finite number above 0, got {temperature}")
     if not 0 < beta < 1:
         raise ValueError(f"beta: expected a number between 0 and 1, at which the js divergence is 0, got {beta}")
-    for name, share in (("hard_weight", hard_weight), ("label_smoothing", label_smoothing)):
-        if not 0 <= share <= 1:
-            raise ValueError(f"{name}: expected a number in [0, 1], got {share}")
+    if not 0 <= hard_weight <= 1:
+        raise ValueError(f"hard_weight: expected a number in [0, 1], got {hard_weight}")
     if hard_weight and target is None:
         raise ValueError(f"target: expected class indices, since hard_weight is {hard_weight}, got None")
+    ignore_index, label_smoothing = integer("ignore_index", ignore_index), smoothing(label_smoothing)
+    return Options(target, row_weight, temperature, divergence, beta, hard_weight, ignore_index, label_smoothing)

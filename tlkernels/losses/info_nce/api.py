@@ -6,12 +6,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import Module, Parameter
+from torch.nn import Parameter
+from torch.nn.modules.loss import _Loss
 
 from tlkernels._core.dispatch import Implementation, resolve
 from tlkernels._core.dtypes import compute_dtype, loss_dtype
 from tlkernels._core.embeddings import resolve_scale
 from tlkernels._core.group import check_equal_shares, check_group, exchange, gather
+from tlkernels._core.module import LossModule
+from tlkernels._core.options import flag, number, smoothing
 from tlkernels.losses.info_nce.call import Call, Mask, Options, check_info_nce
 from tlkernels.losses.info_nce.ops import IMPLEMENTATIONS
 
@@ -48,7 +51,8 @@ def info_nce(
         query: shape (N, D), any strides; float64, float32, bfloat16 or float16.
         key: shape (K, D), of the query's dtype.
         target: the positive of each query, integers of shape (N,): columns of `logits`. By default 0 ... N - 1.
-        temperature: above 0; divides the similarities. A number, or a 0-d tensor, which gets its gradient.
+        temperature: above 0; divides the similarities. A number, or a tensor of shape () or (1,), which gets its
+            gradient.
         logit_scale: multiplies them; 1 / temperature, so that only one of the two can be given, or none for 1.
         negatives: more keys, shape (M, D), or (N, M, D) where each query has its own.
         mask: False negatives, which are no class of the query's softmax: bool of shape (N, K), True where out, or
@@ -78,11 +82,15 @@ def info_nce(
     Source: van den Oord et al. 2018 (arXiv 1807.03748), equation 4; Radford et al. 2021 (arXiv 2103.00020), figure 3,
     for the symmetric form.
     """
-    check_group(group)
+    group = check_group(group)
     ranks = 1 if group is None else dist.get_world_size(group)
-    check_info_nce(query, key, target, negatives, mask, symmetric, label_smoothing, reduction, ranks)
+    options = Options(
+        symmetric=flag("symmetric", symmetric),
+        normalize=flag("normalize", normalize),
+        label_smoothing=smoothing(label_smoothing),
+    )
+    check_info_nce(query, key, target, negatives, mask, options.symmetric, reduction, ranks)
     scale = resolve_scale(temperature, logit_scale, query.device)
-    options = Options(symmetric=symmetric, normalize=normalize, label_smoothing=label_smoothing)
     ids = mask if isinstance(mask, tuple) else (None, None)
     bools = mask if isinstance(mask, Tensor) else None
     call = Call(query, key, negatives, scale, target, bools, ids[0], ids[1], options, reduction, loss_dtype(query))
@@ -120,16 +128,18 @@ def _over_ranks(implementation: Implementation, call: Call, group: Any) -> Tenso
     return (loss * ranks if call.reduction == "sum" else loss).to(call.dtype)
 
 
-class InfoNCELoss(Module):
+class InfoNCELoss(LossModule, _Loss, function=info_nce):
     """`info_nce` as a module, if wanted with a learnable scale.
 
     Args:
         learnable: own a parameter `log_logit_scale`, whose exponential is the logit scale; then neither `temperature`
-            nor `logit_scale` can be given.
-        init_temperature: where the parameter starts: log(1 / init_temperature).
+            nor `logit_scale` can be given. It cannot be set afterwards.
+        init_temperature: the parameter starts at log(1 / init_temperature); `reset_parameters()` sets it back.
         max_scale: each forward first brings a parameter above log(max_scale) back to it, as CLIP does.
 
-    The others are those of `info_nce`.
+    The others are those of `info_nce`. All are attributes; all except `learnable` can be set at any time. A
+    `Parameter` given as `temperature` or `logit_scale` becomes the module's own and is trained. A copy of the module
+    shares `group`; a pickle finds the group of the same ranks where it is loaded.
     """
 
     def __init__(
@@ -147,45 +157,57 @@ class InfoNCELoss(Module):
         max_scale: float = 100.0,
         impl: str = "auto",
     ) -> None:
-        super().__init__()
-        self.options: dict[str, Any] = {
-            "symmetric": symmetric,
-            "normalize": normalize,
-            "label_smoothing": label_smoothing,
-            "reduction": reduction,
-            "group": group,
-            "impl": impl,
-        }
-        self.temperature, self.logit_scale, self.max_scale = temperature, logit_scale, max_scale
-        self.log_logit_scale: Parameter | None = None
-        if not learnable:
-            return
-        if temperature is not None or logit_scale is not None:
-            raise ValueError("learnable: expected neither temperature nor logit_scale beside it; see init_temperature")
-        for name, value in (("init_temperature", init_temperature), ("max_scale", max_scale)):
-            if not 0 < value < math.inf:
-                raise ValueError(f"{name}: expected a finite number above 0, got {value}")
-        self.log_logit_scale = Parameter(torch.tensor(-math.log(init_temperature)))
+        super().__init__(reduction=reduction)
+        self.temperature, self.logit_scale = temperature, logit_scale
+        self.symmetric, self.normalize, self.label_smoothing = symmetric, normalize, label_smoothing
+        self.init_temperature, self.max_scale = init_temperature, max_scale
+        self.group, self.impl = group, impl
+        self.log_logit_scale = Parameter(torch.empty(())) if flag("learnable", learnable) else None
+        if self.log_logit_scale is not None:
+            self._log_max_scale()
+            self.reset_parameters()
+
+    @property
+    def learnable(self) -> bool:
+        """Whether the module owns its scale."""
+        return self.log_logit_scale is not None
+
+    def reset_parameters(self) -> None:
+        """Bring a learnable scale back to 1 / init_temperature."""
+        if self.log_logit_scale is not None:
+            torch.nn.init.constant_(self.log_logit_scale, -_log("init_temperature", self.init_temperature))
 
     def forward(
         self, query: Tensor, key: Tensor, target: Tensor | None = None, *, negatives: Tensor | None = None,
         mask: Mask | None = None,
     ) -> Tensor:  # fmt: skip
         """Return the loss."""
-        logit_scale = self.logit_scale
+        options = self._options()
         if self.log_logit_scale is not None:
+            most = self._log_max_scale()
             with torch.no_grad():
-                self.log_logit_scale.clamp_(max=math.log(self.max_scale))
-            logit_scale = self.log_logit_scale.exp()
-        return info_nce(
-            query, key, target, temperature=self.temperature, logit_scale=logit_scale, negatives=negatives, mask=mask,
-            **self.options,
-        )  # fmt: skip
+                self.log_logit_scale.clamp_(max=most)
+            options["logit_scale"] = self.log_logit_scale.exp()
+        return info_nce(query, key, target, negatives=negatives, mask=mask, **options)
 
     def extra_repr(self) -> str:
         """Return the options, for `repr`."""
-        given = {"learnable": True} if self.log_logit_scale is not None else self._scale()
-        return ", ".join(f"{name}={value!r}" for name, value in {**given, **self.options}.items())
+        learned = f"learnable=True, max_scale={self.max_scale!r}, " if self.learnable else ""
+        return learned + super().extra_repr()
 
-    def _scale(self) -> dict[str, Any]:
-        return {"temperature": self.temperature, "logit_scale": self.logit_scale}
+    def _log_max_scale(self) -> float:
+        """Return the bound of a learnable scale.
+
+        Raises:
+            TypeError, ValueError: `max_scale` is not a number above 0, or the scale is given in another way as well.
+        """
+        if self.temperature is not None or self.logit_scale is not None:
+            raise ValueError("learnable: expected neither temperature nor logit_scale beside it; see init_temperature")
+        return _log("max_scale", self.max_scale)
+
+
+def _log(name: str, value: float) -> float:
+    value = number(name, value)
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name}: expected a finite number above 0, got {value}")
+    return math.log(value)

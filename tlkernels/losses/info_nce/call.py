@@ -4,7 +4,6 @@ The three differ in what is a positive and in what is out, which their `api.py` 
 ops of this folder serve them all.
 """
 
-from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -79,7 +78,6 @@ def check_info_nce(
     negatives: Tensor | None,
     mask: Mask | None,
     symmetric: bool,
-    label_smoothing: float,
     reduction: str,
     ranks: int,
 ) -> None:
@@ -115,8 +113,4 @@ def check_info_nce(
     if symmetric and (rows != keys or target is not None):
         got = f"{rows} queries and {keys} keys" if rows != keys else "a target"
         raise ValueError(f"symmetric: expected as many keys as queries and the default target, got {got}")
-    if not isinstance(label_smoothing, Real) or isinstance(label_smoothing, bool):
-        raise TypeError(f"label_smoothing: expected a number, got {type(label_smoothing).__name__}")
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
     check_reduction(reduction)

@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.nn.modules.loss import _WeightedLoss
 
 from tlkernels._core.dispatch import resolve
-from tlkernels.losses.cross_entropy.call import CrossEntropyOutput, Options
+from tlkernels._core.module import LossModule
+from tlkernels.losses.cross_entropy.call import CrossEntropyOutput, plain_options
 from tlkernels.losses.linear_cross_entropy.call import Call, check
 from tlkernels.losses.linear_cross_entropy.ops import IMPLEMENTATIONS
 
@@ -68,7 +69,7 @@ def linear_cross_entropy(
 
     Source: as of `tlkernels.cross_entropy`; the gradients of the layer are those of its three matrix products.
     """
-    options = Options(weight, ignore_index, label_smoothing, temperature, softcap, z_loss)
+    options = plain_options(weight, ignore_index, label_smoothing, temperature, softcap, z_loss)
     call = check(Call(input, linear_weight, linear_bias, target, options, reduction, stats=False))
     loss: Tensor = resolve("linear_cross_entropy", IMPLEMENTATIONS, call, impl).run(call)
     return loss
@@ -95,18 +96,22 @@ def linear_cross_entropy_stats(
     for the logits, one per row: `lse`, which is differentiable, `entropy` and `correct`. The backward makes the logits
     again.
     """
-    options = Options(weight, ignore_index, label_smoothing, temperature, softcap, z_loss)
+    options = plain_options(weight, ignore_index, label_smoothing, temperature, softcap, z_loss)
     call = check(Call(input, linear_weight, linear_bias, target, options, reduction, stats=True))
     output: CrossEntropyOutput = resolve("linear_cross_entropy_stats", IMPLEMENTATIONS, call, impl).run(call)
     return output
 
 
-class LinearCrossEntropyLoss(_WeightedLoss):
+_TorchLinearCrossEntropyLoss: Any = getattr(torch.nn, "LinearCrossEntropyLoss", _WeightedLoss)  # of newer PyTorch
+
+
+class LinearCrossEntropyLoss(LossModule, _TorchLinearCrossEntropyLoss, function=linear_cross_entropy):  # type: ignore[misc]
     """`linear_cross_entropy` as a module, which owns the layer: takes the place of `torch.nn.LinearCrossEntropyLoss`.
 
-    The arguments are `in_features`, `num_classes`, `bias`, `device` and `dtype` of the layer, `linear`, and those of
-    `linear_cross_entropy`. `weight` is a buffer, as in PyTorch. Of PyTorch's arguments `out_features` (a loss for each
-    of several layers) and `options` (how to make chunks) are not taken.
+    It is an instance of that class where PyTorch has it. The arguments are `in_features`, `num_classes`, `bias`,
+    `device` and `dtype` of the layer, `linear`, and those of `linear_cross_entropy`, which are attributes that can be
+    set at any time; `weight` is a buffer, as in PyTorch. Of PyTorch's arguments `out_features` (a loss for each of
+    several layers) and `options` (how to make chunks) are not taken.
     """
 
     def __init__(
@@ -126,29 +131,13 @@ class LinearCrossEntropyLoss(_WeightedLoss):
         z_loss: float = 0.0,
         impl: str = "auto",
     ) -> None:
-        super().__init__(weight, reduction=reduction)
+        _WeightedLoss.__init__(self, weight, reduction=reduction)
         self.linear = torch.nn.Linear(in_features, num_classes, bias=bias, device=device, dtype=dtype)
-        self.options: dict[str, Any] = {
-            "ignore_index": ignore_index,
-            "label_smoothing": label_smoothing,
-            "temperature": temperature,
-            "softcap": softcap,
-            "z_loss": z_loss,
-            "impl": impl,
-        }
+        self.num_classes, self.out_features = num_classes, ()
+        self.ignore_index, self.label_smoothing, self.temperature = ignore_index, label_smoothing, temperature
+        self.softcap, self.z_loss, self.impl = softcap, z_loss, impl
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """Return the loss."""
-        return linear_cross_entropy(
-            input,
-            self.linear.weight,
-            target,
-            linear_bias=self.linear.bias,
-            weight=self.weight,
-            reduction=self.reduction,
-            **self.options,
-        )
-
-    def extra_repr(self) -> str:
-        """Return the options, for `repr`."""
-        return ", ".join(f"{name}={value!r}" for name, value in {"reduction": self.reduction, **self.options}.items())
+        layer = self.linear
+        return linear_cross_entropy(input, layer.weight, target, linear_bias=layer.bias, **self._options())

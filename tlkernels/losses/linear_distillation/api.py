@@ -1,12 +1,11 @@
 """Linear distillation: the public function and the module."""
 
-from typing import Any
-
-import torch
 from torch import Tensor
+from torch.nn.modules.loss import _Loss
 
 from tlkernels._core.dispatch import resolve
-from tlkernels.losses.distillation.call import Options
+from tlkernels._core.module import LossModule
+from tlkernels.losses.distillation.call import plain_options
 from tlkernels.losses.linear_distillation.call import Call, Layers, check
 from tlkernels.losses.linear_distillation.ops import IMPLEMENTATIONS
 
@@ -69,14 +68,19 @@ def linear_distillation(
     Source: as `distillation`.
     """
     layers = Layers(student_input, student_weight, student_bias, teacher_input, teacher_weight, teacher_bias)
-    options = Options(target, row_weight, temperature, divergence, beta, hard_weight, ignore_index, label_smoothing)
+    options = plain_options(
+        target, row_weight, temperature, divergence, beta, hard_weight, ignore_index, label_smoothing
+    )
     call = check(Call(layers, options, reduction))
     loss: Tensor = resolve("linear_distillation", IMPLEMENTATIONS, call, impl).run(call)
     return loss
 
 
-class LinearDistillationLoss(torch.nn.Module):
-    """`linear_distillation` as a module: the options are the constructor's, the tensors `forward`'s."""
+class LinearDistillationLoss(LossModule, _Loss, function=linear_distillation):
+    """`linear_distillation` as a module: the options are the constructor's, the tensors `forward`'s.
+
+    Each option is an attribute, which can be set at any time.
+    """
 
     def __init__(
         self,
@@ -90,17 +94,9 @@ class LinearDistillationLoss(torch.nn.Module):
         reduction: str = "mean",
         impl: str = "auto",
     ) -> None:
-        super().__init__()
-        self.options: dict[str, Any] = {
-            "temperature": temperature,
-            "divergence": divergence,
-            "beta": beta,
-            "hard_weight": hard_weight,
-            "ignore_index": ignore_index,
-            "label_smoothing": label_smoothing,
-            "reduction": reduction,
-            "impl": impl,
-        }
+        super().__init__(reduction=reduction)
+        self.temperature, self.divergence, self.beta, self.hard_weight = temperature, divergence, beta, hard_weight
+        self.ignore_index, self.label_smoothing, self.impl = ignore_index, label_smoothing, impl
 
     def forward(
         self,
@@ -124,9 +120,5 @@ class LinearDistillationLoss(torch.nn.Module):
             student_bias=student_bias,
             teacher_bias=teacher_bias,
             row_weight=row_weight,
-            **self.options,
+            **self._options(),
         )
-
-    def extra_repr(self) -> str:
-        """Return the options, for `repr`."""
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

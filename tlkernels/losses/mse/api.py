@@ -1,9 +1,12 @@
 """Mean squared error and its root: the public functions and the modules."""
 
+import torch
 from torch import Tensor
 from torch.nn.modules.loss import _Loss
 
 from tlkernels._core.dispatch import resolve
+from tlkernels._core.module import LossModule, refuse_deprecated
+from tlkernels._core.options import number
 from tlkernels.losses.mse.call import Call, check
 from tlkernels.losses.mse.ops import IMPLEMENTATIONS
 
@@ -16,6 +19,8 @@ def mse(
     Replaces::
 
         loss = F.mse_loss(input, target, reduction=reduction, weight=weight)
+
+    Options are given by name only.
 
     Args:
         input: any shape and strides; float64, float32, bfloat16 or float16 (or integers, beside a floating target).
@@ -62,29 +67,32 @@ def rmse(
 
     Returns, Raises: as `mse`.
     """
-    call = check(Call(input, target, weight, reduction, eps))
+    call = check(Call(input, target, weight, reduction, number("eps", eps)))
     loss: Tensor = resolve("rmse", IMPLEMENTATIONS, call, impl).run(call)
     return loss
 
 
-class MSELoss(_Loss):
-    """`mse` as a module: takes the place of `torch.nn.MSELoss`. `size_average` and `reduce` raise TypeError."""
+class MSELoss(LossModule, torch.nn.MSELoss, function=mse):
+    """`mse` as a module: takes the place of `torch.nn.MSELoss`, of which it is an instance.
 
-    def __init__(self, *, reduction: str = "mean", impl: str = "auto") -> None:
+    The options are attributes, which can be set at any time. The deprecated `size_average` and `reduce` must be None;
+    a value raises TypeError.
+    """
+
+    def __init__(
+        self, size_average: None = None, reduce: None = None, reduction: str = "mean", *, impl: str = "auto"
+    ) -> None:
+        refuse_deprecated(size_average, reduce)
         super().__init__(reduction=reduction)
         self.impl = impl
 
     def forward(self, input: Tensor, target: Tensor, *, weight: Tensor | None = None) -> Tensor:
         """Return the loss."""
-        return mse(input, target, weight=weight, reduction=self.reduction, impl=self.impl)
-
-    def extra_repr(self) -> str:
-        """Return the options, for `repr`."""
-        return f"reduction={self.reduction!r}, impl={self.impl!r}"
+        return mse(input, target, weight=weight, **self._options())
 
 
-class RMSELoss(_Loss):
-    """`rmse` as a module."""
+class RMSELoss(LossModule, _Loss, function=rmse):
+    """`rmse` as a module; the options are attributes, which can be set at any time."""
 
     def __init__(self, *, reduction: str = "mean", eps: float = 0.0, impl: str = "auto") -> None:
         super().__init__(reduction=reduction)
@@ -92,8 +100,4 @@ class RMSELoss(_Loss):
 
     def forward(self, input: Tensor, target: Tensor, *, weight: Tensor | None = None) -> Tensor:
         """Return the loss."""
-        return rmse(input, target, weight=weight, reduction=self.reduction, eps=self.eps, impl=self.impl)
-
-    def extra_repr(self) -> str:
-        """Return the options, for `repr`."""
-        return f"reduction={self.reduction!r}, eps={self.eps!r}, impl={self.impl!r}"
+        return rmse(input, target, weight=weight, **self._options())

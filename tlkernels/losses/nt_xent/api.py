@@ -5,12 +5,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import Module
+from torch.nn.modules.loss import _Loss
 
 from tlkernels._core.dispatch import resolve
 from tlkernels._core.dtypes import loss_dtype
 from tlkernels._core.embeddings import check_embeddings, resolve_scale
 from tlkernels._core.group import check_equal_shares, check_group, gather
+from tlkernels._core.module import LossModule
+from tlkernels._core.options import flag
 from tlkernels.losses.info_nce.call import Call, Options, check_reduction
 from tlkernels.losses.info_nce.ops import IMPLEMENTATIONS
 
@@ -39,7 +41,8 @@ def nt_xent(
     Args:
         z1: the first views, shape (N, D), any strides; float64, float32, bfloat16 or float16.
         z2: the second views, of the same shape and dtype; row i is the same example as in `z1`.
-        temperature: above 0; divides the similarities. A number, or a 0-d tensor, which gets its gradient.
+        temperature: above 0; divides the similarities. A number, or a tensor of shape () or (1,), which gets its
+            gradient.
         logit_scale: multiplies them; 1 / temperature, so that only one of the two can be given, or none for 1.
         normalize: divide the embeddings by their 2-norm, as `F.normalize` does.
         reduction: "mean" and "sum" over the 2N views; "none".
@@ -64,11 +67,11 @@ def nt_xent(
     if z1.shape != z2.shape:
         raise ValueError(f"z2: expected z1's shape {tuple(z1.shape)}, got {tuple(z2.shape)}")
     check_reduction(reduction)
-    check_group(group)
+    group = check_group(group)
     scale = resolve_scale(temperature, logit_scale, z1.device)
     z, n = torch.cat([z1, z2]), z1.shape[0]
     other = torch.arange(2 * n, device=z.device).roll(n)
-    options = Options(own=0, normalize=normalize)
+    options = Options(own=0, normalize=flag("normalize", normalize))
     call = Call(z, None, None, scale, other, None, None, None, options, reduction, loss_dtype(z1))
     implementation = resolve("nt_xent", IMPLEMENTATIONS, call, impl)
     if group is not None:
@@ -79,8 +82,12 @@ def nt_xent(
     return loss * dist.get_world_size(group) if group is not None and reduction == "sum" else loss
 
 
-class NTXentLoss(Module):
-    """`nt_xent` as a module; the arguments are its options."""
+class NTXentLoss(LossModule, _Loss, function=nt_xent):
+    """`nt_xent` as a module; the arguments are its options, and attributes that can be set at any time.
+
+    A `Parameter` given as `temperature` or `logit_scale` becomes the module's own and is trained. A copy of the module
+    shares `group`; a pickle finds the group of the same ranks where it is loaded.
+    """
 
     def __init__(
         self,
@@ -92,15 +99,10 @@ class NTXentLoss(Module):
         group: Any = None,
         impl: str = "auto",
     ) -> None:
-        super().__init__()
+        super().__init__(reduction=reduction)
         self.temperature, self.logit_scale = temperature, logit_scale
-        self.options: dict[str, Any] = {"normalize": normalize, "reduction": reduction, "group": group, "impl": impl}
+        self.normalize, self.group, self.impl = normalize, group, impl
 
     def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
         """Return the loss."""
-        return nt_xent(z1, z2, temperature=self.temperature, logit_scale=self.logit_scale, **self.options)
-
-    def extra_repr(self) -> str:
-        """Return the options, for `repr`."""
-        given = {"temperature": self.temperature, "logit_scale": self.logit_scale, **self.options}
-        return ", ".join(f"{name}={value!r}" for name, value in given.items())
+        return nt_xent(z1, z2, **self._options())

@@ -5,12 +5,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import Module
+from torch.nn.modules.loss import _Loss
 
-from tlkernels._core.dispatch import resolve
+from tlkernels._core.dispatch import Implementation, resolve
 from tlkernels._core.dtypes import compute_dtype, loss_dtype
 from tlkernels._core.embeddings import check_embeddings, resolve_scale
 from tlkernels._core.group import check_equal_shares, check_group, gather
+from tlkernels._core.module import LossModule
+from tlkernels._core.options import flag
 from tlkernels.losses.info_nce.call import Call, Options, check_integers, check_reduction
 from tlkernels.losses.info_nce.ops import IMPLEMENTATIONS
 
@@ -39,9 +41,12 @@ def sup_con(
         loss = losses.sum() / positive.any(1).sum()                            # reduction="mean"
 
     Args:
-        features: shape (N, D), any strides; float64, float32, bfloat16 or float16. Views of an example are rows.
-        labels: of any integer dtype, shape (N,).
-        temperature: above 0; divides the similarities. A number, or a 0-d tensor, which gets its gradient.
+        features: shape (N, D), any strides; float64, float32, bfloat16 or float16. Views of an example are rows. Or
+            shape (batch, views, D), one label for all views of a sample: the loss is that of the rows
+            `features.flatten(0, 1)` with the labels `labels.repeat_interleave(views)`.
+        labels: of any integer dtype, shape (N,), or (batch,). Without labels (SimCLR) give each sample its own number.
+        temperature: above 0; divides the similarities. A number, or a tensor of shape () or (1,), which gets its
+            gradient.
         logit_scale: multiplies them; 1 / temperature, so that only one of the two can be given, or none for 1.
         normalize: divide the features by their 2-norm, as `F.normalize` does.
         reduction: "mean" over the rows that have a positive, NaN with zero gradients where none has; "sum"; "none".
@@ -52,37 +57,46 @@ def sup_con(
         impl: "auto", or "native", "triton", "reference".
 
     Returns:
-        The loss in the features' dtype (under autocast float32): 0-d, or with "none" of shape (N,). Differentiable by
-        the features and the temperature or scale, twice and more.
+        The loss in the features' dtype (under autocast float32): 0-d, or with "none" of shape (N,) or (batch, views).
+        Differentiable by the features and the temperature or scale, twice and more.
 
     Raises:
         TypeError, ValueError: an argument of a wrong kind, shape or value.
         NotImplementedError: `impl` cannot serve this call; the message has every reason.
 
-    Source: Khosla et al. 2020 (arXiv 2004.11362), equation 2 (L_out), without its factor of temperatures.
+    Source: Khosla et al. 2020 (arXiv 2004.11362), equation 2 (L_out). The authors' code also multiplies the loss by
+    temperature / base_temperature; this has no such factor.
     """
-    check_embeddings("features", features)
+    check_embeddings("features", features, shape="(N, D) or (batch, views, D)")
     check_integers("labels", labels, features.shape[:1], features.device)
+    by_view = features.dim() == 3
+    each = features.shape[:-1]
+    if by_view:
+        features, labels = features.flatten(0, 1), labels[:, None].expand(each).reshape(-1)
     check_reduction(reduction)
-    check_group(group)
+    group = check_group(group)
     scale = resolve_scale(temperature, logit_scale, features.device)
-    options = Options(own=0, by_label=True, normalize=normalize)
+    options = Options(own=0, by_label=True, normalize=flag("normalize", normalize))
     call = Call(features, None, None, scale, None, None, labels, None, options, reduction, loss_dtype(features))
     implementation = resolve("sup_con", IMPLEMENTATIONS, call, impl)
-    loss: Tensor
-    if group is None:
-        loss = implementation.run(call)
-        return loss
+    loss: Tensor = implementation.run(call) if group is None else _over_ranks(implementation, call, group)
+    return loss.view(each) if by_view and reduction == "none" else loss
+
+
+def _over_ranks(implementation: Implementation, call: Call, group: Any) -> Tensor:
+    """Return the loss of this rank's rows against those of all ranks."""
+    features, labels, reduction = call.query, call.query_ids, call.reduction
+    assert labels is not None
     check_equal_shares(group, features=features)
     everyones = gather(labels.long(), group)
     call = call._replace(
         key=gather(features, group),
         key_ids=everyones,
-        options=options._replace(own=dist.get_rank(group) * features.shape[0]),
+        options=call.options._replace(own=dist.get_rank(group) * features.shape[0]),
         reduction="none" if reduction == "none" else "sum",
         dtype=compute_dtype(features),
     )
-    loss = implementation.run(call)
+    loss: Tensor = implementation.run(call)
     if reduction != "none":
         loss = loss * dist.get_world_size(group)
     if reduction == "mean":
@@ -92,8 +106,12 @@ def sup_con(
     return loss.to(loss_dtype(features))
 
 
-class SupConLoss(Module):
-    """`sup_con` as a module; the arguments are its options."""
+class SupConLoss(LossModule, _Loss, function=sup_con):
+    """`sup_con` as a module; the arguments are its options, and attributes that can be set at any time.
+
+    A `Parameter` given as `temperature` or `logit_scale` becomes the module's own and is trained. A copy of the module
+    shares `group`; a pickle finds the group of the same ranks where it is loaded.
+    """
 
     def __init__(
         self,
@@ -105,15 +123,10 @@ class SupConLoss(Module):
         group: Any = None,
         impl: str = "auto",
     ) -> None:
-        super().__init__()
+        super().__init__(reduction=reduction)
         self.temperature, self.logit_scale = temperature, logit_scale
-        self.options: dict[str, Any] = {"normalize": normalize, "reduction": reduction, "group": group, "impl": impl}
+        self.normalize, self.group, self.impl = normalize, group, impl
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
         """Return the loss."""
-        return sup_con(features, labels, temperature=self.temperature, logit_scale=self.logit_scale, **self.options)
-
-    def extra_repr(self) -> str:
-        """Return the options, for `repr`."""
-        given = {"temperature": self.temperature, "logit_scale": self.logit_scale, **self.options}
-        return ", ".join(f"{name}={value!r}" for name, value in given.items())
+        return sup_con(features, labels, **self._options())
