@@ -57,7 +57,8 @@ def _lost(input: Tensor, target: Tensor, numbers: Any) -> Tensor | None:
         return None
     axis = class_axis(input)
     lse = torch.logsumexp(_logits(input.detach(), numbers)[0], axis, keepdim=True)
-    return (target == numbers[0]).unsqueeze(axis) & ~lse.isfinite()
+    lost: Tensor = (target == numbers[0]).unsqueeze(axis) & ~lse.isfinite()
+    return lost
 
 
 def directional(

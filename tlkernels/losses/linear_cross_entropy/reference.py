@@ -27,7 +27,8 @@ def _logits(flat: Call) -> Tensor:
         return F.linear(*flat.layer)
     if not flat.stats:
         return _linear_without(absent, flat)
-    given = F.linear(*(tensor if tensor is None else tensor.detach() for tensor in flat.layer))
+    with torch.no_grad():
+        given = F.linear(*flat.layer)
     lse = torch.logsumexp(reference.scaled_logits(flat.on(given)), 1, keepdim=True)
     absent = absent & ~(lse.isfinite() & flat.input.detach().isfinite().all(1, keepdim=True))  # others have lse's own
     return torch.where(absent, given, _linear_without(absent, flat))
