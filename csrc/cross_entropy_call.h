@@ -39,8 +39,6 @@ struct CrossEntropyCall : CrossEntropy {
 
  protected:
   at::Tensor weight_;  // of the compute type, contiguous; or undefined
-
- private:
   at::Tensor upstream_, upstream_lse_;
 };
 

@@ -42,7 +42,8 @@ struct InfoNce {
   const void* column_ids = nullptr;  // has the row's label, or without Set::label takes no part. May be null.
   const bool* mask = nullptr;        // entries that take no part, with this many elements from row to row. May be null.
   int64_t mask_stride = 0;
-  int64_t own = -1;  // the column of row 0 itself, which takes no part, and so on; -1: none
+  bool mask_has_negatives = false;  // else it covers the keys alone
+  int64_t own = -1;                 // the column of row 0 itself, which takes no part, and so on; -1: none
 
   Direction rows, columns;
   bool reads_positive = true;  // from the tile; else `positive` is known

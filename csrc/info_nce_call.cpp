@@ -24,9 +24,10 @@ void InfoNceArguments::check() const {
   TORCH_CHECK_VALUE(!target || (target->dim() == 1 && target->size(0) == rows()), "target: expected ", rows(),
                     " columns, one per query, got shape ", target ? target->sizes() : at::IntArrayRef());
   TORCH_CHECK_VALUE(!mask || (mask->scalar_type() == at::kBool && mask->dim() == 2 && mask->size(0) == rows() &&
-                              mask->size(1) == keys()),
-                    "mask: expected bool of shape (", rows(), ", ", keys(), "), got ",
-                    mask ? mask->scalar_type() : at::kBool, " of shape ", mask ? mask->sizes() : at::IntArrayRef());
+                              (mask->size(1) == keys() || mask->size(1) == classes())),
+                    "mask: expected bool of shape (", rows(), ", ", keys(), ") or (", rows(), ", ", classes(),
+                    "), got ", mask ? mask->scalar_type() : at::kBool, " of shape ",
+                    mask ? mask->sizes() : at::IntArrayRef());
   TORCH_CHECK_VALUE(!by_label || query_ids, "query_ids: expected labels");
   TORCH_CHECK_VALUE(!query_ids || (query_ids->dim() == 1 && query_ids->size(0) == rows() && ids_of_keys().dim() == 1 &&
                                    ids_of_keys().size(0) == keys()),

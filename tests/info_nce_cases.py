@@ -29,7 +29,8 @@ def pytorch(query, key, target=None, *, temperature=None, logit_scale=None, nega
     target = torch.arange(len(query)) if target is None else target.long()
     out = torch.zeros_like(logits, dtype=torch.bool)
     if mask is not None:
-        out[:, : len(key)] = mask[0][:, None] == mask[1] if isinstance(mask, tuple) else mask
+        taken = mask[0][:, None] == mask[1] if isinstance(mask, tuple) else mask
+        out[:, : taken.shape[1]] = taken
         out[torch.arange(len(query)), target] = False
 
     def rows(logits, out):
@@ -72,8 +73,9 @@ def case(id, n, k, d, dtype, *, m=None, kind="none", scale=None, small=False, ta
             arguments[name] = value.to(dtype) if kind_of == "tensor" else value.item()
         if target:
             arguments["target"] = torch.randint(0, k + (m or 0), (n,), generator=generator)
-        if kind == "bool":
-            arguments["mask"] = torch.rand(n, k, generator=generator) < 0.3
+        if kind in ("bool", "wide"):  # wide: of the negatives too
+            columns = k + (m or 0) * (kind == "wide")
+            arguments["mask"] = torch.rand(n, columns, generator=generator) < 0.3
         if kind == "ids":
             arguments["mask"] = tuple(torch.randint(-3, 9, (size,), generator=generator) for size in (n, k))
         return arguments
@@ -97,18 +99,19 @@ CASES = [
     case("600x1100x20", 600, 1100, 20, F32, scale=TENSOR),
     case("symmetric-600x600x20", 600, 600, 20, F32, symmetric=True, scale=TENSOR, label_smoothing=0.1),
     case("symmetric-ids-600x600x20", 600, 600, 20, F32, symmetric=True, scale=TENSOR, kind="ids", normalize=True),
-    case("negatives-530x530x9", 530, 530, 9, F32, symmetric=True, m=515, scale=TENSOR, kind="bool"),
-    case("own-negatives-530x530x9", 530, 530, 9, F32, m=515, own_negatives=True, scale=TENSOR, normalize=True),
+    case("negatives-530x530x9", 530, 530, 9, F32, symmetric=True, m=515, scale=TENSOR, kind="wide"),
+    case("own-negatives-530x530x9", 530, 530, 9, F32, m=515, own_negatives=True, scale=TENSOR, normalize=True,
+         kind="wide"),
     # small enough for Triton's interpreter, which has several panels of several tiles of them
     *(
         case(f"{kind}-negatives-70x70x9-{own}", 70, 70, 9, F32, symmetric=not own, m=37, own_negatives=own, kind=kind,
              scale=TENSOR, normalize=own, label_smoothing=0.1)
-        for kind in ("bool", "ids")
+        for kind in ("bool", "wide", "ids")
         for own in (False, True)
     ),
     # tensor cores' large tiles, where there are many: one past them, several panels
     case("target-129x700x8", 129, 700, 8, F16, target=True, kind="bool", label_smoothing=0.1, scale=NUMBER),
-    case("symmetric-260x260x40", 260, 260, 40, BF16, symmetric=True, m=200, kind="bool", normalize=True, scale=TENSOR),
+    case("symmetric-260x260x40", 260, 260, 40, BF16, symmetric=True, m=200, kind="wide", normalize=True, scale=TENSOR),
     case("symmetric-ids-260x260x160", 260, 260, 160, F16, symmetric=True, kind="ids", label_smoothing=0.1,
          scale=TENSOR),
     # options together
@@ -120,11 +123,13 @@ CASES = [
         )
         for dtype in (F64, F32, BF16)
         for kind, symmetric, normalize, smoothing, (m, own) in itertools.product(
-            ("none", "bool", "ids"), (False, True), (False, True), (0.0, 0.1), ((None, False), (5, False), (5, True))
+            ("none", "bool", "wide", "ids"), (False, True), (False, True), (0.0, 0.1),
+            ((None, False), (5, False), (5, True)),
         )
+        if m or kind != "wide"
     ),
     *(
-        case(f"target-{reduction}-{m}-{own}", 12, 17, 20, dtype, target=True, m=m, own_negatives=own, kind="bool",
+        case(f"target-{reduction}-{m}-{own}", 12, 17, 20, dtype, target=True, m=m, own_negatives=own, kind="wide",
              reduction=reduction, scale=("temperature", "tensor"), normalize=True)
         for dtype in DTYPES
         for reduction in ("mean", "sum", "none")
@@ -138,6 +143,7 @@ CASES = [
     # small, for gradcheck, Hessians and vmap
     case("small", 3, 3, 2, F64, small=True, symmetric=True, normalize=True, label_smoothing=0.1, scale=TENSOR),
     case("small-negatives", 3, 4, 2, F64, small=True, m=2, scale=("temperature", "tensor")),
+    case("small-wide", 3, 3, 2, F64, small=True, symmetric=True, m=4, kind="wide", scale=TENSOR),
 ]  # fmt: skip
 
 
@@ -157,16 +163,17 @@ def registered():
     scale = torch.tensor(2.0, requires_grad=True)
     ids = torch.tensor([0, 1, 0, 2, 1])
     plain = (query, key, negatives, scale, None, torch.eye(5) > 0, ids, ids, -1, False, True, True, 0.1)
+    wide = (*plain[:5], torch.eye(5, 10) > 0, *plain[6:])
     paired = (query, None, None, scale, None, None, ids, None, 0, True, False, False, 0.0)
-    for arguments in (plain, paired):
+    for arguments in (plain, wide, paired):
         detached = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in arguments)
         for made in (ops.NATIVE, ops.TRITON):
             fake = torch.empty(1 + arguments[10], 6 if made is ops.NATIVE else 5, 5)
             state = torch.rand_like(fake, dtype=F64 if made is ops.NATIVE else F32) + 1
             yield made.forward, arguments
-            yield made.backward, (torch.rand(5), state, *detached, [True, arguments is plain, False, True])
+            yield made.backward, (torch.rand(5), state, *detached, [True, arguments is not paired, False, True])
             if made.step:
-                yield made.step, (*detached, True, [True, arguments is plain, arguments is plain, True])
+                yield made.step, (*detached, True, [True, arguments is not paired, arguments is not paired, True])
 
 
 LOSS = testing.Loss(tlk.info_nce, pytorch, CASES, module, lambda: list(registered()), rowwise=False)

@@ -33,6 +33,8 @@ def inputs():
         "bias": torch.tensor(-1.0).double(), "shared": normal(RANKS * 2, 4), "each": normal(WHOLE, 2, 4),
         "target": torch.randint(0, WHOLE, (WHOLE,), generator=generator),
         "mask": torch.rand(WHOLE, WHOLE, generator=generator) < 0.4,
+        "shared_mask": torch.rand(WHOLE, WHOLE + RANKS * 2, generator=generator) < 0.4,
+        "each_mask": torch.rand(WHOLE, WHOLE + 2, generator=generator) < 0.4,
         "query_ids": torch.randint(0, 4, (WHOLE,), generator=generator),
         "key_ids": torch.randint(0, 4, (WHOLE,), generator=generator, dtype=torch.int32),
         "labels": torch.tensor([0, 1, 2, 3, 0, 4, 0, 1, 1, 5]),
@@ -47,7 +49,7 @@ def info_nce(batch, *, negatives=None, mask=None, target=False, **options):
     if negatives:
         options["negatives"] = encode(batch, negatives)
     if mask:
-        options["mask"] = batch["mask"] if mask == "bool" else (batch["query_ids"], batch["key_ids"])
+        options["mask"] = (batch["query_ids"], batch["key_ids"]) if mask == "ids" else batch[mask]
     target = batch["target"] if target else None
     return tlk.info_nce(encode(batch, "x"), encode(batch, "y"), target, logit_scale=batch["scale"], **options)
 
@@ -76,9 +78,11 @@ def sigmoid(batch, **options):
 CASES = {
     "info_nce": info_nce,
     "info_nce-symmetric": partial(info_nce, symmetric=True, normalize=True),
-    "info_nce-symmetric-bool": partial(info_nce, symmetric=True, mask="bool", label_smoothing=0.1),
+    "info_nce-symmetric-bool": partial(info_nce, symmetric=True, mask="mask", label_smoothing=0.1),
     "info_nce-symmetric-ids": partial(info_nce, symmetric=True, mask="ids", reduction="sum", negatives="shared"),
-    "info_nce-target-bool": partial(info_nce, target=True, mask="bool", negatives="each"),
+    "info_nce-target-bool": partial(info_nce, target=True, mask="mask", negatives="each"),
+    "info_nce-symmetric-wide": partial(info_nce, symmetric=True, mask="shared_mask", negatives="shared"),
+    "info_nce-target-wide": partial(info_nce, target=True, mask="each_mask", negatives="each"),
     "info_nce-none": partial(info_nce, symmetric=True, reduction="none"),
     "nt_xent": nt_xent,
     "nt_xent-sum": partial(nt_xent, reduction="sum", normalize=False),

@@ -86,10 +86,29 @@ def test_mask_covers_keys_not_negatives(impl):
     same(ours, right)
 
 
-def test_target_among_negatives(impl):
+@pytest.mark.parametrize("own", [False, True])
+def test_mask_of_all_columns_is_that_of_fewer_negatives(impl, own):
+    """Whole columns out are as if they were not there, wherever they are."""
+    query, key = pairs(5, 4)
+    negatives = torch.randn(5, 6, 4) if own else torch.randn(6, 4)
+    mask = torch.zeros(5, 11, dtype=torch.bool)
+    mask[:, [5, 8, 10]] = True
+    kept = negatives[..., [1, 2, 4], :].double()
+    for view in (mask, mask.T.contiguous().T):
+        ours, _ = both(impl, (query, key), negatives=negatives, mask=view, label_smoothing=0.1, symmetric=not own)
+        tensors = [t.double().requires_grad_() for t in (query, key)]
+        right = pytorch(*tensors, negatives=kept, label_smoothing=0.1, symmetric=not own)
+        same(ours, [right.detach(), *torch.autograd.grad(right, tensors)])
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_target_among_negatives(impl, wide):
+    """Where its own entry is masked too."""
     query, key = pairs(4, 6)
+    mask = torch.arange(7).expand(4, 7) > 2 if wide else None
     for negatives in (torch.randn(3, 6), torch.randn(4, 3, 6)):
-        same(*both(impl, (query, key), target=torch.tensor([0, 6, 4, 2]), negatives=negatives, label_smoothing=0.1))
+        options = {"target": torch.tensor([0, 6, 4, 2]), "negatives": negatives, "mask": mask, "label_smoothing": 0.1}
+        same(*both(impl, (query, key), **options))
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
@@ -319,6 +338,8 @@ ERRORS = [
     (TypeError, "target: expected an integer dtype, got torch.float32", (X, Y, torch.rand(4)), {}),
     (TypeError, "mask: expected bool, .* got torch.int64", (X, Y), {"mask": torch.zeros(4, 4).long()}),
     (ValueError, r"mask: expected shape \(4, 4\), got \(4, 3\)", (X, Y), {"mask": torch.zeros(4, 3) > 0}),
+    (ValueError, r"mask: expected shape \(4, 4\) or \(4, 6\), got \(4, 5\)", (X, Y),
+     {"mask": torch.zeros(4, 5) > 0, "negatives": Y[:2]}),
     (ValueError, r"mask\[1\]: expected shape \(4,\), got \(3,\)", (X, Y),
      {"mask": (torch.arange(4), torch.arange(3))}),
     (ValueError, r"mask: .* tuple of 1", (X, Y), {"mask": (torch.arange(4),)}),

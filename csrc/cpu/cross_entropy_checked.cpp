@@ -1,5 +1,6 @@
 #include "cross_entropy_checked.h"
 
+#include <limits>
 #include <utility>
 
 namespace tlk {
@@ -15,6 +16,7 @@ CheckedCrossEntropy::CheckedCrossEntropy(at::ScalarType dtype, at::IntArrayRef l
     check_indices<double>();
   else
     check_indices<float>();
+  if (denominator == 0) denominator = std::numeric_limits<double>::quiet_NaN();  // as a mean of nothing is in PyTorch
 }
 
 template <class A>

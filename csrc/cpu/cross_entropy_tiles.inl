@@ -126,6 +126,12 @@ struct Tiles : CallOf<T, P, kCap> {
     }
   }
 
+  // The positions of vector v whose coefficients are all 0, as those that nothing is asked of have them. Where a
+  // position counts that makes no difference: its `p` is NaN beside a NaN logit.
+  static TLK_INLINE typename Simd<A>::I absent(const A* p, const A* g, const A* rest, int v) {
+    return (load(p + v * L) == A(0)) & (load(g + v * L) == A(0)) & (load(rest + v * L) == A(0));
+  }
+
   // `own_y` is the class index of a position that counts and has one, else -1; `own_q` that class's own term.
   void grad_tile(const Tile& t, const A* peak, const A* p, const A* g, const A* rest, const Index* own_y,
                  const A* own_q, bool any_ignored) const {
@@ -138,7 +144,7 @@ struct Tiles : CallOf<T, P, kCap> {
         q += load_indices(own_y + v * L) == Index(k) ? load(own_q + v * L) : V{};
         V d = join(e, q, load(p + v * L), load(g + v * L), load(rest + v * L));
         if constexpr (kCap) d *= slope(f);
-        if (any_ignored) d = load(g + v * L) == A(0) && load(rest + v * L) == A(0) ? V{} : d;  // even of NaN logits
+        if (any_ignored) d = absent(p, g, rest, v) ? V{} : d;  // even of NaN logits
         store(at, d);
       }
     const int64_t stride = c.grad.stride[inner];
@@ -203,7 +209,7 @@ struct Tiles : CallOf<T, P, kCap> {
       write_loss(row, counted, peak[i], sum[i], target);
       if (c.correct)
         write_correct(row, t.x + i * c.x.stride[inner], t.q ? t.q + i * c.probabilities.stride[inner] : t.q);
-      if (t.grad) {
+      if (t.grad && (counted || per_position(c.grad_lse, row) != 0)) {
         const Coefficients co = coefficients(row, counted, peak[i], sum[i], ex[i], target.q);
         p[i] = co.p, g[i] = co.g, rest[i] = co.rest;
       }

@@ -29,6 +29,13 @@ void CheckedDistillation::use_upstream(double grad_row) {
   grad_loss = {upstream_.const_data_ptr(), 0};
 }
 
+std::vector<int64_t> CheckedDistillation::absent() const {
+  std::vector<int64_t> found;
+  for (int64_t i = 0; target && i < rows; ++i)
+    if (target[i] == ignore_index) found.push_back(i);
+  return found;
+}
+
 void run_rows(const Distillation& call, at::ScalarType dtype) {
   if (call.rows == 0) return;
   const DistillationRows rows = kernels().distillation(scalar_of(dtype), call.divergence, call.hard != 0);

@@ -1,5 +1,7 @@
 // A call of distillation on CPU tensors, whose values the host has looked at.
 #pragma once
+#include <vector>
+
 #include "../distillation_call.h"
 #include "tensor.h"
 
@@ -13,6 +15,8 @@ struct CheckedDistillation : DistillationCall {
 
   using DistillationCall::use_upstream;
   void use_upstream(double grad_row);  // one for all
+
+  std::vector<int64_t> absent() const;  // rows that are ignored
 
  private:
   at::Tensor upstream_;

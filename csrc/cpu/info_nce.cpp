@@ -113,6 +113,7 @@ struct Call : InfoNce {
     mask_ = given.stride(1) == 1 || given.size(1) < 2 ? given : given.contiguous();
     mask = mask_.const_data_ptr<bool>();
     mask_stride = mask_.stride(0);
+    mask_has_negatives = given.size(1) > columns_count;
   }
 
   // Only equality counts, so that the ids can be numbered anew and fit into a vector's lanes.

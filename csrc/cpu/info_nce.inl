@@ -65,13 +65,13 @@ struct OnTile {
       }
       c[k] = kOut;
     }
-    if (!t.keys) return;
-    const int64_t own = i + p.own - t.column;
-    if (p.own >= 0 && own >= 0 && own < t.columns) c[own] = kOut;
-    if (p.mask) {
+    if (p.mask && (t.keys || p.mask_has_negatives)) {
       const bool* out = p.mask + i * p.mask_stride + t.column;
       for (int64_t j = 0; j < t.columns; ++j) c[j] = out[j] ? kOut : c[j];
     }
+    if (!t.keys) return;
+    const int64_t own = i + p.own - t.column;
+    if (p.own >= 0 && own >= 0 && own < t.columns) c[own] = kOut;
     if (kSet != Set::label && p.row_ids) {
       const Index id = static_cast<const Index*>(p.row_ids)[i];
       const Index* ids = static_cast<const Index*>(p.column_ids) + t.column;

@@ -1,7 +1,11 @@
 #include "linear_chunks.h"
 
+#include <ATen/Dispatch.h>
+
 #include <algorithm>
 #include <cstdlib>
+#include <cstring>
+#include <utility>
 
 #include "tensor.h"
 
@@ -37,12 +41,30 @@ at::ScalarType product_type(at::ScalarType dtype) {
 #endif
 }
 
-LinearSweep::LinearSweep(const LinearLayer& layer, std::array<bool, 3> needs, int64_t row_bytes)
+// Whether a row has neither NaN nor infinity.
+static bool is_finite(const Tensor& rows, int64_t row) {
+  const int64_t features = rows.size(1), stride = rows.stride(1);
+  int all = 1;
+  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, rows.scalar_type(), "linear: is_finite", [&] {
+    const scalar_t* const x = rows.const_data_ptr<scalar_t>() + row * rows.stride(0);
+    for (int64_t k = 0; k < features; ++k) all &= x[k * stride] - x[k * stride] == scalar_t(0);
+  });
+  return all;
+}
+
+static void clear(const Tensor& rows, int64_t row) {
+  const size_t bytes = size_t(rows.size(1)) * rows.element_size();
+  std::memset(static_cast<char*>(rows.mutable_data_ptr()) + size_t(row) * bytes, 0, bytes);
+}
+
+LinearSweep::LinearSweep(const LinearLayer& layer, std::array<bool, 3> needs, int64_t row_bytes,
+                         std::vector<int64_t> absent)
     : layer_(layer),
       bias_(layer.bias.defined() ? layer.bias.to(product_type(layer.input.scalar_type())) : layer.bias),
       needs_(needs),
       type_(product_type(layer.input.scalar_type())),
-      classes_(layer.weight.size(0)) {
+      classes_(layer.weight.size(0)),
+      absent_(std::move(absent)) {
   const Tensor &input = layer.input, &weight = layer.weight;
   const int64_t rows = input.size(0), features = input.size(1);
   chunks_ = linear_chunks(rows, features, classes_, row_bytes + classes_ * int64_t(c10::elementSize(type_)));
@@ -67,6 +89,14 @@ void LinearSweep::for_tiles(Body body) {
   }
 }
 
+// The absent rows of a chunk, counted from its first.
+std::vector<int64_t> LinearSweep::absent_of(int64_t begin, int64_t end) const {
+  std::vector<int64_t> found;
+  for (auto row = std::lower_bound(absent_.begin(), absent_.end(), begin); row != absent_.end() && *row < end; ++row)
+    found.push_back(*row - begin);
+  return found;
+}
+
 Tensor LinearSweep::logits(int64_t begin, int64_t end) {
   x_ = layer_.input.narrow(0, begin, end - begin).to(type_);
   Tensor chunk = logits_.narrow(0, 0, end - begin);
@@ -81,6 +111,12 @@ Tensor LinearSweep::logits(int64_t begin, int64_t end) {
 }
 
 void LinearSweep::take(int64_t begin, int64_t end, const Tensor& gradient) {
+  const std::vector<int64_t> absent = absent_of(begin, end);
+  const auto lost = [&](int64_t row) { return !is_finite(x_, row); };
+  if (needs_[1] && std::any_of(absent.begin(), absent.end(), lost)) {
+    x_ = x_.clone(at::MemoryFormat::Contiguous);
+    for (const int64_t row : absent) clear(x_, row);
+  }
   if (needs_[0]) {
     Tensor result = grad_input_.narrow(0, begin, end - begin);
     Tensor sum = type_ == result.scalar_type() ? result : at::empty(result.sizes(), result.options().dtype(type_));
@@ -92,6 +128,7 @@ void LinearSweep::take(int64_t begin, int64_t end, const Tensor& gradient) {
         at::addmm_out(sum, sum, part, weight);
     });
     if (!sum.is_same(result)) result.copy_(sum);
+    for (const int64_t row : absent) clear(result, row);
   }
   if (needs_[1] && grad_weight_.scalar_type() == type_) {
     if (begin == 0)

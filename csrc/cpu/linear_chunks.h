@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 
 #include <array>
+#include <vector>
 
 #include "../linear_layer.h"
 
@@ -23,8 +24,9 @@ at::ScalarType product_type(at::ScalarType dtype);
 // For each chunk in turn: `logits`, then where gradients are needed `take` with what has become of them.
 class LinearSweep {
  public:
-  // `needs`: the gradients of input, weight, bias. `row_bytes`: beside the logits.
-  LinearSweep(const LinearLayer& layer, std::array<bool, 3> needs, int64_t row_bytes);
+  // `needs`: the gradients of input, weight, bias. `row_bytes`: beside the logits. `absent`: rows, in order, that have
+  // no part in any gradient, whatever the products make of them: 0 * NaN is NaN.
+  LinearSweep(const LinearLayer& layer, std::array<bool, 3> needs, int64_t row_bytes, std::vector<int64_t> absent = {});
 
   int64_t chunk_rows() const { return chunks_.rows; }
   at::Tensor logits(int64_t begin, int64_t end);                      // in memory that the next chunk uses again
@@ -35,12 +37,14 @@ class LinearSweep {
  private:
   template <class Body>
   void for_tiles(Body body);
+  std::vector<int64_t> absent_of(int64_t begin, int64_t end) const;
 
   const LinearLayer& layer_;
   const at::Tensor bias_;  // in type_
   const std::array<bool, 3> needs_;
   const at::ScalarType type_;
   const int64_t classes_;
+  const std::vector<int64_t> absent_;
   LinearChunks chunks_;
   at::Tensor logits_, x_;  // of the current chunk, x in type_
   at::Tensor grad_input_, grad_weight_, grad_bias_;

@@ -8,6 +8,7 @@
 #include <array>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "cross_entropy_checked.h"
 #include "linear_chunks.h"
@@ -57,13 +58,27 @@ struct Call : CheckedCrossEntropy {
   }
 
   void run_chunk(int64_t begin, Tensor& logits, bool with_gradient) const;
+  std::vector<int64_t> absent() const;
 
   Tensor peaks_, log_sums_;
 };
 
+// Ignored rows whose lse has no gradient either.
+std::vector<int64_t> Call::absent() const {
+  const auto by_lse = [&](int64_t i) {
+    if (!grad_lse.data) return 0.0;
+    return compute == at::kDouble ? static_cast<const double*>(grad_lse.data)[i * grad_lse.stride]
+                                  : double(static_cast<const float*>(grad_lse.data)[i * grad_lse.stride]);
+  };
+  std::vector<int64_t> found;
+  for (int64_t i = 0; indices && i < rows; ++i)
+    if (indices[i] == ignore_index && by_lse(i) == 0) found.push_back(i);
+  return found;
+}
+
 std::array<Tensor, 3> Call::run(std::array<bool, 3> needs) {
   const bool copied = !indices && (target.scalar_type() != probabilities_type() || target.stride(1) != 1);
-  LinearSweep sweep(layer, needs, copied ? classes * int64_t(c10::elementSize(probabilities_type())) : 0);
+  LinearSweep sweep(layer, needs, copied ? classes * int64_t(c10::elementSize(probabilities_type())) : 0, absent());
   for (int64_t begin = 0; begin < rows; begin += sweep.chunk_rows()) {
     const int64_t end = std::min(rows, begin + sweep.chunk_rows());
     Tensor logits = sweep.logits(begin, end);
@@ -99,7 +114,7 @@ void Call::run_chunk(int64_t begin, Tensor& logits, bool with_gradient) const {
 
   // With the normaliser given, the kernel reads a logit before it writes there.
   CrossEntropy backward = forward;
-  backward.normaliser_given = true;
+  backward.normaliser_given = backward.skip_ignored = true;
   backward.loss = backward.entropy = nullptr;
   backward.correct = nullptr;
   backward.grad.data = logits.mutable_data_ptr();

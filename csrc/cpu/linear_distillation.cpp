@@ -38,7 +38,8 @@ struct Call {
     const auto row_bytes = [](const LinearLayer& layer) {
       return layer.weight.size(0) * int64_t(c10::elementSize(product_type(layer.input.scalar_type())));
     };
-    LinearSweep of[2] = {{student, of_student, row_bytes(teacher)}, {teacher, of_teacher, row_bytes(student)}};
+    LinearSweep of[2] = {{student, of_student, row_bytes(teacher), rows.absent()},
+                         {teacher, of_teacher, row_bytes(student), rows.absent()}};
     for (int64_t begin = 0; begin < rows.rows; begin += of[0].chunk_rows()) {
       const int64_t end = std::min(rows.rows, begin + of[0].chunk_rows());
       Tensor logits[2], common[2];

@@ -43,6 +43,8 @@ void CrossEntropyOnTensors::divide_by_what_counts() {
   const cudaError_t error =
       compute == at::kDouble ? count(static_cast<const double*>(weight)) : count(static_cast<const float*>(weight));
   check_launch(error, "cross_entropy: count");
+  // As in PyTorch, where only weights of 0 count: elsewhere 0 / 0 says so.
+  if (weight && (smoothing != 0 || z_loss != 0)) divisor_.masked_fill_(divisor_.eq(0), NAN);
 }
 
 Tensor CrossEntropyOnTensors::sum_of(const Tensor& losses) const {

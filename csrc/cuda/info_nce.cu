@@ -158,10 +158,12 @@ struct Call {
     e.set = set;
     e.target = target.defined() ? target.const_data_ptr<int64_t>() : nullptr;
     e.first_column = int(part.first);
+    if (mask.defined() && (part.keys || mask.size(1) > keys)) {
+      e.mask_row = mask.stride(0), e.mask_column = mask.stride(1);
+      e.mask = mask.const_data_ptr<bool>() + part.first * e.mask_column;
+    }
     if (part.keys) {
       e.own = int(given.own);
-      e.mask = mask.defined() ? mask.const_data_ptr<bool>() : nullptr;
-      if (mask.defined()) e.mask_row = mask.stride(0), e.mask_column = mask.stride(1);
       e.row_ids = row_ids.defined() ? row_ids.const_data_ptr<int64_t>() : nullptr;
       e.column_ids = column_ids.defined() ? column_ids.const_data_ptr<int64_t>() : nullptr;
     }

@@ -53,11 +53,18 @@ struct Call : CrossEntropyOnTensors {
 
   void run_chunk(int64_t begin, Tensor& logits, bool with_gradient) const;
 
+  // Ignored rows whose lse has no gradient either.
+  Tensor absent() const {
+    if (!indices) return {};
+    const Tensor ignored = target.eq(ignore_index);
+    return (upstream_lse_.defined() ? ignored.logical_and(upstream_lse_.eq(0)) : ignored).unsqueeze(1);
+  }
+
   Tensor peaks_, log_sums_;
 };
 
 std::array<Tensor, 3> Call::run(std::array<bool, 3> needs) {
-  DeviceLinearSweep sweep(layer, needs);
+  DeviceLinearSweep sweep(layer, needs, needs[0] || needs[1] ? absent() : Tensor());
   for (int64_t begin = 0; begin < rows; begin += sweep.chunk_rows()) {
     const int64_t end = std::min(rows, begin + sweep.chunk_rows());
     Tensor logits = sweep.logits(begin, end);
@@ -138,7 +145,6 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_loss, const Optio
   Call call(input, linear_weight, linear_bias, target,
             {weight, ignore_index, label_smoothing, temperature, softcap, z_loss});
   call.use_upstream(grad_loss, grad_lse);
-  call.skip_ignored = !grad_lse;
   auto [by_input, by_weight, by_bias] = call.run({needs_input, needs_weight, needs_bias});
   return {by_input, by_weight, by_bias};
 }

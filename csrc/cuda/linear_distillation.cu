@@ -38,7 +38,10 @@ struct Call {
   std::array<std::array<Tensor, 3>, 2> run(std::array<bool, 3> of_student, std::array<bool, 3> of_teacher) {
     const int64_t chunk = std::min(DeviceLinearSweep::rows_of_a_chunk(student, of_student[1]),
                                    DeviceLinearSweep::rows_of_a_chunk(teacher, of_teacher[1]));
-    DeviceLinearSweep of[2] = {{student, of_student, chunk}, {teacher, of_teacher, chunk}};
+    const bool products = of_student[0] || of_student[1] || of_teacher[0] || of_teacher[1];
+    const Tensor absent =
+        products && rows.target ? rows.targets.flatten().eq(rows.ignore_index).unsqueeze(1) : Tensor();
+    DeviceLinearSweep of[2] = {{student, of_student, absent, chunk}, {teacher, of_teacher, absent, chunk}};
     for (int64_t begin = 0; begin < rows.rows; begin += chunk) {
       const int64_t end = std::min(rows.rows, begin + chunk);
       Tensor logits[2], common[2];

@@ -40,8 +40,9 @@ int64_t DeviceLinearSweep::rows_of_a_chunk(const LinearLayer& layer, bool weight
   return (each + kAligned - 1) / kAligned * kAligned;
 }
 
-DeviceLinearSweep::DeviceLinearSweep(const LinearLayer& layer, std::array<bool, 3> needs, int64_t most)
-    : layer_(layer), needs_(needs), chunk_rows_(std::min(most, rows_of_a_chunk(layer, needs[1]))) {
+DeviceLinearSweep::DeviceLinearSweep(const LinearLayer& layer, std::array<bool, 3> needs, const Tensor& absent,
+                                     int64_t most)
+    : layer_(layer), needs_(needs), absent_(absent), chunk_rows_(std::min(most, rows_of_a_chunk(layer, needs[1]))) {
   const Tensor &input = layer.input, &weight = layer.weight;
   const int64_t rows = input.size(0), classes = weight.size(0);
   logits_ = at::empty({std::min(rows, chunk_rows_), classes}, input.options());
@@ -67,11 +68,14 @@ Tensor DeviceLinearSweep::logits(int64_t begin, int64_t end) {
 }
 
 void DeviceLinearSweep::take(int64_t begin, int64_t end, const Tensor& gradient) {
-  const Tensor x = layer_.input.narrow(0, begin, end - begin);
+  Tensor x = layer_.input.narrow(0, begin, end - begin);
+  const Tensor absent = absent_.defined() ? absent_.narrow(0, begin, end - begin) : absent_;
   if (needs_[0]) {
     Tensor result = grad_input_.narrow(0, begin, end - begin);
     at::mm_out(result, gradient, layer_.weight);
+    if (absent.defined()) result.masked_fill_(absent, 0);
   }
+  if (needs_[1] && absent.defined()) x = x.masked_fill(absent, 0);
   const bool first = begin == 0;
   if (needs_[1]) add_product(grad_weight_, gradient.t(), x, first);
   if (!needs_[2]) return;

@@ -10,8 +10,10 @@ namespace tlk {
 // For each chunk in turn: `logits`, then where gradients are needed `take` with what has become of them.
 class DeviceLinearSweep {
  public:
-  // `needs`: the gradients of input, weight, bias. `most`: rows of a chunk.
-  DeviceLinearSweep(const LinearLayer& layer, std::array<bool, 3> needs, int64_t most = INT64_MAX);
+  // `needs`: the gradients of input, weight, bias. `absent`: (rows, 1), true in rows that have no part in any gradient,
+  // whatever the products make of them: 0 * NaN is NaN; or undefined. `most`: rows of a chunk.
+  DeviceLinearSweep(const LinearLayer& layer, std::array<bool, 3> needs, const at::Tensor& absent,
+                    int64_t most = INT64_MAX);
 
   // What a sweep over that layer alone would take.
   static int64_t rows_of_a_chunk(const LinearLayer& layer, bool weight_needed);
@@ -25,6 +27,7 @@ class DeviceLinearSweep {
  private:
   const LinearLayer& layer_;
   const std::array<bool, 3> needs_;
+  const at::Tensor absent_;
   int64_t chunk_rows_;
   at::Tensor logits_, grad_input_, grad_weight_, grad_bias_;
 };

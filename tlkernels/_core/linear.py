@@ -187,10 +187,16 @@ def precision() -> str:
 class Sweep:
     """The transposed logits of one layer, part by part, and what their gradients add up to."""
 
-    def __init__(self, layer: Layer, needs: Needs, plan: Plan):
-        """Allocate what the plan takes for this layer."""
+    def __init__(self, layer: Layer, needs: Needs, plan: Plan, absent: Tensor | None = None):
+        """Allocate what the plan takes for this layer.
+
+        `absent` says which rows, (rows, 1), have no part in any gradient, whatever the products make of them: 0 * NaN
+        is NaN.
+        """
         self.input, self.weight, self.bias = layer
-        self.needs, self.plan = needs, plan
+        self.needs, self.plan, self.absent = needs, plan, absent
+        if absent is not None and needs[1]:
+            self.input = self.input.masked_fill(absent, 0)
         self.rows, self.features = self.input.shape
         self.classes = self.weight.shape[0]
         self.block = self.classes
@@ -273,6 +279,8 @@ class Sweep:
         """Return the gradients of input, weight and bias; without elements where not needed."""
         if not self.rows and self.totals[1] is not None:
             self.totals[1].zero_()
+        if self.absent is not None and self.totals[0] is not None:
+            self.totals[0].masked_fill_(self.absent, 0)
         return tuple(self.input.new_empty(0) if total is None else total.to(self.input.dtype) for total in self.totals)
 
 

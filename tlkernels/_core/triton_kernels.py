@@ -93,11 +93,12 @@ def scale_(values: Tensor, factor: Tensor) -> Tensor:
 
 
 def count(target: Tensor, classes: int, weight: Tensor | None, ignore_index: int) -> Tensor:
-    """Return the number of targets that are not ignored, or the sum of their weights; 0-d, float64."""
+    """Return the number of targets that are not ignored, or the sum of their weights, NaN for 0; 0-d, float64."""
     n = target.numel()
     counted = torch.empty((), dtype=torch.float64, device=target.device)
     partial = torch.empty(max(1, triton.cdiv(n, _COUNT.meta["BLOCK"])), dtype=torch.float64, device=target.device)
     if n == 0:
         return counted.zero_()
     launch(_count, (partial.numel(),), target.contiguous(), weight, partial, n, classes, ignore_index, config=_COUNT)
-    return partial.view(()) if partial.numel() == 1 else sum_of(partial, counted)
+    found = partial.view(()) if partial.numel() == 1 else sum_of(partial, counted)
+    return found if weight is None else found.masked_fill_(found == 0, torch.nan)  # as PyTorch's mean has it

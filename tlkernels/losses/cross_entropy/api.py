@@ -41,7 +41,8 @@ def cross_entropy(
         target: class indices of an integer dtype and the input's shape without C, each in [0, C) or `ignore_index`; or
             probabilities of a floating dtype and the input's shape.
         weight: a factor for each class, shape (C,).
-        ignore_index: the class index whose positions count neither in the loss nor in the mean.
+        ignore_index: the class index whose positions count neither in the loss nor in the mean. Their gradient is 0
+            whatever the logits are; in PyTorch it is NaN where they are not finite.
         reduction: "mean" divides the sum by the number of positions that count, or with `weight` and class indices by
             the weights of their targets; "sum"; "none" keeps a loss per position.
         label_smoothing: in [0, 1], the share of the uniform distribution in the target.

@@ -60,7 +60,14 @@ class Call(NamedTuple):
         weight = self.options.weight.to(compute_dtype(self.input))
         # On a GPU an index out of range gives NaN in its row; here it must not be read with.
         index = self.target.long().masked_fill(~counted, 0).clamp(0, weight.numel() - 1)
-        return sum_in_order(weight[index] * counted)
+        total = sum_in_order(weight[index] * counted)
+        return torch.where(total == 0, torch.nan, total)  # as PyTorch has it, with smoothing too
+
+    def ignored(self) -> Tensor | None:
+        """Return which positions are ignored, with an axis of size 1 for the classes; None: no position can be."""
+        if self.target.is_floating_point():
+            return None
+        return (self.target == self.options.ignore_index).unsqueeze(class_axis(self.input))
 
 
 def class_axis(input: Tensor) -> int:

@@ -18,8 +18,14 @@ def scaled_logits(call: Call) -> Tensor:
 
 def cross_entropy(call: Call) -> Tensor | CrossEntropyOutput:
     """Return the loss, or the loss and statistics."""
+    ignored = call.ignored()
+    # Of ignored logits the loss sees zeros: those that are not finite would make their gradient 0 * NaN.
+    loss = _loss(call if ignored is None else call._replace(input=call.input.masked_fill(ignored, 0)))
+    return CrossEntropyOutput(loss, *_statistics(call, ignored)) if call.stats else loss
+
+
+def _loss(call: Call) -> Tensor:
     z, options, target = scaled_logits(call), call.options, call.target
-    axis = class_axis(z)
     indices = not target.is_floating_point()
     target = target.long() if indices else target.to(z.dtype)
     weight = None if options.weight is None else options.weight.to(z.dtype)
@@ -31,21 +37,31 @@ def cross_entropy(call: Call) -> Tensor | CrossEntropyOutput:
         reduction="none",
         label_smoothing=options.label_smoothing,
     )
-    lse = torch.logsumexp(z, axis) if options.z_loss or call.stats else None
-    if options.z_loss and lse is not None:
-        penalty = options.z_loss * lse.square()
+    if options.z_loss:
+        penalty = options.z_loss * torch.logsumexp(z, class_axis(z)).square()
         rows = rows + (penalty.masked_fill(target == options.ignore_index, 0) if indices else penalty)
     loss = rows
     if call.reduction != "none":
         loss = rows.sum()
     if call.reduction == "mean":
         loss = loss / call.denominator()
-    loss = loss.to(call.dtype)
-    if not call.stats or lse is None:
-        return loss
+    return loss.to(call.dtype)
+
+
+def _statistics(call: Call, ignored: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return lse, entropy and correct."""
+    z, target, axis = scaled_logits(call), call.target, class_axis(call.input)
+    lse = torch.logsumexp(z, axis)
+    best = call.input.argmax(axis)
+    if ignored is None:
+        correct = best == target.argmax(axis)
+    else:
+        ignored = ignored.squeeze(axis)
+        correct = (best == target) & ~ignored
+        # Where it is not finite, lse has no gradient: that of the row would be NaN whatever lse's own is.
+        lost = ignored & ~lse.detach().isfinite()
+        finite = scaled_logits(call._replace(input=call.input.masked_fill(lost.unsqueeze(axis), 0)))
+        lse = torch.where(lost, lse.detach(), torch.logsumexp(finite, axis))
     log_p = z.detach().log_softmax(axis)
     p = log_p.exp()
-    entropy = -torch.where(p == 0, p, p * log_p).sum(axis)
-    best = call.input.argmax(axis)
-    correct = (best == target) & (target != options.ignore_index) if indices else best == target.argmax(axis)
-    return CrossEntropyOutput(loss, lse, entropy, correct)
+    return lse, -torch.where(p == 0, p, p * log_p).sum(axis), correct

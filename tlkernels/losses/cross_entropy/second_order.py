@@ -51,6 +51,16 @@ def _logits(input: Tensor, numbers: Any) -> tuple[Tensor, Tensor | float, Tensor
     return softcap * t / temperature, slope, -2 / softcap * t * slope
 
 
+def _lost(input: Tensor, target: Tensor, numbers: Any) -> Tensor | None:
+    """Return which positions are ignored and have no finite lse: their derivatives are 0, as the reference's are."""
+    if target.is_floating_point():
+        return None
+    axis = class_axis(input)
+    lse = torch.logsumexp(_logits(input.detach(), numbers)[0], axis, keepdim=True)
+    lost: Tensor = (target == numbers[0]).unsqueeze(axis) & ~lse.isfinite()
+    return lost
+
+
 def directional(
     direction: Tensor,
     grad_loss: Tensor,
@@ -66,6 +76,9 @@ def directional(
     """
     numbers = rest[-1]
     axis = class_axis(input)
+    lost = _lost(input, target, numbers)
+    if lost is not None:
+        input = input.masked_fill(lost, 0)
     z, slope, curvature = _logits(input, numbers)
     v = direction.to(z.dtype)
     g = grad_loss.to(z.dtype).unsqueeze(axis)
@@ -85,6 +98,8 @@ def directional(
     if grad_lse is not None:
         a = a + grad_lse.to(z.dtype).unsqueeze(axis)
     v_input = slope * p * (a * (u - up) + penalty * g * up) + v * curvature * (a * p - g * q)
+    if lost is not None:
+        up, v_input = up.masked_fill(lost, 0), v_input.masked_fill(lost, 0)
     v_target = None
     if target.is_floating_point():
         v_target = (1 - numbers[1]) * g * (up - u)

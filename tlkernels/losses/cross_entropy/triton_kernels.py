@@ -162,7 +162,7 @@ def sweep(
         kept = counted
         if upstream_lse is not None:
             b = tl.where(counted, b, 0.0) + tl.load(upstream_lse + row, here, other=0.0).to(T)
-            kept = here
+            kept = counted | (b != 0)
         g = tl.where(bad, float("nan"), g)
 
     # What lies under the peak: sum of q times it is the loss of the spread target, of p the entropy.
@@ -350,6 +350,7 @@ def directional(
     a = tl.where(counted, g * share, 0.0)
     if grad_lse is not None:
         a += tl.load(grad_lse + row, here, other=0.0).to(T)
+        kept = counted | (a != 0)
     by_loss = tl.where(counted, share * along - target_along, 0.0)
     tl.store(v_loss + row, tl.where(bad, float("nan"), by_loss), here)
     tl.store(v_lse + row, along, here)

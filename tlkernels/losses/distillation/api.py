@@ -52,7 +52,8 @@ def distillation(
         divergence: "forward_kl", "reverse_kl", "js" (Jensen-Shannon, generalised by `beta`) or "tv" (total variation).
         beta: above 0 and below 1, the teacher's share in the mixture of "js".
         hard_weight: in [0, 1], the share of the cross entropy.
-        ignore_index: the class index whose rows count in no part of the loss and not in the mean.
+        ignore_index: the class index whose rows count in no part of the loss and not in the mean. Their gradient is 0
+            whatever the logits are.
         row_weight: a factor for each row, shape (...); the mean divides by the number of rows all the same.
         label_smoothing: in [0, 1], the share of the uniform distribution in the cross entropy's target.
         reduction: "mean", or "batchmean" for the same, divides the sum by the number of rows that count; "sum"; "none"

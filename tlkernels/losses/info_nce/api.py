@@ -43,7 +43,8 @@ def info_nce(
             query, key, negatives = (F.normalize(x, dim=-1) for x in (query, key, negatives))
         logits = logit_scale * query @ torch.cat([key, negatives]).T     # negatives of shape (M, D), or
         logits = logit_scale * torch.cat([query @ key.T, (negatives @ query.unsqueeze(2)).squeeze(2)], 1)  # (N, M, D)
-        logits = logits.masked_fill(mask & ~F.one_hot(target, K).bool(), -torch.inf)
+        mask = F.pad(mask, (0, logits.shape[1] - mask.shape[1]))     # (N, K) leaves negatives in
+        logits = logits.masked_fill(mask & ~F.one_hot(target, logits.shape[1]).bool(), -torch.inf)
         loss = F.cross_entropy(logits, target, label_smoothing=label_smoothing, reduction=reduction)
         # symmetric: the mean of this and of the same with the roles of query and key exchanged, without negatives
 
@@ -55,9 +56,9 @@ def info_nce(
             gradient.
         logit_scale: multiplies them; 1 / temperature, so that only one of the two can be given, or none for 1.
         negatives: more keys, shape (M, D), or (N, M, D) where each query has its own.
-        mask: False negatives, which are no class of the query's softmax: bool of shape (N, K), True where out, or
-            integer ids (query_ids, key_ids) of shapes (N,) and (K,), out where equal. The positive is never out, and
-            `negatives` are not covered.
+        mask: False negatives to leave out of the softmax: bool, True where out, of shape (N, K), or (N, K + M) to cover
+            `negatives` too; or integer ids (query_ids, key_ids) of shapes (N,) and (K,), out where equal, which cover
+            `key` alone. The positive is never out.
         symmetric: also classify each key among the queries, and take the mean of both losses row by row (CLIP). Needs
             K = N and the default target; `negatives` and their part in label smoothing are in query -> key alone.
         normalize: divide all embeddings by their 2-norm, as `F.normalize` does.
@@ -65,9 +66,9 @@ def info_nce(
         reduction: "mean" and "sum" over the queries; "none".
         group: a torch.distributed process group, every rank of which calls this with tensors of equal shapes. `key` and
             negatives of shape (M, D) of all ranks take part, in the order of ranks; `target` and the columns of a bool
-            `mask` count them all. The mean over ranks of the loss is the loss of the whole batch on one process
-            (`reduction="sum"`: this rank's sum times the number of ranks), and so is the mean of every parameter's
-            gradient, which data-parallel training takes (tlkernels/_core/group.py).
+            `mask` count them all, first the keys and then the negatives. The mean over ranks of the loss is the loss of
+            the whole batch on one process (`reduction="sum"`: this rank's sum times the number of ranks), and so is the
+            mean of every parameter's gradient, which data-parallel training takes (tlkernels/_core/group.py).
         impl: "auto", or "native", "triton", "reference".
 
     Returns:
@@ -120,7 +121,7 @@ def _over_ranks(implementation: Implementation, call: Call, group: Any) -> Tenso
             query=key,
             key=gather(query, group),
             negatives=None,
-            mask=None if call.mask is None else exchange(call.mask, group),
+            mask=None if call.mask is None else exchange(call.mask[:, : ranks * key.shape[0]], group),
             query_ids=call.key_ids,
             key_ids=None if call.query_ids is None else gather(call.query_ids.long(), group),
         )

@@ -106,8 +106,12 @@ def check_info_nce(
             raise TypeError(f"mask: expected a bool tensor or (query_ids, key_ids), got {type(mask).__name__}")
         if mask.dtype != torch.bool:
             raise TypeError(f"mask: expected bool, or integer ids as (query_ids, key_ids), got {mask.dtype}")
-        if mask.shape != (rows, ranks * keys):
-            raise ValueError(f"mask: expected shape {(rows, ranks * keys)}, got {tuple(mask.shape)}")
+        shapes = [(rows, ranks * keys)]
+        if negatives is not None:
+            shared = negatives.dim() == 2
+            shapes.append((rows, ranks * keys + negatives.shape[-2] * (ranks if shared else 1)))
+        if mask.shape not in shapes:
+            raise ValueError(f"mask: expected shape {' or '.join(map(str, shapes))}, got {tuple(mask.shape)}")
         if mask.device != device:
             raise ValueError(f"mask: expected it on the embeddings' device {device}, got {mask.device}")
     if symmetric and (rows != keys or target is not None):

@@ -89,16 +89,12 @@ def _by_target(call: Call) -> tuple[Tensor, int]:
     logits, keys = _logits(call)
     rows, classes = logits.shape
     target = torch.arange(rows, device=logits.device) if call.target is None else call.target.long()
+    outs = [call.mask] if call.mask is not None else []
+    outs += [_same_id(call)] if call.query_ids is not None else []
+    outs += [_own(call, keys)] if call.options.own >= 0 else []
     out = None
-    if call.mask is not None or call.query_ids is not None or call.options.own >= 0:
-        out = logits.new_zeros((rows, keys), dtype=torch.bool)
-        if call.mask is not None:
-            out = out | call.mask
-        if call.query_ids is not None:
-            out = out | _same_id(call)
-        if call.options.own >= 0:
-            out = out | _own(call, keys)
-        out = F.pad(out, (0, classes - keys))
+    if outs:
+        out = torch.stack([F.pad(each, (0, classes - each.shape[1])) for each in outs]).any(0)
         out = out & (torch.arange(classes, device=out.device) != target.unsqueeze(1))
     smoothing = call.options.label_smoothing
     losses = _cross_entropy(logits, out, target, smoothing)

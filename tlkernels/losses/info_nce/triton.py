@@ -168,7 +168,9 @@ class _Call:
         else:
             assert columns is not None
             strides, tensors = (x.shape[1], x.stride(0), columns.x.stride(0), 0), (x, columns.x, None)
-        mask = self.mask if part.keys else None
+        mask = None
+        if self.mask is not None and (part.keys or self.mask.shape[1] == self.classes):
+            mask = self.mask[:, part.first :]
         ids = (self.query_ids, self.key_ids) if part.keys else (None, None)
         mask_strides = (0, 0) if mask is None else mask.stride()
         numbers = begin, end, part.size, part.first, self.classes, self.own, *strides, *mask_strides

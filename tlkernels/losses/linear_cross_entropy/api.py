@@ -45,7 +45,8 @@ def linear_cross_entropy(
             probabilities of a floating dtype and shape (C,) or (..., C).
         linear_bias: shape (C,), in the input's dtype.
         weight: a factor for each class, shape (C,).
-        ignore_index: the class index whose rows count neither in the loss nor in the mean.
+        ignore_index: the class index whose rows count neither in the loss nor in the mean. They have no part in any
+            gradient whatever `input` is there; in PyTorch gradients are NaN where it is not finite.
         reduction: "mean" divides the sum by the number of rows that count, or with `weight` and class indices by the
             weights of their targets; "sum"; "none" keeps a loss per row.
         label_smoothing: in [0, 1], the share of the uniform distribution in the target.

@@ -106,7 +106,16 @@ class _Call:
 
     def run(self, plan: linear.Plan, needs: linear.Needs, out: _Rows, *upstream: Tensor | None) -> tuple[Tensor, ...]:
         """Fill `out` and return the gradients that are needed."""
-        sweep = linear.Sweep(self.layer, needs, plan)
+        absent = None
+        if any(needs) and not self.probabilities:
+            absent = (self.target == self.options.ignore_index).unsqueeze(1)
+            by_lse = upstream[1]
+            if by_lse is not None:
+                absent = absent & (by_lse == 0).unsqueeze(1)
+                # The kernel tells rows apart by the target alone: of these it is to find a finite softmax, times 0.
+                input, weight, bias = self.layer
+                self.layer = input.masked_fill(absent, 0), weight, bias
+        sweep = linear.Sweep(self.layer, needs, plan, absent)
         parts = [(begin, min(begin + plan.rows, self.rows)) for begin in range(0, self.rows, plan.rows)]
         for begin, end in parts:
             logits = None if sweep.lean else sweep.make(begin, end)

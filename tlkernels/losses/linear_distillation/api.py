@@ -50,7 +50,8 @@ def linear_distillation(
         divergence: "forward_kl", "reverse_kl", "js" or "tv".
         beta: above 0 and below 1.
         hard_weight: in [0, 1].
-        ignore_index: the class index whose rows do not count.
+        ignore_index: the class index whose rows do not count. They have no part in any gradient whatever the inputs are
+            there.
         row_weight: a factor for each row, shape (...).
         label_smoothing: in [0, 1].
         reduction: "mean", "batchmean", "sum" or "none".

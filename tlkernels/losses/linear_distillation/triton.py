@@ -83,7 +83,10 @@ class _Call:
         """Fill `loss` and return the gradients that are needed, of flat tensors."""
         sides = [needs[:3], needs[3:]]
         plan = linear.plan(self.layers, sides)
-        sweeps = [linear.Sweep(layer, side, plan) for layer, side in zip(self.layers, sides, strict=True)]
+        absent = None
+        if any(needs) and self.target is not None:
+            absent = (self.target == self.options.ignore_index).unsqueeze(1)
+        sweeps = [linear.Sweep(layer, side, plan, absent) for layer, side in zip(self.layers, sides, strict=True)]
         for begin in range(0, self.rows, plan.rows):
             end = min(begin + plan.rows, self.rows)
             logits = [None if sweep.lean else sweep.make(begin, end) for sweep in sweeps]
