@@ -15,7 +15,7 @@ IMPLEMENTATIONS = sorted({target.impl for target in testing.targets()})
 
 def head(y):
     """A linear layer's weight, of seven classes."""
-    return torch.cat([(y[:1] * k).cos() for k in range(7)])
+    return torch.outer(torch.arange(7, dtype=y.dtype), y.mean(0)).cos()
 
 
 # Of two matrices with five columns, of which the first gets the gradient.
@@ -30,7 +30,7 @@ LOSSES = {
     "linear_distillation": lambda x, y, **how: tlk.linear_distillation(x, head(y), y, head(y.flip(1)), **how),
     "one_head_for_both": lambda x, y, **how: tlk.linear_distillation(x, x, y, x, **how),
     "info_nce": lambda x, y, **how: tlk.info_nce(x, y, temperature=0.5, **how),
-    "negatives": lambda x, y, **how: tlk.info_nce(x, y, logit_scale=y[0, 0].exp(), negatives=y.cos(), **how),
+    "negatives": lambda x, y, **how: tlk.info_nce(x, y, logit_scale=y.mean().exp(), negatives=y.cos(), **how),
     "symmetric": lambda x, y, **how: tlk.info_nce(x, y, symmetric=True, mask=(y.argmax(1), y.argmax(1)), **how),
     "nt_xent": lambda x, y, **how: tlk.nt_xent(x, y, temperature=0.5, **how),
     "sup_con": lambda x, y, **how: tlk.sup_con(x, y.argmax(1), temperature=0.5, **how),
@@ -91,6 +91,27 @@ def test_one_tensor_in_two_places(name, impl):
     torch.testing.assert_close(with_gradient(compiled, x, x), with_gradient(twice, x, x))
     with torch.no_grad():
         torch.testing.assert_close(compiled(x, x), twice(x, x))
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if name != "one_head_for_both"])
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+def test_as_many_rows_as_a_mask_has(name, impl):
+    """The compiler does not know how many; PyTorch's losses compile there."""
+    torch._dynamo.reset()
+
+    def picked(x, y):
+        rows = (y[:, 0] > -0.5).nonzero().squeeze(1)
+        return LOSSES[name](x[rows], y[rows], impl=impl, reduction="mean")
+
+    compiled = torch.compile(picked, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(with_gradient(compiled, *BATCHES[1]), with_gradient(picked, *BATCHES[1]))
+
+
+def test_jit_trace(loss):
+    """A traced program is differentiable, and takes other values."""
+    traced = torch.jit.trace(loss, BATCHES[0], check_trace=False)
+    other = [tensor.flip(0) for tensor in BATCHES[0]]
+    torch.testing.assert_close(with_gradient(traced, *other), with_gradient(loss, *other))
 
 
 class Scaled(torch.nn.Module):

@@ -30,6 +30,23 @@ PAIRS = {
             F.linear(h, w).log_softmax(1), F.linear(h.cos(), w).softmax(1), reduction="batchmean"
         ),
     ),
+    "info_nce": (
+        lambda kind, x, y, h, w, **how: tlk.info_nce(x, y, **how),
+        lambda kind, x, y, h, w: F.cross_entropy(x @ y.T, kind(torch.arange(6))),
+    ),
+    "sup_con": (
+        lambda kind, x, y, h, w, **how: tlk.sup_con(x, kind(torch.arange(6) // 2), normalize=False, **how),
+        lambda kind, x, y, h, w: F.cross_entropy(  # each row's one positive
+            (x @ x.T).masked_fill(kind(torch.eye(6).bool()), -torch.inf), kind(torch.arange(6) ^ 1)
+        ),
+    ),
+    "nt_xent": (
+        lambda kind, x, y, h, w, **how: tlk.nt_xent(x, y, normalize=False, **how),
+        lambda kind, x, y, h, w: F.cross_entropy(
+            (torch.cat([x, y]) @ torch.cat([x, y]).T).masked_fill(kind(torch.eye(12).bool()), -torch.inf),
+            kind(torch.arange(12).roll(6)),
+        ),
+    ),
     "mse": (lambda kind, x, y, h, w, **how: tlk.mse(x, y, **how), lambda kind, x, y, h, w: F.mse_loss(x, y)),
     "rmse": (lambda kind, x, y, h, w, **how: tlk.rmse(x, y, **how), lambda kind, x, y, h, w: F.mse_loss(x, y).sqrt()),
 }

@@ -186,6 +186,7 @@ def eager(*args: Any) -> bool:
         and all(not isinstance(arg, Tensor) or type(arg) in _PLAIN for arg in args)
         and not torch._C._are_functorch_transforms_active()
         and not torch._C._len_torch_dispatch_stack()  # such as make_fx
+        and torch._C._get_tracing_state() is None  # torch.jit.trace
     )
 
 

@@ -78,6 +78,13 @@ def resolve_scale(
     return 1 / temperature
 
 
+def numbers(count: int, like: Tensor) -> Tensor:
+    """Return 0, 1, ..., count - 1 beside a tensor, of its kind: operators do not mix a DTensor with others."""
+    if type(like) in (Tensor, torch.nn.Parameter):
+        return torch.arange(count, device=like.device)
+    return like.new_ones((count,), dtype=torch.int64).cumsum(0) - 1
+
+
 def as_tensor(value: float | Tensor, device: torch.device) -> Tensor:
     """Return a number as a 0-d tensor, which ops take."""
     return value if isinstance(value, Tensor) else torch.full((), value, dtype=torch.float64, device=device)

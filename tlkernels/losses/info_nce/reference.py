@@ -6,6 +6,7 @@ from torch import Tensor
 
 from tlkernels._core.autograd import eager
 from tlkernels._core.dtypes import compute_dtype
+from tlkernels._core.embeddings import numbers
 from tlkernels._core.reduction import reduce
 from tlkernels.losses.info_nce.call import Call
 
@@ -43,8 +44,8 @@ def _logits(call: Call) -> tuple[Tensor, int]:
 
 def _own(call: Call, columns: int) -> Tensor:
     """Return which entries are a row's similarity to itself."""
-    row = torch.arange(call.query.shape[0], device=call.query.device).unsqueeze(1)
-    return torch.arange(columns, device=row.device) == row + call.options.own
+    row = numbers(call.query.shape[0], call.query).unsqueeze(1)
+    return numbers(columns, call.query) == row + call.options.own
 
 
 def _same_id(call: Call) -> Tensor:
@@ -88,14 +89,14 @@ def _by_target(call: Call) -> tuple[Tensor, int]:
     check_target(call)
     logits, keys = _logits(call)
     rows, classes = logits.shape
-    target = torch.arange(rows, device=logits.device) if call.target is None else call.target.long()
+    target = numbers(rows, logits) if call.target is None else call.target.long()
     outs = [call.mask] if call.mask is not None else []
     outs += [_same_id(call)] if call.query_ids is not None else []
     outs += [_own(call, keys)] if call.options.own >= 0 else []
     out = None
     if outs:
         out = torch.stack([F.pad(each, (0, classes - each.shape[1])) for each in outs]).any(0)
-        out = out & (torch.arange(classes, device=out.device) != target.unsqueeze(1))
+        out = out & (numbers(classes, logits) != target.unsqueeze(1))
     smoothing = call.options.label_smoothing
     losses = _cross_entropy(logits, out, target, smoothing)
     if call.options.symmetric:

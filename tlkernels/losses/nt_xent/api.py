@@ -9,7 +9,7 @@ from torch.nn.modules.loss import _Loss
 
 from tlkernels._core.dispatch import resolve
 from tlkernels._core.dtypes import loss_dtype
-from tlkernels._core.embeddings import check_embeddings, resolve_scale
+from tlkernels._core.embeddings import check_embeddings, numbers, resolve_scale
 from tlkernels._core.group import check_equal_shares, check_group, gather
 from tlkernels._core.module import LossModule
 from tlkernels._core.options import flag
@@ -70,7 +70,8 @@ def nt_xent(
     group = check_group(group)
     scale = resolve_scale(temperature, logit_scale, z1.device)
     z, n = torch.cat([z1, z2]), z1.shape[0]
-    other = torch.arange(2 * n, device=z.device).roll(n)
+    rows = numbers(2 * n, z)
+    other = torch.cat([rows[n:], rows[:n]])
     options = Options(own=0, normalize=flag("normalize", normalize))
     call = Call(z, None, None, scale, other, None, None, None, options, reduction, loss_dtype(z1))
     implementation = resolve("nt_xent", IMPLEMENTATIONS, call, impl)

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tlkernels._core.dtypes import compute_dtype
+from tlkernels._core.embeddings import numbers
 from tlkernels.losses.sigmoid_contrastive.call import Call
 
 
@@ -20,6 +21,5 @@ def loss_in_compute_dtype(call: Call) -> Tensor:
     with torch.autocast(call.query.device.type, enabled=False):
         logits = call.query.to(compute) @ call.key.to(compute).T * scale + bias
     rows, columns = logits.shape
-    row = torch.arange(rows, device=logits.device).unsqueeze(1)
-    positive = torch.arange(columns, device=logits.device) == row + call.own
+    positive = numbers(columns, logits) == numbers(rows, logits).unsqueeze(1) + call.own
     return -F.logsigmoid(torch.where(positive, logits, -logits)).sum() / rows
