@@ -1,7 +1,9 @@
 """Folders: which files make which split, images under their classes' names, and what is not decided by chance."""
 
 import gzip
+import os
 
+import datasets
 import pytest
 from PIL import Image
 from test_train_files import ROWS, jsonl, lines, named, refused, write
@@ -94,8 +96,32 @@ def test_the_folders_of_images_are_their_classes(tmp_path):
     assert data.images and data.classes == ["[blue] *", "linked", "red"]
     assert [len(side.labels) for side in (data.train, data.eval, data.test)] == [23, 3, 4]
     assert data.train.rows[0][data.train.column].size == (8, 8)
+    os.rename(tmp_path / "a/red/test_0.PNG", os.fsencode(tmp_path / "a/red") + b"/\xe9.png")
+    refused(tmp_path / "a", r"linked/.*udce9.png' is not in UTF-8")
     picture(tmp_path / "a/loose.png")
     refused(tmp_path / "a", "loose.png is in no subfolder, and so in no class")
+
+
+def test_a_folder_that_may_not_be_read(tmp_path, monkeypatch):
+    for number in range(20):
+        picture(tmp_path / ("red", "blue")[number % 2] / f"{number}.png")
+    scandir = os.scandir
+
+    def refuses(path):
+        if str(path).endswith("blue"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuses)
+    refused(tmp_path, "cannot read .*blue: PermissionError")
+
+
+def test_a_row_without_an_image(tmp_path):
+    picture(tmp_path / "a.png")
+    rows = {"image": [str(tmp_path / "a.png")] * 19 + [None], "label": ["x", "y"] * 10}
+    table = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+    table.to_parquet(str(tmp_path / "rows.parquet"))
+    refused(tmp_path / "rows.parquet", r"row 19 \(from 0\) of .*rows.parquet has no image in column 'image'")
 
 
 def test_classes_called_as_splits(tmp_path):

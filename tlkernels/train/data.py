@@ -23,6 +23,8 @@ from tlkernels.train.folders import Splits, read_folder
 from tlkernels.train.labels import IGNORE as IGNORE
 from tlkernels.train.labels import class_names, numbers
 
+_FINGERPRINT = "0"  # else `datasets` digests all values, row by row, for a cache that is not used
+
 
 @dataclass(frozen=True)
 class Table:
@@ -44,7 +46,8 @@ class Table:
         """Return the rows of these numbers, in the table's order."""
         chosen = sorted(numbers)
         labels = [self.labels[number] for number in chosen]
-        return Table(self.rows.select(chosen), self.column, labels, lambda row: self.place(chosen[row]))
+        rows = self.rows.select(chosen, new_fingerprint=_FINGERPRINT)
+        return Table(rows, self.column, labels, lambda row: self.place(chosen[row]))
 
 
 @dataclass(frozen=True)
@@ -92,13 +95,11 @@ def _table(part: Part, side: str, column: str, images: bool, classes: list[str],
     for name, found in ((column, values), (config.label_column, part.labels)):
         if found is None:
             raise UserError(f"the {side} rows have no column {name!r}, only {listed(part.names)} ({part.place(0)})")
-    if not images:
-        empty = pc.equal(pc.fill_null(pc.binary_length(values), 0), 0)
-        if (row := pc.index(empty, True).as_py()) >= 0:
-            raise UserError(f"{part.place(row)} has no text in column {column!r}")
-    # The fingerprint is what `datasets` would make of all values; it serves a cache, which is not used.
+    missing = pc.is_null(values) if images else pc.equal(pc.fill_null(pc.binary_length(values), 0), 0)
+    if (row := pc.index(missing, True).as_py()) >= 0:
+        raise UserError(f"{part.place(row)} has no {'image' if images else 'text'} in column {column!r}")
     table = datasets.table.InMemoryTable(pa.table({column: values}))
-    rows = datasets.Dataset(table, fingerprint=side)
+    rows = datasets.Dataset(table, fingerprint=_FINGERPRINT)
     if images:
         rows = rows.cast_column(column, datasets.Image())
     return Table(rows, column, numbers(part, classes), part.place)

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from tlkernels.train.columns import Part, joined
 from tlkernels.train.config import DataConfig
-from tlkernels.train.errors import UserError, listed
+from tlkernels.train.errors import UserError, listed, one_line
 from tlkernels.train.files import ENDINGS, ending, read_file
 from tlkernels.train.images import image_endings
 
@@ -58,7 +58,7 @@ def read_folder(folder: Path, config: DataConfig) -> Splits:
 
 def _files(folder: Path) -> Iterator[Path]:
     """All files under a folder in the order of their names, but hidden ones; links are followed, except in circles."""
-    for place, folders, names in os.walk(folder, followlinks=True):
+    for place, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
         here = Path(place)
         folders[:] = sorted(
             name
@@ -66,6 +66,11 @@ def _files(folder: Path) -> Iterator[Path]:
             if not name.startswith((".", "__")) and not here.resolve().is_relative_to((here / name).resolve())
         )
         yield from (here / name for name in sorted(names) if not name.startswith("."))
+
+
+def _refuse(error: OSError) -> None:
+    """A subfolder that may not be read; `os.walk` would pass it by."""
+    raise UserError(f"cannot read {error.filename}: {one_line(error)}") from error
 
 
 def _split_name(*parts: str) -> str | None:
@@ -120,6 +125,8 @@ def _image_splits(folder: Path, images: list[Path], lists: list[Path], config: D
     for image in images:
         if image.parent == folder:
             raise UserError(f"{image} is in no subfolder, and so in no class")
+        if os.fsencode(image).decode(errors="ignore") != str(image):
+            raise UserError(f"the name {str(image)!r} is not in UTF-8")
     return {split: partial(_read_images, own, config) for split, own in grouped(images).items()}
 
 
