@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -75,6 +76,11 @@ def test_without_a_command(capsys):
         (["--config=gone.yaml"], ["gone.yaml"]),
         (["--stop_after=0"], ["--stop_after must be 1 or more"]),
         (["--data.path=gone.csv"], ["no such file or folder: gone.csv"]),
+        (["--data.separator=ab"], ["--data.separator must be one character, no quotation mark or line end, got 'ab'"]),
+        (["--data.separator="], ["--data.separator must be one character"]),
+        (["--data.encoding=hex"], ["--data.encoding must be an encoding of text, got hex"]),
+        (["--data.encoding=utf-32"], ["rows.csv: byte 0 (0x74, line 1) is no utf-32"]),
+        (["--data.subset=a"], ["--data.subset is of hub"]),
         (["--data.text_column=body"], ["no text column 'body'"]),
         (["--model.path=./gone"], ["no such model folder"]),
         (["--resume=gone"], ["takes no others"]),
@@ -83,6 +89,17 @@ def test_without_a_command(capsys):
 def test_bad_options_are_one_line_and_2(arguments, parts, paths, tmp_path, capsys):
     fails(options(paths, tmp_path / "run", *arguments), 2, *parts, capsys=capsys)
     assert not (tmp_path / "run").exists(), "nothing is left behind"
+
+
+@pytest.mark.parametrize("part", ["data", "model"])
+def test_a_name_that_the_hub_has_not_is_one_line(part, paths, tmp_path, impatient, capfd):
+    seen = logging.StreamHandler(sys.stderr)  # the library's own was made before stderr was captured
+    logging.getLogger("huggingface_hub").addHandler(seen)
+    try:
+        arguments = options(paths | {part: "nobody/nothing-of-this-name"}, tmp_path / "run")
+        fails(arguments, 2, "nobody/nothing-of-this-name", capsys=capfd)
+    finally:
+        logging.getLogger("huggingface_hub").removeHandler(seen)
 
 
 def test_bad_configuration_files(tmp_path, capsys):
@@ -124,6 +141,42 @@ def test_a_run_folder_is_not_written_over(paths, tmp_path, capsys):
     fails(options(paths, tmp_path / "run"), 2, "is not empty", "--resume", capsys=capsys)
     fails(["finetune", "--resume", str(tmp_path / "run")], 2, "is no run folder", capsys=capsys)
     assert [place.name for place in (tmp_path / "run").iterdir()] == ["precious"]
+
+
+@pytest.mark.parametrize("separator", ["tab", ";", "|", ":", "'"])
+def test_separators_from_the_shell(separator, paths, tmp_path, capsys):
+    given = r"\t" if separator == "tab" else separator
+    rows = [(row["text"], row["label"]) for row in made_rows(40)]
+    text = "".join(("\t" if separator == "tab" else separator).join(row) + "\n" for row in [("text", "label"), *rows])
+    (tmp_path / "rows.csv").write_text(text)
+    arguments = options(paths | {"data": tmp_path / "rows.csv"}, tmp_path / "run", "--data.separator", given)
+    assert cli.main([*arguments, "--stop_after", "1"]) == 0, capsys.readouterr().err
+    assert json.loads((tmp_path / "run/config.json").read_text())["data"]["separator"] == given
+
+
+def test_the_first_line_says_what_is_learned_from(paths, tmp_path, capsys):
+    rows = made_rows(40)
+    for row in rows[::5]:
+        row["label"] = ""
+    arguments = options(paths | {"data": write_csv(tmp_path / "rows.csv", rows)}, tmp_path / "run", "--stop_after=1")
+    assert cli.main(arguments) == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    assert "3 classes (chess, oven, river): 30 training, 4 evaluation, 6 hold-out; 8 rows have no label; " in first
+
+
+def test_names_of_links_and_splits_are_kept_for_resume(paths, tmp_path, monkeypatch):
+    """A link's name has the ending; a split may be called as a folder that happens to be there."""
+    monkeypatch.chdir(tmp_path)
+    Path("data/test").mkdir(parents=True)
+    write_csv("data/test/rows.csv", made_rows(12, seed=1))
+    write_csv("blob", made_rows(40))
+    Path("data/train.csv").symlink_to(tmp_path / "blob")
+    Path("test").mkdir()
+    arguments = options(paths | {"data": "data"}, "run", "--data.eval=test", "--data.test=data/train.csv")
+    assert cli.main([*arguments, "--stop_after=1"]) == 0
+    config = json.loads(Path("run/config.json").read_text())["data"]
+    assert config["path"] == str(tmp_path / "data") and config["eval"] == "test"
+    assert config["test"] == str(tmp_path / "data/train.csv")
 
 
 def test_what_the_exceptions_become(monkeypatch, capsys):

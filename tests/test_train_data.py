@@ -3,6 +3,7 @@
 import json
 
 import datasets
+import pyarrow.parquet as pq
 import pytest
 import torch
 from train_cases import made_rows, quick, tiny_model, write_csv
@@ -71,24 +72,64 @@ def test_given_files_and_splits(tmp_path):
 def test_integer_labels_and_missing_ones(tmp_path):
     rows = [{"t": f"text {i}", "y": ["0", "2", "", "-100"][i % 4]} for i in range(40)]
     config = DataConfig(path=write_csv(tmp_path / "rows.csv", rows), text_column="t", label_column="y")
-    data = load_data(config, seed=0)
-    assert data.classes == ["0", "1", "2"]
-    for table in (data.train, data.eval, data.test):
-        for text, label in zip(table.rows["t"], table.labels, strict=True):
-            assert label == [0, 2, IGNORE, IGNORE][int(text.split()[1]) % 4]
-    config.num_labels = 7
-    assert len(load_data(config, seed=0).classes) == 7
+    for num_labels, classes in ((None, ["0", "2"]), (7, list("0123456"))):
+        config.num_labels = num_labels
+        data = load_data(config, seed=0)
+        assert data.classes == classes
+        expected = [classes.index("0"), classes.index("2"), IGNORE, IGNORE]
+        for table in (data.train, data.eval, data.test):
+            for text, label in zip(table.rows["t"], table.labels, strict=True):
+                assert label == expected[int(text.split()[1]) % 4]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [str(number) for number in range(1, 11)],
+        ["-1", "0", "1"],
+        ["1.0", "2.0", "10.0"],
+        ["01", "1", "2"],
+        ["10", "9", "nine"],
+    ],
+    ids=" ".join,
+)
+def test_the_classes_are_the_labels_that_occur(names, tmp_path):
+    """Ratings from 1 to 5 are five classes; numbers stand in their order."""
+    rows = [{"text": f"text {i}", "label": name} for i, name in enumerate(reversed(names * 8))]
+    config = DataConfig(path=write_csv(tmp_path / "rows.csv", rows))
+    assert load_data(config, seed=0).classes == names
+    config.eval = str(tmp_path / "eval.jsonl")
+    write_jsonl(tmp_path / "eval.jsonl", [{"text": "x", "label": names[-1]}, {"text": "x", "label": names[0]}])
+    assert load_data(config, seed=0).eval.labels == [len(names) - 1, 0]  # by its name, not by its number
+
+
+@pytest.mark.parametrize("num_labels", [None, 3])
+def test_one_class_alone_is_refused(num_labels, tmp_path):
+    rows = [{"text": "x", "label": name} for name in [2] * 19 + [""]]
+    config = DataConfig(path=write_csv(tmp_path / "rows.csv", rows), num_labels=num_labels)
+    with pytest.raises(UserError, match=r"all 1\d training rows with a label are of one class, '2'; two are needed"):
+        load_data(config, seed=0)
 
 
 def test_declared_classes_keep_their_order(tmp_path):
     features = datasets.Features(
         {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["z", "a", "m"])}
     )
-    rows = datasets.Dataset.from_dict({"text": ["x"] * 20, "label": [0, 1] * 10}, features=features)
+    rows = datasets.Dataset.from_dict({"text": ["x"] * 20, "label": [0, 1, -1, None] * 5}, features=features)
     rows.to_parquet(str(tmp_path / "rows.parquet"))
-    data = load_data(DataConfig(path=str(tmp_path / "rows.parquet")), seed=0)
+    config = DataConfig(path=str(tmp_path / "rows.parquet"))
+    data = load_data(config, seed=0)
     assert data.classes == ["z", "a", "m"]
-    assert set(data.train.labels) == {0, 1}
+    assert set(data.train.labels) == {0, 1, IGNORE}
+    config.eval = write_csv(tmp_path / "eval.csv", [{"text": "x", "label": "m"}])
+    assert load_data(config, seed=0).eval.labels == [2]
+    config.num_labels = 4
+    with pytest.raises(UserError, match=r"num_labels is 4, but column 'label' declares 3 classes \(z, a, m\)"):
+        load_data(config, seed=0)
+    rows = rows.with_format("arrow")[:].set_column(1, "label", [[7] * 20])
+    pq.write_table(rows.replace_schema_metadata(features.arrow_schema.metadata), tmp_path / "rows.parquet")
+    with pytest.raises(UserError, match=r"label 7 in row 0 \(from 0\) of .* is none of the 3 declared classes"):
+        load_data(DataConfig(path=str(tmp_path / "rows.parquet")), seed=0)
 
 
 def test_texts_are_cut_and_padded_to_their_batch(tmp_path):
@@ -136,12 +177,11 @@ def csv_of(rows):
         (
             "rows.csv",
             csv_of([*ROWS0[:5], {"text": "x", "label": -1}, *ROWS0]),
-            {},
-            "label -1 in row 5 of the train rows is none",
+            {"num_labels": 3},
+            "label '-1' in line 7 of .*rows.csv is none of the 3 classes",
         ),
-        ("rows.csv", csv_of([{"text": "x", "label": 3}] * 20), {"num_labels": 3}, "label 3 in row 0"),
-        ("rows.csv", csv_of([{"text": "x", "label": 5000}] * 20), {}, "label 5000 among .*--data.num_labels"),
-        ("rows.csv", csv_of([{"text": "x", "label": 0.5}] * 20), {}, "label 0.5 in row 0"),
+        ("rows.csv", csv_of([{"text": "x", "label": 3}] * 20), {"num_labels": 3}, "label '3' in line 2"),
+        ("rows.csv", csv_of(ROWS), {"num_labels": 3}, r"label 'river' in line 2 .* 3 classes \(0, 1, 2\)"),
         ("rows.csv", csv_of([{"text": "x", "label": ""}] * 20), {}, "no training row has a label"),
     ],
 )
@@ -154,13 +194,13 @@ def test_bad_files(name, write, options, message, tmp_path):
 def test_a_label_that_training_does_not_know(tmp_path):
     path = write_csv(tmp_path / "rows.csv", ROWS)
     other = write_csv(tmp_path / "eval.csv", [*ROWS[:4], {"text": "x", "label": "piano"}])
-    with pytest.raises(UserError, match="label 'piano' in row 4 of the eval rows is none of the 3 classes"):
+    with pytest.raises(UserError, match=r"label 'piano' in line 6 of .*eval.csv is none of the 3 classes"):
         load_data(DataConfig(path=path, eval=other), seed=0)
 
 
 def test_a_row_without_a_text(tmp_path):
     write_jsonl(tmp_path / "rows.jsonl", [*ROWS, {"text": None, "label": "oven"}])
-    with pytest.raises(UserError, match="row 30 of the train rows has no text in column 'text' but None"):
+    with pytest.raises(UserError, match=r"line 31 of .*rows.jsonl has no text in column 'text'"):
         load_data(DataConfig(path=str(tmp_path / "rows.jsonl")), seed=0)
 
 

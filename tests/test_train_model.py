@@ -1,15 +1,26 @@
 """The network: pooling, saving, where the default comes from; and the real all-MiniLM-L6-v2."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from train_cases import quick, tiny_model
+import transformers
+from train_cases import made_rows, quick, tiny_config, tiny_model, write_csv
 
-from tlkernels.train import UserError, load, model
+from tlkernels.train import UserError, load, model, pipeline
 from tlkernels.train.config import ModelConfig
-from tlkernels.train.model import Classifier, load_model, load_preprocessor, new_classifier, save_model, source
+from tlkernels.train.model import (
+    Classifier,
+    empty_encoder,
+    load_model,
+    load_preprocessor,
+    new_classifier,
+    positions,
+    save_model,
+    source,
+)
 
 pytestmark = pytest.mark.usefixtures(quick.__name__)
 
@@ -56,6 +67,66 @@ def test_a_saved_model_is_loaded_bit_for_bit(tiny, tmp_path):
     assert [probability for _, probability in answers] == pytest.approx(expected.amax(1).tolist(), abs=1e-5)
 
 
+def test_a_saved_model_says_its_classes_names(tiny, tmp_path):
+    network, tokenizer = new_classifier(tiny, 2, False, 0), load_preprocessor(tiny, images=False)
+    save_model(tmp_path, network, tokenizer, {"classes": ["spam", "ham"], "images": False, "max_length": 9})
+    saved = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert saved.id2label == {0: "spam", 1: "ham"} and saved.label2id == {"spam": 0, "ham": 1}
+    assert saved.num_labels == 2
+
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 60}
+ENCODERS = {
+    "bert": (transformers.BertConfig(**SMALL, max_position_embeddings=40), 40),
+    "roberta": (transformers.RobertaConfig(**SMALL, max_position_embeddings=42, pad_token_id=1), 40),
+    "roberta_0": (transformers.RobertaConfig(**SMALL, max_position_embeddings=41, pad_token_id=0), 40),
+    "mpnet": (transformers.MPNetConfig(**SMALL, max_position_embeddings=42), 40),
+    "distilbert": (transformers.DistilBertConfig(dim=32, n_layers=1, n_heads=2, max_position_embeddings=40), 40),
+    "deberta": (
+        transformers.DebertaV2Config(
+            **SMALL, relative_attention=True, position_biased_input=False, max_position_embeddings=40
+        ),
+        None,
+    ),
+    "xlnet": (transformers.XLNetConfig(d_model=32, n_layer=1, n_head=2, d_inner=32, vocab_size=60), None),
+    "modernbert": (transformers.ModernBertConfig(**SMALL, max_position_embeddings=64, pad_token_id=0), 64),
+}
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_positions_are_what_the_encoder_takes(kind, tmp_path):
+    """As many tokens as it says go through, and where a table bounds them, not one more."""
+    config, expected = ENCODERS[kind]
+    config.save_pretrained(tmp_path)
+    assert positions(empty_encoder(str(tmp_path))) == expected
+    encoder = transformers.AutoModel.from_config(config).eval()
+    assert positions(encoder) == expected
+    tokens = torch.full((1, expected or 600), 5)
+    with torch.no_grad():
+        assert encoder(input_ids=tokens).last_hidden_state.isfinite().all()
+        if kind not in ("deberta", "xlnet", "modernbert"):
+            with pytest.raises((IndexError, RuntimeError)):
+                encoder(input_ids=torch.full((1, expected + 1), 5))
+
+
+@pytest.mark.parametrize("believes", [10**30, 500, 16])
+@pytest.mark.parametrize("asked", [None, 100, 30])
+def test_long_texts_are_cut_to_the_models_positions(believes, asked, tmp_path, capsys):
+    name = tiny_model(tmp_path / "model")
+    path = Path(name) / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": believes}))
+    long = [{"text": row["text"] + " fish" * 200, "label": row["label"]} for row in made_rows(30)]
+    config = tiny_config(tmp_path / "run", name, write_csv(tmp_path / "rows.csv", long), steps=1)
+    config.data.max_length = asked
+    pipeline.finetune(config)
+    first = capsys.readouterr().out.splitlines()[0]
+    assert ("texts longer than the model's 40 positions are cut to them" in first) == (asked != 30)
+    assert "every row has a label" in first
+    predictor = load(tmp_path / "run")
+    assert predictor.max_length == min(asked or 40, 40)
+    assert len(predictor.predict(["fish " * 300])) == 1
+
+
 def test_random_weights_are_others_under_the_same_head(tiny):
     pretrained, drawn, again = (new_classifier(tiny, 3, random, seed=5) for random in (False, True, True))
     saved = weights_of(tiny)
@@ -86,8 +157,6 @@ def test_where_the_default_model_comes_from(tiny, tmp_path, monkeypatch):
 
 
 def test_what_is_not_an_encoder_or_not_there(tiny, tmp_path, impatient):
-    import transformers
-
     transformers.T5Config(d_model=16, num_layers=1, vocab_size=8).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="is an encoder-decoder"):
         new_classifier(str(tmp_path), 3, True, 0)

@@ -31,8 +31,8 @@ class DataConfig:
     """The rows: texts or images, each with a label. A row without a label is carried along and counts in nothing.
 
     Args:
-        path: A .csv, .tsv, .jsonl, .json or .parquet file, a folder of images or data files, or a hub name.
-            None: the built-in docstrings.
+        path: A .csv, .tsv, .jsonl, .ndjson, .json (also .gz) or .parquet file, a folder of images or data files, or a
+            hub name. None: the built-in docstrings.
         subset: The subset of a hub data set that has several.
         split: The split to train on, where `path` has several.
         eval: A file like `path`, or another split of `path`, to evaluate on while training. None: a share of the rows.
@@ -41,11 +41,17 @@ class DataConfig:
         test_fraction: Share of the rows for `test` where none is named, 0 <= share < 1.
             0: the final table is made on the rows of `eval`.
         text_column: Column with the text.
-        label_column: Column with the label: a string, or an integer 0 ... classes-1 (-100 or empty: no label).
+        label_column: Column with the label, whose values are the names of the classes (-100 or empty: no label).
         image_column: Column with the image; it is looked for where there is no text column.
-        num_labels: Number of classes of integer labels. None: the largest label + 1.
-        max_length: Tokens of a text that the model sees, special tokens included, 3 or more.
-            None: 128, and 32 on the built-in data, so that the demonstration is short.
+        num_labels: The labels are the integers 0 ... num_labels-1, each of them a class even where no row has it.
+            None: the classes are the labels that the training rows have.
+        encoding: Encoding of text files, as Python calls it: cp1252, utf-16. None: UTF-8, or what the file's byte order
+            mark says.
+        separator: The character between the fields of .csv and .tsv files; \\t is a tab. None: a comma, a tab in .tsv.
+        quotes: Whether quotation marks may enclose fields of .csv and .tsv files (a doubled one is one of the text), or
+            are text themselves. None: they may in .csv, and are text in .tsv.
+        max_length: Tokens of a text that the model sees, special tokens included, 3 or more; never more than it has
+            positions for. None: 128, and 32 on the built-in data, so that the demonstration is short.
         classes: Built-in data only: number of packages to tell apart.
         per_class: Built-in data only: docstrings of each package, all splits together.
     """
@@ -61,9 +67,17 @@ class DataConfig:
     label_column: str = "label"
     image_column: str = "image"
     num_labels: int | None = None
+    encoding: str | None = None
+    separator: str | None = None
+    quotes: bool | None = None
     max_length: int | None = None
     classes: int = 8
     per_class: int = 400
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a text, as asked for or by default."""
+        return self.max_length or (32 if self.path is None else 128)
 
 
 @dataclass
@@ -170,6 +184,12 @@ class Config:
         whole += [("data.num_labels", data.num_labels), ("data.per_class", data.per_class)]
         for name, value in whole:
             _require(value is None or value >= 1, name, "1 or more", value)
+        _require(
+            data.encoding is None or _is_encoding(data.encoding), "data.encoding", "an encoding of text", data.encoding
+        )
+        one = data.separator is None or data.separator == r"\t" or len(data.separator) == 1
+        one = one and data.separator not in ("\n", "\r", '"')
+        _require(one, "data.separator", "one character, no quotation mark or line end", repr(data.separator))
         _require(data.max_length is None or data.max_length >= 3, "data.max_length", "3 or more", data.max_length)
         _require(data.classes >= 2, "data.classes", "2 or more", data.classes)
         _require(0 < data.eval_fraction < 1, "data.eval_fraction", "above 0 and below 1", data.eval_fraction)
@@ -200,6 +220,14 @@ class Config:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{file} is not a run's configuration ({type(error).__name__}: {error})") from error
         return config
+
+
+def _is_encoding(name: str) -> bool:
+    try:
+        "".encode(name)
+    except (LookupError, UnicodeError):  # none of that name; one that is not of text
+        return False
+    return True
 
 
 def _require(holds: bool, name: str, expected: str, value: object) -> None:

@@ -2,78 +2,110 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from tlkernels.train import docstrings
+from tlkernels.train.columns import Part, part_of, wanted
 from tlkernels.train.config import DataConfig
-from tlkernels.train.errors import UserError, one_line
+from tlkernels.train.errors import UserError, listed, one_line
+from tlkernels.train.files import OPTIONS, ending, read_file
+from tlkernels.train.folders import Splits, read_folder
+from tlkernels.train.labels import IGNORE as IGNORE
+from tlkernels.train.labels import class_names, numbers
 
-IGNORE = -100  # the label of a row without one
-_BUILDERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+_FINGERPRINT = "0"  # else `datasets` digests all values, row by row, for a cache that is not used
 
 
 @dataclass(frozen=True)
 class Table:
-    """The rows of one side before a tokenizer saw them: `column` is a text or an image."""
+    """The rows of one side before a tokenizer saw them.
 
-    rows: Any  # datasets.Dataset
+    Attributes:
+        rows: a `datasets.Dataset`.
+        column: that of `rows` with the text or the image.
+        labels: of each row, its class, or `IGNORE`.
+        place: of a row's number, where it stands in its file.
+    """
+
+    rows: Any
     column: str
     labels: list[int]
+    place: Callable[[int], str] = "row {}".format
 
     def select(self, numbers: list[int]) -> Table:
         """Return the rows of these numbers, in the table's order."""
         chosen = sorted(numbers)
-        return Table(self.rows.select(chosen), self.column, [self.labels[number] for number in chosen])
+        labels = [self.labels[number] for number in chosen]
+        rows = self.rows.select(chosen, new_fingerprint=_FINGERPRINT)
+        return Table(rows, self.column, labels, lambda row: self.place(chosen[row]))
 
 
 @dataclass(frozen=True)
 class Data:
-    """Three sides, the classes' names in the order of their numbers, and whether the column holds images."""
+    """Three sides, the classes' names in the order of their numbers, and whether the column holds images.
+
+    `splits` are those that `--data.path` has: where `eval` or `test` is the name of one, it is no path.
+    """
 
     train: Table
     eval: Table
     test: Table | None
     classes: list[str]
     images: bool
+    splits: tuple[str, ...] = ()
 
 
 def load_data(config: DataConfig, seed: int) -> Data:
     """Read everything that `config` names; `seed` decides the split where none is given.
 
     Raises:
-        UserError: a file or name that cannot be read, a missing column, a label that is no class, too few rows.
+        UserError: a file or name that cannot be read, a missing column, a label that is no class, too few rows, or a
+            single class.
     """
     if config.path is None:
+        _refuse_unused(config, set())
         return _built_in(config)
-    named = _read(config.path, config)
-    rows = {"train": _split(named, config.split, config.path)}
+    splits = _open(config.path, config)
+    parts = {"train": _split(splits, config.split, config.path)}
     for side, value in (("eval", config.eval), ("test", config.test)):
         if value is not None:
-            own = value in named
-            rows[side] = _split(named, value, config.path) if own else _split(_read(value, config), "train", value)
-    column, images = _column(rows["train"], config)
-    # Over all rows of the file, before it is split: a rare class is one too, and an error names the file's own row.
-    classes = _Classes(rows["train"], config)
-    tables = {side: _table(table, side, column, images, classes) for side, table in rows.items()}
-    return _with_shares(tables, config, seed, classes.names, images)
+            own = value in splits
+            parts[side] = _split(splits, value, config.path) if own else _split(_open(value, config), "train", value)
+    _refuse_unused(config, {part.kind for part in parts.values()})
+    column, images = _column(parts["train"], config)
+    # Over all rows of the file, before it is split: a rare class is one too, and an error names the file's own line.
+    classes = class_names(parts["train"], config)
+    tables = {side: _table(part, side, column, images, classes, config) for side, part in parts.items()}
+    tables = _with_shares(tables, config, seed, classes)
+    return Data(tables["train"], tables["eval"], tables.get("test"), classes, images, tuple(splits))
 
 
-def _table(rows: Any, side: str, column: str, images: bool, classes: _Classes) -> Table:
-    if column not in rows.column_names:
-        raise UserError(f"the {side} rows have no column {column!r}, only {', '.join(rows.column_names)}")
-    for number, text in enumerate(() if images else rows[column]):
-        if not isinstance(text, str):
-            raise UserError(f"row {number} of the {side} rows has no text in column {column!r} but {text!r}")
-    return Table(rows, column, classes.numbers(rows, side))
+def _table(part: Part, side: str, column: str, images: bool, classes: list[str], config: DataConfig) -> Table:
+    values = part.images if images else part.texts
+    for name, found in ((column, values), (config.label_column, part.labels)):
+        if found is None:
+            raise UserError(f"the {side} rows have no column {name!r}, only {listed(part.names)} ({part.place(0)})")
+    missing = pc.is_null(values) if images else pc.equal(pc.fill_null(pc.binary_length(values), 0), 0)
+    if (row := pc.index(missing, True).as_py()) >= 0:
+        raise UserError(f"{part.place(row)} has no {'image' if images else 'text'} in column {column!r}")
+    table = datasets.table.InMemoryTable(pa.table({column: values}))
+    rows = datasets.Dataset(table, fingerprint=_FINGERPRINT)
+    if images:
+        rows = rows.cast_column(column, datasets.Image())
+    return Table(rows, column, numbers(part, classes), part.place)
 
 
-def _with_shares(tables: dict[str, Table], config: DataConfig, seed: int, classes: list[str], images: bool) -> Data:
+def _with_shares(tables: dict[str, Table], config: DataConfig, seed: int, classes: list[str]) -> dict[str, Table]:
     """Cuts the sides that were not named out of the training rows, by chance."""
     whole = tables["train"]
     order = torch.randperm(len(whole.labels), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -89,7 +121,13 @@ def _with_shares(tables: dict[str, Table], config: DataConfig, seed: int, classe
             raise UserError(
                 f"none of the {len(table.labels)} {side} rows has a label in column {config.label_column!r}"
             )
-    return Data(tables["train"], tables["eval"], tables.get("test"), classes, images)
+    found = Counter(tables["train"].labels)
+    del found[IGNORE]
+    if len(found) == 1:
+        raise UserError(
+            f"all {found.total()} training rows with a label are of one class, {classes[min(found)]!r}; two are needed"
+        )
+    return tables
 
 
 def _built_in(config: DataConfig) -> Data:
@@ -108,93 +146,71 @@ def _built_in(config: DataConfig) -> Data:
 # ---- reading -----------------------------------------------------------------------------------------------------
 
 
-def _read(path: str, config: DataConfig) -> Any:
-    """A `datasets.DatasetDict`: of a file it has one split, `train`."""
-    local = Path(path).expanduser()
-    looks_local = local.suffix in _BUILDERS or path.startswith((".", "/", "~")) or path.count("/") > 1
-    if not local.exists() and looks_local:
-        raise UserError(f"no such file or folder: {path}")
-    if local.is_file():
-        if local.suffix not in _BUILDERS:
-            raise UserError(f"{path}: of a file, the ending says what it is; known are {' '.join(_BUILDERS)}")
-        if local.stat().st_size == 0:
-            raise UserError(f"{path} is empty")
+def _open(path: str, config: DataConfig) -> Splits:
+    """The splits of what `path` names: of a file it is one, `train`."""
+    local = local_path(path)
+    if local is not None and local.is_file():
+        return {"train": partial(read_file, local, config)}
+    if local is not None:
+        return read_folder(local, config)
     try:
-        if local.is_file():
-            options: dict[str, Any] = {"sep": "\t"} if local.suffix == ".tsv" else {}
-            return datasets.load_dataset(_BUILDERS[local.suffix], data_files=str(local), **options)
-        return datasets.load_dataset(str(local) if local.is_dir() else path, config.subset)
-    except Exception as error:  # every reader of every format has errors of its own; all mean that it cannot be read
+        found = datasets.load_dataset(path, config.subset)
+    except Exception as error:  # the network, the hub and every builder have errors of their own
         raise UserError(f"cannot read {path}: {one_line(error.__cause__ or error)}") from error
+    return {split: partial(_hub_part, rows, split, path, config) for split, rows in found.items()}
 
 
-def _split(named: Any, split: str, path: str) -> Any:
-    if split not in named:
-        raise UserError(f"{path} has no split {split!r}, only {', '.join(named)}")
-    if not len(named[split]):
-        raise UserError(f"{path} has no rows in {split!r}")
-    return named[split]
+def local_path(path: str) -> Path | None:
+    """Return the file or folder that `path` names, None where it is a hub name.
+
+    Raises:
+        UserError: it can be no hub name, and there is no such file or folder.
+    """
+    try:
+        local = Path(path).expanduser()
+    except RuntimeError as error:  # ~somebody
+        raise UserError(f"no such file or folder: {path}") from error
+    if local.is_file() or local.is_dir():
+        return local
+    if local.exists() or ending(local) or path.startswith((".", "/", "~")) or path.count("/") > 1:
+        raise UserError(f"no such file or folder: {path}")
+    return None
 
 
-def _column(rows: Any, config: DataConfig) -> tuple[str, bool]:
+def _hub_part(rows: Any, split: str, path: str, config: DataConfig) -> Part:
     names = rows.column_names
-    if config.label_column not in names:
-        raise UserError(f"no label column {config.label_column!r}; there are {', '.join(names)} (--data.label_column)")
-    if config.text_column in names:
+    table = rows.select_columns(wanted(names, config, path)).with_format("arrow")[:]
+    columns = dict(zip(table.column_names, table.columns, strict=True))
+
+    def place(row: int) -> str:
+        return f"row {row} (from 0) of {path}, {split}"
+
+    return part_of(config, columns, rows.features, rows=len(rows), kind="hub", names=names, place=place)
+
+
+def _refuse_unused(config: DataConfig, kinds: set[str]) -> None:
+    """An option that no file takes would be without effect."""
+    for name, takers in OPTIONS.items():
+        if getattr(config, name) is not None and not kinds.intersection(takers):
+            raise UserError(f"--data.{name} is of {listed(takers)}, and nothing of that kind is read here")
+
+
+def _split(splits: Splits, split: str, path: str) -> Part:
+    if split not in splits:
+        raise UserError(f"{path} has no split {split!r}, only {listed(list(splits))}")
+    part = splits[split]()
+    if part.rows == 0:
+        raise UserError(f"{path} has no rows in {split!r}")
+    return part
+
+
+def _column(rows: Part, config: DataConfig) -> tuple[str, bool]:
+    names = f"there are {listed(rows.names)}"
+    separator = ", --data.separator" if len(rows.names) == 1 and rows.kind in OPTIONS["separator"] else ""
+    if rows.labels is None:
+        raise UserError(f"no label column {config.label_column!r}; {names} (--data.label_column{separator})")
+    if rows.texts is not None:
         return config.text_column, False
-    if config.image_column in names and isinstance(rows.features[config.image_column], datasets.Image):
+    if rows.images is not None:
         return config.image_column, True
-    raise UserError(f"no text column {config.text_column!r}; there are {', '.join(names)} (--data.text_column)")
-
-
-class _Classes:
-    """The classes that the training rows have, and the number of each label of any side."""
-
-    def __init__(self, train: Any, config: DataConfig) -> None:
-        self.column = config.label_column
-        feature = train.features[self.column]
-        values = set(self._values(train, "train")) - {None, IGNORE}
-        if not values:
-            raise UserError(f"no training row has a label in column {self.column!r}")
-        if isinstance(feature, datasets.ClassLabel):
-            self.names = list(feature.names)
-        elif all(isinstance(value, str) for value in values):
-            self.names = sorted(values)
-        elif any(isinstance(value, str) for value in values):
-            raise UserError(f"column {self.column!r} mixes strings and integers")
-        else:
-            largest = max(values)
-            if config.num_labels is None and largest >= len(train):
-                raise UserError(
-                    f"label {largest} among {len(train)} training rows; if it is right, give --data.num_labels"
-                )
-            self.names = [str(number) for number in range(config.num_labels or largest + 1)]
-        self.index: dict[Any, int] | None = None
-        if all(isinstance(value, str) for value in values):
-            self.index = {name: number for number, name in enumerate(self.names)}
-
-    def numbers(self, rows: Any, side: str) -> list[int]:
-        if self.column not in rows.column_names:
-            raise UserError(f"the {side} rows have no column {self.column!r}, only {', '.join(rows.column_names)}")
-        return [self._number(value, row, side) for row, value in enumerate(self._values(rows, side))]
-
-    def _number(self, value: Any, row: int, side: str) -> int:
-        if value is None or value == IGNORE:
-            return IGNORE
-        number = value if self.index is None else self.index.get(value)
-        if not isinstance(number, int) or not 0 <= number < len(self.names):
-            known = ", ".join(self.names[:8]) + (", ..." if len(self.names) > 8 else "")
-            raise UserError(
-                f"label {value!r} in row {row} of the {side} rows is none of the {len(self.names)} classes ({known})"
-            )
-        return number
-
-    def _values(self, rows: Any, side: str) -> Iterable[Any]:
-        """Strings, integers, or None where there is none. A missing integer turns a whole CSV column into floats."""
-        for row, value in enumerate(rows[self.column]):
-            if value is None or value == "" or value != value:  # None, an empty string, NaN
-                yield None
-            elif isinstance(value, (str, int)) or (isinstance(value, float) and value.is_integer()):
-                yield value if isinstance(value, str) else int(value)
-            else:
-                raise UserError(f"label {value!r} in row {row} of the {side} rows is neither a string nor an integer")
+    raise UserError(f"no text column {config.text_column!r}; {names} (--data.text_column)")

@@ -1,6 +1,7 @@
 """The two failures that a user can meet, each one line long. Everything else that is raised is a bug."""
 
 import importlib.util
+from collections.abc import Sequence
 
 
 class UserError(Exception):
@@ -12,7 +13,7 @@ class RunError(Exception):
 
 
 # What `tlkernels finetune` imports, in the order of the extras that bring it: train, hf.
-_NEEDED = ("accelerate", "jsonargparse", "matplotlib", "tqdm", "safetensors", "datasets", "transformers")
+_NEEDED = ("accelerate", "jsonargparse", "matplotlib", "tqdm", "safetensors", "datasets", "pyarrow", "transformers")
 
 
 def need_extras() -> None:
@@ -28,3 +29,15 @@ def one_line(error: BaseException) -> str:
     if not isinstance(error, (UserError, RunError)):
         text = f"{type(error).__name__}: {text}"
     return text if len(text) <= 400 else text[:397] + "..."
+
+
+def listed(names: Sequence[str], most: int = 12) -> str:
+    """Return the first names with commas between them."""
+    shown = [name if name.isprintable() and name else repr(name) for name in names[:most]]
+    return ", ".join(shown) + (", ..." if len(names) > most else "")
+
+
+def shown(value: object) -> str:
+    """Return a value as Python writes it, short enough that the rest of a message can be read beside it."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

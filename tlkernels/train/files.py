@@ -1,0 +1,308 @@
+"""Files of rows. What stands in a file is what is learned: its values are strings, as they are written there.
+
+Nothing is guessed: the ending says how a file is read, its header or keys which columns there are, and the options
+`encoding`, `separator` and `quotes` what an ending leaves open. Nothing is kept between runs either: a file is read
+anew each time.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import gzip
+import io
+import json
+import re
+import zlib
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any
+
+import datasets
+import pyarrow as pa
+from pyarrow import parquet
+
+from tlkernels.train.columns import Part, part_of, wanted
+from tlkernels.train.config import DataConfig
+from tlkernels.train.errors import UserError, one_line
+
+ENDINGS = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".ndjson")
+# Options and what takes them; "hub" is a data set of that.
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "subset": ("hub",),
+    "encoding": tuple(name for name in ENDINGS if name != ".parquet"),
+    "separator": (".csv", ".tsv"),
+    "quotes": (".csv", ".tsv"),
+}
+_BATCH = 4096  # rows that are Python objects at the same time; 1 GB of CSV takes little more than 1 GB
+_Row = tuple[int, Sequence[str | None]]  # the line on which it begins, and its values
+
+
+def ending(path: Path) -> str | None:
+    """Return by which of `ENDINGS` a file is read, .gz and capitals aside; None where it has none of them."""
+    name = path.name.lower()
+    found = Path(name.removesuffix(".gz")).suffix
+    return found if found in ENDINGS and not name.endswith(".parquet.gz") else None
+
+
+def read_file(path: Path, config: DataConfig) -> Part:
+    """Return the text, label and image columns of a file.
+
+    Raises:
+        UserError: the file is empty or not what its ending says; a row is not as wide as the header; a byte is none of
+            the encoding. The message names the line.
+    """
+    kind = ending(path)
+    if kind is None:
+        raise UserError(
+            f"{path}: of a file, the ending says what it is; known are {' '.join(ENDINGS)} (or .csv.gz and so on)"
+        )
+    try:
+        if path.stat().st_size == 0:
+            raise UserError(f"{path} is empty")
+        return _read_parquet(path, config) if kind == ".parquet" else _read_text(path, kind, config)
+    except (OSError, EOFError, zlib.error, pa.ArrowException, ValueError) as error:
+        raise UserError(f"cannot read {path}: {one_line(error)}") from error
+
+
+def _read_parquet(path: Path, config: DataConfig) -> Part:
+    with path.open("rb") as file:
+        stored = parquet.ParquetFile(file)
+        names, rows = stored.schema_arrow.names, stored.metadata.num_rows
+        table = stored.read(columns=wanted(names, config, str(path)))
+    described = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features")
+    features = datasets.Features.from_dict(described) if described else {}  # such as `datasets` writes beside the rows
+    columns = dict(zip(table.column_names, table.columns, strict=True))
+    return part_of(
+        config,
+        columns,
+        features,
+        rows=rows,
+        kind=".parquet",
+        names=names,
+        place=lambda row: f"row {row} (from 0) of {path}",
+    )
+
+
+def _read_text(path: Path, kind: str, config: DataConfig) -> Part:
+    names: list[str] = []
+    with _open_text(path, config.encoding) as file:
+        if kind in (".csv", ".tsv"):
+            quotes = config.quotes if config.quotes is not None else kind == ".csv"
+            separator = config.separator or ("," if kind == ".csv" else "\t")
+            rows = _separated(file, path, "\t" if separator == r"\t" else separator, quotes, config, names)
+        else:
+            rows = _records(file, path, kind, config, names)
+        columns, lines = _gathered(rows, path)
+    asked = (config.text_column, config.label_column)
+    found = {name: column for name, column in zip(asked, columns, strict=True) if name in names}
+    return part_of(
+        config, found, {}, rows=len(lines), kind=kind, names=names, place=lambda row: f"line {lines[row]} of {path}"
+    )
+
+
+def _gathered(rows: Iterator[_Row], path: Path) -> tuple[list[pa.ChunkedArray], array[int]]:
+    """The texts, the labels, and on which line each row begins."""
+    chunks: list[list[pa.Array]] = [[], []]
+    lines = array("q")
+    while batch := list(islice(rows, _BATCH)):
+        lines.extend(line for line, _ in batch)
+        for number, column in enumerate(chunks):
+            try:
+                column.append(pa.array([values[number] for _, values in batch], pa.large_string()))
+            except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can write as \ud800
+                line = next(line for line, values in batch if values[number] == error.object)
+                raise UserError(
+                    f"line {line} of {path} holds half a character, {error.object[error.start]!r}"
+                ) from error
+    return [pa.chunked_array(column, pa.large_string()) for column in chunks], lines
+
+
+# ---- characters --------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _open_bytes(path: Path) -> Iterator[IO[bytes]]:
+    opened: Any = gzip.open if path.name.lower().endswith(".gz") else open
+    with opened(path, "rb") as file:
+        yield file
+
+
+@contextmanager
+def _open_text(path: Path, encoding: str | None) -> Iterator[io.TextIOWrapper]:
+    """The file's characters, line ends as they are, without a byte order mark, which says what the encoding is."""
+    with _open_bytes(path) as raw:
+        if encoding is None:
+            utf16 = raw.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+            encoding = "utf-16" if utf16 else "utf-8"
+            raw.seek(0)
+        file = io.TextIOWrapper(raw, encoding=encoding, newline="")
+        try:
+            if file.read(1) != "\ufeff":
+                file.seek(0)
+            yield file
+        except UnicodeDecodeError as error:
+            raise UserError(f"cannot read {path}: {_undecodable(path, encoding)}") from error
+        except UnicodeError as error:  # UTF-16 without the byte order mark that it is to have
+            raise UserError(f"cannot read {path} as {encoding}: {error} (--data.encoding)") from error
+
+
+def _undecodable(path: Path, encoding: str) -> str:
+    """Say which byte, on which line, is the first one that is none of the encoding."""
+    decoder = codecs.getincrementaldecoder(encoding)()
+    line = offset = 0
+    hint = "(--data.encoding names another encoding)"
+    with _open_bytes(path) as file:
+        while piece := file.read(1 << 16):
+            before = decoder.getstate()
+            try:
+                line += decoder.decode(piece).count("\n")
+            except UnicodeDecodeError:
+                decoder.setstate(before)
+                for number in range(len(piece)):
+                    try:
+                        line += decoder.decode(piece[number : number + 1]).count("\n")
+                    except UnicodeDecodeError as error:
+                        at = offset + number + 1 - len(error.object) + error.start
+                        found = f"0x{error.object[error.start]:02x}"
+                        return f"byte {at} ({found}, line {line + 1}) is no {encoding} {hint}"
+            offset += len(piece)
+    return f"it ends within a character of {encoding} {hint}"
+
+
+# ---- separated values --------------------------------------------------------------------------------------------
+
+
+def _separated(
+    file: io.TextIOWrapper, path: Path, separator: str, quotes: bool, config: DataConfig, names: list[str]
+) -> Iterator[_Row]:
+    """Rows of text and label; `names` is filled with the header."""
+    quoting: Any = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
+    reader = csv.reader(file, delimiter=separator, quoting=quoting, strict=True)
+    rows = _lines(reader, path)
+    line, header = next(rows, (0, []))
+    if not header:
+        raise UserError(f"cannot read {path}: it has no header")
+    if "\0" in "".join(header):
+        raise UserError(f"the header of {path} holds NUL characters: is it UTF-16? (--data.encoding utf-16-le)")
+    names += header
+    wanted(names, config, f"the header of {path}")
+    places = [names.index(name) if name in names else None for name in (config.text_column, config.label_column)]
+    for line, row in rows:
+        if len(row) != len(header):
+            hint = "" if quotes else "; quotation marks enclose nothing here (--data.quotes true)"
+            raise UserError(f"line {line} of {path} has {len(row)} fields, the header has {len(header)}{hint}")
+        yield line, [None if place is None else row[place] for place in places]
+
+
+def _lines(reader: Any, path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Every row that is not blank, and the line on which it begins; with quotes it may go over several."""
+    before = 0
+    limit = csv.field_size_limit(2**31 - 1)  # of the whole process; the usual one is 131072
+    try:
+        for row in reader:
+            if row:
+                yield before + 1, row
+            before = reader.line_num
+    except csv.Error as error:
+        open_quote = "unexpected end" in str(error)
+        fault = "a quotation mark is opened and never closed" if open_quote else str(error)
+        raise UserError(f"cannot read {path}: in the row on line {before + 1}, {fault}") from error
+    finally:
+        csv.field_size_limit(limit)
+
+
+# ---- JSON --------------------------------------------------------------------------------------------------------
+
+
+class _Pairs(list[tuple[str, Any]]):
+    """An object's keys and values as they stand there: a dict would let a second key take the place of the first."""
+
+
+# Numbers stay as they are written. NaN, which is no JSON, but which Python writes, is missing.
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_Pairs,
+    parse_int=str,
+    parse_float=str,
+    parse_constant=lambda name: None if name == "NaN" else name,
+)
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+def _records(file: io.TextIOWrapper, path: Path, kind: str, config: DataConfig, names: list[str]) -> Iterator[_Row]:
+    """Rows of text and label; `names` is filled with every key that occurs."""
+    asked = (config.text_column, config.label_column)
+    known: dict[str, None] = {}
+    start, first = file.tell(), " "
+    while first and first.isspace():
+        first = file.read(1)
+    file.seek(start)
+    values = _document(file.read(), path) if kind == ".json" or first == "[" else _each_line(file, path)
+    for line, record in values:
+        if not isinstance(record, _Pairs):
+            raise UserError(f"cannot read {path}: line {line} holds no object, with a key for each column")
+        row = dict(record)
+        if len(row) < len(record):
+            wanted([key for key, _ in record], config, f"line {line} of {path}")
+        known.update(dict.fromkeys(row))
+        yield line, [_string(row.get(name), name, line, path) for name in asked]
+    names += known
+
+
+def _string(value: Any, column: str, line: int, path: Path) -> str | None:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if value is None or isinstance(value, str):
+        return value
+    kind = "an object" if isinstance(value, _Pairs) else "a list"
+    raise UserError(f"line {line} of {path} has {kind} in column {column!r}, where a string or a number is needed")
+
+
+def _each_line(file: Iterable[str], path: Path) -> Iterator[tuple[int, Any]]:
+    for line, text in enumerate(file, start=1):
+        if text.isspace():
+            continue
+        try:
+            value = _DECODER.decode(text.rstrip())
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise _json_fault(path, line, error) from error
+        yield line, value
+
+
+def _document(text: str, path: Path) -> Iterator[tuple[int, Any]]:
+    """The values of one array, or those that stand one after the other, and the line on which each begins."""
+    line, counted, at = 1, 0, _skip(text, 0)
+    array = text.startswith("[", at)
+    if array:
+        at = _skip(text, at + 1)
+    more = at < len(text) and not (array and text[at] == "]")
+    while more:
+        line, counted = line + text.count("\n", counted, at), at
+        try:
+            value, at = _DECODER.raw_decode(text, at)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise _json_fault(path, line, error) from error
+        yield line, value
+        at = _skip(text, at)
+        more = text.startswith(",", at) if array else at < len(text)
+        if array and more:
+            at = _skip(text, at + 1)
+    if array and text[at:].rstrip() != "]":
+        raise _json_fault(
+            path, line, json.JSONDecodeError("expected a comma or the array's end, and no more", text, at)
+        )
+
+
+def _skip(text: str, at: int) -> int:
+    space = _SPACE.match(text, at)
+    return space.end() if space else at
+
+
+def _json_fault(path: Path, line: int, error: json.JSONDecodeError | RecursionError) -> UserError:
+    """`line` is that on which the value begins; `error.lineno` is 1 where it was read alone."""
+    if isinstance(error, RecursionError):
+        return UserError(f"cannot read {path}: the value on line {line} is nested too deeply")
+    return UserError(f"cannot read {path}: line {max(line, error.lineno)}, column {error.colno}: {error.msg}")

@@ -1,0 +1,156 @@
+"""Folders: which of their files make which split, and images in folders that are called as their classes."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+
+from tlkernels.train.columns import Part, joined
+from tlkernels.train.config import DataConfig
+from tlkernels.train.errors import UserError, listed, one_line
+from tlkernels.train.files import ENDINGS, ending, read_file
+from tlkernels.train.images import image_endings
+
+_SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+_NAMED = {word: split for split, words in _SPLITS.items() for word in words}
+_SHARD = re.compile(r"(.+?)-\d{5}-of-\d{5}\b.*")
+_DESCRIPTIONS = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
+
+Splits = dict[str, Callable[[], Part]]
+
+
+def read_folder(folder: Path, config: DataConfig) -> Splits:
+    """Return the splits of a folder of images or of data files, each to be read when it is called.
+
+    Raises:
+        UserError: there is neither, or both; files beside those of a split belong to none.
+    """
+    files = list(_files(folder))
+    if any(file.name in ("dataset_dict.json", "state.json") for file in files):
+        raise UserError(f"{folder} was written by save_to_disk, which is not read; to_parquet writes what is")
+    images = [file for file in files if file.suffix.lower() in image_endings()]
+    rows = [file for file in files if ending(file) and file.name not in _DESCRIPTIONS]
+    lists = [file for file in rows if file.stem == "metadata"] if images else []
+    rows = [file for file in rows if file not in lists]
+    if images and rows:
+        raise UserError(
+            f"{folder} holds images ({images[0].relative_to(folder)}) and data files ({rows[0].relative_to(folder)}); "
+            "name a folder of one kind, or a file"
+        )
+    if images:
+        return _image_splits(folder, images, lists, config)
+    if rows:
+        return _row_splits(folder, rows, config)
+    raise UserError(f"{folder} holds no images and no files with the endings {' '.join(ENDINGS)}")
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """All files under a folder in the order of their names, but hidden ones; links are followed, except in circles."""
+    for place, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
+        here = Path(place)
+        folders[:] = sorted(
+            name
+            for name in folders
+            if not name.startswith((".", "__")) and not here.resolve().is_relative_to((here / name).resolve())
+        )
+        yield from (here / name for name in sorted(names) if not name.startswith("."))
+
+
+def _refuse(error: OSError) -> None:
+    """A subfolder that may not be read; `os.walk` would pass it by."""
+    raise UserError(f"cannot read {error.filename}: {one_line(error)}") from error
+
+
+def _split_name(*parts: str) -> str | None:
+    """The split that the first of these names tells which tells one alone."""
+    for part in parts:
+        if shard := _SHARD.fullmatch(part):
+            return _NAMED.get(shard[1], shard[1])
+        found = {_NAMED[word] for word in re.findall("[a-z]+", part.lower()) if word in _NAMED}
+        if len(found) == 1:
+            return found.pop()
+    return None
+
+
+# ---- data files --------------------------------------------------------------------------------------------------
+
+
+def _row_splits(folder: Path, files: list[Path], config: DataConfig) -> Splits:
+    splits: dict[str | None, list[Path]] = defaultdict(list)
+    for file in files:
+        parts = file.relative_to(folder).parts
+        splits[_split_name(*reversed(parts))].append(file)
+    if None in splits and len(splits) > 1:
+        raise UserError(f"{splits[None][0]} is in none of the splits {listed(sorted(filter(None, splits)))} beside it")
+    for split, own in splits.items():
+        kinds = sorted({"".join(file.suffixes[-2:] if file.suffix.lower() == ".gz" else [file.suffix]) for file in own})
+        if len(kinds) > 1:
+            raise UserError(f"{folder} has {split or 'its rows'} more than once: as {' and as '.join(kinds)}")
+    return {split or "train": partial(_read_all, own, str(folder), config) for split, own in splits.items()}
+
+
+def _read_all(files: list[Path], named: str, config: DataConfig) -> Part:
+    return joined([read_file(file, config) for file in files], named)
+
+
+# ---- images ------------------------------------------------------------------------------------------------------
+
+
+def _image_splits(folder: Path, images: list[Path], lists: list[Path], config: DataConfig) -> Splits:
+    """One subfolder a class, all of them in one subfolder a split where there are several splits."""
+    depth = 2 if lists else 3  # parts of an image's path under a split: the image alone where a list tells the classes
+    tops = {image.relative_to(folder).parts for image in images}
+    in_splits = all(len(parts) >= depth and _split_name(parts[0]) for parts in tops)
+
+    def grouped(files: list[Path]) -> dict[str, list[Path]]:
+        groups: dict[str, list[Path]] = defaultdict(list)
+        for file in files:
+            groups[(_split_name(file.relative_to(folder).parts[0]) or "train") if in_splits else "train"].append(file)
+        return groups
+
+    if lists:
+        return {split: partial(_read_listed, own, config) for split, own in grouped(lists).items()}
+    for image in images:
+        if image.parent == folder:
+            raise UserError(f"{image} is in no subfolder, and so in no class")
+        if os.fsencode(image).decode(errors="ignore") != str(image):
+            raise UserError(f"the name {str(image)!r} is not in UTF-8")
+    return {split: partial(_read_images, own, config) for split, own in grouped(images).items()}
+
+
+def _read_images(images: list[Path], config: DataConfig) -> Part:
+    labels = [image.parent.name for image in images]
+    return _image_part(images, pa.chunked_array([labels], pa.large_string()), [], config)
+
+
+def _read_listed(lists: list[Path], config: DataConfig) -> Part:
+    """The images that metadata.csv (.jsonl, .parquet) names in its column file_name, with the other columns there."""
+    rows = joined([read_file(file, replace(config, text_column="file_name")) for file in lists], str(lists[0]))
+    if rows.texts is None:
+        raise UserError(f"{lists[0]} has no column 'file_name', only {listed(rows.names)}")
+    images = []
+    for row, name in enumerate(rows.texts.to_pylist()):
+        places = [file.parent / (name or "") for file in lists]
+        image = next((place for place in places if place.is_file()), None)
+        if image is None:
+            raise UserError(f"the image {name!r} in {rows.place(row)} is not there")
+        images.append(image)
+    return _image_part(images, rows.labels, rows.names, config)
+
+
+def _image_part(images: list[Path], labels: pa.ChunkedArray | None, names: list[str], config: DataConfig) -> Part:
+    stored = datasets.Image().cast_storage(pa.array([str(image) for image in images], pa.string()))
+    names = [config.image_column, *(names or [config.label_column])]
+    return Part(len(images), "images", names, lambda row: str(images[row]), None, labels, pa.chunked_array([stored]))
