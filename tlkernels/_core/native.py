@@ -1,11 +1,12 @@
 """The C++ extension: whether it is here and for this torch, and which instruction set it uses."""
 
 import importlib
-import importlib.util
+import importlib.machinery
 import os
 import re
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -20,7 +21,8 @@ _REMEDY = (
 
 
 def _load() -> tuple[ModuleType | None, str]:
-    found = importlib.util.find_spec("tlkernels._C")
+    # In this package alone: an editable install adds a finder that knows another checkout's too.
+    found = importlib.machinery.PathFinder.find_spec("tlkernels._C", [str(Path(__file__).parents[1])])
     if found is None or found.origin is None:
         return None, f"the extension tlkernels._C does not load (none is installed for this Python); {_REMEDY}"
     built_for, here = _torch_of(found.origin), str(torch.__version__)
