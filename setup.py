@@ -107,7 +107,7 @@ def kernel_commands(folder: Path) -> list[objects.Command]:
     for name, (isa, flags) in itertools.product(KERNELS, ISA_FLAGS.items()):
         built = folder / f"{name}-{isa}.o"
         source = ["-x", "c++", "-c", str(CPU / f"{name}.inl")]
-        commands.append((built, [objects.compiler(), *common, *flags, f"-DTLK_ISA={isa}", *source, "-o", str(built)]))
+        commands.append((built, [*objects.compiler(), *common, *flags, f"-DTLK_ISA={isa}", *source, "-o", str(built)]))
     return commands
 
 
@@ -141,7 +141,9 @@ def native_extension() -> dict:
         """Compiles csrc/cpu/<name>.inl, each for every instruction set with its flags, csrc/cuda/*.cu and *.cpp."""
 
         def build_extension(self, ext) -> None:
-            folder = Path(self.build_temp) / "objects"
+            # An editable install has another folder for temporary files each time.
+            kept = Path("build") / f"temp.{self.plat_name}-{sys.implementation.cache_tag}"
+            folder = (kept if self.editable_mode else Path(self.build_temp)) / "objects"
             folder.mkdir(parents=True, exist_ok=True)
             flags = op_flags(cuda, no_cuda)
             ops = [

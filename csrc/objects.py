@@ -21,21 +21,21 @@ Command = tuple[Path, list[str]]
 """A file, and the compiler's command that writes it."""
 
 
-def compiler() -> str:
-    """Return the C++ compiler: CXX of the environment, or c++."""
-    return os.environ.get("CXX", "c++")
+def compiler() -> list[str]:
+    """Return the C++ compiler, and options if it has some: CXX of the environment, or c++."""
+    return shlex.split(os.environ.get("CXX", "c++"))
 
 
 def precompiled_header(folder: Path, flags: Sequence[str]) -> Command:
     """Return the command that compiles torch's headers; `flags` are those of the sources that will use it."""
     built = folder / f"{HEADER.name}.gch"
-    return built, [compiler(), *flags, "-x", "c++-header", str(HEADER), "-o", str(built)]
+    return built, [*compiler(), *flags, "-x", "c++-header", str(HEADER), "-o", str(built)]
 
 
 def from_source(source: Path, built: Path, flags: Sequence[str]) -> Command:
     """Return the command that compiles a source with the precompiled header, which lies in the folder of `built`."""
     header = ["-Winvalid-pch", "-include", str(built.parent / HEADER.name)]
-    return built, [compiler(), *flags, *header, "-x", "c++", "-c", str(source), "-o", str(built)]
+    return built, [*compiler(), *flags, *header, "-x", "c++", "-c", str(source), "-o", str(built)]
 
 
 def compile_stale(commands: Sequence[Command], header: Command | None = None, verbose: bool = False) -> None:

@@ -38,8 +38,9 @@ def check() -> None:
     """Stop unless everything is here that compiling the extension takes; afterwards torch can be imported."""
     check_setuptools()
     _check_torch()
-    if shutil.which(objects.compiler()) is None:
-        _stop(f"there is no C++ compiler ({objects.compiler()}): install one (apt: g++), {WITHOUT}")
+    compiler = objects.compiler()[0]
+    if shutil.which(compiler) is None:
+        _stop(f"there is no C++ compiler ({compiler}): install one (apt: g++), {WITHOUT}")
     if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
         _stop(f"there is no Python.h: install Python's headers (apt: python3-dev), {WITHOUT}")
 

@@ -195,10 +195,9 @@ def test_the_source_archive_has_what_a_build_needs(archive):
 @pytest.fixture(scope="module")
 def source(archive, tmp_path_factory):
     """The source archive unpacked, with the objects of the checkout, which are not compiled again if they fit."""
-    with tarfile.open(archive) as opened:
-        opened.extractall(tmp_path_factory.mktemp("source"), filter="data")
-        folder = Path(tmp_path_factory.getbasetemp())
-    (folder,) = folder.glob("source*/tlkernels-*")
+    unpacked = tmp_path_factory.mktemp("source")
+    shutil.unpack_archive(archive, unpacked)
+    (folder,) = unpacked.iterdir()
     for objects in ROOT.glob("build/temp.*/objects"):
         shutil.copytree(objects, folder / objects.relative_to(ROOT))
     return folder
