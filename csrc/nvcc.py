@@ -17,7 +17,7 @@ sm_103 and sm_110, which run neither the code of sm_100a nor newer PTX."""
 
 WITHOUT_CARD = ("sm_80", "sm_90a", "compute_90")
 """What is compiled for where there is no card. It runs on every card that the kernels support: code for 8.x and 9.0,
-and PTX, which the driver compiles, for what is newer. Each one more takes a minute or two on two cores."""
+and PTX, which the driver compiles, for what is newer. Each one more takes two or three minutes of a core."""
 
 OPTIONS = ("-O3", "-std=c++20", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall")
 """C++20 since torch's headers ask for it."""
