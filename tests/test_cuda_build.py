@@ -101,9 +101,9 @@ def test_no_gpu_is_asked_for():
 def test_build_info_and_doctor_tell_of_cuda():
     if not native.available():
         pytest.skip(native.why_not())
-    info = native.build_info()["cuda"]
-    assert info == "" or " for sm_" in info
-    assert torch.version.cuda is not None or info == ""
+    info, why_not = (native.build_info()[key] for key in ("cuda", "no_cuda"))
+    assert " for sm_" in info if info else why_not
+    assert torch.version.cuda is not None or (info, why_not) == ("", "torch is not a CUDA build")
 
 
 @needs_nvcc
@@ -113,6 +113,7 @@ def test_every_binding_has_a_command_that_fits_torch(setup, tmp_path):
     for built, command in commands.items():
         assert command[0] == nvcc.compiler()
         assert command[-2:] == ["-o", str(built)]
+        assert f'-DTLK_BUILD_TORCH="{torch.__version__}"' in command  # compiled again for another torch
 
 
 @needs_nvcc
