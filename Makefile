@@ -13,7 +13,7 @@ BENCH_ARGS ?=
 COMPILE_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full test-sixth lint bench sanitize cuda-compile gpu-kit gpu-run clean FORCE
+.PHONY: help setup demo test test-full test-sixth lint bench sanitize cuda-compile wheel gpu-kit gpu-run clean FORCE
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*##/\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -67,6 +67,12 @@ sanitize: setup  ## the kernels' core tests under AddressSanitizer and UBSan
 cuda-compile: setup  ## the CUDA kernels for every architecture, no GPU needed (COMPILE_ARGS=--quick for two of them)
 	$(PY) -m bench.cuda_resources $(COMPILE_ARGS)
 
+# The wheel is built from the source archive, so that what that lacks is seen.
+wheel: setup  ## a source archive, and a wheel for the torch of the virtual environment, in dist
+	rm -rf dist
+	$(PY) setup.py -q sdist -d dist
+	$(PIP) wheel --no-build-isolation --no-deps --no-cache-dir -w dist dist/*.tar.gz
+
 # The lent GPU machine has this Python and this torch (docs/gpu-run.md). Its build leaves that of the source tree alone.
 PYTHON312 ?= python3.12
 GPU_TORCH := 2.11.0
@@ -81,7 +87,7 @@ gpu-run: setup  ## everything that needs a GPU, within ten minutes, on a machine
 	GPU_BUDGET=$${GPU_BUDGET:-555} $(PY) -m scripts.gpu build/gpu
 
 clean:  ## what was built, not the virtual environment
-	rm -rf build *.egg-info tlkernels/_C*.so .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache $(VENV)/built
+	rm -rf build dist *.egg-info tlkernels/_C*.so .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache $(VENV)/built
 	find bench csrc tests tlkernels -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(KIT)/created: Makefile
@@ -89,7 +95,7 @@ $(KIT)/created: Makefile
 		{ echo "$(PYTHON312): Python 3.12 is needed; make gpu-kit PYTHON312=... names one" >&2; exit 1; }
 	rm -rf .whl
 	$(PYTHON312) -m venv $(KIT)/venv
-	$(KIT_PIP) install torch==$(GPU_TORCH) numpy setuptools wheel pybind11
+	$(KIT_PIP) install torch==$(GPU_TORCH) numpy setuptools
 	$(KIT_PIP) download --no-deps --only-binary=:all: -d .whl $(GPU_PEERS)
 	@touch $@
 
@@ -104,7 +110,7 @@ $(VENV)/created:
 # torch comes first: the extension is built against the very one that it will run with, not in an isolated environment.
 $(VENV)/base: constraints.txt | $(VENV)/created
 	@echo "installing into $(VENV); the first time it takes some minutes"
-	$(PIP) install -c constraints.txt torch setuptools wheel pybind11 numpy
+	$(PIP) install -c constraints.txt torch setuptools numpy
 	@touch $@
 
 # The environment that decides what is built: its file changes when it does, and then the extension is built anew.
@@ -119,10 +125,7 @@ ifeq ($(TLKERNELS_BUILD),0)
 	rm -f tlkernels/_C*.so
 	$(INSTALL)
 else
-	@command -v $${CXX:-c++} >/dev/null || \
-		{ echo "no C++ compiler: install one (apt: g++), or set TLKERNELS_BUILD=0 to do without" >&2; exit 1; }
-	@$(PY) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || \
-		{ echo "no Python.h: install it (apt: python3-dev), or set TLKERNELS_BUILD=0 to do without" >&2; exit 1; }
+	@$(PY) -m csrc.prerequisites
 	@mkdir -p build; $(PY) setup.py -q build_ext --inplace >build/extension.log 2>&1 & built=$$!; \
 		$(INSTALL); installed=$$?; \
 		wait $$built || { cat build/extension.log >&2; exit 1; }; exit $$installed

@@ -3,7 +3,7 @@
 Environment: TLKERNELS_BUILD=0 leaves it out (the package then has the `reference` and `triton` implementations);
 TLKERNELS_SANITIZE=1 builds it with AddressSanitizer and UBSan; CXX and MAX_JOBS as usual. The CUDA kernels are in it
 where a toolkit is here and torch is a CUDA build, whether or not there is a GPU: TLKERNELS_CUDA=1 asks for them,
-TLKERNELS_CUDA=0 leaves them out, TLKERNELS_CUDA_ARCHS narrows what they are compiled for (csrc/nvcc.py).
+TLKERNELS_CUDA=0 leaves them out, TLKERNELS_CUDA_ARCHS names what they are compiled for (csrc/nvcc.py).
 """
 
 import itertools
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent
 CPU = Path("csrc/cpu")
 
 sys.path.insert(0, str(ROOT))
-from csrc import nvcc, objects  # noqa: E402
+from csrc import nvcc, objects, prerequisites  # noqa: E402
 
 # csrc/cpu/<name>.inl is compiled for each instruction set
 KERNELS = ["cross_entropy", "distillation", "info_nce", "mse", "sigmoid_contrastive"]
@@ -31,7 +31,7 @@ if platform.machine() in ("x86_64", "AMD64"):
     ISA_FLAGS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
     ISA_FLAGS["avx512"] += ["-mprefer-vector-width=512"]
 
-CUDA_LIBRARIES = ("c10_cuda", "torch_cuda", "cudart")
+CUDA_LIBRARIES = ("c10_cuda", "torch_cuda")
 
 SANITIZE = os.environ.get("TLKERNELS_SANITIZE") == "1"
 # At -O3 the sanitized AVX-512 target takes five minutes to compile.
@@ -57,23 +57,34 @@ def why_no_cuda(torch_cuda: str | None) -> str:
         return "there is no nvcc: CUDA_HOME names a toolkit"
     if nvcc.version().split(".")[0] != torch_cuda.split(".")[0]:
         return f"nvcc is of CUDA {nvcc.version()}, torch of {torch_cuda}"
+    if cuda_runtime() is None:
+        return f"there is no libcudart in {nvcc.home()} or beside torch"
+    if not nvcc.architectures():
+        return "the cards here are older than compute capability 8.0"
     return ""
 
 
-def cuda_architectures(torch_cuda: str | None) -> tuple[str, ...]:
-    """Return what to compile the CUDA kernels for; nothing leaves them out."""
+def cuda_runtime() -> str | None:
+    """Return the path of libcudart, of the toolkit or of the packages that torch brings; None if there is none."""
+    import torch
+
+    packages = Path(torch.__file__).parents[1]
+    return nvcc.runtime([*packages.glob("nvidia/*/lib")])
+
+
+def cuda_architectures(torch_cuda: str | None) -> tuple[tuple[str, ...], str]:
+    """Return what to compile the CUDA kernels for, or nothing and why they are left out."""
     asked = os.environ.get("TLKERNELS_CUDA")
-    if not switch("TLKERNELS_CUDA", "1"):
-        return ()
-    why_not = why_no_cuda(torch_cuda)
-    if why_not and asked:
+    why_not = why_no_cuda(torch_cuda) if switch("TLKERNELS_CUDA", "1") else "TLKERNELS_CUDA=0"
+    if why_not and asked == "1":
         raise SystemExit(f"TLKERNELS_CUDA=1: {why_not}")
     print(f"CUDA kernels: {'left out, since ' + why_not if why_not else ' '.join(nvcc.architectures())}", flush=True)
-    return () if why_not else nvcc.architectures()
+    return () if why_not else nvcc.architectures(), why_not
 
 
 def cuda_commands(folder: Path, names: tuple[str, ...]) -> list[objects.Command]:
     """Return the object of each csrc/cuda/<name>.cu, and the command that makes it for these architectures."""
+    import torch
     from torch.utils.cpp_extension import include_paths
 
     commands = []
@@ -81,6 +92,7 @@ def cuda_commands(folder: Path, names: tuple[str, ...]) -> list[objects.Command]
         built = folder / f"{source.stem}-cuda.o"
         includes = [f"-I{path}" for path in include_paths()]
         command = [str(nvcc.compiler()), *nvcc.OPTIONS, *nvcc.generate(names), *includes, "-c", str(source)]
+        command += [f'-DTLK_BUILD_TORCH="{torch.__version__}"']  # another torch in the same folder: compile again
         commands.append((built, [*command, "-o", str(built)]))
     return commands
 
@@ -95,19 +107,18 @@ def kernel_commands(folder: Path) -> list[objects.Command]:
     for name, (isa, flags) in itertools.product(KERNELS, ISA_FLAGS.items()):
         built = folder / f"{name}-{isa}.o"
         source = ["-x", "c++", "-c", str(CPU / f"{name}.inl")]
-        commands.append((built, [objects.compiler(), *common, *flags, f"-DTLK_ISA={isa}", *source, "-o", str(built)]))
+        commands.append((built, [*objects.compiler(), *common, *flags, f"-DTLK_ISA={isa}", *source, "-o", str(built)]))
     return commands
 
 
-def op_flags(cuda: tuple[str, ...]) -> list[str]:
+def op_flags(cuda: tuple[str, ...], no_cuda: str) -> list[str]:
     """Return the compiler's options for what includes torch's headers."""
-    import pybind11
     import torch
     from torch.utils.cpp_extension import include_paths
 
     about = {"TORCH": torch.__version__, "SANITIZE": int(SANITIZE)}
-    about["CUDA"] = f"{nvcc.version()} for {' '.join(cuda)}" if cuda else ""
-    includes = [pybind11.get_include(), *include_paths(), sysconfig.get_path("include")]
+    about |= {"CUDA": f"{nvcc.version()} for {' '.join(cuda)}" if cuda else "", "NO_CUDA": no_cuda}
+    includes = [*include_paths(), sysconfig.get_path("include")]
     flags = ["-O2", "-std=c++20", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall", "-DNDEBUG", *SANITIZE_FLAGS]
     # GCC 12 takes a small vector of torch for uninitialised where it is moved.
     flags += ["-Wno-maybe-uninitialized"]
@@ -118,20 +129,23 @@ def op_flags(cuda: tuple[str, ...]) -> list[str]:
 
 def native_extension() -> dict:
     """Return setup()'s arguments for the extension."""
+    prerequisites.check()
     import torch
     from setuptools import Extension
     from setuptools.command.build_ext import build_ext
     from torch.utils.cpp_extension import library_paths
 
-    cuda = cuda_architectures(torch.version.cuda)
+    cuda, no_cuda = cuda_architectures(torch.version.cuda)
 
     class Build(build_ext):
         """Compiles csrc/cpu/<name>.inl, each for every instruction set with its flags, csrc/cuda/*.cu and *.cpp."""
 
         def build_extension(self, ext) -> None:
-            folder = Path(self.build_temp) / "objects"
+            # An editable install has another folder for temporary files each time.
+            kept = Path("build") / f"temp.{self.plat_name}-{sys.implementation.cache_tag}"
+            folder = (kept if self.editable_mode else Path(self.build_temp)) / "objects"
             folder.mkdir(parents=True, exist_ok=True)
-            flags = op_flags(cuda)
+            flags = op_flags(cuda, no_cuda)
             ops = [
                 objects.from_source(path, folder / f"{path.parent.name}-{path.stem}.o", flags)
                 for path in sorted(Path("csrc").rglob("*.cpp"))
@@ -139,7 +153,7 @@ def native_extension() -> dict:
             # What takes longest comes first.
             commands = [*(cuda_commands(folder, cuda) if cuda else []), *kernel_commands(folder), *ops]
             objects.compile_stale(commands, objects.precompiled_header(folder, flags), verbose=self.verbose)
-            ext.extra_objects = [str(built) for built, _ in commands]
+            ext.extra_objects = [*(str(built) for built, _ in commands), *([cuda_runtime()] if cuda else [])]
             self.force = True  # to link takes a moment, and which objects there are may have changed
             super().build_extension(ext)
 
@@ -148,7 +162,7 @@ def native_extension() -> dict:
         sources=[],
         language="c++",
         libraries=["c10", "torch", "torch_cpu", "torch_python", *(CUDA_LIBRARIES if cuda else ())],
-        library_dirs=[*library_paths(), *(nvcc.libraries() if cuda else ())],
+        library_dirs=library_paths(),
         extra_link_args=["-fopenmp", *SANITIZE_FLAGS],
     )
     return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}

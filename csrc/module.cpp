@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstdint>
 #include <map>
 #include <string>
 
@@ -15,11 +16,22 @@
 
 namespace {
 
+// An ELF note, which the linker puts at the head of the file. tlkernels/_core/native.py reads there which torch this
+// was built for, without loading it: under another torch it may not load, or crash.
+struct Note {
+  std::uint32_t name_size, torch_size, type;
+  char name[12];
+  char torch[sizeof(TLK_BUILD_TORCH)];
+};
+__attribute__((section(".note.tlkernels"), used, aligned(4)))
+const Note note = {sizeof("tlkernels"), sizeof(TLK_BUILD_TORCH), 1, "tlkernels", TLK_BUILD_TORCH};
+
 std::map<std::string, std::string> build_info() {
   return {{"torch", TLK_BUILD_TORCH},
           {"compiler", __VERSION__},
           {"sanitize", TLK_BUILD_SANITIZE},
-          {"cuda", TLK_BUILD_CUDA}};
+          {"cuda", TLK_BUILD_CUDA},
+          {"no_cuda", TLK_BUILD_NO_CUDA}};
 }
 
 }  // namespace

@@ -21,21 +21,21 @@ Command = tuple[Path, list[str]]
 """A file, and the compiler's command that writes it."""
 
 
-def compiler() -> str:
-    """Return the C++ compiler: CXX of the environment, or c++."""
-    return os.environ.get("CXX", "c++")
+def compiler() -> list[str]:
+    """Return the C++ compiler, and options if it has some: CXX of the environment, or c++."""
+    return shlex.split(os.environ.get("CXX", "c++"))
 
 
 def precompiled_header(folder: Path, flags: Sequence[str]) -> Command:
     """Return the command that compiles torch's headers; `flags` are those of the sources that will use it."""
     built = folder / f"{HEADER.name}.gch"
-    return built, [compiler(), *flags, "-x", "c++-header", str(HEADER), "-o", str(built)]
+    return built, [*compiler(), *flags, "-x", "c++-header", str(HEADER), "-o", str(built)]
 
 
 def from_source(source: Path, built: Path, flags: Sequence[str]) -> Command:
     """Return the command that compiles a source with the precompiled header, which lies in the folder of `built`."""
     header = ["-Winvalid-pch", "-include", str(built.parent / HEADER.name)]
-    return built, [compiler(), *flags, *header, "-x", "c++", "-c", str(source), "-o", str(built)]
+    return built, [*compiler(), *flags, *header, "-x", "c++", "-c", str(source), "-o", str(built)]
 
 
 def compile_stale(commands: Sequence[Command], header: Command | None = None, verbose: bool = False) -> None:
@@ -66,7 +66,7 @@ def _compile(built: Path, command: list[str], further: Sequence[Path], verbose: 
     record = built.with_name(f"{built.name}.json")
     if built.exists() and record.exists():
         made_by, digests = json.loads(record.read_text())
-        if made_by == command and all(Path(p).exists() and _digest(p) == digest for p, digest in digests.items()):
+        if made_by == command and all(_digest(path) == digest for path, digest in digests.items()):
             return
     record.unlink(missing_ok=True)
     if verbose:
@@ -79,7 +79,7 @@ def _compile(built: Path, command: list[str], further: Sequence[Path], verbose: 
         print(done.stderr, flush=True)
     sources = Path(names).read_text().replace("\\\n", " ").partition(":")[2].split()
     ours = {Path(name).resolve() for name in [*sources, *further]}
-    tracked = sorted(str(path) for path in ours if path.is_relative_to(ROOT) and _is_source(path))
+    tracked = sorted(str(path.relative_to(ROOT)) for path in ours if path.is_relative_to(ROOT) and _is_source(path))
     record.write_text(json.dumps([command, {path: _digest(path) for path in tracked}]))
 
 
@@ -88,5 +88,7 @@ def _is_source(path: Path) -> bool:
     return path.relative_to(ROOT).parts[0] in ("csrc", "tests")
 
 
-def _digest(path: str) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+def _digest(path: str) -> str | None:
+    """Return a hash of a file of the checkout, whose path is relative to it; None where there is none."""
+    file = ROOT / path
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else None

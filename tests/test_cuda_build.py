@@ -31,8 +31,12 @@ def setup():
 @needs_nvcc
 def test_architectures(monkeypatch):
     monkeypatch.delenv("TLKERNELS_CUDA_ARCHS", raising=False)
-    assert set(nvcc.architectures()) <= set(nvcc.ARCHITECTURES)
-    assert "sm_80" in nvcc.architectures()
+    monkeypatch.setattr(nvcc, "cards", lambda: [])
+    assert nvcc.architectures() == nvcc.WITHOUT_CARD
+    monkeypatch.setattr(nvcc, "cards", lambda: [(8, 9), (9, 0), (8, 9)])
+    assert nvcc.architectures() == ("sm_89", "sm_90a")
+    monkeypatch.setattr(nvcc, "cards", lambda: [(7, 5)])
+    assert nvcc.architectures() == ()
     monkeypatch.setenv("TLKERNELS_CUDA_ARCHS", "sm_90a, compute_90")
     assert nvcc.architectures() == ("sm_90a", "compute_90")
     assert nvcc.generate(nvcc.architectures()) == [
@@ -44,9 +48,28 @@ def test_architectures(monkeypatch):
         nvcc.architectures()
 
 
+@pytest.mark.parametrize(
+    ("card", "name"),
+    [((7, 5), None), ((8, 0), "sm_80"), ((8, 7), "sm_86"), ((9, 0), "sm_90a"), ((10, 0), "sm_100a"),
+     ((10, 3), "compute_90"), ((11, 0), "compute_90"), ((12, 1), "sm_120"), ((13, 0), "compute_120")],
+)  # fmt: skip
+def test_what_a_card_runs(card, name):
+    assert nvcc.for_card(card) == name
+    assert (nvcc.for_card(card, nvcc.WITHOUT_CARD) is None) == (name is None)
+
+
+def test_cards_are_those_of_nvidia_smi(monkeypatch, tmp_path):
+    script = tmp_path / "nvidia-smi"
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    for prints, cards in (("9.0\n12.0", [(9, 0), (12, 0)]), ("NVIDIA-SMI has failed: driver 580.1", [])):
+        script.write_text(f"#!/bin/sh\necho '{prints}'\n")
+        script.chmod(0o755)
+        assert nvcc.cards() == cards
+
+
 def test_what_decides(setup, monkeypatch):
     monkeypatch.delenv("TLKERNELS_CUDA", raising=False)
-    assert setup.cuda_architectures(None) == ()
+    assert setup.cuda_architectures(None) == ((), "torch is not a CUDA build")
     monkeypatch.setenv("TLKERNELS_CUDA", "1")
     with pytest.raises(SystemExit, match="TLKERNELS_CUDA=1: torch is not a CUDA build"):
         setup.cuda_architectures(None)
@@ -58,9 +81,14 @@ def test_what_decides(setup, monkeypatch):
     with pytest.raises(SystemExit, match=r"nvcc is of CUDA 13.0, torch of 12.8"):
         setup.cuda_architectures("12.8")
     monkeypatch.setenv("TLKERNELS_CUDA_ARCHS", "sm_80")
-    assert setup.cuda_architectures("13.1") == ("sm_80",)
+    monkeypatch.setattr(nvcc, "home", lambda: "cuda")
+    monkeypatch.setattr(setup, "cuda_runtime", lambda: None)
+    with pytest.raises(SystemExit, match="no libcudart in cuda or beside torch"):
+        setup.cuda_architectures("13.1")
+    monkeypatch.setattr(setup, "cuda_runtime", lambda: "libcudart.so.13")
+    assert setup.cuda_architectures("13.1") == (("sm_80",), "")
     monkeypatch.setenv("TLKERNELS_CUDA", "0")
-    assert setup.cuda_architectures("13.1") == ()
+    assert setup.cuda_architectures("13.1") == ((), "TLKERNELS_CUDA=0")
     monkeypatch.setenv("TLKERNELS_CUDA", "yes")
     with pytest.raises(SystemExit, match="TLKERNELS_CUDA: expected 0 or 1"):
         setup.cuda_architectures("13.1")
@@ -73,9 +101,9 @@ def test_no_gpu_is_asked_for():
 def test_build_info_and_doctor_tell_of_cuda():
     if not native.available():
         pytest.skip(native.why_not())
-    info = native.build_info()["cuda"]
-    assert info == "" or " for sm_" in info
-    assert torch.version.cuda is not None or info == ""
+    info, why_not = (native.build_info()[key] for key in ("cuda", "no_cuda"))
+    assert " for sm_" in info if info else why_not
+    assert torch.version.cuda is not None or (info, why_not) == ("", "torch is not a CUDA build")
 
 
 @needs_nvcc
@@ -85,6 +113,7 @@ def test_every_binding_has_a_command_that_fits_torch(setup, tmp_path):
     for built, command in commands.items():
         assert command[0] == nvcc.compiler()
         assert command[-2:] == ["-o", str(built)]
+        assert f'-DTLK_BUILD_TORCH="{torch.__version__}"' in command  # compiled again for another torch
 
 
 @needs_nvcc
@@ -110,8 +139,18 @@ def test_the_extension_is_linked_with_the_toolkit(setup, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", nvcc.version())
     monkeypatch.setenv("TLKERNELS_CUDA_ARCHS", "sm_90a")
     (extension,) = setup.native_extension()["ext_modules"]
-    assert "cudart" in extension.libraries
-    assert any((Path(folder) / "libcudart.so").exists() for folder in extension.library_dirs)
+    assert {"c10_cuda", "torch_cuda"} <= set(extension.libraries)
+    assert Path(setup.cuda_runtime()).name == "libcudart.so"
+
+
+def test_libcudart_is_found_under_the_name_that_packages_give_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(nvcc, "_ask", lambda *options: f'#$ LIBRARIES=  "-L{tmp_path}/stubs" "-L{tmp_path}/lib"\n')
+    monkeypatch.setattr(nvcc, "home", lambda: str(tmp_path))
+    assert nvcc.runtime() is None
+    for folder, name in (("torch", "libcudart.so.13"), ("lib64", "libcudart.so.13"), ("lib", "libcudart.so")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).touch()
+        assert nvcc.runtime([tmp_path / "torch"]) == str(tmp_path / folder / name)
 
 
 # What torch was built with; its own header is missing in a CPU build.

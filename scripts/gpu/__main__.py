@@ -17,6 +17,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from csrc import nvcc
 from scripts.gpu import kit, summary
 from scripts.gpu.session import TIMED_OUT, Session
 from scripts.gpu.units import MOST_DEATHS, Pool, Unit
@@ -57,6 +58,10 @@ def extension(session: Session) -> dict[str, Any] | None:
         session.note(f"extension: {error}")
         build(session)
     plan = planned(session)
+    if plan is not None and not plan["build"]:
+        session.note("extension: it does not load (build.log)")
+        build(session)
+        plan = planned(session)
     if plan is None:
         session.note("no plan: the package does not load (build.log)")
     elif not plan["build"].get("cuda"):
@@ -66,12 +71,7 @@ def extension(session: Session) -> dict[str, Any] | None:
 
 def card() -> str:
     """Return the architecture of the card, such as "sm_90a"; of the lent ones if there is none."""
-    if shutil.which("nvidia-smi") is None:
-        return kit.ARCHITECTURE
-    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-    answer = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
-    name = "sm_" + answer[0].replace(".", "") if answer else kit.ARCHITECTURE
-    return name + "a" if name in ("sm_90", "sm_100") else name  # they have instructions under that name alone
+    return next(filter(None, map(nvcc.for_card, nvcc.cards())), kit.ARCHITECTURE)
 
 
 def build(session: Session) -> None:

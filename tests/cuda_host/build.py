@@ -54,7 +54,7 @@ def build() -> Path:
         newest = max(os.path.getmtime(path) for path in built)
         if not library.exists() or os.path.getmtime(library) < newest:
             torch_libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-lc10"]
-            link = [objects.compiler(), "-shared", *built, *torch_libraries, *(SANITIZE if sanitize else []), "-o"]
+            link = [*objects.compiler(), "-shared", *built, *torch_libraries, *(SANITIZE if sanitize else []), "-o"]
             unfinished = library.with_suffix(".new")
             subprocess.run([*link, str(unfinished)], check=True)
             unfinished.replace(library)

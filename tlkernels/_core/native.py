@@ -1,8 +1,12 @@
-"""The C++ extension: whether it is here, and which instruction set it uses."""
+"""The C++ extension: whether it is here and for this torch, and which instruction set it uses."""
 
 import importlib
+import importlib.machinery
 import os
+import re
+import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -10,14 +14,36 @@ import torch  # before the extension, whose libraries torch brings
 from torch import Tensor
 
 _ENVIRONMENT = "TLKERNELS_ISA"
+_REMEDY = (
+    "run `pip install --force-reinstall --no-deps --no-cache-dir SOURCE`, "
+    "where SOURCE is the checkout, source archive or git address of tlkernels"
+)
 
 
 def _load() -> tuple[ModuleType | None, str]:
-    try:
-        extension = importlib.import_module("tlkernels._C")
-    except ImportError as error:
-        return None, f"the extension tlkernels._C does not load ({error}); build it with `pip install -e .`"
-    return extension, ""
+    # In this package alone: an editable install adds a finder that knows another checkout's too.
+    found = importlib.machinery.PathFinder.find_spec("tlkernels._C", [str(Path(__file__).parents[1])])
+    if found is None or found.origin is None:
+        return None, f"the extension tlkernels._C does not load (none is installed for this Python); {_REMEDY}"
+    built_for, here = _torch_of(found.origin), str(torch.__version__)
+    if built_for == here:
+        try:
+            return importlib.import_module("tlkernels._C"), ""
+        except ImportError as error:
+            why = " ".join(str(error).split())
+    else:
+        why = f"it was built for torch {built_for}, this is torch {here}"
+    reason = f"the extension tlkernels._C does not load ({why}); {_REMEDY}"
+    # No line of code is behind it, so it is one line.
+    warnings.warn_explicit(f"{reason}; until then impl='native' raises", RuntimeWarning, "tlkernels", 0)
+    return None, reason
+
+
+def _torch_of(file: str) -> str:
+    """Return the version of torch that an extension was built for, without loading it: csrc/module.cpp."""
+    with open(file, "rb") as extension:
+        found = re.search(rb"\0tlkernels\0\0\0([^\0]+)\0", extension.read(1 << 16))
+    return found[1].decode() if found else "of unknown version"
 
 
 _extension, _reason = _load()

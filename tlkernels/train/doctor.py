@@ -69,7 +69,7 @@ def doctor(seconds: float = 1.0) -> str:
     lines += [f"  cuda: {here['cuda'] or 'none that torch can use'}", "", "extension"]
     if native.available():
         lines += [f"  instruction sets here: {', '.join(here['isas'])}; in use: {here['isa']} ({how})"]
-        lines += [f"  built with {key} {value or 'left out'}" for key, value in here["extension"].items()]
+        lines += [f"  {key}: {value}" for key, value in here["extension"].items() if value]
     else:
         lines += [f"  not loaded: {native.why_not()}"]
     for device in ["cpu", *(["cuda"] if here["cuda"] else [])]:

@@ -1,0 +1,7 @@
+"""The build backend that pyproject.toml names: setuptools', or one line where it is missing or too old."""
+
+from csrc import prerequisites
+
+prerequisites.check_setuptools()
+
+from setuptools.build_meta import *  # noqa: E402, F403
