@@ -71,15 +71,15 @@ def with_gradient(function, x, y):
     return value, torch.autograd.grad(value.sum() * 1.5, x)[0]
 
 
-@pytest.mark.parametrize("dynamic", [None, True], ids=["dynamic=later", "dynamic=first"])
+@pytest.mark.parametrize("dynamic", [pytest.param(None, id="dynamic=later"), full(True, "dynamic=first")])
 def test_compile(loss, dynamic):
     """A training step, then a validation step of the same function (pytorch #107824)."""
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for batch in BATCHES:
         torch.testing.assert_close(with_gradient(compiled, *batch), with_gradient(loss, *batch))
-        for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
-            with mode():
-                torch.testing.assert_close(compiled(*batch), loss(*batch))
+    for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+        with mode():
+            torch.testing.assert_close(compiled(*batch), loss(*batch))
 
 
 @pytest.mark.parametrize("name", sorted({*LOSSES} - {"negatives", "one_head_for_both"}))
@@ -150,7 +150,7 @@ def test_make_fx(loss, tracing):
 
 
 @pytest.mark.parametrize("backend", [full("eager", "eager"), "aot_eager"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, id="float32"), full(torch.float16, "float16")])
 def test_compiled_autograd_over_an_eager_forward(loss, backend, dtype):
     """pytorch #134514: of each batch its own tensors are in the traced backward, none of the first one's."""
 

@@ -297,12 +297,13 @@ def _scale(device: str, by_triton: bool) -> Scale:
 
 
 def _scaled(grad: Tensor, upstream: Tensor, scale: Scale) -> Tensor:
-    # A batch of upstream values (is_grads_batched) makes a batch of gradients; a compiler traces a function of values.
+    # A batch of upstream values (is_grads_batched) makes a batch of gradients.
     return scale(grad, upstream) if _one_value(upstream) else grad * upstream
 
 
 def _one_value(upstream: Tensor) -> bool:
-    return eager(upstream) and not torch._C._functorch.is_legacy_batchedtensor(upstream)
+    functorch = torch._C._functorch
+    return not (functorch.is_batchedtensor(upstream) or functorch.is_legacy_batchedtensor(upstream))
 
 
 def _by_extension(grad: Tensor, upstream: Tensor) -> Tensor:

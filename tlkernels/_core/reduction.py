@@ -11,9 +11,17 @@ _BLOCK = 4096  # below torch's threshold for splitting one sum over threads
 def sum_in_order(values: Tensor) -> Tensor:
     """Return the sum of all elements: the same bits at any number of threads, differentiable to any order."""
     values = values.reshape(-1)
-    while values.numel() > _BLOCK:
+    while _is_long(values.numel()):
         values = torch.nn.functional.pad(values, (0, -values.numel() % _BLOCK)).view(-1, _BLOCK).sum(1)
     return values.sum()
+
+
+def _is_long(size: int) -> bool:
+    if not torch.compiler.is_compiling():
+        return size > _BLOCK
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+    return bool(guard_or_false(size > _BLOCK))  # such as the rows that a mask has are as many as only the data tell
 
 
 def reduce(rows: Tensor, denominator: Tensor | float, reduction: str) -> Tensor:
