@@ -38,9 +38,9 @@ void scale_on_device(Tensor& grad, const Tensor& upstream) {
 
 // Whether a tensor is just values: not a batch of vmap, which has many, nor a tensor that a compiler traces.
 bool is_plain(const Tensor& tensor) {
-  return !tensor.unsafeGetTensorImpl()->key_set().has_any(c10::DispatchKeySet(
-      {c10::DispatchKey::Batched, c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::FuncTorchGradWrapper,
-       c10::DispatchKey::Python}));
+  return !tensor.unsafeGetTensorImpl()->key_set().has_any(
+      c10::DispatchKeySet({c10::DispatchKey::Batched, c10::DispatchKey::FuncTorchBatched,
+                           c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::Python}));
 }
 
 py::object in_python(const Tensor& tensor) { return tensor.defined() ? py::cast(tensor) : py::none(); }
@@ -167,14 +167,13 @@ struct LossBackward : torch::autograd::Node {
     packed.pack(number());
     std::vector<at::TypePtr> schema;
     for (const at::IValue& value : packed.vec()) schema.push_back(value.type());
-    const auto metadata =
-        compiled::IValuePacker<std::vector<std::optional<torch::autograd::InputMetadata>>>::pack(
-            compiled::get_input_metadata(next_edges()));
+    const auto metadata = compiled::IValuePacker<std::vector<std::optional<torch::autograd::InputMetadata>>>::pack(
+        compiled::get_input_metadata(next_edges()));
     const auto& python = compiled::getPyCompilerInterface();
     const auto function = python->bind_function(swap.get_py_compiler(), name(), compiled_gradients, schema,
                                                 /*is_custom_function=*/true, /*is_traceable=*/true);
-    auto results = python->call_function(swap.get_py_compiler(), "apply_functional", function, upstreams, packed.vec(),
-                                         metadata);
+    auto results =
+        python->call_function(swap.get_py_compiler(), "apply_functional", function, upstreams, packed.vec(), metadata);
     swap.after(saved);
     swap.after(untracked);
     swap.after(grads);
