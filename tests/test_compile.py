@@ -97,6 +97,8 @@ def test_one_tensor_in_two_places(name, impl):
 @torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
 def test_as_many_rows_as_a_mask_has(name, impl):
     """The compiler does not know how many; PyTorch's losses compile there."""
+    if impl == "reference" and "stats" in name:
+        pytest.skip("torch.logsumexp does not compile there")
     torch._dynamo.reset()
 
     def picked(x, y):

@@ -302,6 +302,8 @@ def _scaled(grad: Tensor, upstream: Tensor, scale: Scale) -> Tensor:
 
 
 def _one_value(upstream: Tensor) -> bool:
+    if torch.compiler.is_compiling():  # of whatever the values will be
+        return False
     functorch = torch._C._functorch
     return not (functorch.is_batchedtensor(upstream) or functorch.is_legacy_batchedtensor(upstream))
 
