@@ -181,13 +181,18 @@ def where_needed(grads: Tensors, needs: Needs) -> list[Tensor | None]:
 
 def eager(*args: Any) -> bool:
     """Return whether the tensors among `args` are just values: no compiler, transform, mode, subclass."""
-    return (
-        not torch.compiler.is_compiling()
-        and all(not isinstance(arg, Tensor) or type(arg) in _PLAIN for arg in args)
-        and not torch._C._are_functorch_transforms_active()
-        and not torch._C._len_torch_dispatch_stack()  # such as make_fx
-        and torch._C._get_tracing_state() is None  # torch.jit.trace
-    )
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()  # such as make_fx
+        or torch._C._get_tracing_state() is not None  # torch.jit.trace
+    ):
+        return False
+    # all() of a generator takes a microsecond more, which small calls feel.
+    for arg in args:  # noqa: SIM110
+        if isinstance(arg, Tensor) and type(arg) not in _PLAIN:
+            return False
+    return True
 
 
 def plain(*args: Any) -> bool:
