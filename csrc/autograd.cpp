@@ -43,8 +43,6 @@ bool is_plain(const Tensor& tensor) {
                            c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::Python}));
 }
 
-py::object in_python(const Tensor& tensor) { return tensor.defined() ? py::cast(tensor) : py::none(); }
-
 py::module_ python() { return py::module_::import("tlkernels._core.autograd"); }
 
 // `args` of a loss: its tensors in order, and where they stand among what is no tensor.
@@ -55,7 +53,7 @@ struct Arguments {
 
   py::list whole() const {
     py::list args = py::reinterpret_steal<py::list>(PyList_GetSlice(rest.ptr(), 0, PY_SSIZE_T_MAX));
-    for (size_t i = 0; i < tensors.size(); ++i) args[places[i]] = in_python(tensors[i]);
+    for (size_t i = 0; i < tensors.size(); ++i) args[places[i]] = py::cast(tensors[i]);
     return args;
   }
 };

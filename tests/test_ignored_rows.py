@@ -218,14 +218,15 @@ def test_weights_that_are_not_finite(impl, name):
 
 
 @TARGETS
-@pytest.mark.parametrize("linear", [False, True], ids=["dense", "linear"])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", [(4, 5), (4, 40), (4, 5, 3)], ids=str)
+@pytest.mark.parametrize(
+    ("linear", "shape"),
+    [(False, (4, 5)), (False, (4, 40)), (False, (4, 5, 3)), (True, (4, 5)), (True, (4, 40))],
+    ids=lambda value: {False: "dense", True: "linear"}.get(value, str(value)),
+)
 def test_all_targets_of_weight_0(impl, linear, reduction, dtype, shape):
     """With smoothing the sum is not 0: a mean over nothing is NaN in PyTorch, and so is the gradient of what counts."""
-    if linear and len(shape) > 2:
-        pytest.skip("rows alone")
     weight = torch.rand(shape[1])
     weight[:2] = 0
     input, target = torch.randn(shape), torch.randint(2, shape[:1] + shape[2:])

@@ -126,8 +126,8 @@ struct Tiles : CallOf<T, P, kCap> {
     }
   }
 
-  // The positions of vector v whose coefficients are all 0, as those that nothing is asked of have them. Where a
-  // position counts that makes no difference: its `p` is NaN beside a NaN logit.
+  // Positions of vector v whose coefficients are all 0: they are ignored and their lse gets no gradient. A position
+  // that counts and has a NaN logit is none of them, since its `p` is NaN.
   static TLK_INLINE typename Simd<A>::I absent(const A* p, const A* g, const A* rest, int v) {
     return (load(p + v * L) == A(0)) & (load(g + v * L) == A(0)) & (load(rest + v * L) == A(0));
   }

@@ -63,7 +63,7 @@ struct Call : CheckedCrossEntropy {
   Tensor peaks_, log_sums_;
 };
 
-// Ignored rows whose lse has no gradient either.
+// Rows that are ignored and whose lse gets no gradient.
 std::vector<int64_t> Call::absent() const {
   const auto by_lse = [&](int64_t i) {
     if (!grad_lse.data) return 0.0;

@@ -53,7 +53,7 @@ struct Call : CrossEntropyOnTensors {
 
   void run_chunk(int64_t begin, Tensor& logits, bool with_gradient) const;
 
-  // Ignored rows whose lse has no gradient either.
+  // Rows that are ignored and whose lse gets no gradient.
   Tensor absent() const {
     if (!indices) return {};
     const Tensor ignored = target.eq(ignore_index);

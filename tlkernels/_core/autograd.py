@@ -263,15 +263,15 @@ def refuse_native(*tensors: Tensor | None, served: tuple[str, ...] = ("cpu",)) -
         if tensor is not None and tensor.device.type not in served:
             kinds = " and ".join(kind.upper() for kind in served)
             return f"it serves {kinds} tensors; there is one on {tensor.device}"
-    return refuse_subclasses(*tensors)
+    return _refuse_subclasses(*tensors)
 
 
 def refuse_triton(*tensors: Tensor | None) -> str | None:
     """Return why a Triton implementation cannot serve a call with these tensors, or None."""
-    return triton.refuse_triton(*tensors) or refuse_subclasses(*tensors)
+    return triton.refuse_triton(*tensors) or _refuse_subclasses(*tensors)
 
 
-def refuse_subclasses(*tensors: Tensor | None) -> str | None:
+def _refuse_subclasses(*tensors: Tensor | None) -> str | None:
     """Return why kernels cannot serve these tensors if one is of a kind that has operators of its own, or None."""
     for tensor in tensors:
         if tensor is None or type(tensor) in _PLAIN or isinstance(tensor, _TRACED):

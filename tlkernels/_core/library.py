@@ -25,12 +25,13 @@ def define(schema: str, fake: Callable[..., Any], differentiable: bool = False) 
 
 def implement_vmap(op: Any) -> None:
     """Register a loop as the op's vmap: for batches of upstream values, since the kernels have no batch dimension."""
-    torch.library.register_vmap(op, partial(_one_by_one, op), lib=_library)
+    torch.library.register_vmap(op, partial(one_by_one, op), lib=_library)
 
 
-def _one_by_one(op: Any, info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
+def one_by_one(function: Callable[..., Any], info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
+    """Return the stacked results of a function and their batch axes, as a vmap rule does, by a loop over the batch."""
     results = [
-        op(*(arg.select(d, i) if isinstance(d, int) else arg for arg, d in zip(args, in_dims, strict=True)))
+        function(*(arg.select(d, i) if isinstance(d, int) else arg for arg, d in zip(args, in_dims, strict=True)))
         for i in range(info.batch_size)
     ]
     if isinstance(results[0], torch.Tensor):

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from tlkernels._core.dtypes import compute_dtype
+from tlkernels._core.library import one_by_one
 from tlkernels.losses.cross_entropy.call import class_axis
 from tlkernels.losses.cross_entropy.second_order import along_target, directional, target_gradient
 
@@ -63,7 +64,7 @@ class _Rows(Function):
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
         input, target, weight, *rest = args
         if in_dims[2] is not None:
-            return _over_batch(_Rows, info, in_dims, args)
+            return one_by_one(_Rows.apply, info, in_dims, *args)  # the op takes one weight for all
         rows = _has_rows(input, in_dims[0])
         folded = (_fold(t, d, info.batch_size, rows) for t, d in zip((input, target), in_dims, strict=False))
         output = _Rows.apply(*folded, weight, *rest)  # type: ignore[no-untyped-call]
@@ -126,7 +127,7 @@ class _Gradient(Function):
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
         by_loss, by_lse, input, target, weight, peak, log_sum, *rest = args
         if in_dims[4] is not None:
-            return _over_batch(_Gradient, info, in_dims, args)
+            return one_by_one(_Gradient.apply, info, in_dims, *args)
         rows = _has_rows(input, in_dims[2])
         before, after = (
             [t if t is None else _fold(t, d, info.batch_size, rows) for t, d in zip(tensors, dims, strict=True)]
@@ -148,14 +149,3 @@ def _has_rows(input: Tensor, axis: int | None) -> bool:
 
 def _unfold(tensor: Tensor, batch: int, rows: bool) -> Tensor:
     return tensor.reshape(batch, -1, *tensor.shape[1:]) if rows else tensor
-
-
-def _over_batch(function: Any, info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> tuple[Any, Any]:
-    """Vmap by a loop, for the rare operand that the op cannot take in a batch."""
-    results = [
-        function.apply(*(a.select(d, i) if type(d) is int else a for a, d in zip(args, in_dims, strict=True)))
-        for i in range(info.batch_size)
-    ]
-    if isinstance(results[0], Tensor):
-        return torch.stack(results), 0
-    return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * len(results[0])
