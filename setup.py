@@ -16,15 +16,11 @@ from pathlib import Path
 from setuptools import setup
 
 ROOT = Path(__file__).parent
-CPU = Path("csrc/cpu")
 
 sys.path.insert(0, str(ROOT))
 from csrc import nvcc, objects, prerequisites  # noqa: E402
 
-# csrc/cpu/<name>.inl is compiled for each instruction set
-KERNELS = ["cross_entropy", "distillation", "info_nce", "mse", "sigmoid_contrastive"]
-
-# What each instruction set may use; csrc/cpu/isa.cpp asks the CPU for the same features before it calls one.
+# What each instruction set may use; csrc/core/cpu/isa.cpp asks the CPU for the same features before it calls one.
 ISA_FLAGS = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
     ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
@@ -83,13 +79,13 @@ def cuda_architectures(torch_cuda: str | None) -> tuple[tuple[str, ...], str]:
 
 
 def cuda_commands(folder: Path, names: tuple[str, ...]) -> list[objects.Command]:
-    """Return the object of each csrc/cuda/<name>.cu, and the command that makes it for these architectures."""
+    """Return the object of each .cu file of csrc, and the command that makes it for these architectures."""
     import torch
     from torch.utils.cpp_extension import include_paths
 
     commands = []
-    for source in sorted(Path("csrc/cuda").glob("*.cu")):
-        built = folder / f"{source.stem}-cuda.o"
+    for source in sorted(Path("csrc").rglob("*.cu")):
+        built = folder / f"{source.parent.name}-{source.stem}.o"
         includes = [f"-I{path}" for path in include_paths()]
         command = [str(nvcc.compiler()), *nvcc.OPTIONS, *nvcc.generate(names), *includes, "-c", str(source)]
         command += [f'-DTLK_BUILD_TORCH="{torch.__version__}"']  # another torch in the same folder: compile again
@@ -98,16 +94,16 @@ def cuda_commands(folder: Path, names: tuple[str, ...]) -> list[objects.Command]
 
 
 def kernel_commands(folder: Path) -> list[objects.Command]:
-    """Return the object of each csrc/cpu/<name>.inl for each instruction set, and the command that makes it."""
+    """Return the object of each csrc/<loss>/cpu.inl for each instruction set, and the command that makes it."""
     common = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
     common += ["-fno-math-errno", "-fno-trapping-math", *SANITIZE_FLAGS]
     # GCC 12 takes the undefined operand inside its own AVX-512 intrinsics for ours.
     common += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
     commands = []
-    for name, (isa, flags) in itertools.product(KERNELS, ISA_FLAGS.items()):
-        built = folder / f"{name}-{isa}.o"
-        source = ["-x", "c++", "-c", str(CPU / f"{name}.inl")]
-        commands.append((built, [*objects.compiler(), *common, *flags, f"-DTLK_ISA={isa}", *source, "-o", str(built)]))
+    for source, (isa, flags) in itertools.product(sorted(Path("csrc").glob("*/cpu.inl")), ISA_FLAGS.items()):
+        built = folder / f"{source.parent.name}-cpu-{isa}.o"
+        command = [*objects.compiler(), *common, *flags, f"-DTLK_ISA={isa}", "-x", "c++", "-c", str(source)]
+        commands.append((built, [*command, "-o", str(built)]))
     return commands
 
 
@@ -138,7 +134,7 @@ def native_extension() -> dict:
     cuda, no_cuda = cuda_architectures(torch.version.cuda)
 
     class Build(build_ext):
-        """Compiles csrc/cpu/<name>.inl, each for every instruction set with its flags, csrc/cuda/*.cu and *.cpp."""
+        """Compiles each csrc/<loss>/cpu.inl for every instruction set with its flags, and every .cu and .cpp file."""
 
         def build_extension(self, ext) -> None:
             # An editable install has another folder for temporary files each time.

@@ -27,6 +27,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import harness
 import torch
 import torch.nn.functional as F
 
@@ -35,7 +36,6 @@ from bench import losses
 from bench.contestants import Step
 from bench.losses import BF16, F32, Case, Cast, Loss, Shape, Work
 from bench.origin import describe
-from tlkernels import testing
 from tlkernels._core import triton
 
 FAR = 8192  # rows, columns and depth of a product that runs at the card's rate
@@ -285,7 +285,7 @@ class Bench:
 
     def time(self, case: Case, name: str, work: Work) -> None:
         loss, _, way = name.partition(":")
-        with testing.cross_entropy_strategy(way) if way else nullcontext():
+        with harness.cross_entropy_strategy(way) if way else nullcontext():
             timing = timed(losses.build(loss, work), self.dry)
         self.done[case.id, name] = timing.ms[1]
         floor = self.done.get((case.id, "floor"))
@@ -324,9 +324,9 @@ class Bench:
         except Exception as error:
             text = traceback.format_exception_only(error)[-1].strip()
             self.write(case, who=name, failed=text[-300:])
-            if testing.context_lost(text):
+            if harness.context_lost(text):
                 self.running.unlink()
-                os._exit(testing.CONTEXT_LOST)
+                os._exit(harness.CONTEXT_LOST)
             return None
         finally:
             self.running.unlink(missing_ok=True)

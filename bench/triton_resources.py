@@ -23,11 +23,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import tlkernels
 from bench.resources import report
 from bench.triton_launches import compiled, specialised
 from tlkernels._core import triton as core
 
-LOSSES = sorted(path.parent.name for path in Path(core.__file__).parents[1].glob("losses/*/triton.py"))
+LOSSES = sorted(path.parent.name for path in Path(tlkernels.__file__).parent.glob("losses/*/triton.py"))
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 CSV = Path(__file__).parent / "results" / "triton_resources.csv"
 # What an instruction of a claim is called on AMD.

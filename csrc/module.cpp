@@ -8,7 +8,7 @@
 #include <string>
 
 #include "autograd.h"
-#include "cpu/isa.h"
+#include "core/cpu/isa.h"
 
 #ifndef TLK_BUILD_TORCH
 #error "setup.py says which torch this is built against"

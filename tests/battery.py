@@ -7,11 +7,11 @@ import importlib
 import unittest
 from pathlib import Path
 
+import harness
 import torch
 import torch.nn.functional as F
 
 import tlkernels as tlk
-from tlkernels import testing
 
 _NAMES = [path.stem.removesuffix("_cases") for path in sorted(Path(__file__).parent.glob("*_cases.py"))]
 LOSSES = {name: importlib.import_module(f"{name}_cases").LOSS for name in _NAMES if name in tlk.__all__}
@@ -19,7 +19,7 @@ LOSSES = {name: importlib.import_module(f"{name}_cases").LOSS for name in _NAMES
 
 def targets(name):
     """Return what can run the loss of that name here."""
-    return testing.targets(loss=LOSSES[name].cuda or name)
+    return harness.targets(loss=LOSSES[name].cuda or name)
 
 
 class Call:
@@ -27,10 +27,10 @@ class Call:
 
     def __init__(self, loss, case, impl, seed=0):
         self.arguments = case.make(seed)
-        if testing.too_large(impl, *self.arguments.values()):
+        if harness.too_large(impl, *self.arguments.values()):
             raise unittest.SkipTest("left out by the size rule of the interpreter")
-        self.tensors, put = testing.split(self.arguments, case.wants_grad)
-        self.wide_tensors, wide_put = testing.split(testing.widened(self.arguments), case.wants_grad)
+        self.tensors, put = harness.split(self.arguments, case.wants_grad)
+        self.wide_tensors, wide_put = harness.split(harness.widened(self.arguments), case.wants_grad)
         self.ours = lambda *tensors: loss.function(**put(*tensors), impl=impl)
         self.eager = lambda *tensors: loss.pytorch(**put(*tensors))
         self.right = lambda *tensors: loss.pytorch(**wide_put(*tensors))
@@ -42,7 +42,7 @@ def leaves(tensors):
 
 def upstream_of(value, seed=0):
     """Not 1, and the same number in every dtype."""
-    upstream = 0.5 + torch.rand(value.shape, generator=testing.generator(seed))
+    upstream = 0.5 + torch.rand(value.shape, generator=harness.generator(seed))
     return upstream.to(torch.bfloat16).to(value)
 
 
@@ -53,8 +53,8 @@ def gradients(function, tensors, seed=0):
 
 
 def draw(loss, case, target, seed):
-    """Return for `testing.check_budgets` what the target, eager and the oracle give for a case."""
-    with testing.forced(target) as impl:
+    """Return for `harness.check_budgets` what the target, eager and the oracle give for a case."""
+    with harness.forced(target) as impl:
         call = Call(loss, case, impl, seed)
         before = [tensor.clone() for tensor in call.tensors]
         value, grads = gradients(call.ours, call.tensors, seed)
@@ -74,7 +74,7 @@ def draw(loss, case, target, seed):
 
 def _step(loss, case, impl):
     """Return loss and gradients as a function of the tensors that get one, and the tensors."""
-    tensors, put = testing.split(case.make(0), case.wants_grad)
+    tensors, put = harness.split(case.make(0), case.wants_grad)
 
     def run(*tensors):
         value = loss.function(**put(*tensors), impl=impl)
@@ -115,7 +115,7 @@ def check_graph(loss, case, impl):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = run(*tensors)
-    others, _ = testing.split(case.make(1), case.wants_grad)
+    others, _ = harness.split(case.make(1), case.wants_grad)
     for tensor, other in zip(tensors, others, strict=True):
         tensor.detach().copy_(other)
     graph.replay()

@@ -16,11 +16,12 @@ if torch.cuda.is_available():
 else:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from tlkernels import testing
+import harness
+
 from tlkernels._core import native, triton
 
 if triton.INTERPRETED and triton.available():
-    testing.mend_interpreter()
+    harness.mend_interpreter()
 
 
 FEW = 8
@@ -58,7 +59,7 @@ def pytest_collection_modifyitems(config, items):
         if not hasattr(item, "callspec"):
             continue
         params = item.callspec.params
-        if "cuda" in map(testing.device, params.values()):
+        if "cuda" in map(harness.device, params.values()):
             item.add_marker("gpu")
         if not item.get_closest_marker("full"):
             grids[item.nodeid.partition("[")[0], id(params.get("loss"))].append(item)

@@ -3,11 +3,11 @@
 import itertools
 from typing import NamedTuple
 
+import harness
 import torch
 import torch.nn.functional as F
 
 import tlkernels as tlk
-from tlkernels import testing
 
 
 def pytorch(input, target, weight=None, *, ignore_index=-100, reduction="mean", label_smoothing=0.0,
@@ -50,10 +50,10 @@ class Case(NamedTuple):
 
     def make(self, seed):
         """Return input, target, weight and the options."""
-        generator = testing.generator(seed)
+        generator = harness.generator(seed)
         axis = min(len(self.shape) - 1, 1)
         positions = self.shape[:axis] + self.shape[axis + 1 :]
-        dense = testing.logits(self.shape, self.dtype, generator)
+        dense = harness.logits(self.shape, self.dtype, generator)
         if self.target == "indices":
             target = torch.randint(0, self.shape[axis], positions, generator=generator)
             ignored = torch.rand(positions, generator=generator) < 0.2
@@ -62,9 +62,9 @@ class Case(NamedTuple):
         else:
             dtype = torch.float32 if self.target == "probabilities32" else self.dtype
             target = torch.randn(self.shape, generator=generator, dtype=torch.float64).mul(2).softmax(axis).to(dtype)
-            target = testing.lay_out(target, self.layout)
+            target = harness.lay_out(target, self.layout)
         weight = torch.rand(self.shape[axis], generator=generator).to(self.dtype) if self.weighted else None
-        return testing.lay_out(dense, self.layout), target, weight, dict(self.options)
+        return harness.lay_out(dense, self.layout), target, weight, dict(self.options)
 
     def functions(self, target, weight, options, impl):
         """Return the loss as a function of the input: ours, eager's, the oracle's."""
@@ -83,7 +83,7 @@ class Case(NamedTuple):
             return {"input": input, "target": target, "weight": weight, **options}
 
         grads = ("input", "target") if small and self.target == "probabilities" else ("input",)
-        return testing.LossCase(f"small-{self}" if small else str(self), self.dtype, make, grads, small)
+        return harness.LossCase(f"small-{self}" if small else str(self), self.dtype, make, grads, small)
 
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
@@ -130,7 +130,7 @@ GRID = [
 ]
 LAID_OUT = [
     Case(shape, dtype, target, False, layout, (("label_smoothing", 0.1),))
-    for layout in testing.LAYOUTS[1:]
+    for layout in harness.LAYOUTS[1:]
     for shape in ((6, 37), (3, 5, 4, 18))
     for dtype in (F32, BF16)
     for target in ("indices", "probabilities", "probabilities32")
@@ -142,7 +142,7 @@ SMALL = [
     Case((3, 4), F64, "probabilities", True, options=MIXED[:4]),
 ]  # fmt: skip
 
-# For every way in which CUDA kernels keep a row (csrc/cuda/cross_entropy_table.h) the numbers of classes to test: one,
+# For every way in which CUDA kernels keep a row (csrc/cross_entropy/cuda_table.h) the numbers of classes to test: one,
 # fewer than a pack, the end of a thread's part and one past it, odd, several packs a thread.
 ROW_STRATEGIES = {
     "lanes": (1, 17, 45, 256),
@@ -190,7 +190,7 @@ def ops():
                     yield made.directional, (torch.randn(4, 5, 3), g, g, x.detach(), y, *options)
 
 
-LOSS = testing.Loss(
+LOSS = harness.Loss(
     tlk.cross_entropy,
     pytorch,
     [*(case.for_battery() for case in (*GRID, *LAID_OUT)), *(case.for_battery(small=True) for case in SMALL)],

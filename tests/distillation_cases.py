@@ -3,11 +3,11 @@
 import itertools
 import math
 
+import harness
 import torch
 import torch.nn.functional as F
 
 import tlkernels as tlk
-from tlkernels import testing
 from tlkernels.losses.distillation import ops
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
@@ -55,13 +55,13 @@ def make(shape, dtype, teacher_dtype=None, layout="contiguous", target=False, we
     """Return a function of the seed that gives the arguments."""
 
     def arguments(seed):
-        generator = testing.generator(seed)
+        generator = harness.generator(seed)
         axis = len(shape) - 1
-        student = testing.logits(shape, dtype, generator, axis) * scale
+        student = harness.logits(shape, dtype, generator, axis) * scale
         noise = torch.randn(shape, generator=generator, dtype=F64)
         near = torch.rand((*shape[:-1], 1), generator=generator) < 0.5  # half the rows' teachers are like the student
         teacher = torch.where(near, student.double() + 0.3 * noise, 2 * noise * scale).to(teacher_dtype or dtype)
-        given = {"student_logits": testing.lay_out(student, layout), "teacher_logits": testing.lay_out(teacher, layout)}
+        given = {"student_logits": harness.lay_out(student, layout), "teacher_logits": harness.lay_out(teacher, layout)}
         rows = shape[:-1]
         if target:
             classes = torch.randint(0, shape[-1], rows, generator=generator)
@@ -81,7 +81,7 @@ def case(shape, dtype=F32, wants_grad=("student_logits",), small=False, **option
     words += [f"{name}={value}" for name, value in options.items()]
     words += ["both"] * (len(wants_grad) > 1)
     promoted = torch.promote_types(dtype, options.get("teacher_dtype") or dtype)
-    return testing.LossCase("-".join(words), promoted, make(shape, dtype, **options), wants_grad, small)
+    return harness.LossCase("-".join(words), promoted, make(shape, dtype, **options), wants_grad, small)
 
 
 BOTH = ("student_logits", "teacher_logits")
@@ -106,7 +106,7 @@ GRID = [
 ]  # fmt: skip
 LAID_OUT = [
     case(shape, dtype, BOTH, layout=layout, **HARD)
-    for layout in testing.LAYOUTS[1:]
+    for layout in harness.LAYOUTS[1:]
     for shape in ((6, 37), (3, 5, 4, 18))
     for dtype in (F32, BF16)
 ]
@@ -159,7 +159,7 @@ def registered():
     ]
 
 
-LOSS = testing.Loss(
+LOSS = harness.Loss(
     tlk.distillation,
     pytorch,
     [*OPTIONS, *GRID, *LAID_OUT, *MIXED, *SMALL],

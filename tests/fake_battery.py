@@ -18,12 +18,12 @@ import traceback
 from pathlib import Path
 from unittest.mock import patch
 
+import harness
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tlkernels as tlk
-from tlkernels import testing
 from tlkernels._core import triton as core
 
 HERE = Path(__file__).parent
@@ -107,7 +107,7 @@ def call(name, loss, case, impl):
     )
     with torch.device("cuda"), known[0], known[1]:
         arguments = case.make(0)
-    tensors, put = testing.split(arguments, case.wants_grad)
+    tensors, put = harness.split(arguments, case.wants_grad)
     inputs = [tensor.detach().requires_grad_() for tensor in tensors]
     value = loss.function(**put(*inputs), impl=impl)
     assert value.device.type == "cuda", f"the loss is on {value.device}"
@@ -152,7 +152,7 @@ def main(arguments):
     from battery import LOSSES
 
     core._too_old = lambda index: False
-    testing.generator = lambda seed: None
+    harness.generator = lambda seed: None
     for module in list(sys.modules.values()):  # what `plain` asks of a tensor's type leaves out fake ones
         if module.__name__.startswith("tlkernels.") and hasattr(module, "plain"):
             module.plain = lambda *tensors: True

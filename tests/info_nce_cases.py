@@ -2,11 +2,11 @@
 
 import itertools
 
+import harness
 import torch
 import torch.nn.functional as F
 
 import tlkernels as tlk
-from tlkernels import testing
 from tlkernels.losses.info_nce import ops
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
@@ -60,7 +60,7 @@ def case(id, n, k, d, dtype, *, m=None, kind="none", scale=None, small=False, ta
     """One call; `kind` of mask, `scale` by which argument and as what."""
 
     def make(seed):
-        generator = testing.generator(seed)
+        generator = harness.generator(seed)
         query = embeddings((n, d), generator, dtype)
         near = query[torch.arange(k) % n].double() if n else torch.zeros(k, d, dtype=F64)
         key = (near + embeddings((k, d), generator, F64)).to(dtype)
@@ -83,7 +83,7 @@ def case(id, n, k, d, dtype, *, m=None, kind="none", scale=None, small=False, ta
     options_of = {"own_negatives": options.pop("own_negatives", False)}
     wants = ["query", "key"]
     wants += ["negatives"] * (m is not None) + [scale[0]] * (scale is not None and scale[1] == "tensor")
-    return testing.LossCase(f"{id}-{str(dtype).removeprefix('torch.')}", dtype, make, tuple(wants), small)
+    return harness.LossCase(f"{id}-{str(dtype).removeprefix('torch.')}", dtype, make, tuple(wants), small)
 
 
 TENSOR, NUMBER = ("logit_scale", "tensor"), ("temperature", "number")
@@ -158,7 +158,7 @@ def module(arguments):
 
 
 def registered():
-    generator = testing.generator(0)
+    generator = harness.generator(0)
     query, key, negatives = (embeddings((5, 4), generator, F32).requires_grad_() for _ in range(3))
     scale = torch.tensor(2.0, requires_grad=True)
     ids = torch.tensor([0, 1, 0, 2, 1])
@@ -176,4 +176,4 @@ def registered():
                 yield made.step, (*detached, True, [True, arguments is not paired, arguments is not paired, True])
 
 
-LOSS = testing.Loss(tlk.info_nce, pytorch, CASES, module, lambda: list(registered()), rowwise=False)
+LOSS = harness.Loss(tlk.info_nce, pytorch, CASES, module, lambda: list(registered()), rowwise=False)

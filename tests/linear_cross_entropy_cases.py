@@ -4,11 +4,11 @@ from functools import partial
 from math import prod
 
 import cross_entropy_cases
+import harness
 import torch
 import torch.nn.functional as F
 
 import tlkernels as tlk
-from tlkernels import testing
 from tlkernels.losses.linear_cross_entropy import ops
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
@@ -28,7 +28,7 @@ def pytorch(input, linear_weight, target, *, linear_bias=None, weight=None, **op
 
 def make(rows, features, classes, dtype, target, biased, weighted, options, seed):
     """Return the arguments: an input of shape (*rows, features), and logits of the size that a trained layer gives."""
-    generator = testing.generator(seed)
+    generator = harness.generator(seed)
     draw = partial(torch.randn, generator=generator, dtype=torch.float64)
     arguments = {
         "input": draw(*rows, features).to(dtype),
@@ -62,7 +62,7 @@ def case(
 ):
     words = ["x".join(map(str, (*rows, features, classes))), str(dtype).removeprefix("torch."), target]
     words += ["biased"] * biased + ["weighted"] * weighted + [f"{name}={value}" for name, value in options.items()]
-    return testing.LossCase(
+    return harness.LossCase(
         "-".join(words),
         dtype,
         partial(make, rows, features, classes, dtype, target, biased, weighted, options),
@@ -131,4 +131,4 @@ def op_calls():
     return calls
 
 
-LOSS = testing.Loss(tlk.linear_cross_entropy, pytorch, CASES, module, op_calls, rowwise=False)
+LOSS = harness.Loss(tlk.linear_cross_entropy, pytorch, CASES, module, op_calls, rowwise=False)

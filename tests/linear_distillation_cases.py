@@ -1,12 +1,12 @@
 """Cases of linear distillation: those of distillation, their logits made of features and weights."""
 
+import harness
 import torch
 import torch.nn.functional as F
 from distillation_cases import BF16, DIVERGENCES, F16, F32, F64, HARD
 from distillation_cases import pytorch as distillation
 
 import tlkernels as tlk
-from tlkernels import testing
 from tlkernels.losses.linear_distillation import ops
 
 LAYERS = ("student_input", "student_weight", "student_bias", "teacher_input", "teacher_weight", "teacher_bias")
@@ -24,13 +24,13 @@ def make(rows, classes, dtype, teacher_dtype=None, bias=True, layout="contiguous
     """Return a function of the seed that gives the arguments."""
 
     def arguments(seed):
-        generator = testing.generator(seed)
+        generator = harness.generator(seed)
         given = {}
         for side, depth, own in (("student", depths[0], dtype), ("teacher", depths[1], teacher_dtype or dtype)):
             input = torch.randn(*rows, depth, generator=generator, dtype=F64)
             weight = torch.randn(classes, depth, generator=generator, dtype=F64) / depth**0.5
-            given[f"{side}_input"] = testing.lay_out(input.to(own), layout)
-            given[f"{side}_weight"] = testing.lay_out(weight.to(own), layout)
+            given[f"{side}_input"] = harness.lay_out(input.to(own), layout)
+            given[f"{side}_weight"] = harness.lay_out(weight.to(own), layout)
             if bias:
                 given[f"{side}_bias"] = torch.randn(classes, generator=generator, dtype=F64).to(own)
         if target:
@@ -51,7 +51,7 @@ def case(rows, classes, dtype=F32, wants_grad=LAYERS, small=False, **options):
     words += [f"{name}={value}" for name, value in options.items()]
     words += ["all" if len(wants_grad) > 2 else "+".join(wants_grad)]
     promoted = torch.promote_types(dtype, options.get("teacher_dtype") or dtype)
-    return testing.LossCase("-".join(words), promoted, make(rows, classes, dtype, **options), wants_grad, small)
+    return harness.LossCase("-".join(words), promoted, make(rows, classes, dtype, **options), wants_grad, small)
 
 
 WITHOUT_BIAS = tuple(name for name in LAYERS if "bias" not in name)
@@ -106,6 +106,6 @@ def registered():
     ]
 
 
-LOSS = testing.Loss(
+LOSS = harness.Loss(
     tlk.linear_distillation, pytorch, CASES, module=lambda arguments: module(**arguments), ops=registered, rowwise=False
 )

@@ -2,11 +2,11 @@
 
 from functools import partial
 
+import harness
 import torch
 import torch.nn.functional as F
 
 import tlkernels as tlk
-from tlkernels import testing
 from tlkernels.losses.mse import ops
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
@@ -19,10 +19,10 @@ def pytorch(input, target, *, weight=None, reduction="mean"):
 
 def make(shape, dtype, weighted, layout, options, seed):
     """Return the arguments."""
-    generator = testing.generator(seed)
+    generator = harness.generator(seed)
 
     def draw():
-        return testing.lay_out(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype), layout)
+        return harness.lay_out(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype), layout)
 
     arguments = {"input": draw(), "target": draw()}
     if weighted:
@@ -34,7 +34,7 @@ def case(shape, dtype=F32, weighted=False, layout="contiguous", small=False, wan
     words = ["x".join(map(str, shape)), str(dtype).removeprefix("torch.")] + ["weighted"] * weighted
     words += [layout] * (layout != "contiguous") + ["+".join(wants)] * (len(wants) < 2)
     words += [f"{name}={value}" for name, value in options.items()]
-    return testing.LossCase(
+    return harness.LossCase(
         "-".join(words), dtype, partial(make, shape, dtype, weighted, layout, options), wants, small
     )
 
@@ -55,7 +55,7 @@ def cases(shapes, **options):
         *(
             case((3, 5, 4, 18), dtype, True, layout, **options)
             for dtype in (F32, BF16)
-            for layout in testing.LAYOUTS[1:]
+            for layout in harness.LAYOUTS[1:]
         ),
         case((9, 37), F32, wants=("input",), **options),
         case((9, 37), F32, True, wants=("target",), reduction="none", **options),
@@ -100,4 +100,4 @@ def op_calls():
     return calls
 
 
-LOSS = testing.Loss(tlk.mse, pytorch, cases(SHAPES), partial(module, tlk.MSELoss), op_calls)
+LOSS = harness.Loss(tlk.mse, pytorch, cases(SHAPES), partial(module, tlk.MSELoss), op_calls)

@@ -1,11 +1,11 @@
 """Cases of NT-Xent, and the PyTorch lines that it replaces, which in float64 are the oracle."""
 
+import harness
 import torch
 import torch.nn.functional as F
 from info_nce_cases import BF16, DTYPES, F32, F64, embeddings
 
 import tlkernels as tlk
-from tlkernels import testing
 
 
 def pytorch(z1, z2, *, temperature=None, logit_scale=None, normalize=True, reduction="mean"):
@@ -23,7 +23,7 @@ def pytorch(z1, z2, *, temperature=None, logit_scale=None, normalize=True, reduc
 
 def case(n, d, dtype, *, tensor=True, small=False, **options):
     def make(seed):
-        generator = testing.generator(seed)
+        generator = harness.generator(seed)
         z1 = embeddings((n, d), generator, F64)
         z2 = (z1 + embeddings((n, d), generator, F64)).to(dtype)
         scale = torch.tensor(8.5).to(dtype) if tensor else 8.5
@@ -31,7 +31,7 @@ def case(n, d, dtype, *, tensor=True, small=False, **options):
 
     words = [f"{n}x{d}", str(dtype).removeprefix("torch.")] + [f"{name}={value}" for name, value in options.items()]
     wants = ("z1", "z2", "logit_scale") if tensor else ("z1", "z2")
-    return testing.LossCase("-".join(words), dtype, make, wants, small)
+    return harness.LossCase("-".join(words), dtype, make, wants, small)
 
 
 CASES = [
@@ -53,4 +53,4 @@ def module(arguments):
     return tlk.NTXentLoss(**arguments), views
 
 
-LOSS = testing.Loss(tlk.nt_xent, pytorch, CASES, module, rowwise=False, cuda="info_nce")
+LOSS = harness.Loss(tlk.nt_xent, pytorch, CASES, module, rowwise=False, cuda="info_nce")

@@ -15,10 +15,10 @@ import sys
 import time
 from pathlib import Path
 
+import harness
 import torch
 
 import tlkernels as tlk
-from tlkernels import testing
 from tlkernels._core import triton as core
 
 GPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
@@ -39,7 +39,7 @@ def serve_cpu_tensors():
 def calls(name, loss, case):
     """Yield functions that make the calls of a case: value and gradients, value alone, second derivatives, variants."""
     arguments = case.make(0)
-    tensors, put = testing.split(arguments, case.wants_grad)
+    tensors, put = harness.split(arguments, case.wants_grad)
 
     def value_of(inputs):
         return loss.function(**put(*inputs), impl="triton")

@@ -2,11 +2,11 @@
 
 from functools import partial
 
+import harness
 import mse_cases
 import torch
 
 import tlkernels as tlk
-from tlkernels import testing
 
 
 def pytorch(input, target, *, weight=None, reduction="mean", eps=0.0):
@@ -17,4 +17,4 @@ def pytorch(input, target, *, weight=None, reduction="mean", eps=0.0):
 CASES = mse_cases.cases([(), (7, 37), (4097,)], eps=0.25) + [
     mse_cases.case((7, 37), dtype, reduction="sum") for dtype in (mse_cases.F64, mse_cases.F32, mse_cases.BF16)
 ]
-LOSS = testing.Loss(tlk.rmse, pytorch, CASES, partial(mse_cases.module, tlk.RMSELoss))
+LOSS = harness.Loss(tlk.rmse, pytorch, CASES, partial(mse_cases.module, tlk.RMSELoss))

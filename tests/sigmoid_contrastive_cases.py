@@ -1,11 +1,11 @@
 """Cases of the sigmoid contrastive loss, and the PyTorch lines that it replaces, which in float64 are the oracle."""
 
+import harness
 import torch
 import torch.nn.functional as F
 from info_nce_cases import DTYPES, F32, F64, embeddings
 
 import tlkernels as tlk
-from tlkernels import testing
 from tlkernels.losses.sigmoid_contrastive import ops
 
 
@@ -18,7 +18,7 @@ def pytorch(query, key, *, logit_scale, logit_bias):
 
 def case(n, d, dtype, *, tensor=True, small=False, bias=-10.0):
     def make(seed):
-        generator = testing.generator(seed)
+        generator = harness.generator(seed)
         query = embeddings((n, d), generator, F64)
         key = (query + embeddings((n, d), generator, F64)).to(dtype)
         scale, offset = (torch.tensor(value).to(dtype) if tensor else value for value in (8.5, bias))
@@ -26,7 +26,7 @@ def case(n, d, dtype, *, tensor=True, small=False, bias=-10.0):
 
     id = f"{n}x{d}-{str(dtype).removeprefix('torch.')}-bias={bias}" + "-tensor" * tensor
     wants = ("query", "key", "logit_scale", "logit_bias") if tensor else ("query", "key")
-    return testing.LossCase(id, dtype, make, wants, small)
+    return harness.LossCase(id, dtype, make, wants, small)
 
 
 CASES = [
@@ -48,7 +48,7 @@ def module(arguments):
 
 
 def registered():
-    generator = testing.generator(0)
+    generator = harness.generator(0)
     query, key = (embeddings((5, 4), generator, F32).requires_grad_() for _ in range(2))
     scale, bias = torch.tensor(2.0, requires_grad=True), torch.tensor(-1.0, dtype=F64, requires_grad=True)
     arguments = (query, key, scale, bias, 0)
@@ -64,4 +64,4 @@ def registered():
     ]
 
 
-LOSS = testing.Loss(tlk.sigmoid_contrastive, pytorch, CASES, module, registered, rowwise=False)
+LOSS = harness.Loss(tlk.sigmoid_contrastive, pytorch, CASES, module, registered, rowwise=False)

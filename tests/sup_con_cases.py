@@ -1,11 +1,11 @@
 """Cases of SupCon, and the PyTorch lines that it replaces, which in float64 are the oracle."""
 
+import harness
 import torch
 import torch.nn.functional as F
 from info_nce_cases import BF16, DTYPES, F32, F64, embeddings
 
 import tlkernels as tlk
-from tlkernels import testing
 
 
 def pytorch(features, labels, *, temperature=None, logit_scale=None, normalize=True, reduction="mean"):
@@ -26,7 +26,7 @@ def pytorch(features, labels, *, temperature=None, logit_scale=None, normalize=T
 
 def case(n, d, classes, dtype, *, tensor=True, small=False, labels=torch.int64, **options):
     def make(seed):
-        generator = testing.generator(seed)
+        generator = harness.generator(seed)
         of = torch.randint(0, classes, (n,), generator=generator)
         features = embeddings((n, d), generator, F64) + torch.randn(classes, d, generator=generator, dtype=F64)[of] / 4
         if n > 1:
@@ -36,7 +36,7 @@ def case(n, d, classes, dtype, *, tensor=True, small=False, labels=torch.int64, 
 
     words = [f"{n}x{d}x{classes}", str(dtype).removeprefix("torch.")]
     words += [f"{name}={value}" for name, value in options.items()] + [str(labels).removeprefix("torch.")]
-    return testing.LossCase(
+    return harness.LossCase(
         "-".join(words), dtype, make, ("features", "logit_scale") if tensor else ("features",), small
     )
 
@@ -62,4 +62,4 @@ def module(arguments):
     return tlk.SupConLoss(**arguments), tensors
 
 
-LOSS = testing.Loss(tlk.sup_con, pytorch, CASES, module, rowwise=False, cuda="info_nce")
+LOSS = harness.Loss(tlk.sup_con, pytorch, CASES, module, rowwise=False, cuda="info_nce")

@@ -258,7 +258,7 @@ def test_doctor_needs_torch_alone(first):
     hidden = ("transformers", "accelerate", "datasets", "jsonargparse", "safetensors", "matplotlib", "tqdm", "yaml")
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({hidden!r}))\n"
-        "from tlkernels.train import doctor\n"
+        "from tlkernels import doctor\n"
         f"every = doctor.cases; doctor.cases = lambda device: list(every(device))[:{first}]\n"
         "print(doctor.doctor(seconds=0.0))"
     )

@@ -2,16 +2,16 @@
 
 import contextlib
 
+import harness
 import pytest
 import torch
 import torch._dynamo.compiled_autograd as compiled_autograd
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import tlkernels as tlk
-from tlkernels import testing
 
 # The reference is PyTorch's own operators; test_every_loss.py compiles it.
-IMPLEMENTATIONS = sorted({target.impl for target in testing.targets()} - {"reference"})
+IMPLEMENTATIONS = sorted({target.impl for target in harness.targets()} - {"reference"})
 
 
 def head(y):
@@ -42,7 +42,7 @@ LOSSES = {
     "weighted": lambda x, y, **how: tlk.mse(x, y, weight=y.detach().exp(), **how),
     "rmse": lambda x, y, **how: tlk.rmse(x, y, eps=0.1, **how),
 }
-BATCHES = [(torch.randn(n, 5, generator=testing.generator(n)), torch.randn(n, 5)) for n in (6, 9)]
+BATCHES = [(torch.randn(n, 5, generator=harness.generator(n)), torch.randn(n, 5)) for n in (6, 9)]
 
 
 @pytest.fixture(params=LOSSES)

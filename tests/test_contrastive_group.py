@@ -7,6 +7,7 @@ import traceback
 from datetime import timedelta
 from functools import partial
 
+import harness
 import pytest
 import torch
 import torch.distributed as dist
@@ -14,16 +15,15 @@ import torch.multiprocessing as mp
 from torch.optim.swa_utils import AveragedModel
 
 import tlkernels as tlk
-from tlkernels import testing
 
-IMPLEMENTATIONS = sorted({target.impl for target in testing.targets()})
+IMPLEMENTATIONS = sorted({target.impl for target in harness.targets()})
 RANKS, ROWS, D = 2, 5, 3
 WHOLE = RANKS * ROWS
 
 
 def inputs():
     """The whole batch: raw inputs of a linear encoder, whose weight is the parameter."""
-    generator = testing.generator(1)
+    generator = harness.generator(1)
 
     def normal(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)

@@ -2,12 +2,11 @@
 
 from itertools import combinations, product
 
+import harness
 import pytest
 import test_every_loss
 from conftest import quick_part
 from covering import covering
-
-from tlkernels import testing
 
 
 def test_every_pair_is_covered_by_a_small_part_of_a_grid():
@@ -28,7 +27,7 @@ def test_single_values_and_no_values():
 @pytest.mark.parametrize("name", test_every_loss.LOSSES)
 def test_every_dtype_option_and_target_of_a_loss_is_in_the_quick_part(name):
     loss = test_every_loss.LOSSES[name]
-    ids = [f"{case.id}-{target}" for target in testing.targets(loss=loss.cuda or name) for case in loss.cases]
+    ids = [f"{case.id}-{target}" for target in harness.targets(loss=loss.cuda or name) for case in loss.cases]
     chosen = quick_part(ids)
     assert {word for k in chosen for word in ids[k].split("-")} == {word for id in ids for word in id.split("-")}
     assert len(chosen) < len(ids) / 2

@@ -1,5 +1,6 @@
 """Cross entropy against float64 over every combination of its options, PyTorch's samples, and what hypothesis finds."""
 
+import harness
 import pytest
 import torch
 from cross_entropy_cases import BF16, F16, F32, F64, MIXED, OPTIONS, Case, pytorch
@@ -7,28 +8,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tlkernels as tlk
-from tlkernels import testing
 from tlkernels._core import triton
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
-TARGETS = testing.targets(loss="cross_entropy")
+TARGETS = harness.targets(loss="cross_entropy")
 
 
 def check(case, target, most=30):
     def draw(seed):
         input, classes, weight, options = case.make(seed)
-        with testing.forced(target) as impl:
+        with harness.forced(target) as impl:
             ours, eager, oracle = case.functions(classes, weight, options, impl)
             value = oracle(input.double())
-            upstream = 0.5 + torch.rand(value.shape, generator=testing.generator(seed))
-            result, grad = testing.gradients(ours, input, upstream)
+            upstream = 0.5 + torch.rand(value.shape, generator=harness.generator(seed))
+            result, grad = harness.gradients(ours, input, upstream)
         assert result.dtype == input.dtype
         assert grad.dtype == input.dtype
-        eager_result, eager_grad = testing.gradients(eager, input, upstream)
-        right, right_grad = testing.gradients(oracle, input.double(), upstream.to(result.dtype).double())
+        eager_result, eager_grad = harness.gradients(eager, input, upstream)
+        right, right_grad = harness.gradients(oracle, input.double(), upstream.to(result.dtype).double())
         return [("loss", result, eager_result, right), ("gradient", grad, eager_grad, right_grad)]
 
-    testing.check_budgets(case.dtype, draw, most)
+    harness.check_budgets(case.dtype, draw, most)
 
 
 @pytest.mark.core
@@ -56,15 +56,15 @@ def test_second_gradient(case, reduction, target):
         input, classes, weight, options = case.make(seed)
         options["reduction"] = reduction
         direction = torch.randn(input.shape)
-        with testing.forced(target) as impl:
+        with harness.forced(target) as impl:
             functions = case.functions(classes, weight, options, impl)
             upstream = 0.5 + torch.rand(functions[2](input.double()).shape)
-            ours = testing.second_gradients(functions[0], input, upstream, direction)
-        eager = testing.second_gradients(functions[1], input, upstream, direction)
-        right = testing.second_gradients(functions[2], input.double(), upstream.double(), direction.double())
+            ours = harness.second_gradients(functions[0], input, upstream, direction)
+        eager = harness.second_gradients(functions[1], input, upstream, direction)
+        right = harness.second_gradients(functions[2], input.double(), upstream.double(), direction.double())
         return zip(("by input", "by upstream"), ours, eager, right, strict=True)
 
-    testing.check_budgets(torch.float32, draw)
+    harness.check_budgets(torch.float32, draw)
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=str)
@@ -78,7 +78,7 @@ def test_gradcheck(case, target):
     input, classes, weight, options = case.make(0)
     input = (input / 20).requires_grad_()
     inputs = (input, classes.requires_grad_()) if classes.is_floating_point() else (input,)
-    with testing.forced(target) as impl:
+    with harness.forced(target) as impl:
 
         def loss(x, t=classes):
             return tlk.cross_entropy(x, t, weight, impl=impl, **options)
@@ -111,14 +111,14 @@ def check_sample(input, classes, kwargs, target):
         return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
     def run(loss, input, classes, kwargs):  # a sum, so that one upstream value serves every reduction
-        return testing.gradients(lambda x: loss(x, classes, **kwargs).sum(), input, torch.tensor(1.5))
+        return harness.gradients(lambda x: loss(x, classes, **kwargs).sum(), input, torch.tensor(1.5))
 
-    with testing.forced(target) as impl:
+    with harness.forced(target) as impl:
         ours = run(tlk.cross_entropy, input, classes, {**kwargs, "impl": impl})
     eager = run(pytorch, input, classes, kwargs)
     right = run(pytorch, input.double(), wide(classes), {name: wide(value) for name, value in kwargs.items()})
     for values in zip(ours, eager, right, strict=True):
-        budget = testing.Budget(input.dtype)
+        budget = harness.Budget(input.dtype)
         budget.add(*values)
         budget.check(f"{tuple(input.shape)} {kwargs}")
 
@@ -143,7 +143,7 @@ def test_any_options_and_shapes(target, data):
             data.draw(st.sampled_from([F64, F32])),
             data.draw(st.sampled_from(["indices", "probabilities"])),
             data.draw(st.booleans()),
-            data.draw(st.sampled_from(testing.LAYOUTS)),
+            data.draw(st.sampled_from(harness.LAYOUTS)),
             tuple(options.items()),
         ),
         target,

@@ -3,14 +3,14 @@
 import subprocess
 import sys
 
+import harness
 import pytest
 import torch
 import torch.nn.functional as F
 
 import tlkernels as tlk
-from tlkernels import testing
 
-IMPLEMENTATIONS = sorted({target.impl for target in testing.targets()})
+IMPLEMENTATIONS = sorted({target.impl for target in harness.targets()})
 OPTIONS = {"label_smoothing": 0.1, "temperature": 1.5}
 
 

@@ -2,21 +2,21 @@
 
 import math
 
+import harness
 import pytest
 import torch
 import torch.nn.functional as F
 from cross_entropy_cases import pytorch
 
 import tlkernels as tlk
-from tlkernels import testing
 
 pytestmark = [pytest.mark.core, pytest.mark.usefixtures("poisoned_memory")]
 NAN, INF = math.nan, math.inf
 
 
-@pytest.fixture(params=testing.targets(loss="cross_entropy"), ids=str)
+@pytest.fixture(params=harness.targets(loss="cross_entropy"), ids=str)
 def impl(request):
-    with testing.forced(request.param) as name:
+    with harness.forced(request.param) as name:
         yield name
 
 
@@ -284,7 +284,7 @@ def test_more_than_two_to_the_31_logits():
 def test_stats(impl, shape, probabilities, dtype):
     axis = min(len(shape) - 1, 1)
     positions = shape[:axis] + shape[axis + 1 :]
-    input = testing.logits(shape, dtype, testing.generator(1)).requires_grad_()
+    input = harness.logits(shape, dtype, harness.generator(1)).requires_grad_()
     target = torch.randn(shape).softmax(axis).to(dtype) if probabilities else torch.randint(0, shape[axis], positions)
     if not probabilities and positions:
         target.view(-1)[0] = -100
@@ -347,7 +347,7 @@ def test_autocast_gives_float32(impl, dtype):
 
 def test_the_harness_sees_a_wrong_result():
     """A test that compared an output with itself (TransformerEngine #2476) could not."""
-    budget = testing.Budget(torch.float32)
+    budget = harness.Budget(torch.float32)
     oracle = torch.randn(50, dtype=torch.float64)
     budget.add((oracle * (1 + 1e-5)).float(), oracle.float(), oracle)
     with pytest.raises(AssertionError, match="loss: error"):

@@ -1,11 +1,11 @@
 """Bad input raises before any work, naming the argument, what was expected and what came; and the module."""
 
+import harness
 import pytest
 import torch
 import torch.nn.functional as F
 
 import tlkernels as tlk
-from tlkernels import testing
 
 X, Y = torch.randn(4, 5), torch.tensor([0, 1, 2, 3])
 ERRORS = [
@@ -50,16 +50,16 @@ def test_bad_arguments(function, error, message, args, kwargs):
         function(*args, **kwargs)
 
 
-@pytest.mark.parametrize("target", testing.targets(loss="cross_entropy"), ids=str)
+@pytest.mark.parametrize("target", harness.targets(loss="cross_entropy"), ids=str)
 @pytest.mark.parametrize("bad", [5, -1, 2**40])
 @pytest.mark.parametrize("shape", [(4, 5), (4, 5, 3)], ids=str)
 def test_class_index_out_of_range(target, bad, shape, monkeypatch):
     monkeypatch.setenv("TLKERNELS_CHECK", "1")  # for CUDA's kernels
     x, y = torch.randn(shape, requires_grad=True), torch.zeros(shape[:1] + shape[2:], dtype=torch.long)
     y.view(-1)[2] = bad
-    with testing.forced(target) as impl, pytest.raises(IndexError):
+    with harness.forced(target) as impl, pytest.raises(IndexError):
         tlk.cross_entropy(x, y, impl=impl)
-    with testing.forced(target) as impl, pytest.raises(IndexError):
+    with harness.forced(target) as impl, pytest.raises(IndexError):
         tlk.cross_entropy(x, y, impl=impl, reduction="none")
     assert tlk.cross_entropy(x, y, ignore_index=bad).isfinite()
 
@@ -107,7 +107,7 @@ class TestModule:
         plain = tlk.CrossEntropyLoss()(X, Y)
         for option in ({"ignore_index": 1}, {"reduction": "sum"}, {"label_smoothing": 0.1}, {"temperature": 2.0},
                        {"softcap": 1.0}, {"z_loss": 0.1}, {"weight": torch.rand(5)}):  # fmt: skip
-            for impl in sorted({target.impl for target in testing.targets()}):
+            for impl in sorted({target.impl for target in harness.targets()}):
                 assert not torch.allclose(tlk.CrossEntropyLoss(**option, impl=impl)(X, Y).sum(), plain)
         with pytest.raises(NotImplementedError):
             tlk.CrossEntropyLoss(impl="triton")(X.to("meta"), Y.to("meta"))

@@ -109,7 +109,9 @@ def test_build_info_and_doctor_tell_of_cuda():
 @needs_nvcc
 def test_every_binding_has_a_command_that_fits_torch(setup, tmp_path):
     commands = dict(setup.cuda_commands(tmp_path, ("sm_80",)))
-    assert {built.name for built in commands} == {f"{path.stem}-cuda.o" for path in (ROOT / "csrc/cuda").glob("*.cu")}
+    assert {built.name for built in commands} == {
+        f"{path.parent.name}-{path.stem}.o" for path in (ROOT / "csrc").rglob("*.cu")
+    }
     for built, command in commands.items():
         assert command[0] == nvcc.compiler()
         assert command[-2:] == ["-o", str(built)]
@@ -165,7 +167,7 @@ def test_what_bindings_share_compiles_against_torch(tmp_path):
     stand_in.write_text(STAND_IN)
     source = tmp_path / "binding.cpp"
     source.write_text(
-        f'#include "{ROOT}/csrc/cuda/tensor.h"\n'
+        f'#include "{ROOT}/csrc/core/cuda/tensor.h"\n'
         "void use(const at::Tensor& x, cudaError_t error) {\n"
         "  const tlk::OnDevice device(x);\n"
         '  tlk::check_launch(device.stream() ? error : cudaSuccess, "use");\n'
@@ -183,7 +185,9 @@ def test_what_bindings_share_compiles_against_torch(tmp_path):
 
 @needs_nvcc
 @pytest.mark.full
-@pytest.mark.parametrize("source", sorted((ROOT / "csrc/cuda").glob("*.cu")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "source", sorted((ROOT / "csrc").rglob("*.cu")), ids=lambda path: f"{path.parent.name}-{path.stem}"
+)
 def test_binding_compiles(setup, source, tmp_path, monkeypatch):
     """Whole, by nvcc, with the very command of setup.py; a minute or two each."""
     stand_in = tmp_path / "c10/cuda/impl/cuda_cmake_macros.h"

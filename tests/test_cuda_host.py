@@ -5,8 +5,8 @@ The rest of their tests are those of their losses, whose targets "native-cuda_ho
 
 import os
 import subprocess
-from pathlib import Path
 
+import harness
 import linear_cross_entropy_cases
 import pytest
 import torch
@@ -15,11 +15,10 @@ from linear_cross_entropy_cases import MIXED
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tlkernels as tlk
-from tlkernels import testing
-from tlkernels._core import autograd, library
+from tlkernels._core import autograd, ops
 
-pytestmark = pytest.mark.skipif(not testing.on_cuda_host("cross_entropy"), reason="no compiler, or no checkout")
-TARGET = testing.Target("native", testing.CUDA_HOST)
+pytestmark = pytest.mark.skipif(not harness.on_cuda_host("cross_entropy"), reason="no compiler, or no checkout")
+TARGET = harness.Target("native", harness.CUDA_HOST)
 
 FAULTS = {
     "none": "right",
@@ -45,7 +44,7 @@ FAULTS = {
 
 def compiled(folder, name, *flags):
     """Compile the kernels with faults."""
-    build = testing.cuda_host()
+    build = harness.cuda_host()
     program = folder / name
     sources = [build.HERE / "faults" / "faults.cpp", build.HERE / "fibers.cpp", build.HERE / "cuda_runtime.cpp"]
     command = [os.environ.get("CXX", "c++"), *build.FLAGS, f"-I{build.HERE}", *flags, *map(str, sources), "-o"]
@@ -67,7 +66,7 @@ def test_faults_are_seen(faults, name):
 
 @pytest.fixture(scope="module")
 def sanitized_faults(tmp_path_factory):
-    return compiled(tmp_path_factory.mktemp("faults"), "sanitized", "-Og", *testing.cuda_host().SANITIZE)
+    return compiled(tmp_path_factory.mktemp("faults"), "sanitized", "-Og", *harness.cuda_host().SANITIZE)
 
 
 @pytest.mark.parametrize("name", ["none", "reads_past_the_end", "writes_past_shared_memory"])
@@ -80,7 +79,7 @@ def test_accesses_out_of_range_are_seen(sanitized_faults, name):
 
 def strategy(name):
     """Take no other strategy of cross entropy's table."""
-    return testing.cross_entropy_strategy(name, testing.cuda_host().load())
+    return harness.cross_entropy_strategy(name, harness.cuda_host().load())
 
 
 def check(case, input=None):
@@ -92,13 +91,13 @@ def check(case, input=None):
         ours, eager, oracle = case.functions(target, weight, options, "native")
         value = oracle(made.double())
         upstream = 0.5 + torch.rand(value.shape, generator=torch.Generator().manual_seed(seed))
-        with testing.forced(TARGET):
-            result, grad = testing.gradients(ours, given, upstream)
-        eager_result, eager_grad = testing.gradients(eager, made, upstream)
-        right, right_grad = testing.gradients(oracle, made.double(), upstream.to(result.dtype).double())
+        with harness.forced(TARGET):
+            result, grad = harness.gradients(ours, given, upstream)
+        eager_result, eager_grad = harness.gradients(eager, made, upstream)
+        right, right_grad = harness.gradients(oracle, made.double(), upstream.to(result.dtype).double())
         return [("loss", result, eager_result, right), ("gradient", grad, eager_grad, right_grad)]
 
-    testing.check_budgets(case.dtype, draw, first=1)
+    harness.check_budgets(case.dtype, draw, first=1)
 
 
 @pytest.mark.core
@@ -148,12 +147,12 @@ def test_rows_at_any_address(name, dtype):
 def test_statistics_and_gradient_in_place(name):
     for dtype in (F32, BF16):
         shape = (3, 21, 4) if name.startswith("column") else (3, 101)
-        x = testing.logits(shape, dtype, torch.Generator().manual_seed(0)).contiguous()
+        x = harness.logits(shape, dtype, torch.Generator().manual_seed(0)).contiguous()
         y = torch.randint(0, shape[1], shape[:1] + shape[2:])
         y.view(-1)[1] = -100
         for target in (y, torch.randn(shape).softmax(1)):
             expected = tlk.cross_entropy_stats(x, target, impl="reference")
-            with testing.forced(TARGET), strategy(name):
+            with harness.forced(TARGET), strategy(name):
                 found = tlk.cross_entropy_stats(x, target, impl="native")
                 right = tlk.cross_entropy_stats(x, x.argmax(1), impl="native")
                 leaf = x.clone().requires_grad_()
@@ -175,7 +174,7 @@ def test_class_index_out_of_range_is_nan_in_its_row(name):
         x = torch.randn(shape, requires_grad=True)
         y = torch.ones(shape[:1] + shape[2:], dtype=torch.long)
         y[1] = bad
-        with testing.forced(TARGET), strategy(name):
+        with harness.forced(TARGET), strategy(name):
             loss = tlk.cross_entropy(x, y, torch.rand(shape[1]), reduction="none", impl="native")
             (grad,) = torch.autograd.grad(loss.sum(), x)
         others = torch.tensor([0, 2, 3])
@@ -189,12 +188,12 @@ def test_class_index_out_of_range_is_nan_in_its_row(name):
 def test_bits_of_a_row(name):
     """They do not depend on the other rows, nor on where it lies."""
     shape = (5, 21, 30) if name.startswith("column") else (5, 101)
-    x = testing.logits(shape, F32, torch.Generator().manual_seed(0)).contiguous()
+    x = harness.logits(shape, F32, torch.Generator().manual_seed(0)).contiguous()
     y = torch.randint(0, shape[1], shape[:1] + shape[2:])
 
     def run(x, y):
         leaf = x.clone().requires_grad_()
-        with testing.forced(TARGET), strategy(name):
+        with harness.forced(TARGET), strategy(name):
             loss = tlk.cross_entropy(leaf, y, reduction="none", impl="native")
             return loss.detach(), torch.autograd.grad(loss.sum(), leaf)[0]
 
@@ -207,7 +206,7 @@ def test_bits_of_a_row(name):
 
 def test_a_device_without_clusters(monkeypatch):
     monkeypatch.setenv("TLKERNELS_CUDA_HOST_SM", "80")
-    with strategy("cluster"), testing.forced(TARGET), pytest.raises(RuntimeError, match="not launched"):
+    with strategy("cluster"), harness.forced(TARGET), pytest.raises(RuntimeError, match="not launched"):
         tlk.cross_entropy(torch.randn(2, 50), torch.zeros(2, dtype=torch.long), impl="native")
     check(Case((2, 200_003), BF16))
 
@@ -227,8 +226,8 @@ def test_scale(dtype, factor_dtype):
         expected = values if factor == 1 else (values.to(by.dtype) * by).to(dtype)
         for start, stop in ((0, values.numel()), (1, 1), (1, 4), (3, values.numel() - 2)):
             result = values.clone()
-            with testing.forced(TARGET):
-                library.scale_(result[start:stop], given)
+            with harness.forced(TARGET):
+                ops.scale_(result[start:stop], given)
             outside = torch.ones(values.numel(), dtype=torch.bool)
             outside[start:stop] = False
             assert torch.equal(result[outside].nan_to_num(), values[outside].nan_to_num())
@@ -241,21 +240,21 @@ def test_scale_of_more_than_a_sweep_of_the_grid(dtype):
     n = 2 * 32 * 256 * 2 * (16 // dtype.itemsize) + 777
     values = torch.randn(n).to(dtype)
     result, by = values.clone(), torch.tensor(0.3, dtype=dtype)
-    with testing.forced(TARGET):
-        library.scale_(result[1:-1], by)
+    with harness.forced(TARGET):
+        ops.scale_(result[1:-1], by)
     assert torch.equal(result[1:-1], values[1:-1] * by)
     assert torch.equal(result[[0, -1]], values[[0, -1]])
 
 
 def test_scale_says_what_it_expects():
     values = torch.randn(4)
-    with testing.forced(TARGET):
+    with harness.forced(TARGET):
         with pytest.raises(ValueError, match="factor: expected one number, got shape"):
-            library.scale_(values, torch.ones(2))
+            ops.scale_(values, torch.ones(2))
         with pytest.raises(TypeError, match="expected float64, float32, bfloat16 or float16, got Int"):
-            library.scale_(values, torch.ones((), dtype=torch.int32))
+            ops.scale_(values, torch.ones((), dtype=torch.int32))
         with pytest.raises(ValueError, match="values: expected dense memory, got strides"):
-            library.scale_(values[::2], torch.ones(()))
+            ops.scale_(values[::2], torch.ones(()))
 
 
 @pytest.mark.parametrize("served", [(), ("cuda",)], ids=["without CUDA kernels", "with CUDA kernels"])
@@ -295,7 +294,7 @@ def test_the_backward_on_a_gpu(name, dtype, monkeypatch):
     for needs in ([True] * len(inputs), [False] * (len(inputs) - 1) + [True]):
         leaves = [x.clone().requires_grad_(need) for x, need in zip(inputs, needs, strict=True)]
         wanted = [x for x in leaves if x.requires_grad]
-        with testing.forced(TARGET):
+        with harness.forced(TARGET):
             unscaled = torch.autograd.grad(loss(*leaves), wanted)
             monkeypatch.setattr(autograd, "_ON_DEVICE", ("cpu",))
             value = loss(*leaves)
@@ -338,22 +337,22 @@ def test_linear_cross_entropy_in_chunks(dtype, options, monkeypatch):
 
     def draw(seed):
         arguments = made.make(seed)
-        tensors, put = testing.split(arguments, made.wants_grad)
-        wide, wide_put = testing.split(testing.widened(arguments), made.wants_grad)
+        tensors, put = harness.split(arguments, made.wants_grad)
+        wide, wide_put = harness.split(harness.widened(arguments), made.wants_grad)
 
         def run(function, tensors):
             leaves = [tensor.detach().requires_grad_() for tensor in tensors]
             value = function(*leaves)
             return value.detach(), *torch.autograd.grad(value, leaves, torch.full_like(value, 1.5))
 
-        with testing.forced(TARGET):
+        with harness.forced(TARGET):
             ours = run(lambda *tensors: tlk.linear_cross_entropy(**put(*tensors), impl="native"), tensors)
         pytorch = linear_cross_entropy_cases.LOSS.pytorch
         eager = run(lambda *tensors: pytorch(**put(*tensors)), tensors)
         right = run(lambda *tensors: pytorch(**wide_put(*tensors)), wide)
         return zip(("loss", *made.wants_grad), ours, eager, right, strict=True)
 
-    testing.check_budgets(dtype, draw, first=1)
+    harness.check_budgets(dtype, draw, first=1)
 
 
 @pytest.mark.usefixtures("poisoned_memory")
@@ -362,7 +361,7 @@ def test_linear_cross_entropy_of_no_rows(dtype):
     """There is no chunk that writes the gradients of weight and bias."""
     x, y = torch.empty(0, 5, dtype=dtype, requires_grad=True), torch.empty(0, dtype=torch.long)
     w, b = (torch.randn(7, *features).to(dtype).requires_grad_() for features in ((5,), ()))
-    with testing.forced(TARGET):
+    with harness.forced(TARGET):
         loss = tlk.linear_cross_entropy(x, w, y, linear_bias=b, reduction="sum", impl="native")
         grads = torch.autograd.grad(loss, (x, w, b))
     assert all(torch.equal(grad, torch.zeros_like(grad)) for grad in (loss, *grads))
@@ -370,13 +369,7 @@ def test_linear_cross_entropy_of_no_rows(dtype):
 
 def test_the_cpu_kernels_come_back():
     x, y = torch.randn(3, 50), torch.tensor([0, 1, 60])
-    with testing.forced(TARGET):
+    with harness.forced(TARGET):
         assert tlk.cross_entropy(x, y, impl="native").isnan()
     with pytest.raises(IndexError):
         tlk.cross_entropy(x, y, impl="native")
-
-
-def test_no_cuda_kernels_without_a_checkout(monkeypatch):
-    """The package alone does not offer what needs tests/."""
-    monkeypatch.setattr(testing, "_CUDA_HOST", Path("/nowhere"))
-    assert TARGET not in testing.targets(loss="cross_entropy")

@@ -2,31 +2,31 @@
 
 import math
 
+import harness
 import pytest
 import torch
 import torch.nn.functional as F
 from distillation_cases import BF16, DIVERGENCES, F16, F32, F64, HARD, make, pytorch
 
 import tlkernels as tlk
-from tlkernels import testing
 
 pytestmark = [pytest.mark.core, pytest.mark.usefixtures("poisoned_memory")]
 INF = math.inf
 LINES = [(4, 9), (4, 5000), (2, 66000)]  # less than a vector, several blocks, many
 
 
-@pytest.fixture(params=testing.targets(loss="distillation"), ids=str)
+@pytest.fixture(params=harness.targets(loss="distillation"), ids=str)
 def target(request):
     return request.param
 
 
 @pytest.fixture
 def impl(target):
-    with testing.forced(target) as name:
+    with harness.forced(target) as name:
         yield name
 
 
-NATIVE = [target for target in testing.targets(loss="distillation") if target.impl == "native"]
+NATIVE = [target for target in harness.targets(loss="distillation") if target.impl == "native"]
 
 
 def both(impl, student, teacher, upstream=1.0, **options):
@@ -330,7 +330,7 @@ def test_same_bits_at_any_number_of_threads(shape, divergence):
 def test_a_row_does_not_depend_on_the_others(shape, target):
     """Nor on where it lies: rows of odd length are at every distance from an aligned address."""
     student, teacher = torch.randn(shape), torch.randn(shape)
-    with testing.forced(target):
+    with harness.forced(target):
         loss = tlk.distillation(student, teacher, reduction="none", divergence="js", impl="native")
         for k in range(shape[0]):
             one = tlk.distillation(student[k], teacher[k].clone(), reduction="none", divergence="js", impl="native")
@@ -411,9 +411,9 @@ def test_class_index_out_of_range(impl, bad, hard_weight, reduction, monkeypatch
 
 @pytest.fixture
 def on_cuda_host():
-    if not testing.on_cuda_host("distillation"):
+    if not harness.on_cuda_host("distillation"):
         pytest.skip("CUDA kernels cannot run on this host")
-    with testing.forced(testing.Target("native", testing.CUDA_HOST)):
+    with harness.forced(harness.Target("native", harness.CUDA_HOST)):
         yield
 
 
@@ -448,14 +448,14 @@ class TestCudaOnHost:
             pytest.skip("the largest rows once")
         monkeypatch.setenv("TLKERNELS_CUDA_HOST_SM", str(sm))
         arguments = make((2, classes), dtype, divergence=divergence, **HARD)(0)
-        tensors, put = testing.split(arguments, ("student_logits", "teacher_logits"))
+        tensors, put = harness.split(arguments, ("student_logits", "teacher_logits"))
         results = []
         for loss, given in ((tlk.distillation, tensors), (pytorch, tensors), (pytorch, [x.double() for x in tensors])):
             leaves = [x.detach().requires_grad_() for x in given]
             value = loss(**put(*leaves), **({"impl": "native"} if loss is tlk.distillation else {}))
             results.append((value.detach(), *torch.autograd.grad(value, leaves)))
         for ours, eager, right in zip(*results, strict=True):
-            budget = testing.Budget(dtype)
+            budget = harness.Budget(dtype)
             budget.add(ours, eager, right)
             budget.check(f"{divergence} of {classes} on sm_{sm}")
 
@@ -502,7 +502,7 @@ def test_every_option_reaches_the_module():
     before = tlk.DistillationLoss(**plain)(S, T, target)
     for option in ({"temperature": 2.0}, {"divergence": "tv"}, {"beta": 0.2}, {"hard_weight": 0.1}, {"ignore_index": 1},
                    {"label_smoothing": 0.2}, {"reduction": "sum"}):  # fmt: skip
-        for name in sorted({target.impl for target in testing.targets()}):
+        for name in sorted({target.impl for target in harness.targets()}):
             module = tlk.DistillationLoss(**{**plain, **option}, impl=name)
             assert not torch.allclose(module(S, T, target), before)
             assert str(next(iter(option))) in repr(module)

@@ -2,15 +2,15 @@
 
 from functools import partial
 
+import harness
 import pytest
 import torch
 from battery import LOSSES, Call, draw, gradients, leaves, targets, upstream_of
 
 import tlkernels as tlk
-from tlkernels import testing
 from tlkernels._core import triton
 
-IMPLEMENTATIONS = sorted({target.impl for target in testing.targets()})
+IMPLEMENTATIONS = sorted({target.impl for target in harness.targets()})
 
 
 def over(which=lambda loss, case: True, quick=lambda loss, case: True):
@@ -33,7 +33,7 @@ def over_targets():
         for name, loss in LOSSES.items()
         for target in targets(name)
         for case in loss.cases
-        if not (case.large and target.isa == testing.CUDA_HOST)
+        if not (case.large and target.isa == harness.CUDA_HOST)
     ]
     return pytest.mark.parametrize(("loss", "case", "target"), chosen)
 
@@ -64,7 +64,7 @@ def same(result, expected):
 @over_targets()
 def test_value_and_gradients(loss, case, target):
     interpreted = target.impl == "triton" and triton.INTERPRETED  # which takes its time
-    testing.check_budgets(case.dtype, partial(draw, loss, case, target), first=1 if interpreted else 3)
+    harness.check_budgets(case.dtype, partial(draw, loss, case, target), first=1 if interpreted else 3)
 
 
 @pytest.mark.core
@@ -200,7 +200,7 @@ def test_autocast_gives_float32(loss, case, impl):
         name: value.to(torch.bfloat16) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
         for name, value in case.make(0).items()
     }
-    tensors, put = testing.split(arguments, case.wants_grad)
+    tensors, put = harness.split(arguments, case.wants_grad)
     inputs = leaves(tensors)
     with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
         value = loss.function(**put(*inputs), impl=impl)

@@ -1,12 +1,12 @@
 """What only a GPU shows: no host synchronisation, other streams, CUDA graphs, offsets beyond 2**31, memory."""
 
+import harness
 import pytest
 from battery import CHECKS, LARGE, LOSSES, targets
 
-from tlkernels import testing
 from tlkernels._core import triton
 
-ON_GPU = [(name, target) for name in LOSSES for target in targets(name) if testing.device(target) == "cuda"]
+ON_GPU = [(name, target) for name in LOSSES for target in targets(name) if harness.device(target) == "cuda"]
 
 
 @pytest.fixture(autouse=True)

@@ -46,7 +46,7 @@ def test_every_loss_is_planned_by_every_implementation(plan):
     for kind in ("smoke", "battery"):
         assert {(unit.loss, unit.impl) for unit in plan if unit.kind == kind} == planned
     assert {loss for loss, impl in planned if impl == "triton"} == set(cases.LOSSES)
-    own = {path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu")} & set(cases.LOSSES)
+    own = {path.parent.name for path in (ROOT / "csrc").glob("*/cuda.cu")} & set(cases.LOSSES)
     assert {loss for loss, impl in planned if impl == "native"} == own | {"nt_xent", "sup_con"}
 
 
@@ -70,13 +70,13 @@ def test_a_smoke_run_of_all_comes_first(plan):
 
 
 def test_the_lists_of_kernels_are_those_of_the_sources():
-    table = (ROOT / "csrc" / "cuda" / "cross_entropy_table.h").read_text()
+    table = (ROOT / "csrc" / "cross_entropy" / "cuda_table.h").read_text()
     names = re.findall(r'^    \{"([a-z ]+)", Place::', table, re.MULTILINE)
     assert [*ROW_STRATEGIES, *COLUMN_STRATEGIES] == names
     ways = {name.partition(":")[2] for case in gpu.CASES for name in case.contestants if ":" in name}
     assert ways <= set(names)
     text = "\n".join(
-        path.read_text() for pattern in ("csrc/cuda/*.cu*", "tlkernels/**/*.py") for path in ROOT.glob(pattern)
+        path.read_text() for pattern in ("csrc/**/*.cu*", "tlkernels/**/*.py") for path in ROOT.glob(pattern)
     )
     for name in run.NCU_KERNELS:
         word = name.lstrip("^")

@@ -8,6 +8,7 @@ import threading
 import weakref
 from functools import partial
 
+import harness
 import pytest
 import torch
 from battery import LOSSES
@@ -15,10 +16,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 import tlkernels as tlk
-from tlkernels import testing
 from tlkernels._core import triton
 
-IMPLEMENTATIONS = sorted({target.impl for target in testing.targets()})
+IMPLEMENTATIONS = sorted({target.impl for target in harness.targets()})
 REDUCTIONS = ("none", "mean", "sum")
 
 

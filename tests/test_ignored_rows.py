@@ -8,20 +8,20 @@ from dataclasses import replace
 from functools import partial
 from inspect import signature
 
+import harness
 import pytest
 import torch
 import torch.nn.functional as F
 from battery import LOSSES, Call, gradients, leaves, targets, upstream_of
 
 import tlkernels as tlk
-from tlkernels import testing
 from tlkernels._core import native
 
 pytestmark = [pytest.mark.core, pytest.mark.usefixtures("poisoned_memory")]
 LOST = (math.nan, math.inf, -math.inf)
 FILLS = pytest.mark.parametrize("fill", LOST)
 ROWS = ("input", "student_logits", "teacher_logits", "student_input", "teacher_input")
-IMPLEMENTATIONS = sorted({target.impl for target in testing.targets()})
+IMPLEMENTATIONS = sorted({target.impl for target in harness.targets()})
 
 
 def fill_ignored(loss, arguments, *fills):
@@ -48,7 +48,7 @@ def ignores(case):
     target = arguments.get("target")
     indices = target is not None and not target.is_floating_point()
     tensors = (value for value in arguments.values() if isinstance(value, torch.Tensor))
-    return indices and max(tensor.numel() for tensor in tensors) <= testing.INTERPRETED_ELEMENTS
+    return indices and max(tensor.numel() for tensor in tensors) <= harness.INTERPRETED_ELEMENTS
 
 
 def over(which, each):
@@ -77,7 +77,7 @@ over_small = over(lambda case: case.small, lambda name: IMPLEMENTATIONS)
 
 
 def draw(loss, case, target, seed):
-    with testing.forced(target) as impl:
+    with harness.forced(target) as impl:
         call = Call(loss, filled(loss, case, *LOST[seed % 3 :], *LOST[: seed % 3]), impl, seed)
         value, grads = gradients(call.ours, call.tensors, seed)
     zeros = Call(loss, filled(loss, case, 0), "reference", seed)
@@ -90,7 +90,7 @@ def draw(loss, case, target, seed):
 # Gradients in float16 wait for their upstream; the small cases are in float64.
 @over(lambda case: case.dtype in (torch.float32, torch.float16), kernels)
 def test_value_and_gradients(loss, case, impl):
-    testing.check_budgets(case.dtype, partial(draw, loss, case, impl), first=2)
+    harness.check_budgets(case.dtype, partial(draw, loss, case, impl), first=2)
 
 
 @FILLS
@@ -171,7 +171,7 @@ def test_statistics(impl, fill, shape, name, options):
         return [total.detach(), *torch.autograd.grad(total, tensors)]
 
     function, lse = STATISTICS[name]
-    with testing.forced(impl) as chosen:
+    with harness.forced(impl) as chosen:
         inputs = leaves(tensors)
         output = function(*inputs, target, **options, impl=chosen)
         ours = derivatives(output.loss, output.lse, inputs)
@@ -189,7 +189,7 @@ def test_in_place_and_upstream_of_nan(impl, fill, shape):
         if inplace and impl.impl == "reference":
             continue
         leaf = input.clone().requires_grad_()
-        with testing.forced(impl) as name:
+        with harness.forced(impl) as name:
             loss = tlk.cross_entropy(leaf * 1, target, reduction="none", inplace_grad=inplace, impl=name)
             upstream = torch.ones_like(loss).masked_fill(target == -100, math.nan)
             (grad,) = torch.autograd.grad(loss, leaf, upstream)
@@ -209,7 +209,7 @@ def test_weights_that_are_not_finite(impl, name):
     for weight in ("linear_weight", "student_weight", "teacher_weight"):
         if weight in arguments:
             arguments[weight][0] = math.nan
-    with testing.forced(impl) as chosen:
+    with harness.forced(impl) as chosen:
         grads = torch.autograd.grad(loss.function(**arguments, impl=chosen), features)
     ignored = arguments["target"] == arguments.get("ignore_index", -100)
     for grad in grads:
@@ -240,7 +240,7 @@ def test_all_targets_of_weight_0(impl, linear, reduction, dtype, shape):
         return value.detach(), torch.autograd.grad(value.sum(), x)[0]
 
     function = tlk.linear_cross_entropy if linear else tlk.cross_entropy
-    with testing.forced(impl) as name:
+    with harness.forced(impl) as name:
         ours = run(function, dtype, impl=name)
     pytorch = LOSSES["linear_cross_entropy" if linear else "cross_entropy"].pytorch
     for result, right in zip(ours, run(pytorch, torch.float64), strict=True):

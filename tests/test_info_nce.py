@@ -4,22 +4,22 @@ import math
 import subprocess
 import sys
 
+import harness
 import pytest
 import torch
 import torch.nn.functional as F
 from info_nce_cases import CASES, pytorch
 
 import tlkernels as tlk
-from tlkernels import testing
 from tlkernels.losses.info_nce import ops
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 NAN, INF = math.nan, math.inf
 
 
-@pytest.fixture(params=testing.targets(loss="info_nce"), ids=str)
+@pytest.fixture(params=harness.targets(loss="info_nce"), ids=str)
 def impl(request):
-    with testing.forced(request.param) as name:
+    with harness.forced(request.param) as name:
         yield name
 
 
@@ -129,7 +129,7 @@ def test_scales(impl, scale, symmetric):
     key = F.normalize(query + key, dim=1)
     scale = torch.tensor(scale)
     mask = torch.eye(40).roll(1, 0) > 0
-    budgets = [testing.Budget(torch.float32) for _ in range(4)]
+    budgets = [harness.Budget(torch.float32) for _ in range(4)]
 
     def run(loss, dtype):
         leaves = [t.to(dtype).requires_grad_() for t in (query, key, scale)]
@@ -178,7 +178,7 @@ def test_target_out_of_range(impl, bad):
                 tlk.info_nce(query, key, torch.tensor([0, bad, 1]), reduction=reduction, impl=impl)
 
 
-ON_GPU = [t for t in testing.targets(loss="info_nce") if t.isa in (testing.CUDA_HOST, "cuda") or t.impl == "triton"]
+ON_GPU = [t for t in harness.targets(loss="info_nce") if t.isa in (harness.CUDA_HOST, "cuda") or t.impl == "triton"]
 
 
 @pytest.mark.parametrize("target", ON_GPU, ids=str)
@@ -189,7 +189,7 @@ def test_target_out_of_range_on_a_gpu_gives_nan(target, monkeypatch):
     query, key = pairs(4, 5, 6)
     columns = torch.tensor([1, 2**40 + 1, -100, 5])
     call = query, key, None, torch.tensor(2.0), columns, *(None,) * 3, -1, False, False, False, 0.1
-    with testing.forced(target):
+    with harness.forced(target):
         loss, state = used.forward(*call)
         by_query, by_key, _, by_scale = used.backward(torch.ones_like(loss), state, *call, [True] * 4)
     assert loss.isnan().tolist() == [False, True, True, False]
@@ -211,7 +211,7 @@ def test_strides(impl):
     query, key = pairs(7, 6)
     expected = both(impl, (query, key))[1]
     for layout in ("transposed", "sliced"):
-        leaves = [testing.lay_out(t, layout).requires_grad_() for t in (query, key)]
+        leaves = [harness.lay_out(t, layout).requires_grad_() for t in (query, key)]
         loss = tlk.info_nce(*leaves, impl=impl)
         same([loss.detach(), *torch.autograd.grad(loss, leaves)], expected)
     mask = torch.rand(7, 7) < 0.3
@@ -231,7 +231,7 @@ def test_narrow_rows_of_any_alignment(impl, dtype, features):
         return [loss.detach(), *torch.autograd.grad(loss, leaves)]
 
     expected = run(query, key)
-    views = [[testing.lay_out(t, layout) for t in (query, key)] for layout in ("transposed", "sliced")]
+    views = [[harness.lay_out(t, layout) for t in (query, key)] for layout in ("transposed", "sliced")]
     views.append([torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape) for t in (query, key)])
     for tensors in views:
         torch.testing.assert_close(run(*tensors), expected)
@@ -304,7 +304,7 @@ SCALED = [case for case in CASES if "-symmetric=" in case.id and case.dtype in (
 @pytest.mark.parametrize("case", SCALED, ids=lambda case: case.id)
 def test_gradient_of_the_scale(impl, case):
     """Over many draws: of a single number, a few may all be lucky for eager."""
-    budget = testing.Budget(case.dtype)
+    budget = harness.Budget(case.dtype)
     for seed in range(12):
         arguments = case.make(seed)
 
@@ -314,7 +314,7 @@ def test_gradient_of_the_scale(impl, case):
             return torch.autograd.grad(value, scale)[0]
 
         ours = gradient(lambda **kwargs: tlk.info_nce(**kwargs, impl=impl))
-        budget.add(ours, gradient(pytorch), gradient(pytorch, testing.widened(arguments)))
+        budget.add(ours, gradient(pytorch), gradient(pytorch, harness.widened(arguments)))
     budget.check(case.id)
 
 
@@ -424,7 +424,7 @@ class TestModule:
         plain = tlk.InfoNCELoss()(query, key)
         for option in ({"temperature": 2.0}, {"logit_scale": 2.0}, {"symmetric": True}, {"normalize": True},
                        {"label_smoothing": 0.3}, {"reduction": "sum"}):  # fmt: skip
-            for name in sorted({target.impl for target in testing.targets()}):
+            for name in sorted({target.impl for target in harness.targets()}):
                 assert not torch.allclose(tlk.InfoNCELoss(**option, impl=name)(query, key), plain)
         for option in ({"negatives": torch.randn(2, 4)}, {"mask": torch.rand(6, 6) < 0.5},
                        {"target": torch.tensor([1, 0, 3, 2, 5, 4])}):  # fmt: skip

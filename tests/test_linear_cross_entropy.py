@@ -5,24 +5,24 @@ import math
 import subprocess
 import sys
 
+import harness
 import pytest
 import torch
 import torch.nn.functional as F
 from linear_cross_entropy_cases import LAYER, MIXED, make, pytorch
 
 import tlkernels as tlk
-from tlkernels import testing
 from tlkernels._core import triton
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
-IMPLEMENTATIONS = sorted({target.impl for target in testing.targets()})
+IMPLEMENTATIONS = sorted({target.impl for target in harness.targets()})
 native = pytest.mark.usefixtures("needs_native")
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
-@pytest.fixture(params=testing.targets(loss="linear_cross_entropy"), ids=str)
+@pytest.fixture(params=harness.targets(loss="linear_cross_entropy"), ids=str)
 def impl(request):
-    with testing.forced(request.param) as name:
+    with harness.forced(request.param) as name:
         yield name
 
 
@@ -61,7 +61,7 @@ OPTIONS = [
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("target", ["indices", "probabilities"])
-@pytest.mark.parametrize("options", OPTIONS, ids=testing.words)
+@pytest.mark.parametrize("options", OPTIONS, ids=harness.words)
 def test_the_dense_form_agrees(any_isa, options, target, weighted):
     if target == "probabilities" and options["ignore_index"] >= 0:
         return
@@ -103,13 +103,13 @@ def test_pytorch_samples(impl, dtype, step):
             return tlk.linear_cross_entropy(*args, **kwargs, impl=impl)
 
         values = (run(ours, sample.input, arguments), run(F.linear_cross_entropy, sample.input, arguments),
-                  run(F.linear_cross_entropy, sample.input.double(), testing.widened(arguments)))  # fmt: skip
+                  run(F.linear_cross_entropy, sample.input.double(), harness.widened(arguments)))  # fmt: skip
         shown = {name: "given" if isinstance(value, torch.Tensor) else value for name, value in sample.kwargs.items()}
         which = f"{tuple(sample.input.shape)} {shown}"
         for name, *triple in zip(("loss", "input", "linear_weight"), *values, strict=True):
             yield f"{name} of {which}", *triple
 
-    testing.check_budgets(dtype, draw)
+    harness.check_budgets(dtype, draw)
 
 
 def products(function):
@@ -163,10 +163,10 @@ def test_bfloat16_products_of_either_kind(monkeypatch, gemm, rows, target):
 
     ours = run(tlk.linear_cross_entropy, arguments)
     eager = run(pytorch, arguments)
-    wide = testing.widened(arguments)
+    wide = harness.widened(arguments)
     wide |= {name: wide[name].detach().requires_grad_() for name in LAYER}
     for name, *values in zip(("loss", *LAYER), ours, eager, run(pytorch, wide), strict=True):
-        budgets[name] = testing.Budget(BF16)
+        budgets[name] = harness.Budget(BF16)
         budgets[name].add(*values)
         budgets[name].check(name)
 
@@ -245,8 +245,8 @@ def test_strides(impl):
     strided = dict(arguments)
     strided["input"] = arguments["input"].detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
     strided["linear_weight"] = arguments["linear_weight"].detach().t().contiguous().t().requires_grad_()
-    strided["linear_bias"] = testing.lay_out(arguments["linear_bias"].detach(), "sliced").requires_grad_()
-    strided["target"] = testing.lay_out(arguments["target"], "sliced")
+    strided["linear_bias"] = harness.lay_out(arguments["linear_bias"].detach(), "sliced").requires_grad_()
+    strided["target"] = harness.lay_out(arguments["target"], "sliced")
     loss = tlk.linear_cross_entropy(**strided, impl=impl)
     same(loss, right)
     same(torch.autograd.grad(loss, layer(strided)), expected)
@@ -307,7 +307,7 @@ def test_stats(impl, target, reduction, dtype):
     ours = tlk.linear_cross_entropy_stats(**arguments, impl=impl)
     assert ours.lse.shape == ours.entropy.shape == ours.correct.shape == (2, 3)
     flat = arguments | {"input": arguments["input"].flatten(0, 1), "target": arguments["target"].flatten(0, 1)}
-    right = dense(tlk.cross_entropy_stats, testing.widened(flat))
+    right = dense(tlk.cross_entropy_stats, harness.widened(flat))
     loose = {} if dtype == F64 else {"rtol": 2e-2, "atol": 2e-2}
     for name in ("loss", "lse", "entropy"):
         same(getattr(ours, name).double().flatten(), getattr(right, name).flatten(), **loose)

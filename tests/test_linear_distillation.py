@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 
+import harness
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,20 +13,19 @@ from distillation_cases import BF16, DIVERGENCES, F32, F64, HARD
 from linear_distillation_cases import LAYERS, make, pytorch
 
 import tlkernels as tlk
-from tlkernels import testing
 from tlkernels._core import native
 
 pytestmark = [pytest.mark.core, pytest.mark.usefixtures("poisoned_memory")]
 
 
-@pytest.fixture(params=testing.targets(loss="linear_distillation"), ids=str)
+@pytest.fixture(params=harness.targets(loss="linear_distillation"), ids=str)
 def target(request):
     return request.param
 
 
 @pytest.fixture
 def impl(target):
-    with testing.forced(target) as name:
+    with harness.forced(target) as name:
         yield name
 
 
@@ -46,7 +46,7 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=testing.words)
+@pytest.mark.parametrize("options", OPTIONS, ids=harness.words)
 def test_as_the_dense_form(impl, options):
     """`linear_distillation` is `distillation` of `F.linear`, for every option."""
     arguments = make((2, 5), 37, F64, **options)(0)
@@ -65,7 +65,7 @@ def test_strides(impl):
     arguments = make((6,), 37, F64)(0)
     layouts = {"input": "transposed", "weight": "transposed", "bias": "sliced"}
     strided = {
-        name: testing.lay_out(arguments[name], layouts[name.partition("_")[2]]).requires_grad_() for name in LAYERS
+        name: harness.lay_out(arguments[name], layouts[name.partition("_")[2]]).requires_grad_() for name in LAYERS
     }
     value = tlk.linear_distillation(**{**arguments, **strided}, impl=impl)
     right, *expected = gradients(pytorch, arguments, LAYERS)
@@ -76,8 +76,8 @@ def test_strides(impl):
 
 # Gigabytes of logits, and chunks are the same on every instruction set.
 MANY_CHUNKS = [
-    pytest.param(target, marks=[] if target.isa in (native.isa(), testing.CUDA_HOST) else [pytest.mark.full])
-    for target in testing.targets(loss="linear_distillation")
+    pytest.param(target, marks=[] if target.isa in (native.isa(), harness.CUDA_HOST) else [pytest.mark.full])
+    for target in harness.targets(loss="linear_distillation")
 ]
 
 
@@ -86,17 +86,17 @@ MANY_CHUNKS = [
 def test_many_chunks(impl, target, dtype, monkeypatch):
     """Gradients of weights and biases add up over chunks, in float32 (in bf16: axolotl #1601)."""
     rows, classes = 900 if dtype == BF16 else 600, 60_013  # in float32 279 rows fit
-    if target.isa == testing.CUDA_HOST:
+    if target.isa == harness.CUDA_HOST:
         classes = 13
         monkeypatch.setenv("TLKERNELS_CHUNK_BYTES", str(200 * classes * dtype.itemsize))
     arguments = make((rows,), classes, dtype, depths=(3, 2), temperature=2.0)(0)
-    if testing.too_large(impl, *arguments.values()):
+    if harness.too_large(impl, *arguments.values()):
         pytest.skip("left out by the size rule of the interpreter")
     names = [name for name in LAYERS if name.startswith("student")]
-    budgets = [testing.Budget(dtype) for _ in range(4)]
+    budgets = [harness.Budget(dtype) for _ in range(4)]
     ours = gradients(lambda **a: tlk.linear_distillation(**a, impl=impl), arguments, names)
     eager = gradients(pytorch, arguments, names)
-    right = gradients(pytorch, testing.widened(arguments), names)
+    right = gradients(pytorch, harness.widened(arguments), names)
     for budget, *values in zip(budgets, ours, eager, right, strict=True):
         budget.add(*values)
         budget.check("loss or gradient")
@@ -182,7 +182,7 @@ def test_autocast(impl):
         torch.testing.assert_close(grad, expected, rtol=5e-2, atol=5e-3)
 
 
-@pytest.mark.parametrize("name", sorted({target.impl for target in testing.targets()}))
+@pytest.mark.parametrize("name", sorted({target.impl for target in harness.targets()}))
 def test_compile(name):
     arguments = make((6,), 37, F32)(0)
     weight = arguments.pop("student_weight").requires_grad_()

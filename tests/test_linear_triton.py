@@ -1,5 +1,6 @@
 """Linear losses in Triton: both strategies, the rule that chooses, memory, products made and not made."""
 
+import harness
 import linear_cross_entropy_cases
 import linear_distillation_cases
 import pytest
@@ -7,8 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tlkernels as tlk
-from tlkernels import testing
-from tlkernels._core import linear, triton
+from tlkernels._core import triton
+from tlkernels._core.triton import linear
 
 pytestmark = pytest.mark.skipif(not triton.INTERPRETED or not triton.available(), reason="of Triton's interpreter")
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
@@ -18,7 +19,7 @@ LCE, LD = linear_cross_entropy_cases.LOSS, linear_distillation_cases.LOSS
 def results(function, arguments, names):
     leaves = [arguments[name].detach().requires_grad_() for name in names]
     value = function(**arguments | dict(zip(names, leaves, strict=True)))
-    upstream = (0.5 + torch.rand(value.shape, generator=testing.generator(0))).bfloat16().to(value)
+    upstream = (0.5 + torch.rand(value.shape, generator=harness.generator(0))).bfloat16().to(value)
     return value.detach(), *torch.autograd.grad(value, leaves, upstream)
 
 
@@ -37,15 +38,15 @@ def test_in_chunks(loss, case):
     budgets = {}
     for seed in range(2):
         arguments = case.make(seed)
-        if testing.too_large("triton", *arguments.values()):
+        if harness.too_large("triton", *arguments.values()):
             pytest.skip("left out by the size rule of the interpreter")
         with linear.forced("chunks"):
             assert "in chunks of" in tlk.explain(loss.function, **arguments, impl="triton")
             ours = results(lambda **a: loss.function(**a, impl="triton"), arguments, case.wants_grad)
         eager = results(loss.pytorch, arguments, case.wants_grad)
-        right = results(loss.pytorch, testing.widened(arguments), case.wants_grad)
+        right = results(loss.pytorch, harness.widened(arguments), case.wants_grad)
         for name, *values in zip(("loss", *case.wants_grad), ours, eager, right, strict=True):
-            budgets.setdefault(name, testing.Budget(case.dtype)).add(*values)
+            budgets.setdefault(name, harness.Budget(case.dtype)).add(*values)
     for name, budget in budgets.items():
         budget.check(name)
 
@@ -211,7 +212,7 @@ def test_strides_and_ignored_rows(strategy, ignored):
     """A transposed weight, a sliced input; and a call in which no row counts."""
     arguments = linear_cross_entropy_cases.make((70,), 24, 600, F32, "indices", True, False, {"z_loss": 0.1}, 0)
     arguments["linear_weight"] = arguments["linear_weight"].t().contiguous().t()
-    arguments["input"] = testing.lay_out(arguments["input"], "sliced")
+    arguments["input"] = harness.lay_out(arguments["input"], "sliced")
     if ignored:
         arguments["target"] = torch.full((70,), -100)
     names = ("input", "linear_weight", "linear_bias")
@@ -221,7 +222,7 @@ def test_strides_and_ignored_rows(strategy, ignored):
         assert loss.isnan()
         assert all(not grad.any() for grad in grads)
         return
-    for value, expected in zip((loss, *grads), results(LCE.pytorch, testing.widened(arguments), names), strict=True):
+    for value, expected in zip((loss, *grads), results(LCE.pytorch, harness.widened(arguments), names), strict=True):
         torch.testing.assert_close(value.double(), expected, rtol=1e-4, atol=1e-7)
 
 

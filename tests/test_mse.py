@@ -5,6 +5,7 @@ import subprocess
 import sys
 import warnings
 
+import harness
 import mse_cases
 import pytest
 import rmse_cases
@@ -12,19 +13,18 @@ import torch
 import torch.nn.functional as F
 
 import tlkernels as tlk
-from tlkernels import testing
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
-IMPLEMENTATIONS = sorted({target.impl for target in testing.targets()})
+IMPLEMENTATIONS = sorted({target.impl for target in harness.targets()})
 native = pytest.mark.usefixtures("needs_native")
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 PAIRS = [(tlk.mse, mse_cases.pytorch), (tlk.rmse, rmse_cases.pytorch)]
 both = pytest.mark.parametrize(("ours", "pytorch"), PAIRS, ids=["mse", "rmse"])
 
 
-@pytest.fixture(params=testing.targets(), ids=str)
+@pytest.fixture(params=harness.targets(), ids=str)
 def impl(request):
-    with testing.forced(request.param) as name:
+    with harness.forced(request.param) as name:
         yield name
 
 
@@ -59,7 +59,7 @@ def test_pytorch_samples(impl, dtype):
         results = (run(lambda *t, **options: tlk.mse(*t, impl=impl, **options), *tensors), run(F.mse_loss, *tensors),
                    run(F.mse_loss, *(tensor.double() for tensor in tensors)))  # fmt: skip
         for triple in zip(*results, strict=True):
-            budget = testing.Budget(dtype)
+            budget = harness.Budget(dtype)
             budget.add(*triple)
             budget.check(f"{tuple(sample.input.shape)} {sample.kwargs}")
 

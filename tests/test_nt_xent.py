@@ -1,19 +1,19 @@
 """What is particular to NT-Xent."""
 
+import harness
 import pytest
 import torch
 import torch.nn.functional as F
 from nt_xent_cases import pytorch
 
 import tlkernels as tlk
-from tlkernels import testing
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
-@pytest.fixture(params=testing.targets(loss="info_nce"), ids=str)
+@pytest.fixture(params=harness.targets(loss="info_nce"), ids=str)
 def impl(request):
-    with testing.forced(request.param) as name:
+    with harness.forced(request.param) as name:
         yield name
 
 

@@ -1,5 +1,6 @@
 """Temperature, scale and bias of the contrastive losses: numbers, or tensors of shape () or (1,), as FSDP needs."""
 
+import harness
 import info_nce_cases
 import nt_xent_cases
 import pytest
@@ -8,9 +9,8 @@ import sup_con_cases
 import torch
 
 import tlkernels as tlk
-from tlkernels import testing
 
-IMPLEMENTATIONS = sorted({target.impl for target in testing.targets()})
+IMPLEMENTATIONS = sorted({target.impl for target in harness.targets()})
 LOSSES = {
     "info_nce": (tlk.info_nce, tlk.InfoNCELoss, info_nce_cases.pytorch, {"symmetric": True}, {}),
     "nt_xent": (tlk.nt_xent, tlk.NTXentLoss, nt_xent_cases.pytorch, {}, {}),
@@ -25,7 +25,7 @@ each_argument = pytest.mark.parametrize(("loss", "name"), ARGUMENTS)
 
 
 def tensors(loss):
-    generator = testing.generator(3)
+    generator = harness.generator(3)
     x, y = (torch.randn(6, 4, generator=generator) for _ in range(2))
     return x, torch.tensor([0, 1, 0, 1, 2, 0]) if loss == "sup_con" else y
 

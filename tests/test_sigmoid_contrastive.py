@@ -1,18 +1,18 @@
 """What is particular to the sigmoid contrastive loss."""
 
+import harness
 import pytest
 import torch
 from sigmoid_contrastive_cases import pytorch
 
 import tlkernels as tlk
-from tlkernels import testing
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
-@pytest.fixture(params=testing.targets(), ids=str)
+@pytest.fixture(params=harness.targets(), ids=str)
 def impl(request):
-    with testing.forced(request.param) as name:
+    with harness.forced(request.param) as name:
         yield name
 
 

@@ -1,18 +1,18 @@
 """What is particular to SupCon."""
 
+import harness
 import pytest
 import torch
 from sup_con_cases import pytorch
 
 import tlkernels as tlk
-from tlkernels import testing
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
-@pytest.fixture(params=testing.targets(loss="info_nce"), ids=str)
+@pytest.fixture(params=harness.targets(loss="info_nce"), ids=str)
 def impl(request):
-    with testing.forced(request.param) as name:
+    with harness.forced(request.param) as name:
         yield name
 
 
@@ -63,7 +63,7 @@ def test_two_views_of_each_is_nt_xent(impl):
 @pytest.mark.parametrize("views", [1, 2, 3])
 def test_views_of_each_sample(impl, views, reduction):
     """The convention of the paper's authors: features (batch, views, D), one label for all views of a sample."""
-    generator = testing.generator(views)
+    generator = harness.generator(views)
     features = torch.randn(5, views, 4, generator=generator)
     labels = torch.tensor([3, 0, 3, 1, 0], dtype=torch.uint16)
     rows = torch.cat(features.double().unbind(1)).requires_grad_()  # all first views, then all second ones, ...

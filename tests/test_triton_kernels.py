@@ -5,12 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import harness
 import pytest
 import torch
 import torch.nn.functional as F
 
 import tlkernels as tlk
-from tlkernels import testing
 from tlkernels._core import triton as core
 
 ROOT = Path(__file__).parents[1]
@@ -68,7 +68,7 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "tests/test_every_loss.py"
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_a_gradient_is_scaled_in_place(dtype, upstream_dtype, upstream, monkeypatch):
     """Each program takes several blocks; the upstream is read in its own dtype."""
-    from tlkernels._core import triton_kernels
+    from tlkernels._core.triton import kernels as triton_kernels
 
     monkeypatch.setattr(triton_kernels, "_SCALE_PROGRAMS", 2)
     values, factor = torch.randn(5, 1001).to(dtype), torch.tensor(upstream, dtype=upstream_dtype)
@@ -80,7 +80,7 @@ def test_a_gradient_is_scaled_in_place(dtype, upstream_dtype, upstream, monkeypa
 
 @pytest.mark.parametrize("n", [0, 1, 63, 64, 65, 1000, 5000])
 def test_sums_and_counts(n):
-    from tlkernels._core.triton_kernels import count, sum_of
+    from tlkernels._core.triton.kernels import count, sum_of
 
     values, target, weight = torch.randn(n), torch.randint(-1, 9, (n,)), torch.rand(9)
     total = sum_of(values, torch.empty((), dtype=torch.float64), 0.5, torch.tensor(3.0))
@@ -89,11 +89,11 @@ def test_sums_and_counts(n):
     torch.testing.assert_close(count(target, 9, weight, -1), weight.double()[target[target >= 0]].sum())
 
 
-@pytest.mark.parametrize("layout", testing.LAYOUTS)
+@pytest.mark.parametrize("layout", harness.LAYOUTS)
 def test_in_place_gradients(layout):
     input, target = torch.randn(3, 5, 4, 18), torch.randint(0, 5, (3, 4, 18))
     leaf = input.clone().requires_grad_()
-    overwritten = testing.lay_out(leaf * 1, layout)
+    overwritten = harness.lay_out(leaf * 1, layout)
     (grad,) = torch.autograd.grad(tlk.cross_entropy(overwritten, target, inplace_grad=True, impl="triton"), leaf)
     wide = input.double().requires_grad_()
     (right,) = torch.autograd.grad(F.cross_entropy(wide, target), wide)

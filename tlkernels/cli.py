@@ -86,7 +86,7 @@ def _finetune(arguments: list[str]) -> int:
 def _doctor(arguments: list[str]) -> int:
     if arguments:
         raise UserError(f"doctor takes no options, got {' '.join(arguments)}")
-    from tlkernels.train.doctor import doctor
+    from tlkernels.doctor import doctor
 
     print(doctor())
     return 0

@@ -1,6 +1,6 @@
 // The launchers of cross entropy and of the sums of losses for C, without torch.
-#include "../../csrc/cuda/cross_entropy.cuh"
-#include "../../csrc/cuda/sum.cuh"
+#include "../../csrc/cross_entropy/cuda.cuh"
+#include "../../csrc/core/cuda/sum.cuh"
 
 using namespace tlk;
 

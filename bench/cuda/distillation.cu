@@ -1,5 +1,5 @@
 // The launcher of distillation for C, without torch.
-#include "../../csrc/cuda/distillation.cuh"
+#include "../../csrc/distillation/cuda.cuh"
 
 extern "C" int tlk_distillation(const tlk::DistillationOnDevice* call, int logits, cudaStream_t stream) {
   return int(tlk::distillation(*call, tlk::Scalar(logits), stream));

@@ -1,7 +1,7 @@
 // The launchers of InfoNCE for C, without torch.
-#include "../../csrc/cuda/embeddings.cuh"
-#include "../../csrc/cuda/info_nce.cuh"
-#include "../../csrc/cuda/info_nce_rows.cuh"
+#include "../../csrc/info_nce/cuda_embeddings.cuh"
+#include "../../csrc/info_nce/cuda.cuh"
+#include "../../csrc/info_nce/cuda_rows.cuh"
 
 using namespace tlk;
 using namespace tlk::contrastive;

@@ -1,5 +1,5 @@
 // The launchers of what multiplies gradients by their upstream value for C, without torch.
-#include "../../csrc/cuda/scale.cuh"
+#include "../../csrc/core/cuda/scale.cuh"
 
 using namespace tlk;
 

@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import battery
+import harness
 import torch
 from cross_entropy_cases import STRATEGY_CASES
 
 from scripts.gpu.units import BEGUN, DIED, FAILED, PASSED, REFUSED, Unit
-from tlkernels import testing
 from tlkernels._core import native
 
 Job = tuple[str, Callable[[], None]]
@@ -43,14 +43,14 @@ MOST_SECONDS = 90.0
 """Of one case; with the first of Triton's it compiles some ten kernels beside eleven other processes."""
 
 
-def targets(loss: str) -> list[testing.Target]:
+def targets(loss: str) -> list[harness.Target]:
     """Return what runs the loss on the GPU; PyTorch's own lines among them, as the reference."""
     found = battery.targets(loss)
-    reference = testing.Target("reference")
+    reference = harness.Target("reference")
     if FAKE:
-        native_cpu = [target for target in found if target.impl == "native" and target.isa != testing.CUDA_HOST]
+        native_cpu = [target for target in found if target.impl == "native" and target.isa != harness.CUDA_HOST]
         return [*native_cpu[:1], reference]
-    return [*(target for target in found if testing.device(target) == "cuda"), reference]
+    return [*(target for target in found if harness.device(target) == "cuda"), reference]
 
 
 def plan() -> list[Unit]:
@@ -74,7 +74,7 @@ def jobs(unit: Unit) -> list[Job]:
     """Return the names of a unit's jobs, and the functions that raise where something is wrong."""
     cases = list(battery.LOSSES[unit.loss].cases)[: FAKE_CASES if FAKE else None]
     first_of_dtype = list({case.dtype: case for case in reversed(cases)}.values())
-    target = testing.Target(unit.impl, unit.isa)
+    target = harness.Target(unit.impl, unit.isa)
     if unit.kind == "smoke":
         return [*_values(unit, target, first_of_dtype), *_checks(unit, cases[:1])]
     found = [*_values(unit, target, cases), *_checks(unit, first_of_dtype)]
@@ -84,21 +84,21 @@ def jobs(unit: Unit) -> list[Job]:
     return found[unit.shard :: unit.shards]
 
 
-def _values(unit: Unit, target: testing.Target, cases: list[testing.LossCase]) -> Iterator[Job]:
+def _values(unit: Unit, target: harness.Target, cases: list[harness.LossCase]) -> Iterator[Job]:
     for case in cases:
         yield case.id, partial(_check_values, unit, target, case)
 
 
-def _check_values(unit: Unit, target: testing.Target, case: testing.LossCase) -> None:
+def _check_values(unit: Unit, target: harness.Target, case: harness.LossCase) -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)  # what is allocated and not written is NaN
     try:
         draw = partial(battery.draw, battery.LOSSES[unit.loss], case, target)
-        testing.check_budgets(case.dtype, draw, most=12, first=2)
+        harness.check_budgets(case.dtype, draw, most=12, first=2)
     finally:
         torch.use_deterministic_algorithms(False)
 
 
-def _checks(unit: Unit, cases: list[testing.LossCase]) -> Iterator[Job]:
+def _checks(unit: Unit, cases: list[harness.LossCase]) -> Iterator[Job]:
     checks = {"same bits": battery.CHECKS["same bits"]} if FAKE else battery.CHECKS
     if unit.impl == "reference":  # it is not ours to say what PyTorch waits for
         return
@@ -107,15 +107,15 @@ def _checks(unit: Unit, cases: list[testing.LossCase]) -> Iterator[Job]:
             yield f"{name}: {case.id}", partial(check, battery.LOSSES[unit.loss], case, unit.impl)
 
 
-def _strategies(unit: Unit, target: testing.Target) -> Iterator[Job]:
+def _strategies(unit: Unit, target: harness.Target) -> Iterator[Job]:
     """Every way in which cross entropy's own kernels keep a row; the table takes most of them for large rows alone."""
     if (unit.loss, unit.impl) == ("cross_entropy", "native"):
         for strategy, case in STRATEGY_CASES:
             yield f"{strategy}: {case.id}", partial(_check_strategy, strategy, unit, target, case)
 
 
-def _check_strategy(strategy: str, unit: Unit, target: testing.Target, case: testing.LossCase) -> None:
-    with testing.cross_entropy_strategy(strategy):
+def _check_strategy(strategy: str, unit: Unit, target: harness.Target, case: harness.LossCase) -> None:
+    with harness.cross_entropy_strategy(strategy):
         _check_values(unit, target, case)
 
 
@@ -152,7 +152,7 @@ def run(unit: Unit, skip: int, lines: Path, seconds: float) -> None:
             line |= {"status": status, "error": error, "seconds": round(time.monotonic() - begun, 3)}
             file.write(json.dumps(line) + "\n")
             if status == DIED:
-                os._exit(testing.CONTEXT_LOST)
+                os._exit(harness.CONTEXT_LOST)
 
 
 def attempt(job: Callable[[], None]) -> tuple[str, str]:
@@ -167,7 +167,7 @@ def attempt(job: Callable[[], None]) -> tuple[str, str]:
         return REFUSED, str(error)
     except Exception as error:
         text = "".join(traceback.format_exception(error))[-2500:]
-        return DIED if testing.context_lost(text) else FAILED, text
+        return DIED if harness.context_lost(text) else FAILED, text
     return PASSED, ""
 
 

@@ -9,12 +9,12 @@ import itertools
 import sys
 from collections.abc import Callable
 
+import harness
 import torch
 from cross_entropy_cases import COLUMN_STRATEGIES, ROW_STRATEGIES
 from torch import Tensor
 
 import tlkernels as tlk
-from tlkernels import testing
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 # Rows that begin off 16 bytes are read otherwise; so the logits are a view of wider ones, moved by one number.
@@ -58,7 +58,7 @@ def cross_entropy(impl: str) -> None:
     for strategies, run in ((ROW_STRATEGIES, cross_entropy_of_rows), (COLUMN_STRATEGIES, cross_entropy_of_columns)):
         for name, sizes in strategies.items():
             for classes in sizes[-2:]:
-                with testing.cross_entropy_strategy(name):
+                with harness.cross_entropy_strategy(name):
                     run(impl, classes)
 
 

@@ -1,4 +1,4 @@
-"""Builds csrc/cuda with g++ into a library whose kernels run on the host, and puts its ops in the CPU's place.
+"""Builds the .cu files of csrc with g++ into a library, and lets its ops serve CPU tensors.
 
 The same .cu and .cuh files as on a GPU: this folder has the headers of the toolkit, and those of torch that need it.
 """
@@ -18,12 +18,10 @@ from torch.utils.cpp_extension import include_paths
 
 HERE = Path(__file__).resolve().parent  # of a link: `make sanitize` has one
 ROOT = HERE.parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from csrc import objects  # noqa: E402
 
 CSRC = ROOT / "csrc"
-# Those that belong to the extension module.
-NOT_SHARED = ("module.cpp", "autograd.cpp")
 FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 FLAGS += ["-Wno-maybe-uninitialized", "-DTLK_CUDA_HOST"]  # GCC 12 takes a small vector of torch for uninitialised
 SANITIZE = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g1"]
@@ -31,8 +29,8 @@ SANITIZE = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g1"]
 
 def sources() -> list[Path]:
     """Return the ops on CUDA tensors, what they share with the CPU's, and the host run itself."""
-    shared = [path for path in sorted(CSRC.glob("*.cpp")) if path.name not in NOT_SHARED]
-    return [*sorted((CSRC / "cuda").glob("*.cu")), *shared, *sorted(HERE.glob("*.cpp"))]
+    shared = {*(CSRC / "core").glob("*.cpp"), *CSRC.glob("*/call.cpp")}
+    return [*sorted(CSRC.rglob("*.cu")), *sorted(shared), *sorted(HERE.glob("*.cpp"))]
 
 
 def build() -> Path:
@@ -79,7 +77,7 @@ def ops_on_cpu_tensors() -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    from tlkernels import testing
+    import harness
 
-    if testing.on_cuda_host("cross_entropy"):
+    if harness.on_cuda_host("cross_entropy"):
         build()

@@ -1,4 +1,4 @@
-// In the place of the toolkit's header, for g++: a kernel's threads run as fibers (fibers.h). Only what csrc/cuda uses.
+// In the place of the toolkit's header, for g++: a kernel's threads run as fibers (fibers.h). Only what the CUDA kernels use.
 #pragma once
 #include <math.h>
 #include <stddef.h>

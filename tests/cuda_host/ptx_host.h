@@ -1,4 +1,4 @@
-// csrc/cuda/ptx.cuh in C++. Included by it alone.
+// csrc/core/cuda/ptx.cuh in C++. Included by it alone.
 #pragma once
 #include <cuda_runtime.h>
 

@@ -17,8 +17,8 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import Function, forward_ad
 from torch.utils._pytree import tree_map
 
-from tlkernels._core import library, native, triton
-from tlkernels._core.library import scale_
+from tlkernels._core import native, ops, triton
+from tlkernels._core.ops import scale_
 
 Args = Sequence[Any]
 """The arguments of an op: tensors, None, and numbers."""
@@ -68,7 +68,7 @@ _rules: dict[Any, Rule] = {}
 def differentiable(op: Any, rule: Rule, backward: Any = None) -> None:
     """Register `rule`, whose gradients the op `backward` computes, as the autograd formula of `op`.
 
-    `torch.library.register_autograd` does the same, but takes a third of a millisecond for each op of an import.
+    `torch.ops.register_autograd` does the same, but takes a third of a millisecond for each op of an import.
     """
     _rules[op] = rule
 
@@ -78,9 +78,9 @@ def differentiable(op: Any, rule: Rule, backward: Any = None) -> None:
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 
-    library.implement_autograd(op, kernel)
+    ops.implement_autograd(op, kernel)
     if backward is not None:
-        library.implement_vmap(backward)
+        ops.implement_vmap(backward)
 
 
 class _Differentiable(Function):
@@ -319,7 +319,7 @@ def _by_extension(grad: Tensor, upstream: Tensor) -> Tensor:
 
 
 def _by_triton(grad: Tensor, upstream: Tensor) -> Tensor:
-    from tlkernels._core import triton_kernels
+    from tlkernels._core.triton import kernels as triton_kernels
 
     return triton_kernels.scale_(grad, upstream)
 

@@ -4,7 +4,7 @@
 #include <stdexcept>
 #include <vector>
 
-#include "../../../csrc/cuda/reduce.cuh"
+#include "../../../csrc/core/cuda/reduce.cuh"
 
 using namespace tlk;
 

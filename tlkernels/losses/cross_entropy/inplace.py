@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from tlkernels._core.library import take_memory
+from tlkernels._core.ops import take_memory
 from tlkernels.losses.cross_entropy.second_order import target_gradient
 
 _OVERWRITTEN = (

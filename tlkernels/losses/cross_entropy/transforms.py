@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from tlkernels._core.dtypes import compute_dtype
-from tlkernels._core.library import one_by_one
+from tlkernels._core.ops import one_by_one
 from tlkernels.losses.cross_entropy.call import class_axis
 from tlkernels.losses.cross_entropy.second_order import along_target, directional, target_gradient
 

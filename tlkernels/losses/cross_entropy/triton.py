@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tlkernels._core.dtypes import compute_dtype
 from tlkernels._core.triton import Config, Example, Table, check_classes, launch
-from tlkernels._core.triton_kernels import DTYPES, count, sum_of
+from tlkernels._core.triton.kernels import DTYPES, count, sum_of
 from tlkernels.losses.cross_entropy import triton_kernels as kernels
 
 # By the number of classes, where classes or where positions are next to each other. 2026-11-21, by reasoning and from

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from tlkernels._core.triton_kernels import tanh_and_slope
+from tlkernels._core.triton.kernels import tanh_and_slope
 
 
 @triton.jit

@@ -30,7 +30,7 @@ from tlkernels._core.autograd import (
 )
 from tlkernels._core.dispatch import Implementation
 from tlkernels._core.dtypes import compute_dtype
-from tlkernels._core.library import define
+from tlkernels._core.ops import define
 from tlkernels._core.reduction import reduce
 from tlkernels.losses.distillation import reference
 from tlkernels.losses.distillation.call import Call, Options, rows_that_count

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from tlkernels._core.dtypes import compute_dtype
 from tlkernels._core.triton import Config, Example, Table, check_classes, launch
-from tlkernels._core.triton_kernels import DTYPES, count, sum_of
+from tlkernels._core.triton.kernels import DTYPES, count, sum_of
 from tlkernels.losses.distillation import triton_kernels as kernels
 from tlkernels.losses.distillation.call import DIVERGENCES
 

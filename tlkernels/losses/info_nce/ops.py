@@ -32,7 +32,7 @@ from tlkernels._core.autograd import (
 from tlkernels._core.dispatch import Implementation
 from tlkernels._core.dtypes import compute_dtype
 from tlkernels._core.embeddings import as_tensor
-from tlkernels._core.library import define
+from tlkernels._core.ops import define
 from tlkernels._core.reduction import reduce
 from tlkernels.losses.info_nce import reference
 from tlkernels.losses.info_nce.call import Call, Options

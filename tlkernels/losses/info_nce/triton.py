@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tlkernels._core.dtypes import compute_dtype
 from tlkernels._core.triton import Config, Example, Table, launch
-from tlkernels._core.triton_similarity import (
+from tlkernels._core.triton.similarity import (
     CLAIMS,
     SPILLS,
     TILES,

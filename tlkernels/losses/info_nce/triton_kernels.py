@@ -5,7 +5,7 @@ import math
 import triton
 import triton.language as tl
 
-from tlkernels._core.triton_similarity import similarity_tile
+from tlkernels._core.triton.similarity import similarity_tile
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2))

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tlkernels._core import linear, native, triton
+from tlkernels._core import native, triton
 from tlkernels._core.autograd import (
     Args,
     Needs,
@@ -29,8 +29,9 @@ from tlkernels._core.autograd import (
 )
 from tlkernels._core.dispatch import Implementation
 from tlkernels._core.dtypes import compute_dtype
-from tlkernels._core.library import define
+from tlkernels._core.ops import define
 from tlkernels._core.reduction import reduce
+from tlkernels._core.triton import linear
 from tlkernels.losses.cross_entropy.call import CrossEntropyOutput, Options
 from tlkernels.losses.cross_entropy.ops import OPTIONS
 from tlkernels.losses.linear_cross_entropy import reference

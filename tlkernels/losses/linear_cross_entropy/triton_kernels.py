@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from tlkernels._core.linear_kernels import finite, logits_tile
-from tlkernels._core.triton_kernels import number, tanh_and_slope
+from tlkernels._core.triton.kernels import number, tanh_and_slope
+from tlkernels._core.triton.linear_kernels import finite, logits_tile
 
 _NOWHERE = tl.constexpr(2**31 - 1)
 

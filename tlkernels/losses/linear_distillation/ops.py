@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tlkernels._core import linear, native, triton
+from tlkernels._core import native, triton
 from tlkernels._core.autograd import (
     Args,
     Needs,
@@ -28,8 +28,9 @@ from tlkernels._core.autograd import (
     where_needed,
 )
 from tlkernels._core.dispatch import Implementation
-from tlkernels._core.library import define
+from tlkernels._core.ops import define
 from tlkernels._core.reduction import reduce
+from tlkernels._core.triton import linear
 from tlkernels.losses.distillation.call import Options, rows_that_count
 from tlkernels.losses.distillation.ops import OPTIONS, fake_gradient, fake_rows, refuse_options
 from tlkernels.losses.linear_distillation import reference

@@ -24,10 +24,9 @@ import torch
 import triton
 from torch import Tensor
 
-from tlkernels._core import linear
 from tlkernels._core.dtypes import compute_dtype
-from tlkernels._core.triton import Config, Example, Table, check_classes, launch
-from tlkernels._core.triton_kernels import DTYPES, sum_of
+from tlkernels._core.triton import Config, Example, Table, check_classes, launch, linear
+from tlkernels._core.triton.kernels import DTYPES, sum_of
 from tlkernels.losses.distillation.call import DIVERGENCES, Options, rows_that_count
 from tlkernels.losses.linear_distillation import triton_kernels as kernels
 

@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from tlkernels._core.linear_kernels import finite, logits_tile
-from tlkernels._core.triton_kernels import number
+from tlkernels._core.triton.kernels import number
+from tlkernels._core.triton.linear_kernels import finite, logits_tile
 from tlkernels.losses.distillation.call import DIVERGENCES
 
 # From js on, the loss waits for both normalisers.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tlkernels._core.dtypes import compute_dtype
 from tlkernels._core.triton import Config, Example, Table, launch
-from tlkernels._core.triton_kernels import DTYPES, number, scale_, sum_of
+from tlkernels._core.triton.kernels import DTYPES, number, scale_, sum_of
 
 
 @triton.jit

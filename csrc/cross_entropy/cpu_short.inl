@@ -1,0 +1,182 @@
+// Cross entropy of short rows: the class axis is contiguous and a few vectors long. Row by row, the processor would
+// wait for the logarithm and the division that stand between a row's sum and its gradient; so a batch of rows takes
+// each step together, and those two in one vector.
+#include "cpu_terms.inl"
+
+namespace tlk {
+namespace TLK_ISA {
+
+template <class T, class P, bool kCap>
+struct ShortRows : CallOf<T, P, kCap> {
+  using K = CallOf<T, P, kCap>;
+  using K::c, K::cap, K::cap1, K::coefficients, K::dense, K::ignored, K::join, K::keep, K::kLog2E, K::L, K::log_sum_,
+      K::offset;
+  using K::peak_, K::per_position, K::q_at, K::slope, K::spread, K::to_exp2, K::to_z, K::weight, K::weight_at;
+  using K::write_correct, K::write_loss;
+  using typename K::A;
+  using typename K::Coefficients;
+  using typename K::Target;
+  using typename K::V;
+
+  static constexpr int kVectors = 4;           // the longest row
+  static constexpr int kWidth = kVectors * L;  // of a row in scratch
+  static constexpr int kBatch = L;
+
+  explicit ShortRows(const CrossEntropy& call) : K(call) {}
+
+  struct Batch {
+    int64_t first;  // row
+    int rows;
+    bool skipped[kBatch];  // ignored, and nobody asks for its normaliser
+    A e[kBatch][kWidth], f[kCap ? kBatch : 1][kWidth];
+    A peak[kBatch], sum[kBatch], log_sum[kBatch], inverse[kBatch];
+    Target target[kBatch];
+  };
+
+  const T* x_at(int64_t row) const { return static_cast<const T*>(c.x.data) + offset(c.x, row); }
+  const P* q_at_row(int64_t row) const {
+    return c.indices ? nullptr : static_cast<const P*>(c.probabilities.data) + offset(c.probabilities, row);
+  }
+
+  // Calls body(first class, number of classes: L, or fewer at the end).
+  template <class Body>
+  TLK_INLINE void each(Body body) const {
+    const int classes = int(c.classes);
+    int k = 0;
+    for (; k + L <= classes; k += L) body(k, L);
+    if (k < classes) body(k, classes - k);
+  }
+
+  template <bool kDense>
+  TLK_INLINE void exponentials(Batch& b, int r) const {
+    const int64_t row = b.first + r;
+    const A lowest = -A(__builtin_inf());
+    const T* x = x_at(row);
+    const P* q = q_at_row(row);
+    A peak;
+    if (c.normaliser_given) {
+      peak = peak_[row];
+    } else {
+      V m = set1(lowest);
+      each([&](int k, int n) __attribute__((always_inline)) { m = vmax(load_some(x + k, n, lowest), m); });
+      peak = cap1(reduce_max<A>(m));
+    }
+    V s{}, qs{}, qd{};
+    each([&](int k, int n) __attribute__((always_inline)) {
+      const V f = cap(load_some(x + k, n, A(0))), distance = f - peak;
+      const V e = only<A>(exp2<A>(distance * to_exp2), n);
+      s += e;
+      store(b.e[r] + k, e);
+      if constexpr (kCap) store(b.f[r] + k, f);
+      if constexpr (kDense) {
+        const V at = q_at(q, k, n);
+        qs += only<A>(at, n);
+        qd -= only<A>(at * distance, n);
+      }
+    });
+    b.peak[r] = peak;
+    b.sum[r] = reduce_sum<A>(s);
+    if constexpr (kDense) b.target[r] = {reduce_sum<A>(qs), reduce_sum<A>(qd)};
+  }
+
+  // sum of e * (f - peak), where 0 * -inf = 0
+  A expectation(const Batch& b, int r) const {
+    const T* x = x_at(b.first + r);
+    V sum{};
+    each([&](int k, int n) __attribute__((always_inline)) {
+      const V e = load(b.e[r] + k);
+      sum += e == A(0) ? V{} : e * (cap(load_some(x + k, n, A(0))) - b.peak[r]);
+    });
+    return reduce_sum<A>(sum);
+  }
+
+  // Loss and statistics of a row, and what its gradient is made of.
+  Coefficients finish(Batch& b, int r, A& own_q) const {
+    const int64_t row = b.first + r;
+    const bool counted = !ignored(row);
+    if (peak_ && !c.normaliser_given) peak_[row] = b.peak[r], log_sum_[row] = b.log_sum[r];
+    Target& target = b.target[r];
+    own_q = 0;
+    if (c.indices && counted) {
+      const int64_t y = c.indices[row];
+      own_q = keep * weight_at(y);
+      target.q += own_q;
+      target.q_distance += own_q * (b.peak[r] - cap1(load1(x_at(row) + y)));
+    }
+    write_loss(row, counted, b.peak[r], b.log_sum[r], target);
+    if (c.entropy) static_cast<A*>(c.entropy)[row] = b.log_sum[r] - expectation(b, r) * to_z * b.inverse[r];
+    if (c.correct) write_correct(row, x_at(row), q_at_row(row));
+    return coefficients(row, counted, b.peak[r], b.log_sum[r], b.inverse[r], target.q);
+  }
+
+  template <bool kDense>
+  void gradient(const Batch& b, int r, Coefficients co, A own_q) const {
+    const int64_t row = b.first + r;
+    const P* q = q_at_row(row);
+    T* grad = static_cast<T*>(c.grad.data) + offset(c.grad, row);
+    const V p = set1(co.p), g = set1(co.g), rest = set1(co.rest), constant = set1(spread);
+    each([&](int k, int n) __attribute__((always_inline)) {
+      const V e = load(b.e[r] + k);
+      V d = join(e, kDense ? q_at(q, k, n) : constant, p, g, rest);
+      if constexpr (kCap) d *= slope(load(b.f[r] + k));
+      store_some(grad + k, n, d);
+    });
+    if (!c.indices || ignored(row)) return;
+    const int64_t y = c.indices[row];
+    V own = join(set1(b.e[r][y]), set1(A(own_q + spread * weight_at(y))), p, g, rest);
+    if constexpr (kCap) own *= slope(set1(b.f[r][y]));
+    store1(grad + y, own[0]);
+  }
+
+  void skip(const Batch& b, int r) const {
+    const int64_t row = b.first + r;
+    if (peak_ && !c.normaliser_given) peak_[row] = log_sum_[row] = 0;
+    write_loss(row, false, 0, 0, {});
+    if (!c.grad.data) return;
+    T* grad = static_cast<T*>(c.grad.data) + offset(c.grad, row);
+    each([&](int k, int n) __attribute__((always_inline)) { store_some(grad + k, n, V{}); });
+  }
+
+  void batch(Batch& b) const {
+    for (int r = 0; r < b.rows; ++r) {
+      b.skipped[r] = ignored(b.first + r) && c.skip_ignored && per_position(c.grad_lse, b.first + r) == 0;
+      b.target[r] = {};
+      if (!b.skipped[r]) dense ? exponentials<true>(b, r) : exponentials<false>(b, r);
+    }
+    V log_sum, inverse;
+    if (c.normaliser_given) {
+      log_sum = load_some(log_sum_ + b.first, b.rows, A(0));
+      inverse = exp2<A>(log_sum * -kLog2E);
+    } else {
+      const V sum = load(b.sum);
+      log_sum = log_from_one(sum), inverse = A(1) / sum;
+    }
+    store(b.log_sum, log_sum);
+    store(b.inverse, inverse);
+    const bool per_class = !c.indices || (dense && weight);
+    for (int r = 0; r < b.rows; ++r) {
+      if (b.skipped[r]) {
+        skip(b, r);
+        continue;
+      }
+      A own_q;
+      const Coefficients co = finish(b, r, own_q);
+      if (c.grad.data) per_class ? gradient<true>(b, r, co, own_q) : gradient<false>(b, r, co, own_q);
+    }
+  }
+};
+
+template <class T, class P, bool kCap>
+void short_rows(const CrossEntropy& call, int64_t begin, int64_t end) {
+  using R = ShortRows<T, P, kCap>;
+  const R kernel(call);
+  typename R::Batch b;
+  for (int64_t i = begin; i < end; i += R::kBatch) {
+    b.first = i;
+    b.rows = int(end - i < R::kBatch ? end - i : R::kBatch);
+    kernel.batch(b);
+  }
+}
+
+}  // namespace TLK_ISA
+}  // namespace tlk

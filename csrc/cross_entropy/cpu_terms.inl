@@ -1,0 +1,132 @@
+// What the kernels of cross entropy share: loss, normaliser, statistics and gradient, in any combination, for one
+// instruction set. With f(x) = tanh(x / softcap) (or x), z = f(x) * softcap / T, p = softmax(z):
+//
+//   q_c   = w_c * ((1 - smoothing) * t_c + smoothing / C)      t: probabilities; for a class index y, w_y stands
+//                                                              before its term and w_c before the smoothing's
+//   loss  = sum_c q_c * (lse - z_c) + z_loss * lse^2
+//   dx_c  = (a * p_c - g * q_c) * f'(x_c) / T,                 a = g * (sum_c q_c + 2 * z_loss * lse) + g_lse
+//
+// A row is read from memory once: its later sweeps find it in cache.
+#pragma once
+#include "kernel.h"
+#include "../core/cpu/sweep.h"
+
+namespace tlk {
+namespace TLK_ISA {
+
+template <class T, class P, bool kCap>
+struct CallOf {
+  using A = typename Compute<T>::type;
+  using V = Vec<A>;
+  static constexpr int L = lanes<A>;
+  static constexpr A kLog2E = A(1.4426950408889634074);
+
+  const CrossEntropy& c;
+  const A* weight;
+  const A inv_t, softcap;
+  const A to_z, to_exp2;  // z = f * to_z, exp(z) = 2^(f * to_exp2)
+  const A keep, spread;   // 1 - smoothing; smoothing / C
+  const bool dense;       // q has a term for every class
+  const int inner;        // last axis
+  A* const peak_;
+  A* const log_sum_;
+
+  explicit CallOf(const CrossEntropy& call)
+      : c(call),
+        weight(static_cast<const A*>(call.weight)),
+        inv_t(A(call.inv_temperature)),
+        softcap(A(call.softcap)),
+        to_z(A(call.inv_temperature * (kCap ? call.softcap : 1))),
+        to_exp2(A(call.inv_temperature * (kCap ? call.softcap : 1) * 1.4426950408889634074)),
+        keep(A(1 - call.smoothing)),
+        spread(A(call.smoothing / double(call.classes))),
+        dense(!call.indices || call.smoothing != 0),
+        inner(call.axes - 1),
+        peak_(static_cast<A*>(call.peak)),
+        log_sum_(static_cast<A*>(call.log_sum)) {}
+
+  template <class Pointer>
+  int64_t offset(const Strided<Pointer>& tensor, int64_t row) const {
+    int64_t at = 0;
+    for (int axis = inner; axis > 0; --axis) {
+      at += row % c.size[axis] * tensor.stride[axis];
+      row /= c.size[axis];
+    }
+    return at + row * tensor.stride[0];
+  }
+
+  static A per_position(const PerPosition& value, int64_t row) {
+    return value.data ? static_cast<const A*>(value.data)[row * value.stride] : A(0);
+  }
+
+  TLK_INLINE V cap(V x) const {
+    if constexpr (kCap)
+      return tanh(x / softcap);
+    else
+      return x;
+  }
+  TLK_INLINE A cap1(A x) const { return cap(set1(x))[0]; }
+
+  // T * dz / dx, from f. Near a cap it is small, so f is kept as it is, without the factor that would round it again.
+  static TLK_INLINE V slope(V f) { return (A(1) - f) * (A(1) + f); }
+
+  bool ignored(int64_t row) const { return c.indices && c.indices[row] == c.ignore_index; }
+  TLK_INLINE A weight_at(int64_t k) const { return weight ? weight[k] : A(1); }
+
+  // q_k and what follows it, of contiguous classes, but for a class index's own term
+  TLK_INLINE V q_at(const P* q, int64_t k, int n) const {
+    V v = q ? load_some(q + k, n, A(0)) * keep + spread : set1(spread);
+    return weight ? v * load_some(weight + k, n, A(0)) : v;
+  }
+
+  // What a row's q adds up to, and its product with the distance of the logits from the peak.
+  struct Target {
+    A q = 0, q_distance = 0;
+  };
+
+  void write_loss(int64_t row, bool counted, A peak, A log_sum, Target t) const {
+    if (!c.loss) return;
+    A value = 0;
+    if (counted) {
+      value = t.q_distance * to_z + t.q * log_sum;
+      if (c.z_loss != 0) {
+        A lse = peak * to_z + log_sum;
+        value += A(c.z_loss) * lse * lse;
+      }
+    }
+    static_cast<A*>(c.loss)[row] = value;
+  }
+
+  // dx_c = (g * (e_c * p - q_c) + e_c * rest) * T * dz / dx, e_c = 2^((f_c - peak) * to_exp2). One product against q_c,
+  // so that it cancels where p_c is 1 however the compiler fuses; and not rounded together with the share of z-loss and
+  // lse.
+  struct Coefficients {
+    A p, g, rest;
+  };
+  static TLK_INLINE V join(V e, V q, V p, V g, V rest) { return (e * p - q) * g + e * rest; }
+  Coefficients coefficients(int64_t row, bool counted, A peak, A log_sum, A inv_sum, A q) const {
+    const A g = counted ? per_position(c.grad_loss, row) * inv_t : A(0);
+    A rest = per_position(c.grad_lse, row) * inv_t;
+    if (counted && c.z_loss != 0) rest += g * A(2 * c.z_loss) * (peak * to_z + log_sum);
+    return {q * inv_sum, g, rest * inv_sum};
+  }
+
+  // The first largest element; a NaN counts as the largest, as torch.argmax has it.
+  template <class E>
+  static int64_t argmax(const E* p, int64_t stride, int64_t n) {
+    int64_t best = 0;
+    auto largest = load1(p);
+    for (int64_t k = 1; k < n && largest == largest; ++k) {
+      auto value = load1(p + k * stride);
+      if (value > largest || value != value) best = k, largest = value;
+    }
+    return best;
+  }
+  void write_correct(int64_t row, const T* x, const P* q) const {
+    int64_t truth = c.indices ? c.indices[row] : argmax(q, c.probabilities.class_stride, c.classes);
+    c.correct[row] = !ignored(row) && argmax(x, c.x.class_stride, c.classes) == truth;
+  }
+};
+
+}  // namespace TLK_ISA
+}  // namespace tlk

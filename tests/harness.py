@@ -1,0 +1,358 @@
+"""For tests of losses: implementations and ISAs of this machine, inputs that are able to fail, error budget.
+
+A new loss takes part by giving its eager PyTorch lines, which, run in float64, are also its oracle.
+"""
+
+import ctypes
+import importlib.util
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tlkernels._core import native, triton
+
+CUDA_HOST = "cuda_host"
+"""The CUDA kernels, run on the host in the place of the CPU's (tests/cuda_host of a checkout)."""
+
+_ROOT = Path(__file__).parents[1]
+_CUDA_HOST = _ROOT / "tests" / "cuda_host" / "build.py"
+
+
+class Target(NamedTuple):
+    """An implementation to test, and for `native` the instruction set of the CPU, CUDA_HOST, or "cuda"."""
+
+    impl: str
+    isa: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.impl}-{self.isa}" if self.isa else self.impl
+
+
+def targets(loss: str = "") -> list[Target]:
+    """Return what can run here; with `loss` the kernels of csrc/<loss>/cuda.cu too, on a GPU and on the host."""
+    here = [Target("reference"), *(Target("native", isa) for isa in native.isas())]
+    if on_cuda_host(loss):
+        here.append(Target("native", CUDA_HOST))
+    if _has_kernels(loss) and native.build_info().get("cuda") and torch.cuda.is_available():
+        here.append(Target("native", "cuda"))
+    return [*here, *([Target("triton")] if triton.available() else [])]
+
+
+def device(target: Any) -> str:
+    """Return the type of device that tests of a target, or of the implementation of that name, make their tensors on.
+
+    tests/conftest.py makes it the default device of a test with such a parameter.
+    """
+    if getattr(target, "isa", "") == "cuda":
+        return "cuda"
+    return triton.DEVICE if getattr(target, "impl", target) == "triton" else "cpu"
+
+
+def generator(seed: int) -> torch.Generator:
+    """Return a source of random numbers on the default device."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
+def on_cuda_host(loss: str) -> bool:
+    """Return whether the loss has CUDA kernels and they can run on this host."""
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    here = native.available() and sys.platform == "linux" and compiler is not None and _CUDA_HOST.exists()
+    return here and _has_kernels(loss)
+
+
+def _has_kernels(loss: str) -> bool:
+    return (_ROOT / "csrc" / loss / "cuda.cu").exists()
+
+
+def cuda_host() -> Any:
+    """Return tests/cuda_host/build.py as a module."""
+    name = "tlkernels_cuda_host"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, _CUDA_HOST)
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+INTERPRETED_ELEMENTS = 40_000
+"""The size rule of Triton's interpreter: calls with a larger tensor are left out for it. It takes some 5 ms for a
+program, and two blocks of a kernel on the way to the next behave as two hundred do."""
+
+
+def too_large(impl: str, *arguments: Any) -> bool:
+    """Return whether the size rule leaves out a call with these arguments."""
+    sizes = [argument.numel() for argument in arguments if isinstance(argument, Tensor)]
+    return impl == "triton" and triton.INTERPRETED and max(sizes, default=0) > INTERPRETED_ELEMENTS
+
+
+def mend_interpreter() -> None:
+    """Make Triton's interpreter round to bfloat16 as GPUs do, and take half the time."""
+    import numpy as np
+    from triton import language
+    from triton.language import bfloat16, float32
+    from triton.runtime import interpreter
+
+    original = interpreter._convert_float
+
+    def convert(input: Any, source: Any, target: Any, rounding_mode: Any) -> Any:
+        if (source, target) == (bfloat16, float32):
+            return np.ascontiguousarray(input).view(np.uint16).astype(np.uint32) << 16
+        if (source, target) != (float32, bfloat16):
+            return original(input, source, target, rounding_mode)
+        bits = np.ascontiguousarray(input, np.float32).view(np.uint32)
+        rounded = (bits + (((bits >> 16) & 1) + 0x7FFF)) >> 16
+        return np.where(np.isnan(input), 0x7FC0, rounded).astype(np.uint16)
+
+    interpreter._convert_float = convert  # the original cuts off
+
+    # Each call of a function of a kernel replaces all of triton.language again, which its kernel has done already.
+    replace, replaced = interpreter._patch_lang, set[str]()
+
+    def replace_once(function: Any) -> Any:
+        values = function.__globals__.values()
+        modules = {module.__name__ for module in (language, language.core) if any(value is module for value in values)}
+        if modules and modules <= replaced:
+            return None
+        outermost = not replaced
+        replaced.update(modules)
+        scope = replace(function)
+        if outermost:
+            restore = scope.restore
+
+            def restore_all() -> None:
+                replaced.clear()
+                restore()
+
+            scope.restore = restore_all
+        return scope
+
+    interpreter._patch_lang = replace_once
+
+
+@contextmanager
+def forced(target: Target) -> Iterator[str]:
+    """Force the target's instruction set meanwhile, or the CUDA kernels; gives the name for `impl=`."""
+    if target.isa == CUDA_HOST:
+        with cuda_host().ops_on_cpu_tensors():
+            yield target.impl
+        return
+    before = native.isa()
+    instruction_set = target.isa not in ("", "cuda")
+    if instruction_set:
+        native.force_isa(target.isa)
+    try:
+        yield target.impl
+    finally:
+        if instruction_set:
+            native.force_isa(before)
+
+
+@contextmanager
+def cross_entropy_strategy(name: str, library: Any = None) -> Iterator[None]:
+    """Let cross entropy's CUDA kernels keep rows in one way of csrc/cross_entropy/cuda_table.h alone.
+
+    `library` has the kernels as a ctypes library; the extension's, unless the host run's is given.
+    """
+    library = library or ctypes.CDLL(native.file())
+    force = library.tlk_force_cross_entropy_strategy
+    force(ctypes.c_char_p(name.encode()))
+    try:
+        yield
+    finally:
+        force(ctypes.c_char_p(None))
+
+
+CONTEXT_LOST = 77
+"""The status of a process that ends itself, since after a CUDA error nothing can run in it."""
+
+
+def context_lost(message: str) -> bool:
+    """Return whether an error's message is of one after which the process cannot use its GPU."""
+    words = ("CUDA error", "AcceleratorError", "illegal memory access", "device-side assert")
+    return "out of memory" not in message and any(word in message for word in words)
+
+
+@dataclass(frozen=True)
+class LossCase:
+    """One call of a loss, but for its random numbers."""
+
+    id: str
+    dtype: torch.dtype
+    make: Callable[[int], dict[str, Any]]
+    """Seed -> the arguments by name, options among them, tensors in the dtypes of the call."""
+    wants_grad: tuple[str, ...]
+    """The arguments that get a gradient."""
+    small: bool = False
+    """Small and smooth enough for gradcheck, Hessians and vmap; in float64."""
+    large: bool = False
+    """Millions of logits, too many for CUDA kernels on the host."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss as the battery of tests/test_every_loss.py takes it."""
+
+    function: Callable[..., Tensor]
+    pytorch: Callable[..., Tensor]
+    """The PyTorch lines that it replaces, of the same arguments without `impl`. In float64 they are the oracle."""
+    cases: Sequence[LossCase]
+    module: Callable[[dict[str, Any]], tuple[torch.nn.Module, tuple[Any, ...]]]
+    """The arguments by name -> the module, and the arguments of its forward, that make the same call."""
+    ops: Callable[[], Sequence[tuple[Any, tuple[Any, ...]]]] = tuple
+    """The registered ops, each with arguments for opcheck."""
+    rowwise: bool = True
+    """Whether the bits do not depend on the number of threads."""
+    cuda: str = ""
+    """The name of its file in csrc/cuda, without: the loss's own."""
+
+
+def split(arguments: dict[str, Any], names: Sequence[str]) -> tuple[tuple[Tensor, ...], Callable[..., dict[str, Any]]]:
+    """Return the named arguments, and a function that puts others in their place."""
+
+    def put(*tensors: Tensor) -> dict[str, Any]:
+        return {**arguments, **dict(zip(names, tensors, strict=True))}
+
+    return tuple(arguments[name] for name in names), put
+
+
+def widened(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments with floating-point tensors in float64."""
+    return {
+        name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in arguments.items()
+    }
+
+
+def words(options: dict[str, Any]) -> str:
+    """Return options as an id of a test, a word for each."""
+    return "-".join(f"{name}={value}" for name, value in options.items())
+
+
+LAYOUTS = ("contiguous", "transposed", "sliced", "channels_last")
+
+
+def lay_out(dense: Tensor, layout: str) -> Tensor:
+    """Return the same values with other strides."""
+    if layout == "transposed" and dense.dim() > 1:
+        return dense.transpose(0, 1).contiguous().transpose(0, 1)
+    if layout == "sliced":  # every second element of a larger tensor, at an unaligned start
+        wide = torch.full((*dense.shape[:-1], 2 * dense.shape[-1] + 1), float("nan"), dtype=dense.dtype)
+        wide[..., 1::2] = dense
+        return wide[..., 1::2]
+    if layout == "channels_last" and dense.dim() == 4:
+        return dense.contiguous(memory_format=torch.channels_last)
+    return dense.contiguous()
+
+
+def logits(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator, class_axis: int = 1) -> Tensor:
+    """Return logits with rows of every kind: plain, nearly equal, one far ahead, one far behind, large offset."""
+    axis = min(class_axis, len(shape) - 1)
+    rows = torch.randn(shape, generator=generator, dtype=torch.float64).movedim(axis, -1)
+    flat = rows.reshape(-1, shape[axis]).clone()
+    flat[1::5] *= 1e-3
+    flat[2::5, 0] += 30
+    flat[3::5, -1] -= 40
+    flat[4::5] += 50
+    return (2 * flat).reshape(rows.shape).movedim(-1, axis).to(dtype)
+
+
+class Budget:
+    """The error that an implementation may have: twice eager's in the same dtype, plus one rounding of the result.
+
+    Errors are the largest difference from the oracle over all values of all draws, so that no lucky value of eager's
+    decides. In float64, where eager is the oracle itself, a difference may be 1e-13 of the largest value, or of 1.
+    """
+
+    def __init__(self, dtype: torch.dtype):
+        """For results of `dtype`."""
+        self.dtype = dtype
+        self.ours: list[Tensor] = []
+        self.eager: list[Tensor] = []
+        self.oracle: list[Tensor] = []
+
+    def add(self, ours: Tensor, eager: Tensor, oracle: Tensor) -> None:
+        """Add a draw: what the implementation and eager give for the oracle's float64 values.
+
+        Raises:
+            AssertionError: a NaN or an infinity where the oracle has none, or the reverse; a wrong shape.
+        """
+        assert ours.shape == oracle.shape, f"shape {tuple(ours.shape)}, expected {tuple(oracle.shape)}"
+        ours, eager, oracle = ours.detach().double(), eager.detach().double(), oracle.detach()
+        finite = oracle.isfinite()
+        assert torch.equal(ours[~finite].nan_to_num(7), oracle[~finite].nan_to_num(7)), "NaN or infinity differ"
+        assert bool(ours[finite].isfinite().all()), "NaN or infinity where the oracle is finite"
+        self.ours.append((ours - oracle)[finite])
+        self.eager.append((eager - oracle)[finite].nan_to_num(0))
+        self.oracle.append(oracle[finite])
+
+    def check(self, what: str) -> None:
+        """Raise AssertionError if the implementation's error is over the budget."""
+        error, eagers, allowed = self._errors()
+        assert error <= allowed, f"{what}: error {error:.3g}, eager's {eagers:.3g}, allowed {allowed:.3g}"
+
+    def holds(self) -> bool:
+        """Return whether the implementation's error is within the budget."""
+        error, _, allowed = self._errors()
+        return error <= allowed
+
+    def _errors(self) -> tuple[float, float, float]:
+        """Return the implementation's error, eager's, and what is allowed."""
+        parts = (self.ours, self.eager, self.oracle)
+        error, eagers, scale = (max((float(t.abs().max()) for t in draws if t.numel()), default=0.0) for draws in parts)
+        if self.dtype == torch.float64:
+            return error, eagers, 1e-13 * max(1.0, scale)
+        return error, eagers, 2 * eagers + torch.finfo(self.dtype).eps * scale
+
+
+def check_budgets(
+    dtype: torch.dtype,
+    draw: Callable[[int], Iterable[tuple[str, Tensor, Tensor, Tensor]]],
+    most: int = 30,
+    first: int = 3,
+) -> None:
+    """Raise AssertionError unless every result of a call keeps its budget.
+
+    `draw(seed)` gives a result's name and what the implementation, eager and the oracle have for it. The `first` draws
+    may happen to be eager's luckiest; where they are over the budget, six decide, and then `most`, those among them.
+    """
+    budgets: dict[str, Budget] = {}
+    drawn = 0
+    for enough in (first, max(first, 6), most):
+        for seed in range(drawn, enough):
+            for name, *values in draw(seed):
+                budgets.setdefault(name, Budget(dtype)).add(*values)
+        drawn = enough
+        if all(budget.holds() for budget in budgets.values()):
+            return
+    for name, budget in budgets.items():
+        budget.check(name)
+
+
+def gradients(loss: Callable[[Tensor], Tensor], input: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the loss and the input's gradient for `upstream`, of the loss's shape."""
+    leaf = input.detach().requires_grad_()
+    value = loss(leaf)
+    (grad,) = torch.autograd.grad(value, leaf, upstream.to(value.dtype))
+    return value.detach(), grad
+
+
+def second_gradients(
+    loss: Callable[[Tensor], Tensor], input: Tensor, upstream: Tensor, direction: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the derivatives of <direction, gradient> by the input and by the upstream value."""
+    leaf = input.detach().requires_grad_()
+    value = loss(leaf)
+    factor = upstream.to(value.dtype).requires_grad_()
+    (grad,) = torch.autograd.grad(value, leaf, factor, create_graph=True)
+    by_input, by_upstream = torch.autograd.grad((grad * direction.to(grad.dtype)).sum(), (leaf, factor))
+    return by_input, by_upstream
