@@ -163,7 +163,7 @@ def test_explain_says_that_there_are_no_figures(table):
     table()
     assert reasons(logits(8, 10)) == [
         "cross_entropy(impl='auto'): served by triton",
-        "  native: could serve it; neither measured nor modelled here: Triton comes first",
+        "  native: could serve it; neither measured nor modelled for this call: Triton comes first",
         "  reference: could serve it; triton comes first",
     ]
     assert reasons(logits(8, 10), triton="too old")[1:] == [
@@ -176,11 +176,11 @@ def test_explain_says_that_there_are_no_figures(table):
 def test_explain_says_whether_it_was_measured():
     assert reasons(logits(8, 10))[:2] == [
         "cross_entropy(impl='auto'): served by native",
-        "  triton: could serve it; native was measured to be faster here (2026-01-02: 3 us to 9)",
+        "  triton: could serve it; native is measured to be faster (2026-01-02: 3 us to 9)",
     ]
     assert reasons(logits(200, 100))[:2] == [
         "cross_entropy(impl='auto'): served by triton",
-        "  native: could serve it; triton is expected to be faster here, by model, not measured (2026-01-02: 5 to 6)",
+        "  native: could serve it; triton is expected to be faster by model, not measured (2026-01-02: 5 to 6)",
     ]
 
 

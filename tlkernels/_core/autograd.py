@@ -1,8 +1,8 @@
-"""Autograd that the losses share.
+"""Autograd for all losses.
 
-A loss is an op with a `Rule`, which says how the op is differentiated. `differentiable` registers the rule with the op,
-so that `torch.compile`, `torch.export`, `make_fx`, saved-tensor hooks and tensor subclasses find it there. Plain eager
-autograd has a faster way: `apply` and `one_sweep` attach a node of the extension to the op's result.
+A loss is an op with a `Rule`, its differentiation formula. `differentiable` registers the rule for the op, so that
+`torch.compile`, `torch.export`, `make_fx`, saved-tensor hooks and tensor subclasses use it. Plain eager autograd has a
+faster path: `apply` and `one_sweep` attach a node of the extension to the op's result.
 """
 
 import itertools
@@ -27,39 +27,39 @@ Tensors = Sequence[Tensor | None]
 Scale = Callable[[Tensor, Tensor], Tensor]
 
 _ON_DEVICE = native.served("scale_")
-"""The types of devices on which the extension multiplies gradients by their upstream without reading it on the host."""
+"""Device types on which the extension multiplies gradients by their upstream gradient without a host sync."""
 
 
 class Rule(NamedTuple):
-    """How an op is differentiated by its first arguments.
+    """How to differentiate an op by its first arguments.
 
-    A rule holds no tensor. What it reads comes with `args`, which autograd saves: so versions are checked, hooks are
-    called, and a loss keeps nothing alive once its graph is gone.
+    A rule holds no tensor. Autograd saves the `args` that it reads, so versions are checked, hooks are called, and
+    nothing stays alive after the graph is freed.
     """
 
     inputs: int
-    """How many arguments, the first ones, may need a gradient."""
+    """Number of first arguments that may need a gradient."""
     backward: Callable[[Tensors, Args, Needs], Tensors]
-    """(upstream of each differentiable result, args followed by what is kept, needs) -> a gradient for each input."""
+    """(upstream of each differentiable result, args and the kept results, needs) -> a gradient for each input."""
     reference: Callable[[Args], Tensor | Tensors] | None
-    """The differentiable results in plain PyTorch, for derivatives of gradients; None where `backward` has its own."""
+    """Computes the differentiable results in plain PyTorch, for higher derivatives; None if `backward` is
+    differentiable."""
     results: tuple[int, ...] = (0,)
-    """Which results of the op are differentiable."""
+    """Indices of the op's differentiable results."""
     kept: tuple[int, ...] = ()
-    """Which results the backward reads."""
+    """Indices of the op's results that the backward reads."""
 
 
 class Sweep(NamedTuple):
-    """How a reduced loss is computed along with its gradients. Like a `Rule`, it holds no tensor."""
+    """How to compute a reduced loss along with its gradients. Like a `Rule`, it holds no tensor."""
 
     inputs: int
     step: Callable[[Args, Needs], tuple[Tensor, Tensors]]
-    """(args, needs) -> the loss, and a fresh gradient for each input that needs one."""
+    """(args, needs) -> the loss, and a new gradient for each input that needs one."""
     reference: Callable[[Args], Tensor]
-    """The loss in plain PyTorch."""
+    """Computes the loss, differentiable to any order."""
     by_triton: bool = False
-    """Whether `step` is Triton's. Where the extension has no kernel for the device, Triton's multiplies gradients by
-    their upstream."""
+    """Whether Triton multiplies the gradients by their upstream where the extension has no kernel for the device."""
 
 
 _rules: dict[Any, Rule] = {}
@@ -68,7 +68,7 @@ _rules: dict[Any, Rule] = {}
 def differentiable(op: Any, rule: Rule, backward: Any = None) -> None:
     """Register `rule`, whose gradients the op `backward` computes, as the autograd formula of `op`.
 
-    `torch.ops.register_autograd` does the same, but takes a third of a millisecond for each op of an import.
+    `torch.library.register_autograd` does the same, but adds a third of a millisecond per op to the import time.
     """
     _rules[op] = rule
 
@@ -84,7 +84,7 @@ def differentiable(op: Any, rule: Rule, backward: Any = None) -> None:
 
 
 class _Differentiable(Function):
-    """An op with its rule."""
+    """Calls an op and differentiates it by its rule."""
 
     @staticmethod
     def forward(ctx: Any, op: Any, rule: Rule, *args: Any) -> Any:
@@ -98,20 +98,20 @@ class _Differentiable(Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         rule = ctx.rule
-        # A compiler traces the first derivative alone, and raises itself where another is asked of it.
+        # A compiler traces only the first derivative, and raises an error itself if asked for another.
         create_graph = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         _, _, *needs = ctx.needs_input_grad
-        upstreams = [grads[i] for i in rule.results]
+        upstreams = [grad_outputs[i] for i in rule.results]
         if all(upstream is None for upstream in upstreams):
             return (None,) * (2 + len(needs))
-        found = gradients(rule, upstreams, _saved(ctx), needs[: rule.inputs], create_graph)
-        return None, None, *found, *(None,) * (len(needs) - rule.inputs)
+        grads = gradients(rule, upstreams, _saved(ctx), needs[: rule.inputs], create_graph)
+        return None, None, *grads, *(None,) * (len(needs) - rule.inputs)
 
 
 def _save(ctx: Any, args: Args) -> None:
-    """Save the arguments of an op. Inference tensors, whose versions are not counted, are held as they are."""
+    """Save the arguments of an op. Autograd does not save inference tensors, so `ctx` keeps those."""
     ctx.tracked = [isinstance(arg, Tensor) and not arg.is_inference() for arg in args]
     ctx.save_for_backward(*(arg for arg, tracked in zip(args, ctx.tracked, strict=True) if tracked))
     ctx.rest = [None if tracked else arg for arg, tracked in zip(args, ctx.tracked, strict=True)]
@@ -123,48 +123,49 @@ def _saved(ctx: Any) -> list[Any]:
 
 
 def gradients(rule: Rule | Sweep, upstreams: Tensors, args: Args, needs: Needs, create_graph: bool) -> Tensors:
-    """Return the gradients by the first arguments where needed; differentiable to any order with `create_graph`."""
+    """Return the gradients of the first arguments where needed; differentiable to any order with `create_graph`."""
     if create_graph and rule.reference is not None:
         return differentiate(rule.reference, upstreams, args, needs)
     if create_graph:
         assert isinstance(rule, Rule)
         return rule.backward(upstreams, args, needs)
-    # Past the formulas of the ops that this calls, which Dynamo cannot trace, nor need.
+    # Skips the rules of the ops that this calls: nothing differentiates them, and Dynamo cannot trace the skipping.
     with nullcontext() if torch.compiler.is_compiling() else torch._C._AutoDispatchBelowAutograd():
         if isinstance(rule, Rule):
             return rule.backward(upstreams, args, needs)
-        found = rule.step(args, needs)[1]
+        _, grads = rule.step(args, needs)
     (upstream,) = upstreams
     assert upstream is not None
     scale = _scale(upstream.device.type, rule.by_triton)
-    return [None if grad is None else _scaled(grad, upstream, scale) for grad in where_needed(found, needs)]
+    return [None if grad is None else _scaled(grad, upstream, scale) for grad in where_needed(grads, needs)]
 
 
 def differentiate(
     reference: Callable[[Args], Tensor | Tensors], upstreams: Tensors, args: Args, needs: Needs
 ) -> list[Tensor | None]:
-    """Return the gradients of `reference(args)` by the first arguments where needed, with a graph of their own."""
+    """Return the gradients of `reference(args)` by the first arguments where needed; they have a graph."""
     with torch.enable_grad():
-        # An alias of each, so that a tensor that comes in twice has two gradients.
+        # Aliases, so that a tensor passed as two arguments has two gradients.
         args = [arg.view_as(arg) if i < len(needs) and needs[i] else _trackable(arg) for i, arg in enumerate(args)]
         results = reference(args)
         results = (results,) if isinstance(results, Tensor) else results
         pairs = [(r, u.to(r.dtype)) for r, u in zip(results, upstreams, strict=True) if r is not None and u is not None]
-        wanted = [arg for arg, need in zip(args, needs, strict=False) if need]
-        grads = torch.autograd.grad(
-            [result for result, _ in pairs], wanted, [u for _, u in pairs], create_graph=True, allow_unused=True
+        inputs = [arg for arg, need in zip(args, needs, strict=False) if need]
+        grads = iter(
+            torch.autograd.grad(
+                [result for result, _ in pairs], inputs, [u for _, u in pairs], create_graph=True, allow_unused=True
+            )
         )
-    found = iter(grads)
-    return [next(found) if need else None for need in needs]
+    return [next(grads) if need else None for need in needs]
 
 
 def _trackable(arg: Any) -> Any:
-    """Return a copy of an inference tensor, which PyTorch's own operators do not save."""
+    """Return a copy if `arg` is an inference tensor, which PyTorch's operators cannot save for backward."""
     return arg.clone() if isinstance(arg, Tensor) and arg.is_inference() else arg
 
 
 def in_pytorch(run: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Return an implementation in plain PyTorch as one that takes inference tensors where no gradient is needed."""
+    """Return an implementation in plain PyTorch that also takes inference tensors, where these need no gradient."""
 
     def run_trackable(call: Any) -> Any:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -175,12 +176,12 @@ def in_pytorch(run: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def where_needed(grads: Tensors, needs: Needs) -> list[Tensor | None]:
-    """Return None in place of the gradients that an op has not computed."""
+    """Return None for the gradients that are not needed, which an op has not computed."""
     return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
 
 
 def eager(*args: Any) -> bool:
-    """Return whether the tensors among `args` are just values: no compiler, transform, mode, subclass."""
+    """Return whether `args` hold plain tensors outside of any compiler, transform, tracer and dispatch mode."""
     if (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
@@ -188,7 +189,7 @@ def eager(*args: Any) -> bool:
         or torch._C._get_tracing_state() is not None  # torch.jit.trace
     ):
         return False
-    # all() of a generator takes a microsecond more, which small calls feel.
+    # all() of a generator takes a microsecond longer, which is noticeable in small calls.
     for arg in args:  # noqa: SIM110
         if isinstance(arg, Tensor) and type(arg) not in _PLAIN:
             return False
@@ -196,7 +197,7 @@ def eager(*args: Any) -> bool:
 
 
 def plain(*args: Any) -> bool:
-    """Return whether nothing but plain autograd will ask for derivatives of eager tensors."""
+    """Return whether only plain autograd will differentiate a call with `args`."""
     return (
         eager(*args)
         and forward_ad._current_level < 0
@@ -208,7 +209,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def apply(op: Any, *args: Any) -> Any:
-    """Return the results of `op`, differentiable by its rule."""
+    """Return the results of `op(*args)`, differentiable by its rule."""
     rule = _rules[op]
     if len(rule.results) > 1 or not plain(*args):
         return op(*args)
@@ -216,28 +217,27 @@ def apply(op: Any, *args: Any) -> Any:
         results = op(*args)
     if _needs_grad(args[: rule.inputs]):
         first, *others = (results,) if isinstance(results, Tensor) else results
-        kept = [others[i - 1] for i in rule.kept]
-        first = _attach(first, rule, (*args, *kept), [])
+        first = _attach(first, rule, (*args, *(others[i - 1] for i in rule.kept)), [])
         return first if isinstance(results, Tensor) else (first, *others)
     return results
 
 
 def two_sweeps(loss: Tensor, rule: Rule, *args: Any) -> Tensor:
-    """Return `loss`, computed without autograd, as the result of `args`; only where `plain(*args)`."""
+    """Return `loss`, which was computed without autograd, with `rule` as its backward; requires `plain(*args)`."""
     return _attach(loss, rule, args, []) if _needs_grad(args[: rule.inputs]) else loss
 
 
 def one_sweep(sweep: Sweep, *args: Any, dtype: torch.dtype | None = None) -> Tensor:
-    """Return a 0-d loss whose gradients are computed along with it; only where `plain(*args)`.
+    """Return a 0-d loss, computed along with its gradients; requires `plain(*args)`.
 
-    The first backward hands out the stored gradients, and no copy is kept. A second one computes them again, and one
-    that is to be differentiated (`create_graph=True`) goes through `sweep.reference`.
+    The first backward hands out the stored gradients; no copy is kept. A second backward computes them again. With
+    `create_graph=True`, `sweep.reference` is differentiated.
 
     Args:
         sweep: the loss.
-        args: of the loss.
-        dtype: of the result, where `sweep.step` may give another. A cast outside would be one more node of the graph,
-            and on a GPU one more launch in the backward.
+        args: its arguments.
+        dtype: the dtype of the result. A cast outside of this function would be another node of the graph, and on a
+            GPU another launch in the backward.
     """
     enabled = torch.is_grad_enabled()
     needs = [enabled and arg is not None and arg.requires_grad for arg in args[: sweep.inputs]]
@@ -255,14 +255,14 @@ def _needs_grad(args: Args) -> bool:
 def refuse_native(*tensors: Tensor | None, served: tuple[str, ...] = ("cpu",)) -> str | None:
     """Return why a native implementation cannot serve a call with these tensors, or None.
 
-    `served` are the types of devices that it has kernels for (`native.served`).
+    `served` are the device types that it has kernels for (`native.served`).
     """
     if not native.available():
         return native.why_not()
     for tensor in tensors:
         if tensor is not None and tensor.device.type not in served:
             kinds = " and ".join(kind.upper() for kind in served)
-            return f"it serves {kinds} tensors; there is one on {tensor.device}"
+            return f"supports {kinds} tensors only; got one on {tensor.device}"
     return _refuse_subclasses(*tensors)
 
 
@@ -272,13 +272,13 @@ def refuse_triton(*tensors: Tensor | None) -> str | None:
 
 
 def _refuse_subclasses(*tensors: Tensor | None) -> str | None:
-    """Return why kernels cannot serve these tensors if one is of a kind that has operators of its own, or None."""
+    """Return why kernels cannot serve these tensors if one is a subclass with its own operators, or None."""
     for tensor in tensors:
         if tensor is None or type(tensor) in _PLAIN or isinstance(tensor, _TRACED):
             continue
         kind = type(tensor)
         if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:  # such as DTensor
-            return f"a {kind.__name__} goes through the reference, since it has no rule for the kernels' ops"
+            return f"a {kind.__name__} has no implementation of the kernels' ops; the reference supports it"
     return None
 
 
@@ -288,26 +288,26 @@ _TRACED = (FakeTensor, FunctionalTensor)
 def refuse_transforms() -> str | None:
     """Return why kernels without functorch support cannot serve a call at this moment, or None."""
     if torch._C._are_functorch_transforms_active():
-        return "torch.func transforms go through the reference"
+        return "does not support torch.func transforms; the reference does"
     if forward_ad._current_level >= 0:
-        return "forward-mode derivatives go through the reference"
+        return "does not support forward-mode AD; the reference does"
     return None
 
 
 def _scale(device: str, by_triton: bool) -> Scale:
-    """Return what multiplies a gradient in place by its upstream, on that type of device."""
+    """Return the function that multiplies a gradient in place by its upstream gradient on that device type."""
     if device in _ON_DEVICE:
         return _by_extension
     return _by_triton if by_triton else Tensor.mul_
 
 
 def _scaled(grad: Tensor, upstream: Tensor, scale: Scale) -> Tensor:
-    # A batch of upstream values (is_grads_batched) makes a batch of gradients.
+    # With is_grads_batched, the upstream is a batch of values.
     return scale(grad, upstream) if _one_value(upstream) else grad * upstream
 
 
 def _one_value(upstream: Tensor) -> bool:
-    if torch.compiler.is_compiling():  # of whatever the values will be
+    if torch.compiler.is_compiling():
         return False
     functorch = torch._C._functorch
     return not (functorch.is_batchedtensor(upstream) or functorch.is_legacy_batchedtensor(upstream))
@@ -325,9 +325,9 @@ def _by_triton(grad: Tensor, upstream: Tensor) -> Tensor:
 
 
 def _attach(loss: Tensor, rule: Rule | Sweep, args: Args, grads: Tensors) -> Tensor:
-    """Return `loss` as the result of `args`, as `native.attach` says.
+    """Return `loss` with `rule` as its backward; see `native.attach`.
 
-    The extension's node is faster than one of Python's, but it does not call Triton.
+    The extension's node is faster than a Python one, but it does not call Triton.
     """
     scale = _scale(loss.device.type, isinstance(rule, Sweep) and rule.by_triton)
     if native.available() and scale is not _by_triton:
@@ -338,7 +338,7 @@ def _attach(loss: Tensor, rule: Rule | Sweep, args: Args, grads: Tensors) -> Ten
 
 
 class _Attached(Function):
-    """What `native.attach` does."""
+    """`native.attach` in Python."""
 
     @staticmethod
     def forward(ctx: Any, loss: list[Tensor], grads: Any, scale: Any, rule: Any, *args: Any) -> Tensor:
@@ -350,10 +350,10 @@ class _Attached(Function):
     def backward(ctx: Any, upstream: Tensor) -> Any:
         rule, needs = ctx.rule, ctx.needs_input_grad[4 : 4 + ctx.rule.inputs]
         if ctx.grads and not torch.is_grad_enabled():
-            ready = where_needed(ctx.grads, needs)
+            stored = where_needed(ctx.grads, needs)
             if _one_value(upstream):
                 ctx.grads = []
-            grads = [None if grad is None else _scaled(grad, upstream, ctx.scale) for grad in ready]
+            grads = [None if grad is None else _scaled(grad, upstream, ctx.scale) for grad in stored]
         else:
             grads = list(gradients(rule, [upstream], _saved(ctx), needs, torch.is_grad_enabled()))
         return None, None, None, None, *grads, *(None,) * (len(ctx.rest) - rule.inputs)
@@ -365,9 +365,9 @@ _next = itertools.count()
 
 
 def number_of(rule: Rule | Sweep, rest: list[Any]) -> int:
-    """Return a number for a rule and the arguments that are no tensors, under which `by_number` finds them again.
+    """Return a number for a rule and its arguments that are not tensors; `by_number` returns them.
 
-    Compiled autograd puts the number into its graph, and into the key by which it finds the graph again.
+    Compiled autograd stores the number in its graph and in the key of its cache.
     """
     number = _numbers.setdefault((rule, repr(rest)), next(_next))
     _constants.setdefault(number, (rule, rest))
@@ -375,5 +375,5 @@ def number_of(rule: Rule | Sweep, rest: list[Any]) -> int:
 
 
 def by_number(number: int) -> tuple[Rule | Sweep, list[Any]]:
-    """Return what `number_of` was given."""
+    """Return the rule and arguments with this number."""
     return _constants[number]

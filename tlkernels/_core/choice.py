@@ -1,4 +1,4 @@
-"""Which implementation "auto" tries first on a GPU: the one that was measured, or is expected, to be faster there."""
+"""Which implementation "auto" tries first on a GPU: the one that is faster, as measured or as expected by a model."""
 
 import functools
 from fnmatch import fnmatchcase
@@ -13,7 +13,7 @@ MEASURED, BY_MODEL = "measured", "by model"
 
 
 class Row(NamedTuple):
-    """For calls of these losses that meet every condition, `faster` is the faster implementation."""
+    """`faster` is the faster implementation for calls of these losses that meet every condition."""
 
     losses: tuple[str, ...]
     faster: str
@@ -25,17 +25,17 @@ class Row(NamedTuple):
     architecture: str = "sm_*"
     """A pattern, such as "sm_9*"."""
     dtypes: tuple[torch.dtype, ...] = ()
-    """Of the call's first tensor, of which are the numbers below too; empty for any."""
+    """Dtypes of the call's first tensor, to which the limits below apply too; empty for any."""
     rows: int | None = None
-    """The product of all its sizes but that of the columns, at the most; None for any number."""
+    """The maximum product of all its sizes except the columns; None for any number."""
     columns: int | None = None
-    """Classes or features, at the most; None for any number."""
+    """The maximum number of classes or features; None for any number."""
     nbytes: int | None = None
-    """Of all its elements, at the most; None for any number."""
+    """The maximum size of the tensor in bytes; None for any size."""
     row_bytes_over: int = 0
-    """The row's columns lie together and take more bytes than this; 0 for any row."""
+    """The columns of a row are contiguous and take more bytes than this; 0 for any row."""
     unaligned: bool = False
-    """The row's columns lie together, and not every row begins at a multiple of 16 bytes."""
+    """The columns of a row are contiguous, and some rows do not start at a multiple of 16 bytes."""
 
 
 _LOGITS = ("cross_entropy", "cross_entropy_stats", "distillation")
@@ -67,33 +67,32 @@ TABLE: tuple[Row, ...] = (
     Row(_EMBEDDINGS, "triton", BY_MODEL, "2026-11-26, H200: 65536 x 1024 reaches 0.63 of the library's rate, native "
         "0.54, 65536 x 512 0.52 and 0.43", architecture="sm_9*", dtypes=_BF16),
 )  # fmt: skip
-"""The first row that fits decides. Measured rows stand before those by model; they come from bench/gpu.py, which
-times both implementations. No GPU was at hand so far."""
+"""The first matching row decides. Measured rows come before those by model. bench/gpu.py times both implementations; no
+row here comes from it yet."""
 
 
 def on_gpu(call: Any) -> Tensor | None:
-    """Return the call's first tensor if it is on a GPU."""
+    """Return the first tensor of the call if it is on a GPU."""
     tensor: Tensor = call[0] if isinstance(call[0], Tensor) else call[0][0]
     return tensor if tensor.is_cuda else None
 
 
 def faster(loss: str, tensor: Tensor) -> tuple[str, str]:
-    """Return which implementation to try first for a loss of this tensor on a GPU, and why."""
+    """Return the implementation to try first for a loss of this tensor on a GPU, and the reason."""
     axis = 1 if loss in ("cross_entropy", "cross_entropy_stats") and tensor.dim() > 1 else -1
     for row in _rows(loss, tensor.device, tensor.dtype):
         if _fits(row, tensor, axis):
-            said = "was measured to be faster here" if row.basis == MEASURED else "is expected to be faster here"
-            how = "" if row.basis == MEASURED else ", by model, not measured"
-            return row.faster, f"{row.faster} {said}{how} ({row.figures})"
-    return "triton", "neither measured nor modelled here: Triton comes first"
+            basis = "measured to be faster" if row.basis == MEASURED else "expected to be faster by model, not measured"
+            return row.faster, f"{row.faster} is {basis} ({row.figures})"
+    return "triton", "neither measured nor modelled for this call: Triton comes first"
 
 
 def _rows(loss: str, device: torch.device, dtype: torch.dtype) -> tuple[Row, ...]:
     return _rows_at(loss, triton.architecture(device), dtype)
 
 
-# torch.compile calls it instead of tracing it. This is what torch.compiler.assume_constant_result does, without the
-# import of the compiler.
+# torch.compile calls it instead of tracing it. torch.compiler.assume_constant_result does the same, but imports the
+# compiler.
 _rows._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -119,9 +118,9 @@ def _fits(row: Row, tensor: Tensor, axis: int) -> bool:
 
 
 def _unaligned(tensor: Tensor, axis: int) -> bool:
-    """Return whether some of the rows along this axis begin elsewhere than at a multiple of 16 bytes."""
+    """Return whether some rows along this axis do not start at a multiple of 16 bytes."""
     others = (k for k in range(tensor.dim()) if k != axis % tensor.dim() and tensor.shape[k] > 1)
     places: list[int | torch.SymInt] = [tensor.stride(k) for k in others]
-    if not torch.compiler.is_compiling():  # which cannot trace it
+    if not torch.compiler.is_compiling():  # Dynamo does not trace storage_offset
         places.append(tensor.storage_offset())
     return any(place * tensor.element_size() % 16 for place in places)

@@ -1,4 +1,4 @@
-"""What losses on pairs of embeddings have in common: checks of the tensors, and the scale of the logits."""
+"""Losses on pairs of embeddings: validation of the tensors, and the scale of the logits."""
 
 import math
 from typing import Any
@@ -11,9 +11,9 @@ from tlkernels._core.options import number
 
 
 def check_embeddings(name: str, tensor: Tensor, first: tuple[str, Tensor] | None = None, shape: str = "(N, D)") -> None:
-    """Raise TypeError or ValueError unless `tensor` is a floating-point matrix that fits to the `first` one of a call.
+    """Raise TypeError or ValueError unless `tensor` is a floating-point matrix that matches the `first` one of a call.
 
-    `shape` says what is expected, and by its commas how many axes. Different dtypes fit under autocast only.
+    `shape` is the expected shape for the message; its commas tell the number of axes. Dtypes may differ under autocast.
     """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
@@ -30,16 +30,16 @@ def check_embeddings(name: str, tensor: Tensor, first: tuple[str, Tensor] | None
     if tensor.device != like.device:
         raise ValueError(f"{name}: expected it on {other}'s device {like.device}, got {tensor.device}")
     if tensor.shape[-1] != like.shape[-1]:
-        raise ValueError(f"{name}: expected {like.shape[-1]} features as {other} has, got shape {tuple(tensor.shape)}")
+        raise ValueError(f"{name}: expected {like.shape[-1]} features as in {other}, got shape {tuple(tensor.shape)}")
 
 
 def scalar(name: str, value: Any, device: torch.device) -> float | Tensor:
     """Return a finite number as a float, or a floating-point tensor of shape () or (1,) as a 0-d tensor.
 
-    Autograd sees the reshape, so the gradient has the shape of the tensor that was given.
+    The reshape is differentiable, so the gradient has the shape of `value`.
 
     Raises:
-        TypeError, ValueError: another kind of value or shape.
+        TypeError, ValueError: `value` has another type or shape.
     """
     if not isinstance(value, Tensor):
         try:
@@ -63,9 +63,9 @@ def scalar(name: str, value: Any, device: torch.device) -> float | Tensor:
 def resolve_scale(
     temperature: float | Tensor | None, logit_scale: float | Tensor | None, device: torch.device
 ) -> float | Tensor:
-    """Return the factor of the similarities, differentiable by whichever argument is given; 1 without either."""
+    """Return the factor of the similarities, differentiable by the given argument; 1 if both are None."""
     if temperature is not None and logit_scale is not None:
-        raise ValueError("temperature, logit_scale: expected at most one of them, since each is 1 over the other")
+        raise ValueError("temperature, logit_scale: expected at most one of them, since one is 1 / the other")
     if logit_scale is not None:
         return scalar("logit_scale", logit_scale, device)
     if temperature is None:
@@ -79,12 +79,12 @@ def resolve_scale(
 
 
 def numbers(count: int, like: Tensor) -> Tensor:
-    """Return 0, 1, ..., count - 1 beside a tensor, of its kind: operators do not mix a DTensor with others."""
+    """Return 0, 1, ..., count - 1 on the device of `like`; a DTensor if `like` is one, since operators mix no types."""
     if type(like) in (Tensor, torch.nn.Parameter):
         return torch.arange(count, device=like.device)
     return like.new_ones((count,), dtype=torch.int64).cumsum(0) - 1
 
 
 def as_tensor(value: float | Tensor, device: torch.device) -> Tensor:
-    """Return a number as a 0-d tensor, which ops take."""
+    """Return a number as a 0-d tensor, for ops."""
     return value if isinstance(value, Tensor) else torch.full((), value, dtype=torch.float64, device=device)

@@ -1,4 +1,4 @@
-"""Tensors of all ranks of a torch.distributed process group, differentiable to any order.
+"""Collectives of a torch.distributed process group that are differentiable to any order.
 
 Let W ranks hold equal shares of a batch, and rank r the loss L_r of its own rows against the keys of all ranks, where
 the loss of the whole batch is L = sum_r L_r / W. With k_r the keys that rank r computed from the parameters w,
@@ -6,8 +6,8 @@ the loss of the whole batch is L = sum_r L_r / W. With k_r the keys that rank r 
     dL/dw = 1/W sum_s dL_s/dw = 1/W sum_s (dL_s/dw directly + sum_r dL_s/dk_r dk_r/dw)
           = 1/W sum_r (dL_r/dw directly + (sum_s dL_s/dk_r) dk_r/dw).
 
-The inner sum over s is what the backward of `gather` gives to rank r; the outer mean is what data parallelism does with
-the gradients of parameters. Without that sum rank r would lack what its keys do to the other ranks' losses.
+The backward of `gather` gives rank r the inner sum over s; data parallelism takes the outer mean of the gradients of
+parameters. Without the inner sum, rank r would miss the effect of its keys on the losses of the other ranks.
 """
 
 from typing import Any, NamedTuple
@@ -19,14 +19,14 @@ from torch.autograd import Function
 
 
 class SavedGroup(NamedTuple):
-    """The process group of a pickled module, for a process that loads the module before it has the group."""
+    """The process group of a pickled module, in a process that loads the module before it creates the group."""
 
     ranks: list[int] | None
     """Global ranks in the group's order; None for the default group, whatever its size."""
     name: str
 
     def find(self) -> Any:
-        """Return this process's group of these ranks; if there are several, the one with this name if possible.
+        """Return this process's group of these ranks; of several, the one with this name if there is one.
 
         Raises:
             ValueError: this process has no such group.
@@ -47,10 +47,10 @@ class SavedGroup(NamedTuple):
 
 
 def check_group(group: Any) -> Any:
-    """Return `group`, or the group that a `SavedGroup` stands for.
+    """Return `group`, or for a `SavedGroup` the process group that it names.
 
     Raises:
-        TypeError, ValueError: it is neither None nor a process group that this process is in.
+        TypeError, ValueError: it is neither None nor a process group that includes this process.
     """
     if isinstance(group, SavedGroup):
         group = group.find()
@@ -59,7 +59,7 @@ def check_group(group: Any) -> Any:
     if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"group: expected a torch.distributed.ProcessGroup or None, got {type(group).__name__}")
     if dist.get_rank(group) < 0:
-        raise ValueError("group: expected a process group that this process belongs to")
+        raise ValueError("group: expected a process group that includes this process")
     return group
 
 
@@ -85,7 +85,7 @@ def check_equal_shares(group: Any, **tensors: Tensor | None) -> None:
 
 
 def gather(tensor: Tensor, group: Any) -> Tensor:
-    """Return the tensors of all ranks, one after the other along the first axis."""
+    """Return the tensors of all ranks, concatenated along the first axis."""
     gathered: Tensor = _Gather.apply(tensor, group)  # type: ignore[no-untyped-call]
     return gathered
 
@@ -102,11 +102,11 @@ class _Gather(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return _SumOfMine.apply(grad, ctx.group), None  # type: ignore[no-untyped-call]
+        return _ReduceScatter.apply(grad, ctx.group), None  # type: ignore[no-untyped-call]
 
 
-class _SumOfMine(Function):
-    """The sum over ranks of the part of `gathered` that is this rank's; the transpose of `_Gather`."""
+class _ReduceScatter(Function):
+    """The sum over ranks of this rank's part of `gathered`; the transpose of `_Gather`."""
 
     @staticmethod
     def forward(ctx: Any, gathered: Tensor, group: Any) -> Tensor:
@@ -122,7 +122,7 @@ class _SumOfMine(Function):
 
 
 def exchange(rows: Tensor, group: Any) -> Tensor:
-    """Return this rank's columns of the bool matrix whose rows the ranks hold, as its rows: a transpose over ranks."""
+    """Transpose over ranks: each rank passes rows of a bool matrix and gets as many of its columns, as rows."""
     ranks = dist.get_world_size(group)
     parts = rows.to(torch.uint8).unflatten(1, (ranks, -1)).movedim(1, 0).contiguous()  # each rank's columns
     received = torch.empty_like(parts)

@@ -1,4 +1,4 @@
-"""The base of all loss modules: options are attributes, and a process group survives copying and pickling."""
+"""The base class of loss modules: options are attributes; copies and pickles of a module support process groups."""
 
 import inspect
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from tlkernels._core.group import SavedGroup
 
 
 class LossModule(torch.nn.Module):
-    """A loss function as a module. Its options are attributes, which the function checks at each forward.
+    """A loss function as a module. Its options are attributes, which the function validates in each forward.
 
     The options of `class SomeLoss(LossModule, function=some_loss)` are the arguments that `__init__` and the function
     share; `__init__` sets an attribute of the same name for each.
@@ -32,7 +32,7 @@ class LossModule(torch.nn.Module):
         super().__setattr__(name, value.item() if isinstance(value, numpy.generic) else value)
 
     def _options(self) -> dict[str, Any]:
-        """Return the options as they are now."""
+        """Return the current options."""
         return {name: getattr(self, name) for name in self._names}
 
     def extra_repr(self) -> str:
@@ -60,7 +60,7 @@ def refuse_deprecated(size_average: object, reduce: object) -> None:
 
 
 class _Shared:
-    """A process group in a module's state: a copy of the module shares it, a pickle holds a `SavedGroup`."""
+    """A process group in a module's state: a copy of the module shares it, a pickle stores a `SavedGroup`."""
 
     def __init__(self, group: Any) -> None:
         self.group = group
@@ -73,12 +73,12 @@ class _Shared:
         try:
             ranks = None if group is dist.group.WORLD else dist.get_process_group_ranks(group)
         except KeyError:
-            raise ValueError("group: expected a process group that is not destroyed, to pickle the module") from None
+            raise ValueError("group: expected a process group that is not destroyed; it cannot be pickled") from None
         return _load, (ranks, group.group_name)
 
 
 def _load(ranks: list[int] | None, name: str) -> Any:
-    """Return the group, or while this process does not have it, what looks for it at each forward."""
+    """Return the group, or if this process does not have it yet, a `SavedGroup` that each forward resolves."""
     saved = SavedGroup(ranks, name)
     try:
         return saved.find()

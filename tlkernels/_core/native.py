@@ -1,4 +1,7 @@
-"""The C++ extension: whether it is here and for this torch, and which instruction set it uses."""
+"""The C++ extension: whether it is installed for this torch, and which instruction set it uses.
+
+Environment: TLKERNELS_ISA chooses the instruction set when the package is imported: "avx512", "avx2" or "baseline".
+"""
 
 import importlib
 import importlib.machinery
@@ -21,26 +24,26 @@ _REMEDY = (
 
 
 def _load() -> tuple[ModuleType | None, str]:
-    # In this package alone: an editable install adds a finder that knows another checkout's too.
+    # Searches only this package: an editable install adds a finder that may return another checkout's.
     found = importlib.machinery.PathFinder.find_spec("tlkernels._C", [str(Path(__file__).parents[1])])
     if found is None or found.origin is None:
         return None, f"the extension tlkernels._C does not load (none is installed for this Python); {_REMEDY}"
-    built_for, here = _torch_of(found.origin), str(torch.__version__)
-    if built_for == here:
+    built_for = _torch_of(found.origin)
+    if built_for == str(torch.__version__):
         try:
             return importlib.import_module("tlkernels._C"), ""
         except ImportError as error:
             why = " ".join(str(error).split())
     else:
-        why = f"it was built for torch {built_for}, this is torch {here}"
+        why = f"it was built for torch {built_for}, this is torch {torch.__version__}"
     reason = f"the extension tlkernels._C does not load ({why}); {_REMEDY}"
-    # No line of code is behind it, so it is one line.
+    # No line of the user's code causes it, so the warning names none.
     warnings.warn_explicit(f"{reason}; until then impl='native' raises", RuntimeWarning, "tlkernels", 0)
     return None, reason
 
 
 def _torch_of(file: str) -> str:
-    """Return the version of torch that an extension was built for, without loading it: csrc/module.cpp."""
+    """Return the version of torch that an extension was built for, without loading it (see csrc/module.cpp)."""
     with open(file, "rb") as extension:
         found = re.search(rb"\0tlkernels\0\0\0([^\0]+)\0", extension.read(1 << 16))
     return found[1].decode() if found else "of unknown version"
@@ -71,13 +74,13 @@ def file() -> str:
 
 
 def served(op: str) -> tuple[str, ...]:
-    """Return the types of devices for whose tensors the extension has `tlkernels::<op>`: "cpu" and "cuda"."""
+    """Return the device types, of "cpu" and "cuda", for which the extension implements `tlkernels::<op>`."""
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     return tuple(key.lower() for key in ("CPU", "CUDA") if _extension and has(f"tlkernels::{op}", key))
 
 
 def isas() -> tuple[str, ...]:
-    """Return the instruction sets that this machine can run, best first; empty without the extension."""
+    """Return the instruction sets that this machine supports, best first; empty without the extension."""
     return tuple(_extension.isa_list()) if _extension else ()
 
 
@@ -90,24 +93,24 @@ def force_isa(name: str) -> None:
     """Use instruction set `name` from the next call on.
 
     Raises:
-        ValueError: the name is unknown or this machine cannot run it; the message names the choices.
+        ValueError: the name is unknown or this machine does not support it; the message names the choices.
         RuntimeError: the extension is not loaded.
     """
     _loaded().isa_force(name)
 
 
 def attach(loss: Tensor, rule: Any, args: Sequence[Any], grads: Sequence[Tensor | None], on_device: bool) -> None:
-    """Make `loss` the result of `args` in autograd's graph. For `_core/autograd.py`.
+    """Make `loss` a function of `args` in autograd's graph, with `rule` as its backward. For `_core/autograd.py`.
 
-    `grads` are the gradients for an upstream of 1, one for each of the rule's inputs, or empty. Where they are gone, or
-    are to be differentiated, `_core.autograd.gradients` computes them. `on_device` has `tlkernels::scale_` multiply
-    them, so that the host does not read the upstream.
+    `grads` are the gradients for an upstream of 1, one for each of the rule's inputs, or empty. After their use, or
+    with `create_graph=True`, `_core.autograd.gradients` computes them. With `on_device`, `tlkernels::scale_` multiplies
+    them by the upstream, which needs no host sync.
     """
     _loaded().attach(loss, rule, args, grads, on_device)
 
 
 def build_info() -> dict[str, str]:
-    """Return what the extension was built with; empty without it."""
+    """Return the extension's compiler, versions and options; empty without the extension."""
     return dict(_extension.build_info()) if _extension else {}
 
 

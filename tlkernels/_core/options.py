@@ -1,4 +1,4 @@
-"""Options as plain Python numbers: kernels and compiled graphs see no numpy scalars and no tensors."""
+"""Conversion of options to Python numbers, since kernels and compiled graphs take no numpy scalars and no tensors."""
 
 import operator
 from numbers import Real
@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 def integer(name: str, value: Any) -> int:
-    """Return `value` as an int if PyTorch's functions take it as one: anything with `__index__` except a bool.
+    """Return `value` as an int, as PyTorch's functions do: anything with `__index__` except a bool.
 
     Raises:
-        TypeError: another kind of value.
+        TypeError: `value` has another type.
         ValueError: it does not fit into 64 bits.
     """
     if type(value) is not int:
@@ -24,17 +24,17 @@ def integer(name: str, value: Any) -> int:
         except TypeError:
             raise TypeError(f"{name}: expected an int, got {type(value).__name__}") from None
     if not -(2**63) <= value < 2**63:
-        raise ValueError(f"{name}: expected an integer of 64 bits, got {value}")
+        raise ValueError(f"{name}: expected a 64-bit integer, got {value}")
     return int(value)
 
 
 def number(name: str, value: Any) -> float:
-    """Return `value` as a float if it is a real number of Python or numpy, or a 0-d tensor that needs no gradient.
+    """Return `value` as a float: a real number of Python or numpy but no bool, or a 0-d tensor without a gradient.
 
-    A bool is refused. A tensor on a GPU is read by the host, as PyTorch's functions do.
+    A tensor on a GPU costs a host sync, as in PyTorch's functions.
 
     Raises:
-        TypeError: another kind of value.
+        TypeError: `value` has another type.
         ValueError: it is too large for a float.
     """
     if isinstance(value, float):
@@ -52,7 +52,7 @@ def smoothing(value: Any) -> float:
     """Return `label_smoothing` as a float in [0, 1]; unlike other numbers it may be a bool, as in `F.cross_entropy`.
 
     Raises:
-        TypeError, ValueError: another kind of value, or out of range.
+        TypeError, ValueError: `value` has another type or is out of range.
     """
     plain = value if isinstance(value, float) else _item(value)
     share = float(plain) if isinstance(plain, (float, bool)) else number("label_smoothing", value)
@@ -62,10 +62,10 @@ def smoothing(value: Any) -> float:
 
 
 def flag(name: str, value: Any) -> bool:
-    """Return a bool of Python or numpy as a bool.
+    """Return a bool of Python or numpy as a Python bool.
 
     Raises:
-        TypeError: another kind of value.
+        TypeError: `value` has another type.
     """
     if not isinstance(value, (bool, numpy.bool_)):
         raise TypeError(f"{name}: expected a bool, got {_kind(value)}")

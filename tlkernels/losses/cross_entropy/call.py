@@ -1,4 +1,4 @@
-"""What a call of cross entropy is: its tensors and options, checked."""
+"""Arguments of cross entropy and their validation."""
 
 from typing import NamedTuple
 
@@ -11,21 +11,20 @@ from tlkernels._core.reduction import REDUCTIONS, sum_in_order
 
 
 class CrossEntropyOutput(NamedTuple):
-    """What `cross_entropy_stats` returns; all but `loss` have one value per position, whether ignored or not."""
+    """The result of `cross_entropy_stats`. All but `loss` have a value per position, ignored positions included."""
 
     loss: Tensor
-    """As of `cross_entropy`."""
+    """The loss, as from `cross_entropy`."""
     lse: Tensor
-    """Log of the sum of exp of the logits after softcap and temperature, float32 (float64 for float64);
-    differentiable."""
+    """logsumexp of the logits after softcap and temperature; float32 (float64 for float64), differentiable."""
     entropy: Tensor
-    """Of the softmax, in nats, float32 (float64 for float64); not differentiable."""
+    """Entropy of the softmax in nats; float32 (float64 for float64), not differentiable."""
     correct: Tensor
-    """Whether the (first) largest logit is the target's class, bool; False where ignored."""
+    """Whether the first largest logit is that of the target's class; bool, False at ignored positions."""
 
 
 class Options(NamedTuple):
-    """The options that change a position's loss, in the order in which the ops take them."""
+    """The options of the loss of a position, in the order of the ops' arguments."""
 
     weight: Tensor | None
     ignore_index: int
@@ -36,7 +35,7 @@ class Options(NamedTuple):
 
 
 class Call(NamedTuple):
-    """One checked call."""
+    """The arguments of a call."""
 
     input: Tensor
     target: Tensor
@@ -47,41 +46,41 @@ class Call(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the loss: the input's; under autocast float32, which torch gives to losses there."""
+        """The dtype of the loss: the input's; under autocast float32, as in PyTorch."""
         return loss_dtype(self.input)
 
     def denominator(self) -> Tensor | float:
-        """Return what `mean` divides by: rows that count, or their targets' weights; all rows of probabilities."""
+        """Return the divisor of "mean": the sum of the weights of counted targets, or the rows with probabilities."""
         if self.target.is_floating_point():
             return self.input.numel() / self.input.shape[class_axis(self.input)]
         counted = self.target != self.options.ignore_index
         if self.options.weight is None:
             return counted.sum()
         weight = self.options.weight.to(compute_dtype(self.input))
-        # On a GPU an index out of range gives NaN in its row; here it must not be read with.
+        # On a GPU a class index out of range makes its row NaN; here it must not read out of range.
         index = self.target.long().masked_fill(~counted, 0).clamp(0, weight.numel() - 1)
         total = sum_in_order(weight[index] * counted)
-        return torch.where(total == 0, torch.nan, total)  # as PyTorch has it, with smoothing too
+        return torch.where(total == 0, torch.nan, total)  # as in PyTorch, also with label smoothing
 
     def ignored(self) -> Tensor | None:
-        """Return which positions are ignored, with an axis of size 1 for the classes; None: no position can be."""
+        """Return which positions are ignored, with a class axis of size 1; None for probabilities."""
         if self.target.is_floating_point():
             return None
         return (self.target == self.options.ignore_index).unsqueeze(class_axis(self.input))
 
 
 def class_axis(input: Tensor) -> int:
-    """Return the axis of the classes."""
+    """Return the class axis."""
     return 0 if input.dim() == 1 else 1
 
 
 def check(call: Call) -> Call:
-    """Return `call` if it makes sense.
+    """Return `call` if its arguments are valid.
 
     Raises:
-        TypeError: an argument of a wrong kind or dtype.
-        ValueError: a shape, device or option value that does not fit. (A class index out of range is found by the
-            implementation, which has to read the targets anyway.)
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a shape or device does not match, or an option is out of range. (The implementation checks the
+            range of class indices, since it reads them anyway.)
     """
     input, target, options = call.input, call.target, call.options
     for name, tensor in (("input", input), ("target", target)):
@@ -142,10 +141,10 @@ def plain_options(
     softcap: float | None,
     z_loss: float,
 ) -> Options:
-    """Return the options with plain numbers.
+    """Return the options as Python numbers.
 
     Raises:
-        TypeError, ValueError: a number of a wrong kind, or out of its range.
+        TypeError, ValueError: a number has the wrong type or is out of range.
     """
     temperature, z_loss = number("temperature", temperature), number("z_loss", z_loss)
     softcap = None if softcap is None else number("softcap", softcap)
@@ -164,9 +163,9 @@ def _check_inplace(call: Call) -> None:
     if input.requires_grad and input.is_leaf:
         raise ValueError(
             "inplace_grad: expected an input that is the result of an operation, got a leaf that requires grad, "
-            "whose values would be lost"
+            "which the gradient would overwrite"
         )
     if any(stride == 0 and size > 1 for size, stride in zip(input.shape, input.stride(), strict=True)):
         raise ValueError(
-            f"inplace_grad: expected an input with memory of its own for each element, got strides {input.stride()}"
+            f"inplace_grad: expected an input whose elements do not share memory, got strides {input.stride()}"
         )

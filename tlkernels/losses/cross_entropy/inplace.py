@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from tlkernels._core.ops import take_memory
+from tlkernels.losses.cross_entropy.call import Options
 from tlkernels.losses.cross_entropy.second_order import target_gradient
 
 _OVERWRITTEN = (
@@ -15,39 +16,38 @@ _OVERWRITTEN = (
 )
 
 
-def rows(*args: Any) -> Any:
-    """Return (loss, peak, log_sum[, entropy, correct]) of (input, target, weight, other options, ops, stats)."""
-    return _Overwriting.apply(*args)  # type: ignore[no-untyped-call]
+def rows(input: Tensor, target: Tensor, options: Options, ops: Any, stats: bool) -> Any:
+    """Return (loss, peak, log_sum), or with `stats` (loss, peak, log_sum, entropy, correct)."""
+    return _InplaceLoss.apply(input, target, options, ops, stats)  # type: ignore[no-untyped-call]
 
 
-class _Overwriting(Function):
+class _InplaceLoss(Function):
     @staticmethod
-    def forward(
-        ctx: Any, input: Tensor, target: Tensor, weight: Tensor | None, numbers: Any, ops: Any, stats: bool
-    ) -> Any:
-        output = (ops.forward_stats if stats else ops.forward)(input, target, weight, *numbers)
+    def forward(ctx: Any, input: Tensor, target: Tensor, options: Options, ops: Any, stats: bool) -> Any:
+        output = (ops.forward_stats if stats else ops.forward)(input, target, *options)
         _, peak, log_sum, *others = output
         ctx.mark_non_differentiable(peak, *((*others,) if stats else (log_sum,)))
-        ctx.save_for_backward(input, target, weight, peak, log_sum)
+        ctx.save_for_backward(input, target, options.weight, peak, log_sum)
         ctx.set_materialize_grads(False)
-        ctx.numbers, ctx.ops = numbers, ops
+        ctx.options, ctx.ops = options._replace(weight=None), ops
         return output
 
     @staticmethod
-    def backward(ctx: Any, by_loss: Tensor | None, _: Any, by_lse: Tensor | None, *others: Any) -> Any:
+    def backward(ctx: Any, grad_loss: Tensor | None, _: Any, grad_lse: Tensor | None, *others: Any) -> Any:
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "inplace_grad=True: the gradient overwrites the input, so it cannot be differentiated again"
             )
         input, target, weight, peak, log_sum = ctx.saved_tensors
-        by_loss = torch.zeros_like(peak) if by_loss is None else by_loss
+        options = ctx.options._replace(weight=weight)
+        grad_loss = torch.zeros_like(peak) if grad_loss is None else grad_loss
         needs_input, needs_target = ctx.needs_input_grad[:2]
-        # Before the input is gone.
-        grad_target = target_gradient(by_loss, input, target, weight, ctx.numbers) if needs_target else None
+        # This reads the input, so it comes before the input is overwritten.
+        grad_target = target_gradient(grad_loss, input, target, options) if needs_target else None
         grad_input = None
         if needs_input:
             input = input.detach()
-            ctx.ops.backward_(by_loss, by_lse, input, target, peak, log_sum, weight, *ctx.numbers)
+            ctx.ops.backward_(grad_loss, grad_lse, input, target, peak, log_sum, *options)
             torch.autograd.graph.increment_version(input)  # shared with the tensor that autograd knows
             grad_input = take_memory(input, _OVERWRITTEN)
-        return grad_input, grad_target, None, None, None, None
+        return grad_input, grad_target, None, None, None

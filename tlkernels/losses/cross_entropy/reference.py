@@ -1,4 +1,4 @@
-"""The oracle: cross entropy in plain PyTorch, on any device, differentiable to any order."""
+"""Reference and test oracle: cross entropy in plain PyTorch, on any device, differentiable to any order."""
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +17,9 @@ def scaled_logits(call: Call) -> Tensor:
 
 
 def cross_entropy(call: Call) -> Tensor | CrossEntropyOutput:
-    """Return the loss, or the loss and statistics."""
+    """Return the loss; with `stats`, a CrossEntropyOutput."""
     ignored = call.ignored()
-    # Of ignored logits the loss sees zeros: those that are not finite would make their gradient 0 * NaN.
+    # Zeros in place of ignored logits: a logit that is not finite would make its gradient 0 * NaN.
     loss = _loss(call if ignored is None else call._replace(input=call.input.masked_fill(ignored, 0)))
     return CrossEntropyOutput(loss, *_statistics(call, ignored)) if call.stats else loss
 
@@ -58,10 +58,10 @@ def _statistics(call: Call, ignored: Tensor | None) -> tuple[Tensor, Tensor, Ten
     else:
         ignored = ignored.squeeze(axis)
         correct = (best == target) & ~ignored
-        # Where it is not finite, lse has no gradient: that of the row would be NaN whatever lse's own is.
-        lost = ignored & ~lse.detach().isfinite()
-        finite = scaled_logits(call._replace(input=call.input.masked_fill(lost.unsqueeze(axis), 0)))
-        lse = torch.where(lost, lse.detach(), torch.logsumexp(finite, axis))
+        # An lse that is not finite has no gradient: even an upstream of 0 would make the row's gradient NaN.
+        undefined = ignored & ~lse.detach().isfinite()
+        finite = scaled_logits(call._replace(input=call.input.masked_fill(undefined.unsqueeze(axis), 0)))
+        lse = torch.where(undefined, lse.detach(), torch.logsumexp(finite, axis))
     log_p = z.detach().log_softmax(axis)
     p = log_p.exp()
     return lse, -torch.where(p == 0, p, p * log_p).sum(axis), correct

@@ -1,4 +1,7 @@
-"""Cross entropy's ops under torch.func's transforms and in forward mode: vmap, jvp and any nesting of them."""
+"""Cross entropy's ops under torch.func's transforms and in forward mode: vmap, jvp and any nesting of them.
+
+An autograd.Function takes its tensors as arguments of their own, so `weight` is one here, and the options lack it.
+"""
 
 from typing import Any
 
@@ -8,23 +11,25 @@ from torch.autograd import Function
 
 from tlkernels._core.dtypes import compute_dtype
 from tlkernels._core.ops import one_by_one
-from tlkernels.losses.cross_entropy.call import class_axis
+from tlkernels.losses.cross_entropy.call import Options, class_axis
 from tlkernels.losses.cross_entropy.second_order import along_target, directional, target_gradient
 
 
-def rows(*args: Any) -> Any:
-    """Return (loss, peak, log_sum[, entropy, correct]) of (input, target, weight, other options, ops, stats)."""
-    return _Rows.apply(*args)  # type: ignore[no-untyped-call]
+def rows(input: Tensor, target: Tensor, options: Options, ops: Any, stats: bool) -> Any:
+    """Return (loss, peak, log_sum), or with `stats` (loss, peak, log_sum, entropy, correct)."""
+    weight, options = options.weight, options._replace(weight=None)
+    return _LossPerRow.apply(input, target, weight, options, ops, stats)  # type: ignore[no-untyped-call]
 
 
-class _Rows(Function):
+class _LossPerRow(Function):
     @staticmethod
-    def forward(input: Tensor, target: Tensor, weight: Tensor | None, numbers: Any, ops: Any, stats: bool) -> Any:
-        return (ops.forward_stats if stats else ops.forward)(input, target, weight, *numbers)
+    def forward(input: Tensor, target: Tensor, weight: Tensor | None, options: Options, ops: Any, stats: bool) -> Any:
+        options = options._replace(weight=weight)
+        return (ops.forward_stats if stats else ops.forward)(input, target, *options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        input, target, weight, ctx.numbers, ctx.ops, ctx.stats = inputs
+        input, target, weight, ctx.options, ctx.ops, ctx.stats = inputs
         _, peak, log_sum, *others = output
         ctx.mark_non_differentiable(peak, *((*others,) if ctx.stats else (log_sum,)))
         ctx.save_for_backward(input, target, weight, peak, log_sum)
@@ -32,66 +37,71 @@ class _Rows(Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, by_loss: Tensor | None, _: Any, by_lse: Tensor | None, *others: Any) -> Any:
+    def backward(ctx: Any, grad_loss: Tensor | None, _: Any, grad_lse: Tensor | None, *others: Any) -> Any:
         input, target, weight, peak, log_sum = ctx.saved_tensors
-        by_loss = torch.zeros_like(peak) if by_loss is None else by_loss
-        needs_input, needs_target, needs_weight = ctx.needs_input_grad[:3]
+        grad_loss = torch.zeros_like(peak) if grad_loss is None else grad_loss
+        needs_input, needs_target, needs_weight, *_ = ctx.needs_input_grad
         if needs_weight:
-            raise NotImplementedError("weight: cross_entropy's kernels give no gradient for it")
+            raise NotImplementedError("weight: cross_entropy's kernels compute no gradient for it")
         grad_input = grad_target = None
         if needs_input:
-            kept = peak.detach(), log_sum.detach()
-            grad_input = _Gradient.apply(by_loss, by_lse, input, target, weight, *kept, ctx.numbers, ctx.ops)  # type: ignore[no-untyped-call]
+            normaliser = peak.detach(), log_sum.detach()
+            tensors = grad_loss, grad_lse, input, target, weight, *normaliser
+            grad_input = _Gradient.apply(*tensors, ctx.options, ctx.ops)  # type: ignore[no-untyped-call]
         if needs_target:
-            grad_target = target_gradient(by_loss, input, target, weight, ctx.numbers)
+            grad_target = target_gradient(grad_loss, input, target, ctx.options._replace(weight=weight))
         return grad_input, grad_target, None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, input_t: Tensor | None, target_t: Tensor | None, weight_t: Tensor | None, *_: Any) -> Any:
         input, target, weight = ctx.saved_tensors
+        options = ctx.options._replace(weight=weight)
         if weight_t is not None:
-            raise NotImplementedError("weight: cross_entropy's kernels give no derivative for it")
+            raise NotImplementedError("weight: cross_entropy's kernels compute no derivative by it")
         ones = torch.ones_like(input.select(class_axis(input), 0), dtype=compute_dtype(input))
         loss_t = lse_t = torch.zeros_like(ones)
         if input_t is not None:
-            loss_t, lse_t = directional(input_t, ones, None, input, target, weight, ctx.numbers)[:2]
+            along = directional(input_t, ones, None, input, target, options)
+            loss_t, lse_t = along.loss, along.lse
         if target_t is not None:
-            slope = target_gradient(ones, input, target, weight, ctx.numbers)
+            slope = target_gradient(ones, input, target, options)
             loss_t = loss_t + (slope * target_t).sum(class_axis(input))
         return (loss_t, None, lse_t, None, None) if ctx.stats else (loss_t, None, None)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
         input, target, weight, *rest = args
-        if in_dims[2] is not None:
-            return one_by_one(_Rows.apply, info, in_dims, *args)  # the op takes one weight for all
-        rows = _has_rows(input, in_dims[0])
-        folded = (_fold(t, d, info.batch_size, rows) for t, d in zip((input, target), in_dims, strict=False))
-        output = _Rows.apply(*folded, weight, *rest)  # type: ignore[no-untyped-call]
-        return tuple(_unfold(t, info.batch_size, rows) for t in output), (0,) * len(output)
+        input_dim, target_dim, weight_dim, *_ = in_dims
+        if weight_dim is not None:
+            return one_by_one(_LossPerRow.apply, info, in_dims, *args)  # the op takes one weight for all
+        batch, rows = info.batch_size, _has_rows(input, input_dim)
+        folded = _fold(input, input_dim, batch, rows), _fold(target, target_dim, batch, rows)
+        output = _LossPerRow.apply(*folded, weight, *rest)  # type: ignore[no-untyped-call]
+        return tuple(_unfold(tensor, batch, rows) for tensor in output), (0,) * len(output)
 
 
 class _Gradient(Function):
-    """(by_loss, by_lse, input, target, weight, peak, log_sum, options without weight, ops) -> the input's gradient."""
+    """The gradient of `input`."""
 
     @staticmethod
     def forward(
-        by_loss: Tensor,
-        by_lse: Tensor | None,
+        grad_loss: Tensor,
+        grad_lse: Tensor | None,
         input: Tensor,
         target: Tensor,
         weight: Tensor | None,
         peak: Tensor,
         log_sum: Tensor,
-        numbers: Any,
+        options: Options,
         ops: Any,
     ) -> Tensor:
-        grad: Tensor = ops.backward(by_loss, by_lse, input, target, peak, log_sum, weight, *numbers)
+        options = options._replace(weight=weight)
+        grad: Tensor = ops.backward(grad_loss, grad_lse, input, target, peak, log_sum, *options)
         return grad
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        *tensors, ctx.numbers, ctx.ops = inputs
+        *tensors, ctx.options, ctx.ops = inputs
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
         ctx.set_materialize_grads(False)
@@ -100,45 +110,49 @@ class _Gradient(Function):
     def backward(ctx: Any, direction: Tensor | None) -> Any:
         if direction is None:
             return (None,) * 9
-        by_loss, by_lse, input, target, weight, *_ = ctx.saved_tensors
-        v_loss, v_lse, v_input, v_target = directional(direction, by_loss, by_lse, input, target, weight, ctx.numbers)
+        grad_loss, grad_lse, input, target, weight, *_ = ctx.saved_tensors
         _, needs_lse, _, needs_target, needs_weight, *_ = ctx.needs_input_grad
         if needs_weight:
-            raise NotImplementedError("weight: cross_entropy's kernels give no gradient for it")
-        return v_loss, v_lse if needs_lse else None, v_input, v_target if needs_target else None, *(None,) * 5
+            raise NotImplementedError("weight: cross_entropy's kernels compute no gradient for it")
+        options = ctx.options._replace(weight=weight)
+        along = directional(direction, grad_loss, grad_lse, input, target, options)
+        by_lse, by_target = along.lse if needs_lse else None, along.target if needs_target else None
+        return along.loss, by_lse, along.input, by_target, *(None,) * 5
 
     @staticmethod
     def jvp(ctx: Any, loss_t: Any, lse_t: Any, input_t: Any, target_t: Any, weight_t: Any, *_: Any) -> Any:
-        by_loss, by_lse, input, target, weight, peak, log_sum = ctx.saved_tensors
+        grad_loss, grad_lse, input, target, weight, peak, log_sum = ctx.saved_tensors
+        options = ctx.options._replace(weight=weight)
         if weight_t is not None:
-            raise NotImplementedError("weight: cross_entropy's kernels give no derivative for it")
+            raise NotImplementedError("weight: cross_entropy's kernels compute no derivative by it")
         total = torch.zeros_like(input)
         if input_t is not None:  # the second derivative is symmetric
-            total = total + directional(input_t, by_loss, by_lse, input, target, weight, ctx.numbers)[2]
+            total = total + directional(input_t, grad_loss, grad_lse, input, target, options).input
         if target_t is not None:
-            total = total + along_target(target_t, by_loss, input, target, weight, ctx.numbers)
+            total = total + along_target(target_t, grad_loss, input, target, options)
         if loss_t is not None or lse_t is not None:
-            loss_t = torch.zeros_like(by_loss) if loss_t is None else loss_t
-            tensors = loss_t, lse_t, input, target, weight, peak, log_sum
-            total = total + _Gradient.apply(*tensors, ctx.numbers, ctx.ops)  # type: ignore[no-untyped-call]
+            loss_t = torch.zeros_like(grad_loss) if loss_t is None else loss_t
+            tangents = loss_t, lse_t, input, target, weight, peak, log_sum
+            total = total + _Gradient.apply(*tangents, ctx.options, ctx.ops)  # type: ignore[no-untyped-call]
         return total
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        by_loss, by_lse, input, target, weight, peak, log_sum, *rest = args
-        if in_dims[4] is not None:
+        _, _, input, _, weight, _, _, *rest = args
+        _, _, input_dim, _, weight_dim, *_ = in_dims
+        if weight_dim is not None:
             return one_by_one(_Gradient.apply, info, in_dims, *args)
-        rows = _has_rows(input, in_dims[2])
-        before, after = (
-            [t if t is None else _fold(t, d, info.batch_size, rows) for t, d in zip(tensors, dims, strict=True)]
-            for tensors, dims in (((by_loss, by_lse, input, target), in_dims[:4]), ((peak, log_sum), in_dims[5:7]))
-        )
-        grad = _Gradient.apply(*before, weight, *after, *rest)  # type: ignore[no-untyped-call]
-        return _unfold(grad, info.batch_size, rows), 0
+        batch, rows = info.batch_size, _has_rows(input, input_dim)
+        tensors = [
+            tensor if tensor is None or tensor is weight else _fold(tensor, dim, batch, rows)
+            for tensor, dim in zip(args[: -len(rest)], in_dims, strict=False)
+        ]
+        grad = _Gradient.apply(*tensors, *rest)  # type: ignore[no-untyped-call]
+        return _unfold(grad, batch, rows), 0
 
 
 def _fold(tensor: Tensor, axis: int | None, batch: int, rows: bool) -> Tensor:
-    """Put vmap's batch axis in front, or where the tensor has rows make it part of them."""
+    """Move vmap's batch axis to the front, and flatten it into the rows where the tensor has rows."""
     tensor = tensor.expand(batch, *tensor.shape) if axis is None else tensor.movedim(axis, 0)
     return tensor.flatten(0, 1) if rows else tensor
 

@@ -1,4 +1,4 @@
-"""What a call of distillation is: its tensors and options, checked."""
+"""Arguments of distillation and their validation."""
 
 import math
 from typing import NamedTuple
@@ -14,7 +14,7 @@ DIVERGENCES = ("forward_kl", "reverse_kl", "js", "tv")
 
 
 class Options(NamedTuple):
-    """What makes a row's loss beside the logits, in the order in which the ops take it."""
+    """The options of the loss of a row, in the order of the ops' arguments."""
 
     target: Tensor | None
     row_weight: Tensor | None
@@ -27,7 +27,7 @@ class Options(NamedTuple):
 
 
 class Call(NamedTuple):
-    """One checked call."""
+    """The arguments of a call."""
 
     student: Tensor
     teacher: Tensor
@@ -36,28 +36,28 @@ class Call(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the loss: that to which torch promotes the logits'; under autocast float32."""
+        """The dtype of the loss: the promoted dtype of the logits; under autocast at least float32."""
         return loss_dtype(self.student, self.teacher)
 
     def denominator(self) -> Tensor | float:
-        """Return what `mean` divides by: the rows that count."""
+        """Return the divisor of "mean": the number of rows that are not ignored."""
         return rows_that_count(self.student, self.options)
 
 
 def rows_that_count(student: Tensor, options: Options) -> Tensor | float:
-    """Return the number of rows of (rows..., C) whose target is not ignored."""
+    """Return the number of rows of shape (..., C) whose target is not ignored."""
     if options.target is None:
-        return math.prod(student.shape[:-1])  # which keeps a symbolic size
+        return math.prod(student.shape[:-1])  # unlike numel() / C, this keeps a symbolic size
     return (options.target != options.ignore_index).sum()
 
 
 def check(call: Call) -> Call:
-    """Return `call` if it makes sense.
+    """Return `call` if its arguments are valid.
 
     Raises:
-        TypeError: an argument of a wrong kind or dtype.
-        ValueError: a shape, device or option value that does not fit. (A class index out of range is found by the
-            implementation.)
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a shape or device does not match, or an option is out of range. (The implementation checks the
+            range of class indices, since it reads them anyway.)
     """
     student, teacher, options, reduction = call
     for name, tensor in (("student_logits", student), ("teacher_logits", teacher)):
@@ -74,7 +74,7 @@ def check(call: Call) -> Call:
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
-    """Raise TypeError unless `tensor` is one of a floating-point dtype that losses take."""
+    """Raise TypeError unless `tensor` is a Tensor of a supported floating-point dtype."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
     if tensor.dtype not in FLOATING:
@@ -82,13 +82,13 @@ def check_floating(name: str, tensor: Tensor) -> None:
 
 
 def check_device(name: str, tensor: Tensor, student: Tensor) -> None:
-    """Raise ValueError unless `tensor` is where the student is."""
+    """Raise ValueError unless `tensor` is on the student's device."""
     if tensor.device != student.device:
         raise ValueError(f"{name}: expected it on the student's device {student.device}, got {tensor.device}")
 
 
 def check_options(options: Options, student: Tensor, reduction: str) -> None:
-    """Raise TypeError or ValueError unless the options fit the student's logits or features, (rows..., any)."""
+    """Raise TypeError or ValueError unless the options match the student's logits or features, of shape (..., any)."""
     target, row_weight = options.target, options.row_weight
     rows = tuple(student.shape[:-1])
     if reduction not in REDUCTIONS:
@@ -118,10 +118,10 @@ def plain_options(
     ignore_index: int,
     label_smoothing: float,
 ) -> Options:
-    """Return the options with plain numbers.
+    """Return the options as Python numbers.
 
     Raises:
-        TypeError, ValueError: a number of a wrong kind, or out of its range.
+        TypeError, ValueError: a number has the wrong type or is out of range.
     """
     temperature, beta = number("temperature", temperature), number("beta", beta)
     hard_weight = number("hard_weight", hard_weight)

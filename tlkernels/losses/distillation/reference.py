@@ -1,4 +1,4 @@
-"""The oracle: distillation in plain PyTorch, on any device, differentiable to any order."""
+"""Reference and test oracle: distillation in plain PyTorch, on any device, differentiable to any order."""
 
 import math
 
@@ -32,7 +32,7 @@ def losses(student: Tensor, teacher: Tensor, options: Options) -> Tensor:
     log_q = (teacher / temperature).log_softmax(-1)
     log_p = (student / temperature).log_softmax(-1)
     rows = (1 - hard_weight) * temperature**2 * _divergence(log_q, log_p, divergence, beta)
-    if target is not None:  # also where hard_weight is 0: an index out of range is an error
+    if target is not None:  # also if hard_weight is 0, since a class index out of range is an error
         hard = F.cross_entropy(
             student.reshape(-1, student.shape[-1]),
             target.reshape(-1),
@@ -47,21 +47,21 @@ def losses(student: Tensor, teacher: Tensor, options: Options) -> Tensor:
 
 
 def _divergence(log_q: Tensor, log_p: Tensor, name: str, beta: float) -> Tensor:
-    """Return the divergence of each row, the teacher's distribution being q and the student's p."""
+    """Return the divergence of each row; the teacher's distribution is q, the student's p."""
     if name == "forward_kl":
         return _kl(log_q, log_p)
     if name == "reverse_kl":
         return _kl(log_p, log_q)
     if name == "tv":
         return (log_p.exp() - log_q.exp()).abs().sum(-1) / 2
-    nowhere = (log_q == -torch.inf) & (log_p == -torch.inf)
+    both_zero = (log_q == -torch.inf) & (log_p == -torch.inf)
     parts = log_q + math.log(beta), log_p + math.log1p(-beta)
-    log_m = torch.stack([part.masked_fill(nowhere, 0) for part in parts]).logsumexp(0)
+    log_m = torch.stack([part.masked_fill(both_zero, 0) for part in parts]).logsumexp(0)
     return beta * _kl(log_q, log_m) + (1 - beta) * _kl(log_p, log_m)
 
 
 def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """Return sum a * (log a - log b), a term of which is 0 where a is; so is its derivative."""
-    nothing = log_a.exp() == 0
-    log_a = log_a.masked_fill(nothing, 0)
-    return (log_a.exp() * (log_a - log_b.masked_fill(nothing, 0))).masked_fill(nothing, 0).sum(-1)
+    """Return sum a * (log a - log b). Where a is 0, the term and its derivative are 0."""
+    zero = log_a.exp() == 0
+    log_a = log_a.masked_fill(zero, 0)
+    return (log_a.exp() * (log_a - log_b.masked_fill(zero, 0))).masked_fill(zero, 0).sum(-1)

@@ -1,10 +1,10 @@
-"""What a call of InfoNCE, nt_xent or sup_con is: rows of logits, of which some entries are positive and some are out.
+"""Arguments of InfoNCE, nt_xent and sup_con, and their validation.
 
-The three differ in what is a positive and in what is out, which their `api.py` says by a `Call`; the reference and the
-ops of this folder serve them all.
+The three differ in which logits of a row are positives and which are left out of its softmax. Their `api.py` says so by
+a `Call`, and the reference and the ops of this folder compute all three.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,50 +17,77 @@ Mask = Tensor | tuple[Tensor, Tensor]
 
 
 class Options(NamedTuple):
-    """The options, in the order in which the ops take them."""
+    """The options, in the order of the ops' arguments."""
 
-    own: int = -1
-    """The column that is row 0 itself and takes no part, and so on along the rows; -1: there is none."""
+    self_column: int = -1
+    """Row i leaves out column i + self_column, its similarity to itself; -1: rows leave out no such column."""
     by_label: bool = False
-    """The positives of a row are the columns of its id; else there is one, `target`, and those columns are out."""
+    """The positives of a row are the columns with its id; else there is one, `target`, and the row leaves those out."""
     symmetric: bool = False
     normalize: bool = False
     label_smoothing: float = 0.0
 
 
-class Call(NamedTuple):
-    """One checked call."""
+class Inputs(NamedTuple):
+    """The tensors of a call, in the order of the ops' arguments."""
 
     query: Tensor
     key: Tensor | None
-    """None: the queries themselves. The logits are then symmetric, and so must the positives be."""
     negatives: Tensor | None
     logit_scale: Tensor | float
     target: Tensor | None
-    """A column for each row; None: its own number, or with `by_label` none."""
     mask: Tensor | None
     query_ids: Tensor | None
     key_ids: Tensor | None
-    """None: those of the queries."""
+
+    @property
+    def differentiable(self) -> tuple[Tensor, Tensor | None, Tensor | None, Any]:
+        """The tensors that may need a gradient."""
+        return self.query, self.key, self.negatives, self.logit_scale
+
+
+class Call(NamedTuple):
+    """The arguments of a call."""
+
+    query: Tensor
+    key: Tensor | None
+    """None: the queries. The logits are then symmetric, and the positives must be."""
+    negatives: Tensor | None
+    logit_scale: Tensor | float
+    target: Tensor | None
+    """The positive column of each row; None: column i of row i. Not used with `by_label`."""
+    mask: Tensor | None
+    query_ids: Tensor | None
+    key_ids: Tensor | None
+    """None: the ids of the queries."""
     options: Options
     reduction: str
     dtype: torch.dtype
-    """Of the loss."""
+    """The dtype of the loss."""
 
     @property
-    def differentiable(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | float]:
-        """What may need a gradient."""
-        return self[:4]
+    def inputs(self) -> Inputs:
+        """The tensors."""
+        return Inputs(
+            self.query,
+            self.key,
+            self.negatives,
+            self.logit_scale,
+            self.target,
+            self.mask,
+            self.query_ids,
+            self.key_ids,
+        )
 
 
 def check_reduction(reduction: str) -> None:
-    """Raise ValueError unless `reduction` is a known one."""
+    """Raise ValueError unless `reduction` is valid."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected one of {REDUCTIONS}, got {reduction!r}")
 
 
 def check_integers(name: str, tensor: object, shape: tuple[int, ...], device: torch.device) -> None:
-    """Raise TypeError or ValueError unless `tensor` is an integer one of this shape."""
+    """Raise TypeError or ValueError unless `tensor` is an integer tensor of this shape."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
     if tensor.dtype not in INTEGER:
@@ -81,9 +108,9 @@ def check_info_nce(
     reduction: str,
     ranks: int,
 ) -> None:
-    """Raise TypeError or ValueError unless the arguments of `info_nce` make sense.
+    """Raise TypeError or ValueError unless the arguments of `info_nce` are valid.
 
-    An index out of range is found by the implementation, which has to read the targets anyway.
+    The implementation checks the range of `target`, since it reads the values anyway.
     """
     check_embeddings("query", query)
     check_embeddings("key", key, ("query", query), "(K, D)")

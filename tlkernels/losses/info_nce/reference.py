@@ -1,4 +1,4 @@
-"""The oracle of InfoNCE, nt_xent and sup_con: plain PyTorch, on any device, differentiable to any order."""
+"""Reference and test oracle of InfoNCE, nt_xent and sup_con: plain PyTorch, any device, differentiable to any order."""
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ def loss(call: Call) -> Tensor:
 
 
 def rows_and_counted(call: Call) -> tuple[Tensor, Tensor | int]:
-    """Return the loss of each row in the dtype of the computation, and over how many rows the mean is."""
+    """Return the loss of each row in the dtype of the computation, and the divisor of "mean"."""
     with torch.autocast(call.query.device.type, enabled=False):
         return _by_label(call) if call.options.by_label else _by_target(call)
 
@@ -42,10 +42,10 @@ def _logits(call: Call) -> tuple[Tensor, int]:
     return similarities * (scale.to(compute) if isinstance(scale, Tensor) else scale), key.shape[0]
 
 
-def _own(call: Call, columns: int) -> Tensor:
+def _to_itself(call: Call, columns: int) -> Tensor:
     """Return which entries are a row's similarity to itself."""
     row = numbers(call.query.shape[0], call.query).unsqueeze(1)
-    return numbers(columns, call.query) == row + call.options.own
+    return numbers(columns, call.query) == row + call.options.self_column
 
 
 def _same_id(call: Call) -> Tensor:
@@ -56,18 +56,18 @@ def _same_id(call: Call) -> Tensor:
 
 def _by_label(call: Call) -> tuple[Tensor, Tensor]:
     logits, columns = _logits(call)
-    own = _own(call, columns)
-    positive = _same_id(call) & ~own
+    to_itself = _to_itself(call, columns)
+    positive = _same_id(call) & ~to_itself
     count = positive.sum(1)
-    # A row without a positive keeps itself, so that it has a softmax.
-    log_p = logits.masked_fill(own & (count > 0).unsqueeze(1), -torch.inf).log_softmax(1)
+    # A row without positives keeps that entry: its softmax must not be empty.
+    log_p = logits.masked_fill(to_itself & (count > 0).unsqueeze(1), -torch.inf).log_softmax(1)
     total = log_p.masked_fill(~positive, 0).sum(1)
     rows = torch.where(count > 0, -total / count.clamp(min=1), 0)
     return rows, (count > 0).sum()
 
 
 def check_target(call: Call, on_gpu: bool = False) -> None:
-    """Raise IndexError for a target that is no column, unless it is not to be read: its row gets NaN then."""
+    """Raise IndexError for a target out of range. Without `on_gpu` it skips GPU tensors, whose row becomes NaN."""
     query, target = call.query, call.target
     columns = [query if call.key is None else call.key] + [call.negatives] * (call.negatives is not None)
     classes = sum(x.shape[-2] for x in columns if x is not None)
@@ -90,26 +90,26 @@ def _by_target(call: Call) -> tuple[Tensor, int]:
     logits, keys = _logits(call)
     rows, classes = logits.shape
     target = numbers(rows, logits) if call.target is None else call.target.long()
-    outs = [call.mask] if call.mask is not None else []
-    outs += [_same_id(call)] if call.query_ids is not None else []
-    outs += [_own(call, keys)] if call.options.own >= 0 else []
-    out = None
-    if outs:
-        out = torch.stack([F.pad(each, (0, classes - each.shape[1])) for each in outs]).any(0)
-        out = out & (numbers(classes, logits) != target.unsqueeze(1))
+    masks = [call.mask] if call.mask is not None else []
+    masks += [_same_id(call)] if call.query_ids is not None else []
+    masks += [_to_itself(call, keys)] if call.options.self_column >= 0 else []
+    mask = None
+    if masks:
+        mask = torch.stack([F.pad(each, (0, classes - each.shape[1])) for each in masks]).any(0)
+        mask = mask & (numbers(classes, logits) != target.unsqueeze(1))
     smoothing = call.options.label_smoothing
-    losses = _cross_entropy(logits, out, target, smoothing)
+    losses = _cross_entropy(logits, mask, target, smoothing)
     if call.options.symmetric:
-        out = None if out is None else out[:, :keys].T
-        losses = (losses + _cross_entropy(logits[:, :keys].T, out, target, smoothing)) / 2
+        mask = None if mask is None else mask[:, :keys].T
+        losses = (losses + _cross_entropy(logits[:, :keys].T, mask, target, smoothing)) / 2
     return losses, rows
 
 
-def _cross_entropy(logits: Tensor, out: Tensor | None, target: Tensor, smoothing: float) -> Tensor:
-    log_p = (logits if out is None else logits.masked_fill(out, -torch.inf)).log_softmax(1)
-    own = log_p.gather(1, target.clamp(0, max(logits.shape[1] - 1, 0)).unsqueeze(1)).squeeze(1)
-    losses = torch.where((target >= 0) & (target < logits.shape[1]), -own, torch.nan)
+def _cross_entropy(logits: Tensor, mask: Tensor | None, target: Tensor, smoothing: float) -> Tensor:
+    log_p = (logits if mask is None else logits.masked_fill(mask, -torch.inf)).log_softmax(1)
+    log_p_target = log_p.gather(1, target.clamp(0, max(logits.shape[1] - 1, 0)).unsqueeze(1)).squeeze(1)
+    losses = torch.where((target >= 0) & (target < logits.shape[1]), -log_p_target, torch.nan)
     if not smoothing:
         return losses
-    uniform = log_p.mean(1) if out is None else log_p.masked_fill(out, 0).sum(1) / (~out).sum(1)
+    uniform = log_p.mean(1) if mask is None else log_p.masked_fill(mask, 0).sum(1) / (~mask).sum(1)
     return (1 - smoothing) * losses - smoothing * uniform

@@ -1,4 +1,4 @@
-"""What a call of linear cross entropy is: its tensors and options, checked."""
+"""Arguments of linear cross entropy and their validation."""
 
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ from tlkernels.losses.cross_entropy.call import check as check_cross_entropy
 
 
 class Call(NamedTuple):
-    """One checked call."""
+    """The arguments of a call."""
 
     input: Tensor
     linear_weight: Tensor
@@ -25,37 +25,37 @@ class Call(NamedTuple):
 
     @property
     def layer(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The tensors that make the logits."""
+        """The tensors of the linear layer."""
         return self.input, self.linear_weight, self.linear_bias
 
-    def of(self, layer: Tensors) -> "Call":
-        """Return the call with other tensors for `layer`."""
+    def with_layer(self, layer: Tensors) -> "Call":
+        """Return the call with other tensors in its layer."""
         input, linear_weight, linear_bias = layer
         assert input is not None and linear_weight is not None
         return self._replace(input=input, linear_weight=linear_weight, linear_bias=linear_bias)
 
     def flat(self) -> "Call":
-        """Return the call with rows instead of leading dimensions."""
+        """Return the call with all leading dimensions flattened into rows."""
         target = self.target
         target = target.reshape(-1, target.shape[-1]) if target.is_floating_point() else target.reshape(-1)
         return self._replace(input=self.input.reshape(-1, self.input.shape[-1]), target=target)
 
     def on(self, logits: Tensor) -> CrossEntropyCall:
-        """Return the cross entropy that this is of these logits, for a flat call."""
+        """Return the call of cross entropy for these logits; of a flat call."""
         return CrossEntropyCall(logits, self.target, self.options, self.reduction, False, self.stats)
 
     def on_shape(self) -> CrossEntropyCall:
-        """The same where only shape, dtype and device of the logits matter: they have no memory."""
+        """Return the call of cross entropy for logits of the right shape, dtype and device, but without memory."""
         return self.on(self.input.new_empty(()).expand(self.input.shape[0], self.linear_weight.shape[0]))
 
 
 def check(call: Call) -> Call:
-    """Return `call` if it makes sense; under autocast with the layer's tensors in the dtype that a layer has there.
+    """Return `call` if its arguments are valid; under autocast, with the layer cast as autocast does for `F.linear`.
 
     Raises:
-        TypeError: an argument of a wrong kind or dtype.
-        ValueError: a shape, device or option value that does not fit. (A class index out of range is found by the
-            implementation, which has to read the targets anyway.)
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a shape or device does not match, or an option is out of range. (The implementation checks the
+            range of class indices, since it reads them anyway.)
     """
     input, linear_weight, linear_bias, target = call[:4]
     named = [("input", input), ("linear_weight", linear_weight), ("linear_bias", linear_bias), ("target", target)]
@@ -104,10 +104,10 @@ def _check_target(target: Tensor, rows: torch.Size, classes: int) -> None:
 
 
 def _autocast(call: Call) -> Call:
-    """What autocast does to the tensors of a linear layer."""
+    """Return the call with its layer cast as autocast does for `F.linear`."""
     dtype = torch.get_autocast_dtype(call.input.device.type)
 
     def cast(tensor: Tensor) -> Tensor:
         return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
 
-    return call.of([None if tensor is None else cast(tensor) for tensor in call.layer])
+    return call.with_layer([None if tensor is None else cast(tensor) for tensor in call.layer])

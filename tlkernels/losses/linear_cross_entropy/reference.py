@@ -1,4 +1,4 @@
-"""The oracle: a linear layer and then the reference of cross entropy, with all logits at once."""
+"""Reference and test oracle: a linear layer, then the reference of cross entropy on the whole matrix of logits."""
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ from tlkernels.losses.linear_cross_entropy.call import Call
 
 
 def linear_cross_entropy(call: Call) -> Tensor | CrossEntropyOutput:
-    """Return the loss, or the loss and statistics."""
+    """Return the loss; with `stats`, a CrossEntropyOutput."""
     rows, flat = call.input.shape[:-1], call.flat()
     output = reference.cross_entropy(flat.on(_logits(flat)))
     if isinstance(output, Tensor):
@@ -21,18 +21,19 @@ def linear_cross_entropy(call: Call) -> Tensor | CrossEntropyOutput:
 
 
 def _logits(flat: Call) -> Tensor:
-    """Return the logits. In the layer's gradients ignored features have no part, not even 0 * NaN."""
-    absent = flat.on_shape().ignored()
-    if absent is None:
+    """Return the logits. Ignored rows add nothing to the layer's gradients, not even 0 * NaN."""
+    ignored = flat.on_shape().ignored()
+    if ignored is None:
         return F.linear(*flat.layer)
     if not flat.stats:
-        return _linear_without(absent, flat)
+        return _linear_without(ignored, flat)
     with torch.no_grad():
-        given = F.linear(*flat.layer)
-    lse = torch.logsumexp(reference.scaled_logits(flat.on(given)), 1, keepdim=True)
-    absent = absent & ~(lse.isfinite() & flat.input.detach().isfinite().all(1, keepdim=True))  # others have lse's own
-    return torch.where(absent, given, _linear_without(absent, flat))
+        logits = F.linear(*flat.layer)
+    lse = torch.logsumexp(reference.scaled_logits(flat.on(logits)), 1, keepdim=True)
+    # The other ignored rows have the gradient of their lse.
+    ignored = ignored & ~(lse.isfinite() & flat.input.detach().isfinite().all(1, keepdim=True))
+    return torch.where(ignored, logits, _linear_without(ignored, flat))
 
 
-def _linear_without(absent: Tensor, flat: Call) -> Tensor:
-    return F.linear(flat.input.masked_fill(absent, 0), flat.linear_weight, flat.linear_bias)
+def _linear_without(ignored: Tensor, flat: Call) -> Tensor:
+    return F.linear(flat.input.masked_fill(ignored, 0), flat.linear_weight, flat.linear_bias)

@@ -1,4 +1,4 @@
-"""What a call of linear distillation is: its tensors and options, checked."""
+"""Arguments of linear distillation and their validation."""
 
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ from tlkernels.losses.distillation.call import (
 
 
 class Layers(NamedTuple):
-    """The tensors of both layers, in the order in which the ops take them."""
+    """The tensors of both layers, in the order of the ops' arguments."""
 
     student_input: Tensor
     student_weight: Tensor
@@ -25,9 +25,19 @@ class Layers(NamedTuple):
     teacher_weight: Tensor
     teacher_bias: Tensor | None
 
+    @property
+    def student(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The tensors of the student's layer."""
+        return self.student_input, self.student_weight, self.student_bias
+
+    @property
+    def teacher(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The tensors of the teacher's layer."""
+        return self.teacher_input, self.teacher_weight, self.teacher_bias
+
 
 class Call(NamedTuple):
-    """One checked call."""
+    """The arguments of a call."""
 
     layers: Layers
     options: Options
@@ -35,21 +45,21 @@ class Call(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the loss: that to which torch promotes both layers'; under autocast float32."""
+        """The dtype of the loss: the promoted dtype of both inputs; under autocast at least float32."""
         return loss_dtype(self.layers.student_input, self.layers.teacher_input)
 
     def denominator(self) -> Tensor | float:
-        """Return what `mean` divides by: the rows that count."""
+        """Return the divisor of "mean": the number of rows that are not ignored."""
         return rows_that_count(self.layers.student_input, self.options)
 
 
 def check(call: Call) -> Call:
-    """Return `call` if it makes sense.
+    """Return `call` if its arguments are valid.
 
     Raises:
-        TypeError: an argument of a wrong kind or dtype.
-        ValueError: a shape, device or option value that does not fit. (A class index out of range is found by the
-            implementation.)
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a shape or device does not match, or an option is out of range. (The implementation checks the
+            range of class indices, since it reads them anyway.)
     """
     layers, options, reduction = call
     student = layers.student_input
@@ -57,8 +67,8 @@ def check(call: Call) -> Call:
         if tensor is not None or not name.endswith("bias"):
             check_floating(name, tensor)
             check_device(name, tensor, student)
-    _check_layer("student", *layers[:3])
-    _check_layer("teacher", *layers[3:])
+    _check_layer("student", *layers.student)
+    _check_layer("teacher", *layers.teacher)
     if layers.teacher_input.shape[:-1] != student.shape[:-1]:
         raise ValueError(
             f"teacher_input: expected the rows of student_input {tuple(student.shape[:-1])}, "
@@ -78,7 +88,7 @@ def _check_layer(side: str, input: Tensor, weight: Tensor, bias: Tensor | None) 
         raise ValueError(f"{side}_input: expected shape (..., features), got ()")
     if weight.dim() != 2 or weight.shape[1] != input.shape[-1] or weight.shape[0] == 0:
         raise ValueError(
-            f"{side}_weight: expected shape (classes, {input.shape[-1]}) with a class at least, "
+            f"{side}_weight: expected shape (classes, {input.shape[-1]}) with at least one class, "
             f"got {tuple(weight.shape)}"
         )
     if bias is not None and bias.shape != weight.shape[:1]:

@@ -1,7 +1,7 @@
 """Linear distillation's ops: schemas, fakes, autograd, and the list of implementations.
 
-As in distillation, under plain autograd a reduced loss and its gradients come from one pass over chunks of rows, and
-elsewhere from two ops, of which the second computes the logits again.
+As in distillation, under plain autograd a reduced loss and its gradients come from one pass over chunks of rows.
+Otherwise they come from two ops, of which the second computes the logits again.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tlkernels._core import native, triton
+from tlkernels._core import native
 from tlkernels._core.autograd import (
     Args,
     Needs,
@@ -20,15 +20,11 @@ from tlkernels._core.autograd import (
     Tensors,
     apply,
     differentiable,
-    in_pytorch,
     one_sweep,
-    plain,
-    refuse_native,
-    refuse_triton,
     where_needed,
 )
-from tlkernels._core.dispatch import Implementation
-from tlkernels._core.ops import define
+from tlkernels._core.dtypes import cast
+from tlkernels._core.loss import Op, define_ops, implementations, in_one_sweep, take
 from tlkernels._core.reduction import reduce
 from tlkernels._core.triton import linear
 from tlkernels.losses.distillation.call import Options, rows_that_count
@@ -37,133 +33,120 @@ from tlkernels.losses.linear_distillation import reference
 from tlkernels.losses.linear_distillation.call import Call, Layers
 
 _LAYERS = ", ".join(f"Tensor {s}_input, Tensor {s}_weight, Tensor? {s}_bias" for s in ("student", "teacher"))
-_ARGUMENTS = f"{_LAYERS}, {OPTIONS}"
-_GRADIENTS = ", ".join(["Tensor"] * len(Layers._fields))
+_INPUT = f"{_LAYERS}, {OPTIONS}"
+_INPUTS = len(Layers._fields)
+_GRADIENTS = ", ".join(["Tensor"] * _INPUTS)
 
 
-def _fake_gradients(layers: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple[Tensor, ...]:
-    # An absent bias needs no gradient; its place is as empty as any other's, in the dtype of its layer's input.
-    present = [layers[i - i % 3] if tensor is None else tensor for i, tensor in enumerate(layers)]
-    return tuple(fake_gradient(tensor, need) for tensor, need in zip(present, needs, strict=True) if tensor is not None)
+def _fake_rows(*args: Any) -> Tensor:
+    layers, _ = take(Layers, args)
+    return fake_rows(layers.student_input, layers.teacher_input)
+
+
+def _fake_gradients(layers: Layers, needs: Sequence[bool]) -> tuple[Tensor, ...]:
+    # An absent bias has an empty gradient too, in the dtype of its layer's input.
+    layers = layers._replace(
+        student_bias=layers.student_input if layers.student_bias is None else layers.student_bias,
+        teacher_bias=layers.teacher_input if layers.teacher_bias is None else layers.teacher_bias,
+    )
+    return tuple(fake_gradient(tensor, need) for tensor, need in zip(layers, needs, strict=True) if tensor is not None)
+
+
+def _fake_backward(grad_rows: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    layers, (*_, needs) = take(Layers, args)
+    return _fake_gradients(layers, needs)
 
 
 def _fake_step(*args: Any) -> tuple[Tensor, ...]:
-    loss = fake_rows(args[0], args[3]).new_empty(())
-    return loss, *_fake_gradients(args[:6], args[-1])
+    rows = _fake_rows(*args)
+    return rows.new_empty(()), *_fake_backward(rows, *args)
 
 
 class Ops(NamedTuple):
     """The ops of an implementation."""
 
     forward: Any
-    """The loss of each row."""
+    """Loss of each row."""
     backward: Any
-    """The gradients for an upstream of each row."""
+    """The gradients, given that of each row's loss; one that is not needed is an empty tensor."""
     step: Any
-    """The reduced loss with its gradients."""
+    """The reduced loss and its gradients."""
 
 
-_SCHEMAS: tuple[tuple[str, Any], ...] = (
-    (f"fwd{{}}({_ARGUMENTS}) -> Tensor", lambda *args: fake_rows(args[0], args[3])),
-    (
-        f"bwd{{}}(Tensor grad_rows, {_ARGUMENTS}, bool[6] needs) -> ({_GRADIENTS})",
-        lambda grad_rows, *args: _fake_gradients(args[:6], args[-1]),
-    ),
-    (f"step{{}}({_ARGUMENTS}, bool mean, bool[6] needs) -> (Tensor loss, {_GRADIENTS})", _fake_step),
-)
-_NAME = "linear_distillation_{}"
-NATIVE = Ops(
-    *(
-        define(_NAME.format(schema.format("")), fake, name == "forward")
-        for name, (schema, fake) in zip(Ops._fields, _SCHEMAS, strict=True)
-    )
-)
-_SERVED = native.served("linear_distillation_fwd")
-TRITON = Ops(
-    *(
-        triton.define(
-            _NAME.format(schema.format("_triton")),
-            fake,
-            "tlkernels.losses.linear_distillation.triton",
-            name,
-            name == "forward",
-        )
-        for name, (schema, fake) in zip(Ops._fields, _SCHEMAS, strict=True)
-    )
+NATIVE, TRITON = define_ops(
+    Ops,
+    "linear_distillation",
+    {
+        "forward": Op(f"fwd({_INPUT}) -> Tensor", _fake_rows, differentiable=True),
+        "backward": Op(f"bwd(Tensor grad_rows, {_INPUT}, bool[6] needs) -> ({_GRADIENTS})", _fake_backward),
+        "step": Op(f"step({_INPUT}, bool mean, bool[6] needs) -> (Tensor loss, {_GRADIENTS})", _fake_step),
+    },
 )
 
 
-_INPUTS = len(Layers._fields)
-
-
-def _losses(args: Args) -> Tensor:
-    return reference.losses(Layers(*args[:_INPUTS]), Options(*args[_INPUTS:]))
+def _reference(args: Args) -> Tensor:
+    layers, options = take(Layers, args)
+    return reference.losses(layers, Options(*options))
 
 
 def _rule(ops: Ops) -> Rule:
-    """The loss of each row."""
+    """Return the rule for the losses of rows."""
 
     def backward(upstreams: Tensors, args: Args, needs: Needs) -> Tensors:
         return where_needed(ops.backward(*upstreams, *args, needs), needs)
 
-    return Rule(_INPUTS, backward, _losses)
+    return Rule(_INPUTS, backward, _reference)
 
 
-def _sweep(ops: Ops) -> Sweep:
-    """The reduced loss; behind the options comes whether it is the mean."""
+def _one_sweep(ops: Ops) -> Sweep:
+    """Return the sweep for the reduced loss of (*layers, *options, mean)."""
 
     def step(args: Args, needs: Needs) -> tuple[Tensor, Tensors]:
         loss, *grads = ops.step(*args, needs)
         return loss, grads
 
-    def reduced(args: Args) -> Tensor:
+    def recompute(args: Args) -> Tensor:
         *args, mean = args
-        counted = rows_that_count(args[0], Options(*args[_INPUTS:]))
-        return reduce(_losses(args), counted, "mean" if mean else "sum")
+        layers, options = take(Layers, args)
+        counted = rows_that_count(layers.student_input, Options(*options))
+        return reduce(_reference(args), counted, "mean" if mean else "sum")
 
-    return Sweep(_INPUTS, step, reduced, by_triton=ops is TRITON)
+    return Sweep(_INPUTS, step, recompute, by_triton=ops is TRITON)
 
 
 for _ops in (NATIVE, TRITON):
     differentiable(_ops.forward, _rule(_ops), _ops.backward)
-_SWEEPS = {ops: _sweep(ops) for ops in (NATIVE, TRITON)}
 
 
-def _run(ops: Ops, call: Call) -> Tensor:
-    layers, options, reduction = call
-    mean = reduction in ("mean", "batchmean")
-    tensors: Tensors = layers
+def _run(ops: Ops, sweep: Sweep, call: Call) -> Tensor:
+    mean = call.reduction in ("mean", "batchmean")
+    inputs = _autocast(call.layers)
+    args = *inputs, *call.options
+    if in_one_sweep(inputs, args, call.reduction):
+        return one_sweep(sweep, *args, mean, dtype=call.dtype)
+    rows = apply(ops.forward, *args)
+    return cast(reduce(rows, call.denominator(), "mean" if mean else call.reduction), call.dtype)
+
+
+def _autocast(layers: Layers) -> Tensors:
+    """Return the layers in the dtype that autocast gives to the arguments of `F.linear`."""
     device = layers.student_input.device.type
-    if torch.is_autocast_enabled(device):  # as it does with F.linear's arguments
-        dtype = torch.get_autocast_dtype(device)
-        tensors = [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in layers]
-    present = [tensor for tensor in tensors if tensor is not None]
-    differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in present)
-    half = any(tensor.dtype == torch.float16 for tensor in present)
-    args = *tensors, *options
-    # A float16 gradient waits for the loss scale that comes with its upstream: before, small values would be 0.
-    if reduction != "none" and plain(*args) and not (differentiated and half):
-        return one_sweep(_SWEEPS[ops], *args, mean, dtype=call.dtype)
-    loss = reduce(apply(ops.forward, *args), call.denominator(), "mean" if mean else reduction)
-    return loss if loss.dtype == call.dtype else loss.to(call.dtype)
+    if not torch.is_autocast_enabled(device):
+        return layers
+    dtype = torch.get_autocast_dtype(device)
+    return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in layers]
 
 
 def _tensors(call: Call) -> Tensors:
     return *call.layers, call.options.target, call.options.row_weight
 
 
-IMPLEMENTATIONS = (
-    Implementation(
-        "native",
-        lambda call: refuse_native(*_tensors(call), served=_SERVED) or refuse_options(call.options),
-        partial(_run, NATIVE),
-    ),
-    Implementation(
-        "triton",
-        lambda call: refuse_triton(*_tensors(call)) or refuse_options(call.options),
-        partial(_run, TRITON),
-        by_name_only=triton.INTERPRETED,
-        how=lambda call: linear.describe([call.layers[:3], call.layers[3:]]),
-    ),
-    Implementation("reference", lambda call: None, in_pytorch(reference.linear_distillation)),
+IMPLEMENTATIONS = implementations(
+    native=partial(_run, NATIVE, _one_sweep(NATIVE)),
+    triton=partial(_run, TRITON, _one_sweep(TRITON)),
+    reference=reference.linear_distillation,
+    served=native.served("linear_distillation_fwd"),
+    tensors=_tensors,
+    refuse=lambda call: refuse_options(call.options),
+    strategy=lambda call: linear.describe([call.layers.student, call.layers.teacher]),
 )

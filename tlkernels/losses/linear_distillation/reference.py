@@ -1,4 +1,4 @@
-"""The oracle: linear distillation in plain PyTorch, on any device, differentiable to any order."""
+"""Reference and test oracle: linear distillation in plain PyTorch, on any device, differentiable to any order."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,10 +18,10 @@ def linear_distillation(call: Call) -> Tensor:
 
 def losses(layers: Layers, options: Options) -> Tensor:
     """Return the loss of each row, in the dtype of the computation."""
-    if options.target is not None:  # in the layers' gradients ignored features have no part, not even 0 * NaN
+    if options.target is not None:  # ignored rows add nothing to the layers' gradients, not even 0 * NaN
         ignored = (options.target == options.ignore_index).unsqueeze(-1)
         layers = layers._replace(
             student_input=layers.student_input.masked_fill(ignored, 0),
             teacher_input=layers.teacher_input.masked_fill(ignored, 0),
         )
-    return reference.losses(F.linear(*layers[:3]), F.linear(*layers[3:]), options)
+    return reference.losses(F.linear(*layers.student), F.linear(*layers.teacher), options)

@@ -1,4 +1,4 @@
-"""What a call of mse or rmse is: its tensors and options, checked."""
+"""Arguments of mse and rmse, and their validation."""
 
 import warnings
 from typing import NamedTuple
@@ -6,25 +6,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tlkernels._core.dtypes import FLOATING, autocasts
+from tlkernels._core.dtypes import FLOATING, autocasts, cast
 from tlkernels._core.reduction import REDUCTIONS, sum_in_order
 
 _INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class Call(NamedTuple):
-    """One checked call."""
+    """The arguments of a call."""
 
     input: Tensor
     target: Tensor
     weight: Tensor | None
     reduction: str
     eps: float | None
-    """Of rmse; None for mse."""
+    """Added to the mean before the root of rmse; None for mse."""
 
     @property
     def common(self) -> torch.dtype:
-        """The dtype that the tensors are promoted to."""
+        """The dtype that PyTorch promotes the tensors to."""
         dtype = self.input.dtype
         for tensor in (self.target, self.weight):
             if tensor is not None and tensor.dtype != dtype:
@@ -33,7 +33,7 @@ class Call(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the loss: the common one; under autocast float32, which torch gives to losses there."""
+        """The dtype of the loss: the common one; under autocast float32, as in PyTorch."""
         if autocasts(self.input.device):
             return torch.promote_types(self.common, torch.float32)
         return self.common
@@ -43,33 +43,36 @@ class Call(NamedTuple):
         """The dtype that the loss is computed in."""
         return torch.float64 if self.common == torch.float64 else torch.float32
 
-    def expanded(self, dtype: torch.dtype) -> list[Tensor]:
-        """Return input, target and weight (if any) of `dtype` in the shape of the errors."""
-        tensors = [self.input, self.target] if self.weight is None else [self.input, self.target, self.weight]
-        tensors = [tensor if tensor.dtype == dtype else tensor.to(dtype) for tensor in tensors]
-        return tensors if self.input.shape == self.target.shape else list(torch.broadcast_tensors(*tensors))
+    def expanded(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return input, target and weight in `dtype` and in the shape of the errors."""
+        input, target, weight = cast(self.input, dtype), cast(self.target, dtype), self.weight
+        weight = None if weight is None else cast(weight, dtype)
+        if input.shape != target.shape:
+            shape = torch.broadcast_shapes(input.shape, target.shape)
+            input, target = input.expand(shape), target.expand(shape)
+            weight = None if weight is None else weight.expand(shape)
+        return input, target, weight
 
     def denominator(self) -> Tensor | int:
         """Return what `mean` divides by: the number of errors, or the sum of the weights."""
         if self.weight is None:
-            input, target = self.input, self.target
-            return (input if input.shape == target.shape else self.expanded(self.common)[0]).numel()
+            same = self.input.shape == self.target.shape
+            return (self.input if same else self.expanded(self.common)[0]).numel()
         return sum_in_order(self.weight.to(self.compute))
 
     def finished(self, loss: Tensor) -> Tensor:
         """Return the loss from the (reduced) squared errors."""
         if self.eps is not None:
             loss = (loss + self.eps if self.eps else loss).sqrt()
-        dtype = self.dtype
-        return loss if loss.dtype == dtype else loss.to(dtype)
+        return cast(loss, self.dtype)
 
 
 def check(call: Call) -> Call:
-    """Return `call` if it makes sense; warn as PyTorch does if the input and the target are of different shapes.
+    """Return `call` if its arguments are valid; warn as PyTorch does if input and target have different shapes.
 
     Raises:
-        TypeError: an argument of a wrong kind or dtype.
-        ValueError: a shape, device or option value that does not fit.
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a shape or device that does not match, or an option out of range.
     """
     input, target, weight, reduction, eps = call
     for name, tensor in (("input", input), ("target", target), ("weight", weight)):
@@ -83,7 +86,7 @@ def check(call: Call) -> Call:
         if tensor.device != input.device:
             raise ValueError(f"{name}: expected it on the input's device {input.device}, got {tensor.device}")
     if call.common not in FLOATING:
-        raise TypeError(f"input: expected a floating-point dtype beside a target of {target.dtype}, got {input.dtype}")
+        raise TypeError(f"input: expected a floating-point dtype with a target of {target.dtype}, got {input.dtype}")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected one of {REDUCTIONS}, got {reduction!r}")
     if eps is not None and not 0 <= eps < float("inf"):
@@ -104,7 +107,7 @@ def _check_broadcast(input: Tensor, target: Tensor) -> None:
             f"got {tuple(target.shape)}"
         ) from None
     warnings.warn(
-        f"target: its shape {tuple(target.shape)} is not the input's {tuple(input.shape)}; they are broadcast, which "
-        "is rarely meant",
+        f"target: expected the input's shape {tuple(input.shape)}, got {tuple(target.shape)}; they are broadcast, "
+        "which is likely a mistake",
         stacklevel=4,
     )

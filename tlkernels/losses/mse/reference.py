@@ -1,4 +1,4 @@
-"""The oracle: squared errors in plain PyTorch, on any device, differentiable to any order."""
+"""Reference and test oracle: squared errors in plain PyTorch, on any device, differentiable to any order."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -8,10 +8,10 @@ from tlkernels.losses.mse.call import Call
 
 def squared(call: Call) -> Tensor:
     """Return the squared errors, reduced, in the dtype of the computation."""
-    input, target, *weight = call.expanded(call.compute)
-    if not weight:
+    input, target, weight = call.expanded(call.compute)
+    if weight is None:
         return F.mse_loss(input, target, reduction=call.reduction)
-    errors = (input - target).square() * weight[0]
+    errors = (input - target).square() * weight
     if call.reduction == "none":
         return errors
     return errors.sum() / call.denominator() if call.reduction == "mean" else errors.sum()

@@ -72,13 +72,13 @@ def nt_xent(
     z, n = torch.cat([z1, z2]), z1.shape[0]
     rows = numbers(2 * n, z)
     other = torch.cat([rows[n:], rows[:n]])
-    options = Options(own=0, normalize=flag("normalize", normalize))
+    options = Options(self_column=0, normalize=flag("normalize", normalize))
     call = Call(z, None, None, scale, other, None, None, None, options, reduction, loss_dtype(z1))
     implementation = resolve("nt_xent", IMPLEMENTATIONS, call, impl)
     if group is not None:
         check_equal_shares(group, z1=z1)
         first = dist.get_rank(group) * 2 * n
-        call = call._replace(key=gather(z, group), target=other + first, options=options._replace(own=first))
+        call = call._replace(key=gather(z, group), target=other + first, options=options._replace(self_column=first))
     loss: Tensor = implementation.run(call)
     return loss * dist.get_world_size(group) if group is not None and reduction == "sum" else loss
 

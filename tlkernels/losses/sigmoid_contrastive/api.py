@@ -61,7 +61,7 @@ def sigmoid_contrastive(
     implementation = resolve("sigmoid_contrastive", IMPLEMENTATIONS, call, impl)
     if group is not None:
         check_equal_shares(group, query=query, key=key)
-        call = call._replace(key=gather(key, group), own=dist.get_rank(group) * query.shape[0])
+        call = call._replace(key=gather(key, group), positive_offset=dist.get_rank(group) * query.shape[0])
     loss: Tensor = implementation.run(call)
     return loss
 

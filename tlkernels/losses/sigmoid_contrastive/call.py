@@ -1,4 +1,4 @@
-"""What a call of the sigmoid contrastive loss is: its tensors, checked by `api.py`."""
+"""Arguments of the sigmoid contrastive loss, which `api.py` validates."""
 
 from typing import NamedTuple
 
@@ -7,13 +7,13 @@ from torch import Tensor
 
 
 class Call(NamedTuple):
-    """One checked call."""
+    """The arguments of a call."""
 
     query: Tensor
     key: Tensor
     logit_scale: Tensor | float
     logit_bias: Tensor | float
-    own: int
-    """The column of row 0's positive, and so on along the rows."""
+    positive_offset: int
+    """The positive of row i is column i + positive_offset."""
     dtype: torch.dtype
-    """Of the loss."""
+    """The dtype of the loss."""

@@ -1,4 +1,4 @@
-"""The oracle of the sigmoid contrastive loss: plain PyTorch, on any device, differentiable to any order."""
+"""Reference and test oracle of the sigmoid contrastive loss: plain PyTorch, differentiable to any order."""
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +15,11 @@ def loss(call: Call) -> Tensor:
 
 
 def loss_in_compute_dtype(call: Call) -> Tensor:
-    """Return the loss, in the dtype that it is computed in."""
+    """Return the loss in the dtype of the computation."""
     compute = compute_dtype(call.query, call.key)
     scale, bias = (x.to(compute) if isinstance(x, Tensor) else x for x in (call.logit_scale, call.logit_bias))
     with torch.autocast(call.query.device.type, enabled=False):
         logits = call.query.to(compute) @ call.key.to(compute).T * scale + bias
     rows, columns = logits.shape
-    positive = numbers(columns, logits) == numbers(rows, logits).unsqueeze(1) + call.own
+    positive = numbers(columns, logits) == numbers(rows, logits).unsqueeze(1) + call.positive_offset
     return -F.logsigmoid(torch.where(positive, logits, -logits)).sum() / rows

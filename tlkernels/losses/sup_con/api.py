@@ -76,7 +76,7 @@ def sup_con(
     check_reduction(reduction)
     group = check_group(group)
     scale = resolve_scale(temperature, logit_scale, features.device)
-    options = Options(own=0, by_label=True, normalize=flag("normalize", normalize))
+    options = Options(self_column=0, by_label=True, normalize=flag("normalize", normalize))
     call = Call(features, None, None, scale, None, None, labels, None, options, reduction, loss_dtype(features))
     implementation = resolve("sup_con", IMPLEMENTATIONS, call, impl)
     loss: Tensor = implementation.run(call) if group is None else _over_ranks(implementation, call, group)
@@ -92,7 +92,7 @@ def _over_ranks(implementation: Implementation, call: Call, group: Any) -> Tenso
     call = call._replace(
         key=gather(features, group),
         key_ids=everyones,
-        options=call.options._replace(own=dist.get_rank(group) * features.shape[0]),
+        options=call.options._replace(self_column=dist.get_rank(group) * features.shape[0]),
         reduction="none" if reduction == "none" else "sum",
         dtype=compute_dtype(features),
     )

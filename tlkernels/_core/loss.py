@@ -1,0 +1,114 @@
+"""What the `ops.py` of every loss shares: definition of its ops, one sweep or two, list of its implementations."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+
+from tlkernels._core.autograd import Tensors, in_pytorch, plain, refuse_native, refuse_triton
+from tlkernels._core.dispatch import Implementation
+from tlkernels._core.ops import define
+from tlkernels._core.triton import INTERPRETED
+from tlkernels._core.triton import define as define_triton
+
+Ops = TypeVar("Ops")
+Group = TypeVar("Group", bound=NamedTuple)
+
+
+class Op(NamedTuple):
+    """The definition of an op."""
+
+    schema: str
+    """`name(arguments) -> results`; the loss's name is put in front of the op's."""
+    fake: Callable[..., Any]
+    """Returns empty results of the right shapes, dtypes and strides."""
+    differentiable: bool = False
+    """Whether `differentiable` registers a rule for the op."""
+
+
+def define_ops(
+    kind: Callable[..., Ops],
+    loss: str,
+    ops: Mapping[str, Op],
+    *,
+    only_native: Mapping[str, Op] | None = None,
+    only_triton: Mapping[str, Op] | None = None,
+) -> tuple[Ops, Ops]:
+    """Define the ops of a loss and return those of the extension and those of Triton, each as a `kind`.
+
+    The keys of the mappings are fields of `kind`, a NamedTuple. The extension implements `tlkernels::<loss>_<name>`.
+    `tlkernels::<loss>_<name>_triton` calls the function of the field's name in `tlkernels/losses/<loss>/triton.py`.
+    """
+    kernels = f"tlkernels.losses.{loss}.triton"
+    by_extension = {
+        field: define(f"{loss}_{op.schema}", op.fake, op.differentiable)
+        for field, op in {**ops, **(only_native or {})}.items()
+    }
+    by_triton = {
+        field: define_triton(
+            f"{loss}_{op.schema.replace('(', '_triton(', 1)}", op.fake, kernels, field, op.differentiable
+        )
+        for field, op in {**ops, **(only_triton or {})}.items()
+    }
+    return kind(**by_extension), kind(**by_triton)
+
+
+def take(group: type[Group], args: Sequence[Any]) -> tuple[Group, list[Any]]:
+    """Return the first of `args` as a `group`, a NamedTuple, and the remaining ones."""
+    count = len(group._fields)
+    return group(*args[:count]), [*args[count:]]
+
+
+def needs_grad(tensors: Tensors) -> bool:
+    """Return whether autograd will ask for the gradient of one of the tensors."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def in_one_sweep(inputs: Tensors, args: Sequence[Any], reduction: str) -> bool:
+    """Return whether a reduced loss of `args` is computed along with the gradients of its `inputs`.
+
+    A float16 gradient waits for the loss scale, which comes with the upstream gradient: without it small values would
+    become 0.
+    """
+    if reduction == "none" or not plain(*args):
+        return False
+    for tensor in inputs:
+        if tensor is not None and tensor.dtype == torch.float16:
+            return not needs_grad(inputs)
+    return True
+
+
+def implementations(
+    *,
+    native: Callable[[Any], Any],
+    triton: Callable[[Any], Any],
+    reference: Callable[[Any], Any],
+    served: tuple[str, ...],
+    tensors: Callable[[Any], Tensors],
+    refuse: Callable[[Any], str | None],
+    refuse_reference: Callable[[Any], str | None] = lambda call: None,
+    strategy: Callable[[Any], str] | None = None,
+) -> tuple[Implementation, ...]:
+    """Return the implementations of a loss, in the order in which `auto` tries them.
+
+    Args:
+        native: computes a call with the extension's ops.
+        triton: computes it with Triton's.
+        reference: computes it in plain PyTorch.
+        served: the types of devices that the extension has kernels for.
+        tensors: returns the tensors of a call that the kernels read.
+        refuse: returns why neither kernel can serve a call, or None.
+        refuse_reference: returns why the reference cannot, or None.
+        strategy: says in which way Triton serves a call.
+    """
+    return (
+        Implementation("native", lambda call: refuse_native(*tensors(call), served=served) or refuse(call), native),
+        Implementation(
+            "triton",
+            lambda call: refuse_triton(*tensors(call)) or refuse(call),
+            triton,
+            by_name_only=INTERPRETED,
+            how=strategy,
+        ),
+        Implementation("reference", refuse_reference, in_pytorch(reference)),
+    )
