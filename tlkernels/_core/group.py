@@ -80,8 +80,8 @@ def check_equal_shares(group: Any, **tensors: Tensor | None) -> None:
         dist.all_gather(everyone, mine, group=group)
         if all(torch.equal(each, mine) for each in everyone):
             return
-    found = {name: None if tensor is None else tuple(tensor.shape) for name, tensor in tensors.items()}
-    raise ValueError(f"group: expected the same shapes on every rank; this one has {found}")
+    own = {name: None if tensor is None else tuple(tensor.shape) for name, tensor in tensors.items()}
+    raise ValueError(f"group: expected the same shapes on every rank, got {own} on this one")
 
 
 def gather(tensor: Tensor, group: Any) -> Tensor:

@@ -25,10 +25,10 @@ _REMEDY = (
 
 def _load() -> tuple[ModuleType | None, str]:
     # Searches only this package: an editable install adds a finder that may return another checkout's.
-    found = importlib.machinery.PathFinder.find_spec("tlkernels._C", [str(Path(__file__).parents[1])])
-    if found is None or found.origin is None:
+    spec = importlib.machinery.PathFinder.find_spec("tlkernels._C", [str(Path(__file__).parents[1])])
+    if spec is None or spec.origin is None:
         return None, f"the extension tlkernels._C does not load (none is installed for this Python); {_REMEDY}"
-    built_for = _torch_of(found.origin)
+    built_for = _torch_of(spec.origin)
     if built_for == str(torch.__version__):
         try:
             return importlib.import_module("tlkernels._C"), ""
@@ -45,8 +45,8 @@ def _load() -> tuple[ModuleType | None, str]:
 def _torch_of(file: str) -> str:
     """Return the version of torch that an extension was built for, without loading it (see csrc/module.cpp)."""
     with open(file, "rb") as extension:
-        found = re.search(rb"\0tlkernels\0\0\0([^\0]+)\0", extension.read(1 << 16))
-    return found[1].decode() if found else "of unknown version"
+        note = re.search(rb"\0tlkernels\0\0\0([^\0]+)\0", extension.read(1 << 16))
+    return note[1].decode() if note else "of unknown version"
 
 
 _extension, _reason = _load()

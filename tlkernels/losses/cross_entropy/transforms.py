@@ -1,6 +1,6 @@
 """Cross entropy's ops under torch.func's transforms and in forward mode: vmap, jvp and any nesting of them.
 
-An autograd.Function takes its tensors as arguments of their own, so `weight` is one here, and the options lack it.
+An autograd.Function differentiates only its direct arguments, so `weight` is one, and `options` has None for it.
 """
 
 from typing import Any

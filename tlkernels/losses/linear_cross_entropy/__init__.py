@@ -1,4 +1,4 @@
-"""Cross entropy of a linear layer's output, whose logits are never held whole."""
+"""Cross entropy of a linear layer's output, without the whole matrix of logits in memory."""
 
 from tlkernels.losses.linear_cross_entropy.api import (
     LinearCrossEntropyLoss,
