@@ -13,7 +13,7 @@ BENCH_ARGS ?=
 COMPILE_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full test-sixth lint bench sanitize cuda-compile wheel gpu-kit gpu-run clean FORCE
+.PHONY: help setup demo test test-full test-sixth lint bench readme sanitize cuda-compile wheel gpu-kit gpu-run clean FORCE
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*##/\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -49,8 +49,11 @@ lint: setup  ## ruff, mypy, clang-format; changes nothing
 	$(BIN)/mypy -p tlkernels -p bench -p scripts
 	$(BIN)/clang-format --dry-run --Werror $(filter %.h %.inl %.cpp %.cu %.cuh,$(CSRC))
 
-bench: setup  ## ratios to eager, torch.compile and copy_, written to bench/results (BENCH_ARGS=--quick)
+bench: setup  ## speed-up and memory of every loss, written to bench/results (BENCH_ARGS=--quick)
 	$(PY) -m pytest bench --benchmark-quiet $(BENCH_ARGS)
+
+readme: setup  ## README's figures and picture, and bench/RESULTS.md, from the newest file in bench/results
+	$(PY) -m bench.readme
 
 # A build of its own, beside the one in the source tree. The runtimes have to come before everything else in the
 # process, and libstdc++ with them, or they do not find the functions that they wrap.

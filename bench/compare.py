@@ -1,6 +1,7 @@
-"""`python -m bench.compare OLD NEW`: what became slower between two result files, beyond the spread of either.
+"""`python -m bench.compare OLD NEW`: which speed-ups fell between two result files by more than their spread.
 
-Times of two runs are not compared, only ratios within a run: how many times eager's speed ours had then, and has now.
+Only speed-ups are compared, which are ratios within a run; the times of two runs are not. The exit code is 1 if any
+fell.
 """
 
 import argparse
@@ -14,10 +15,10 @@ Json = Mapping[str, Any]
 
 
 def changes(old: Json, new: Json) -> Iterator[tuple[str, str, float, float, str]]:
-    """Case, contestant, speed-up then and now, and "slower" or "faster" where the two spreads do not meet."""
+    """Yield case, contestant, both speed-ups, and "slower" or "faster" where the quartiles do not overlap."""
     before = {case["id"]: case["speedup"] for case in old["cases"]}
     for case in new["cases"]:
-        for name in ("eager", "copy"):
+        for name in ("eager", "floor"):
             if name in case["speedup"] and name in before.get(case["id"], {}):
                 then, now = before[case["id"]][name], case["speedup"][name]
                 word = "slower" if now[2] < then[0] else "faster" if now[0] > then[2] else ""
@@ -25,12 +26,12 @@ def changes(old: Json, new: Json) -> Iterator[tuple[str, str, float, float, str]
 
 
 def differences(old: Json, new: Json) -> list[str]:
-    """What else is not the same, and so may be the reason."""
+    """Return what else differs between the runs, and so may be the reason."""
     return [
         f"{part}.{key}: {old[part].get(key)} -> {new[part].get(key)}"
         for part in ("machine", "versions")
         for key in sorted({*old[part], *new[part]})
-        if old[part].get(key) != new[part].get(key)
+        if key != "busy" and old[part].get(key) != new[part].get(key)
     ]
 
 

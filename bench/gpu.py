@@ -1,13 +1,13 @@
-"""What is measured on a GPU, the most telling first; a line of JSON is written as soon as a figure is there.
+"""Measures the losses on a GPU, the most telling cases first, and writes each figure as a line of JSON.
 
     python -m bench.gpu FILE [--seconds 200]     measures until the time is over
-    python -m bench.gpu FILE --first             the first call of each that compiles, which fills the caches
-    python -m bench.gpu FILE --once              each native and Triton call of the first cases once, for ncu
+    python -m bench.gpu FILE --first             the first call of every contestant that compiles; fills the caches
+    python -m bench.gpu FILE --once              one native and one Triton call of each of the first cases, for ncu
     --dry                                        tiny sizes on a CPU, to try this script
 
-Floors are what the card itself gives in the same run: a copy that moves the bytes of a loss on logits, the bare
-products of a linear loss, and for losses on pairs products of 8192 x 8192 x 8192 with the operations of those that the
-loss needs. `native` and `triton` are contestants of the same run; the rows of tlkernels/_core/choice.py come from them.
+The floors are measured in the same run: a copy of as many bytes for a loss on logits, the bare products for a linear
+loss, and for losses on pairs products of 8192 x 8192 x 8192 with as many operations as the loss needs. `native` and
+`triton` are contestants of one run, from which the rows of tlkernels/_core/choice.py come.
 """
 
 import argparse
@@ -27,16 +27,18 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import harness
 import torch
-import torch.nn.functional as F
 
 import tlkernels as tlk
 from bench import losses
-from bench.contestants import Step
-from bench.losses import BF16, F32, Case, Cast, Loss, Shape, Work
-from bench.origin import describe
+from bench.losses import BF16, F32
+from bench.measure import checked_errors, excess
+from bench.origin import ROOT, describe
+from bench.work import Case, Cast, Loss, Make, Shape, Step, Work, build, classes_of, name_of, normal
 from tlkernels._core import triton
+
+sys.path.append(str(ROOT / "tests"))
+import harness
 
 FAR = 8192  # rows, columns and depth of a product that runs at the card's rate
 LEAST_ROUNDS, MOST_ROUNDS = 5, 60
@@ -46,8 +48,8 @@ OURS = ("native", "triton")
 COMPILED = (*OURS, "compile")  # native is there for comparison
 FIRST_CASES = 4  # for --once
 PRODUCTS = {"info_nce": 4, "nt_xent": 3, "sup_con": 3, "sigmoid_contrastive": 3}
-"""Products of N x N x D that each needs: similarities and gradients. InfoNCE makes its similarities twice, as its
-relatives do, whose two gradients are of the same tensor and so one product; the sigmoid loss makes them once."""
+"""Products of N x N x D that each loss needs: similarities and gradients. InfoNCE, NT-Xent and SupCon compute the
+similarities twice, the sigmoid loss once. NT-Xent and SupCon need one product for their gradient, the others two."""
 
 
 def _installed(name: str, module: str, function: str, use: Callable[[Any], Loss]) -> dict[str, Loss]:
@@ -58,25 +60,17 @@ def _installed(name: str, module: str, function: str, use: Callable[[Any], Loss]
 
 
 def cross_entropy(shape: Shape, cast: Cast) -> Work:
-    rows, classes = shape
-    x, y = cast(losses.normal(rows, classes, scale=2)), losses.classes_of(rows, classes)
-    out = torch.empty_like(x)
+    work = losses.cross_entropy(shape, cast)
+    y = classes_of(shape[1], shape[0])
     liger = "liger_kernel.transformers.functional"
     peers = _installed("liger", liger, "liger_cross_entropy", lambda function: lambda x: function(x, y))
     peers |= _installed("quack", "quack.cross_entropy", "cross_entropy", lambda function: lambda x: function(x, y))
-    return Work(
-        (x,),
-        lambda x, impl="auto": tlk.cross_entropy(x, y, impl=impl),
-        lambda x: F.cross_entropy(x, y),
-        lambda: out.copy_(x),
-        peers,
-        overwriting=("liger",),
-    )
+    return work._replace(peers=peers, fresh=("liger",))
 
 
 def linear_cross_entropy(shape: Shape, cast: Cast) -> Work:
     work = losses.linear_cross_entropy(shape, cast)
-    y = losses.classes_of(shape[0], shape[2])
+    y = classes_of(shape[2], shape[0])
     liger, name = "liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy"
     peers = _installed("liger", liger, name, lambda function: lambda x, w: function(x, w, y))
     cce = "cut_cross_entropy"
@@ -84,13 +78,13 @@ def linear_cross_entropy(shape: Shape, cast: Cast) -> Work:
     return work._replace(peers=peers)
 
 
-def pairs(make: losses.Make) -> losses.Make:
-    """With a floor that is the card's own rate."""
+def pairs(make: Make) -> Make:
+    """Replace the floor by large products, which run at the card's rate."""
 
     def made(shape: Shape, cast: Cast) -> Work:
         work = make(shape, cast)
         side = FAR if shape[0] >= FAR else shape[0]
-        a, b, out = (cast(losses.normal(side, side, seed=seed)) for seed in range(3))
+        a, b, out = (cast(normal(side, side, seed=seed)) for seed in range(3))
         times = max(1, round(operations(make.__name__, shape) / (2 * side**3)))
 
         def floor() -> None:
@@ -113,24 +107,23 @@ def operations(loss: str, shape: Shape) -> int:
 
 
 def moved(loss: str, shape: Shape, dtype: torch.dtype) -> int:
-    """Bytes that have to move: the gradient written, and the logits, or both inputs, read."""
+    """Bytes that must move: the gradient is written, and the logits, or both inputs, are read."""
     return (2 if loss == "cross_entropy" else 3) * prod(shape) * dtype.itemsize
 
 
-def _case(name: str, shape: Shape, make: losses.Make, bars: dict[str, float], *contestants: str) -> Case:
+def _case(name: str, shape: Shape, make: Make, bars: dict[str, float], *contestants: str) -> Case:
     return Case(name, shape, BF16, make, bars, ("floor", *OURS, *contestants))
 
 
 def _ways(*names: str) -> tuple[str, ...]:
-    """Contestants: native with rows kept in one of these ways."""
+    """Return contestants: native, with the rows kept in each of these ways."""
     return tuple(f"native:{name}" for name in names)
 
 
 def _cases() -> Iterator[Case]:
-    """In order of worth."""
+    """The most telling first: the time may end early."""
     logits = {"floor": 0.9, "compile": 1.4, "liger": 1.0, "quack": 1.0}
     both = {"floor": 0.88, "compile": 3.0}
-    teacher = losses.distillation("forward_kl")
     peers = ("eager", "compile", "liger", "quack")
     few = _ways("registers", "shared", "sweeps")
     many = _ways("cluster", "sweeps")
@@ -138,13 +131,13 @@ def _cases() -> Iterator[Case]:
     # 17.3 ms where the products at 790 TFLOP/s take 16.3
     linear = {"floor": 16.3 / 17.3, "liger": 1.0, "cce": 1.0}
     yield _case("linear_cross_entropy", (4096, 4096, 128256), linear_cross_entropy, linear, "eager", "liger", "cce")
-    yield _case("distillation", (16384, 32000), teacher, both, "eager", "compile")
+    yield _case("distillation", (16384, 32000), losses.distillation, both, "eager", "compile")
     yield _case("info_nce", (65536, 1024), pairs(losses.info_nce), {"floor": 0.65})
     yield _case("cross_entropy", (16384, 131072), cross_entropy, logits, *many, *peers)
     yield _case("cross_entropy", (32768, 4096), cross_entropy, logits, *_ways("warp", "registers", "shared"), *peers)
     yield _case("cross_entropy", (256, 1000), cross_entropy, {"eager": 1.0}, *peers)
     yield _case("cross_entropy", (8192, 50257), cross_entropy, {"floor": 0.8}, *few)
-    yield _case("distillation", (8192, 128256), teacher, both, "eager", "compile")
+    yield _case("distillation", (8192, 128256), losses.distillation, both, "eager", "compile")
     shape = (4096, 4096, 4096, 128256)
     yield _case("linear_distillation", shape, losses.linear_distillation, {"floor": 1 / 1.1}, "eager")
     yield _case("info_nce", (16384, 1024), pairs(losses.info_nce), {}, "eager")
@@ -153,10 +146,11 @@ def _cases() -> Iterator[Case]:
     yield _case("info_nce", (65536, 512), pairs(losses.info_nce), {"floor": 0.6})
     yield _case("cross_entropy", (8192, 262144), cross_entropy, logits, *many, *peers)
     yield _case("cross_entropy", (65536, 45), cross_entropy, {}, *_ways("lanes", "warp"), "eager")
-    yield _case("distillation", (65536, 45), teacher, {}, "eager")
-    yield _case("mse", (8192, 8192), losses.squared(tlk.mse, F.mse_loss), {}, "eager")
+    yield _case("distillation", (65536, 45), losses.distillation, {}, "eager")
+    yield _case("mse", (8192, 8192), losses.mse, {}, "eager")
     yield _case("info_nce", (64, 128), losses.info_nce, {}, "eager")
-    yield Case("distillation[js]", (4096, 128256), F32, losses.distillation("js"), {}, ("floor", *OURS, "eager"))
+    options, contestants = {"divergence": "js"}, ("floor", *OURS, "eager")
+    yield Case("distillation", (4096, 128256), F32, losses.distillation, {}, contestants, options)
 
 
 CASES: tuple[Case, ...] = tuple(_cases())
@@ -211,14 +205,14 @@ def sample(step: Step, dry: bool) -> tuple[float, float]:
 
 
 class Bench:
-    """Writes lines about cases to a file until the time is over.
+    """Measures cases until the time is over, and writes lines to a file.
 
-    What the file has a line about already is not measured again, so that the program can be started anew where a
-    contestant has ended the process or lost the GPU's context. The contestant that runs is named in a file of its own.
+    A contestant that has a line in the file is not measured again: the program can be restarted after one has ended the
+    process or lost the GPU's context. A second file names the contestant that is running.
     """
 
     def __init__(self, path: Path, seconds: float, dry: bool, first: bool) -> None:
-        """With `first` for first calls, which nothing is started anew for."""
+        """`first`: measure first calls, which are not resumed."""
         self.dry, self.is_first = dry, first
         self.device = torch.device("cpu" if dry else "cuda")
         self.end = time.monotonic() + seconds
@@ -242,27 +236,27 @@ class Bench:
             "case": case.id,
             "loss": case.loss,
             "shape": case.shape,
-            "dtype": str(case.dtype).removeprefix("torch."),
+            "dtype": name_of(case.dtype),
             "architecture": "cpu" if self.dry else triton.architecture(torch.device("cuda", 0)),
         }
         first = {"first": True} if self.is_first else {}
         self.file.write(json.dumps({**line, **values, **first}) + "\n")
 
     def work(self, case: Case) -> Work:
-        """Return a case's inputs and functions. What is timed runs outside the context, which slows every call."""
+        """Return a case's inputs and functions. Timed calls run outside the device context, which slows every call."""
         with self.device:
-            return case.make(case.shape, lambda tensor: tensor.to(case.dtype))
+            return case.work()
 
     def contestants(self, case: Case, work: Work) -> list[str]:
-        """Return those of a case that are here."""
-        here = {"floor", "eager", *work.peers, *self.served(work)}
-        here |= set() if self.dry else {"compile"}  # minutes on two cores, and nothing of ours
+        """Return the contestants of a case that are installed and support it."""
+        available = {"floor", "eager", *work.peers, *self.served(work)}
+        available |= set() if self.dry else {"compile"}  # minutes on two cores, and nothing of ours
         named = ["reference" if self.dry and name == "triton" else name for name in case.contestants]
-        ways = "native" in here and not self.dry
-        return [name for name in named if name in here or (ways and name.startswith("native:"))]
+        ways = "native" in available and not self.dry
+        return [name for name in named if name in available or (ways and name.startswith("native:"))]
 
     def served(self, work: Work) -> list[str]:
-        """Return the implementations of ours that serve a case's call; in a dry run the reference stands for Triton."""
+        """Return our implementations that serve the call of a case; a dry run takes the reference for Triton."""
         found = []
         for name in ("native", "reference") if self.dry else OURS:
             report = tlk.explain(work.ours, *work.inputs, impl=name)
@@ -271,7 +265,7 @@ class Bench:
         return found
 
     def measure(self, case: Case) -> None:
-        """Time every contestant; then hold the results of ours against float64."""
+        """Time every contestant; then compare our results with float64."""
         work = self.attempt(case, "inputs", partial(self.work, case))
         if work is None:
             return
@@ -286,7 +280,7 @@ class Bench:
     def time(self, case: Case, name: str, work: Work) -> None:
         loss, _, way = name.partition(":")
         with harness.cross_entropy_strategy(way) if way else nullcontext():
-            timing = timed(losses.build(loss, work), self.dry)
+            timing = timed(build(loss, work), self.dry)
         self.done[case.id, name] = timing.ms[1]
         floor = self.done.get((case.id, "floor"))
         share = {"of_floor": floor / timing.ms[1]} if floor else {}
@@ -294,12 +288,9 @@ class Bench:
 
     def errors(self, case: Case, work: Work) -> None:
         names = ["eager", *self.served(work)]
-        for draws in (1, 10):  # a loss is one number, and eager's may have been lucky
-            with self.device:
-                found = losses.errors(case, names, draws)
-            wrong = losses.excess(case, found)
-            if not wrong:
-                break
+        with self.device:
+            found = checked_errors(case, names)
+        wrong = excess(case, found)
         self.write(case, who="errors", error=found, **({"wrong": wrong} if wrong else {}))
 
     def first(self, case: Case, names: Sequence[str]) -> None:
@@ -311,7 +302,7 @@ class Bench:
 
     def first_call(self, case: Case, name: str, work: Work) -> None:
         start = time.perf_counter()
-        losses.build(name, work)()
+        build(name, work)()
         if not self.dry:
             torch.cuda.synchronize()
         self.write(case, who=name, first_ms=1e3 * (time.perf_counter() - start))
@@ -335,7 +326,7 @@ class Bench:
 
 
 def _done(path: Path) -> dict[tuple[str, str], float | None]:
-    """Return what the file has a line about: case and contestant -> ms, or None."""
+    """Return the lines of the file: case and contestant -> ms, or None."""
     found: dict[tuple[str, str], float | None] = {}
     for text in path.read_text().splitlines() if path.exists() else ():
         line = json.loads(text)
@@ -349,11 +340,10 @@ def _tiny(case: Case) -> Case:
 
 
 def _rate(case: Case, timing: Timing) -> dict[str, Any]:
-    loss = case.loss.partition("[")[0]
     seconds = timing.ms[1] / 1e3
-    if count := operations(loss, case.shape):
+    if count := operations(case.loss, case.shape):
         return {"rate": count / seconds / 1e12, "unit": "TFLOP/s"}
-    return {"rate": moved(loss, case.shape, case.dtype) / seconds / 1e9, "unit": "GB/s"}
+    return {"rate": moved(case.loss, case.shape, case.dtype) / seconds / 1e9, "unit": "GB/s"}
 
 
 def main() -> int:
@@ -369,7 +359,7 @@ def main() -> int:
         return 2
     first = arguments.first or arguments.once
     with closing(Bench(arguments.file, arguments.seconds, arguments.dry, first)) as bench:
-        what = "first calls, beside other work" if arguments.first else "times, alone on the card"
+        what = "first calls, with other work on the machine" if arguments.first else "times, alone on the card"
         bench.file.write(json.dumps({**describe(), "what": what, "dry": arguments.dry}) + "\n")
         for case in CASES[: FIRST_CASES if arguments.once else None]:
             if bench.over():

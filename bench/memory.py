@@ -1,4 +1,4 @@
-"""Peak memory above the inputs, in a process of its own: what earlier cases left behind would hide as much of it."""
+"""Peak memory above the inputs, each time in a new process: memory left by earlier cases would hide a part of it."""
 
 import ctypes
 import gc
@@ -8,12 +8,14 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 
-from bench.cases import CASES, Case
-from bench.contestants import Step, build
+from bench.work import Case, Step, build
 
-GRAIN = 16 << 20  # thread stacks and huge-page rounding move the resident size too: below this it says nothing
+SLACK = 4 << 20  # thread stacks and huge-page rounding move the resident size too
+GRAIN = 32 << 20  # where eager's peak is lower, SLACK is too much of it
+ELEMENTS = 2 << 20  # smaller cases are not tried: a process takes seconds, and the grid has hundreds of cases
 
 
 def _resident(field: str) -> int:
@@ -23,8 +25,11 @@ def _resident(field: str) -> int:
     return 1024 * int(found[1])
 
 
-def peak(step: Step, calls: int = 3) -> int:
-    """Highest resident bytes during some calls, above those just before the first; what is kept between them counts."""
+def peak(step: Step, calls: int = 2) -> int:
+    """Return the highest resident bytes during the calls, less those before the first.
+
+    A buffer that stays allocated between the calls counts.
+    """
     step.prepare()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # free pages that the allocator holds would be used again without being counted
@@ -39,8 +44,8 @@ def peak(step: Step, calls: int = 3) -> int:
 
 
 def peaks(case: Case, names: Sequence[str]) -> dict[str, int]:
-    """Peak bytes of each contestant; empty for small cases, and where the system does not tell (it has to be Linux)."""
-    if case.gradient_bytes < GRAIN or not Path("/proc/self/clear_refs").exists():
+    """Return the peak bytes of each contestant; nothing for small cases and where the system is not Linux."""
+    if prod(case.shape) < ELEMENTS or not Path("/proc/self/clear_refs").exists():
         return {}
     # Every large buffer gets a mapping of its own: in the heap, where glibc would come to put them, gaps count as well.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
@@ -49,16 +54,18 @@ def peaks(case: Case, names: Sequence[str]) -> dict[str, int]:
     for name in names:
         command = [sys.executable, "-m", "bench.memory", case.id, name]
         found[name] = int(subprocess.check_output(command, cwd=folder, env=environment))
-    return found
+    return found if max(found.values(), default=0) >= GRAIN else {}
 
 
 def main() -> None:
+    from bench.losses import CASES
+
     case_id, name = sys.argv[1:]
     (case,) = (case for case in CASES if case.id == case_id)
     # What PyTorch and the extension load and set up on their first call is not this call's memory.
     small = replace(case, shape=tuple(min(size, 8) for size in case.shape))
-    peak(build(name, small, small.data()))
-    print(peak(build(name, case, case.data())))
+    peak(build(name, small.work()))
+    print(peak(build(name, case.work())))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Of what commit, machine and versions a result is."""
+"""The commit, machine and versions of a result."""
 
 import importlib.metadata
 import os
@@ -14,7 +14,8 @@ import torch
 from tlkernels._core import native
 
 ROOT = Path(__file__).parents[1]
-MEASURED = ("csrc", "tlkernels", "bench", "setup.py", "pyproject.toml", "constraints.txt", ":!bench/results")
+MEASURED = ("csrc", "tlkernels", "bench", "setup.py", "pyproject.toml", "constraints.txt")
+NOT_MEASURED = (":!bench/results", ":!bench/*.md")
 
 
 def _git(*arguments: str) -> str:
@@ -22,7 +23,7 @@ def _git(*arguments: str) -> str:
 
 
 def describe() -> dict[str, Any]:
-    """Date, commit, machine and versions. GPU_COMMIT names the commit where a copy of the tree has no repository."""
+    """Return date, commit, machine and versions. Where the tree is no repository, GPU_COMMIT names the commit."""
     cpuinfo = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text() if cpuinfo.exists() else "")
     found = [name for name in ("torch", "triton", "liger-kernel", "cut-cross-entropy") if _has(name)]
@@ -32,14 +33,13 @@ def describe() -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "--short=10", "HEAD") or os.environ.get("GPU_COMMIT", "none"),
-        "dirty": bool(_git("status", "--porcelain", "--", *MEASURED)),
+        "dirty": bool(_git("status", "--porcelain", "--", *MEASURED, *NOT_MEASURED)),
         "machine": {
             "device": torch.cuda.get_device_name() if on_gpu else "cpu",
             "cpu": model[1] if model else platform.processor(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "isa": native.isa() or "none",
-            "load": os.getloadavg()[0],  # what others did on these cores when the run began
         },
         "versions": versions,
     }

@@ -1,4 +1,4 @@
-"""Hands samples that were timed already, in interleaved rounds, to pytest-benchmark."""
+"""Gives pytest-benchmark the samples that the interleaved rounds have timed."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ _moments: deque[float] = deque()
 
 
 def clock() -> float:
-    """The timer that pytest-benchmark is given: each pair of calls is one sample apart."""
+    """The timer of pytest-benchmark: the two calls around a round are one sample apart."""
     return _moments.popleft()
 
 

@@ -1,48 +1,78 @@
-"""The benchmarks' own logic: who runs when, what a ratio is, which bar is met, and what lands in the README."""
+"""The benchmarks' own logic: cases, rounds, ratios, bars, errors, memory, busy machines and the tables."""
 
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from bench import cases, compare, contestants, gpu, losses, measure, memory, report
+from bench import busy, compare, gpu, losses, measure, memory, report, work
+
+LINUX = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc")
 
 
 def case(**changes: Any) -> dict[str, Any]:
-    """A case as a result file holds it: ours takes 1 s, eager 4, a copy 0.8."""
+    """A case as in a result file: ours takes 1 s, eager 4, the floor 0.8."""
     found = {
-        "id": "2048x32000-float32",
+        "id": "cross_entropy-2048x32000-float32",
         "group": "table",
+        "loss": "cross_entropy",
         "shape": [2048, 32000],
         "dtype": "float32",
-        "inplace": False,
-        "bytes": 2 * 4 * 2048 * 32000,
-        "gradient_bytes": 4 * 2048 * 32000,
+        "options": {},
         "ours": "auto",
-        "seconds": {"auto": [0.9, 1.0, 1.1], "eager": [3.9, 4.0, 4.1], "copy": [0.8, 0.8, 0.8]},
-        "speedup": {"eager": [3.9, 4.0, 4.1], "copy": [0.75, 0.8, 0.85]},
-        "bars": {"eager": 4.0, "copy": 1 / 1.2},
-        "memory": {"auto": 4 * 2048 * 32000},
-        "memory_bar": 4 * 2048 * 32000 + cases.MEMORY_SLACK,
+        "absent": {},
+        "seconds": {"auto": [0.9, 1.0, 1.1], "eager": [3.9, 4.0, 4.1], "floor": [0.8, 0.8, 0.8]},
+        "speedup": {"eager": [3.9, 4.0, 4.1], "floor": [0.75, 0.8, 0.85]},
+        "bars": {"eager": 4.0, "floor": 1 / 1.2, "memory": 300e6},
+        "memory": {"auto": 200_000_000, "eager": 800_000_000},
         "error": {"auto": {"value": 0.0, "gradient": 2e-8}, "eager": {"value": 0.0, "gradient": 3e-8}},
+        "wall": 2.0,
+        "busy": 0.01,
     }
     return found | changes
 
 
-def result(*found: dict[str, Any]) -> dict[str, Any]:
+def result(*found: dict[str, Any], **machine: Any) -> dict[str, Any]:
+    described = {"device": "cpu", "cpu": "a CPU", "cores": 2, "threads": 2, "isa": "avx2", "busy": 0.01}
     return {
         "date": "2026-01-02T03:04:05+00:00",
         "commit": "0123456789",
         "dirty": False,
-        "machine": {"device": "cpu", "cpu": "a CPU", "cores": 2, "threads": 2, "isa": "avx2", "load": 0.1},
+        "whole": True,
+        "machine": described | machine,
         "versions": {"torch": "2.13.0"},
         "cases": list(found),
     }
 
 
-class Recorder(contestants.Step):
+def plain(loss: work.Loss, *inputs: Tensor, **more: Any) -> work.Work:
+    return work.Work(inputs, loss, loss, lambda: None, **more)
+
+
+def compared(ours: work.Loss, eager: work.Loss, dtype: torch.dtype = torch.float32) -> work.Case:
+    """A small case of two functions of logits and classes."""
+
+    def make(shape: work.Shape, cast: work.Cast) -> work.Work:
+        x, y = cast(work.normal(*shape)), work.classes_of(shape[1], shape[0])
+        return plain(lambda x: eager(x, y), x)._replace(ours=lambda x, impl: ours(x, y))
+
+    return work.Case("made_up", (16, 5), dtype, make)
+
+
+def named(case_id: str) -> work.Case:
+    (found,) = (case for case in losses.CASES if case.id == case_id)
+    return found
+
+
+class Recorder(work.Step):
     def __init__(self, name: str, log: list[str]) -> None:
         self.name, self.log = name, log
         self.repeatable = False
@@ -51,37 +81,27 @@ class Recorder(contestants.Step):
         self.log.append(self.name)
 
 
-def test_every_case_has_a_name_of_its_own_and_each_dtype_a_bar() -> None:
-    names = [case.id for case in cases.CASES]
+def test_every_case_has_its_own_id_and_the_grid_has_every_dtype() -> None:
+    names = [case.id for case in losses.CASES]
     assert len(set(names)) == len(names)
-    assert {case.dtype for case in cases.CASES if case.group == "grid"} == {
-        torch.float64,
-        torch.float32,
-        torch.bfloat16,
-        torch.float16,
-    }
-    assert all("eager" in case.bars and set(case.bars) <= set(case.contestants) for case in cases.CASES)
-
-
-def test_bytes_are_one_read_and_one_write() -> None:
-    plain = cases.Case("table", (4, 3, 5), torch.float32)
-    assert plain.rows == 20
-    assert plain.bytes == 2 * 4 * 60 + 8 * 20 + 4 * 20
-    soft = cases.Case("table", (4, 3, 5), torch.bfloat16, probabilities=True)
-    assert soft.bytes == 3 * 2 * 60 + 2 * 20
-    assert cases.Case("inplace", (4, 3, 5), torch.float32).memory_bar == 16 * 20 + cases.MEMORY_SLACK
+    grid = [case for case in losses.CASES if case.group == "grid"]
+    assert {case.dtype for case in grid} == {torch.float64, torch.float32, torch.bfloat16, torch.float16}
+    assert all(case.bars.keys() == {"eager"} for case in grid)
 
 
 @pytest.mark.parametrize("case", [*losses.CASES, *gpu.CASES], ids=lambda case: case.id)
-def test_every_contestant_of_a_small_case_runs_and_agrees(case: losses.Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_contestant_of_a_small_case_runs_and_agrees(case: work.Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "FAR", 8)
-    work = case.make(tuple(min(size, 16) for size in case.shape), lambda tensor: tensor.to(case.dtype))
-    eager = losses.WorkStep(work.eager, work.inputs).results()
-    ours = losses.WorkStep(work.ours, work.inputs).results()
-    assert len(ours) == 1 + len(work.inputs)
-    for one, other in zip(ours, eager, strict=True):
-        torch.testing.assert_close(one, other, rtol=0.05, atol=0.02)
-    losses.build("floor", work)()
+    one = replace(case, shape=tuple(min(size, 16) for size in case.shape)).work()
+    before = [tensor.clone() for tensor in one.inputs]
+    ours, eager = (work.build(name, one) for name in ("auto", "eager"))
+    assert isinstance(ours, work.LossStep) and isinstance(eager, work.LossStep)
+    found = ours.results()
+    assert len(found) == 1 + len(one.inputs)
+    for mine, theirs in zip(found, eager.results(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0.05, atol=0.02)
+    work.build("floor", one)()
+    assert all(map(torch.equal, one.inputs, before))
 
 
 @pytest.mark.parametrize("count", [2, 3, 4])
@@ -90,7 +110,7 @@ def test_rounds_are_balanced(count: int) -> None:
     names = [str(number) for number in range(count)]
     rounds = 2 * count
     samples = measure.interleave({name: Recorder(name, log) for name in names}, 0.0, least=rounds)
-    log = log[2 * count :]  # each was warmed up twice
+    log = log[count:]  # each was called once before
     orders = [log[start : start + count] for start in range(0, len(log), count)]
     assert all(len(times) == rounds for times in samples.values())
     assert all(sorted(order) == names for order in orders)
@@ -104,52 +124,71 @@ def test_a_ratio_is_taken_within_a_round() -> None:
     assert measure.speedups(samples, "auto") == {"eager": [2.0, 2.0, 2.0]}
 
 
-def test_a_loss_that_overwrites_its_input_finds_it_whole_each_time() -> None:
+def test_a_case_has_one_line_of_results() -> None:
+    refusing = compared(F.cross_entropy, F.cross_entropy)
+
+    def make(shape: work.Shape, cast: work.Cast) -> work.Work:
+        def refuse(x: Tensor) -> Tensor:
+            raise NotImplementedError("peer: only on Sundays\nand so on")
+
+        return refusing.make(shape, cast)._replace(peers={"peer": refuse})
+
+    info, times = measure.measure(replace(refusing, make=make), "reference", ["native"], quick=True)
+    assert info["seconds"].keys() == {"reference", "native", "eager", "floor"}
+    assert info["speedup"].keys() == {"native", "eager", "floor"}
+    assert info["absent"] == {"peer": "peer: only on Sundays"}
+    assert info["error"].keys() == {"reference", "eager"}
+    assert len(times) == info["rounds"] >= measure.LEAST_ROUNDS
+    assert json.loads(json.dumps(info))["shape"] == [16, 5]
+
+
+def test_a_loss_that_overwrites_its_input_gets_a_copy_each_time() -> None:
     def overwriting(x: Tensor) -> Tensor:
         value = x.square().sum()
         x.data.zero_()
         return value
 
     x = torch.randn(5)
-    work = losses.Work((x,), overwriting, overwriting, lambda: None, {"peer": overwriting}, overwriting=("peer",))
-    step = losses.build("peer", work)
-    assert isinstance(step, losses.WorkStep) and not step.repeatable
+    step = work.build("peer", plain(torch.sum, x, peers={"peer": overwriting}, fresh=("peer",)))
+    assert isinstance(step, work.LossStep) and not step.repeatable
     for _ in range(2):
         torch.testing.assert_close(step.results()[0], x.double().square().sum())
     assert x.all()
 
 
 def test_errors_see_a_wrong_gradient() -> None:
-    one = cases.Case("table", (16, 5), torch.float32)
-    data = one.data()
-    right = contestants.LossStep(contestants.loss_of("eager", one), data)
-    wrong = contestants.LossStep(lambda x, t: 1.01 * contestants.loss_of("eager", one)(x, t), data)
-    found = measure.errors(one, data, {"right": right, "wrong": wrong})
-    bar = measure.error_bar(found["right"]["gradient"], one.dtype)
-    assert found["right"]["gradient"] <= bar < found["wrong"]["gradient"]
-    assert found["wrong"]["gradient"] == pytest.approx(0.01, rel=1e-3)
-    assert data.logits.grad is None and not data.logits.requires_grad
+    case = compared(lambda x, y: 1.01 * F.cross_entropy(x, y), F.cross_entropy)
+    found = measure.errors(case, ("auto", "eager"), draws=1)
+    assert found["auto"]["gradient"] == pytest.approx(0.01, rel=1e-3)
+    assert found["eager"]["gradient"] < 1e-6
+    assert "auto, gradient: relative error 1.00e-02" in measure.excess(case, found)
+    assert not measure.excess(case, {"auto": found["eager"], "eager": found["eager"]})
 
 
-def test_in_place_steps_leave_the_logits_alone() -> None:
-    one = cases.Case("inplace", (16, 5), torch.float64)
-    data = one.data()
+def test_ten_draws_decide_where_the_first_is_over() -> None:
+    """Eager is exact in draw 0, which no other implementation can match."""
 
-    def overwriting(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        loss = contestants.loss_of("eager", one)(logits, target)
-        logits.data.zero_()
-        return loss
+    def make(shape: work.Shape, cast: work.Cast) -> work.Work:
+        x, y = cast(work.normal(*shape)), work.classes_of(shape[1], shape[0])
+        exact = work._draw == 0 or x.dtype is torch.float64
 
-    step = contestants.InplaceStep(overwriting, data)
-    for _ in range(2):
-        step.prepare()
-        step()
-        assert step.gradient is not None
-        step.release()
-    assert torch.equal(data.logits, one.data().logits)
+        def noisy(x: Tensor, impl: str = "auto") -> Tensor:
+            return F.cross_entropy(x, y) * (1 + 1e-5)
+
+        return plain(noisy, x)._replace(eager=(lambda x: F.cross_entropy(x.double(), y)) if exact else noisy)
+
+    case, names = work.Case("made_up", (16, 5), torch.float32, make), ("auto", "eager")
+    assert measure.excess(case, measure.errors(case, names, draws=1))
+    assert not measure.excess(case, measure.checked_errors(case, names))
 
 
-class Allocate(contestants.Step):
+def test_the_error_has_a_bar_where_eager_lacks_the_dtype() -> None:
+    case = compared(F.cross_entropy, F.cross_entropy, torch.float16)
+    assert not measure.excess(case, {"auto": {"value": 4e-4, "gradient": 4e-4}})
+    assert measure.excess(case, {"auto": {"value": 6e-4, "gradient": 4e-4}})
+
+
+class Allocate(work.Step):
     def __init__(self, keep: bool) -> None:
         self.keep = keep
         self.kept: list[torch.Tensor] = []
@@ -160,23 +199,72 @@ class Allocate(contestants.Step):
             self.kept.append(buffer)
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the high-water mark is Linux's")
+@LINUX
 def test_peak_memory_counts_what_is_freed_within_a_call_and_what_is_kept_between_calls() -> None:
     assert 0.95 < memory.peak(Allocate(keep=False)) / (64 << 20) < 1.2
-    assert 2.95 < memory.peak(Allocate(keep=True)) / (64 << 20) < 3.2
+    assert 1.95 < memory.peak(Allocate(keep=True)) / (64 << 20) < 2.2
 
 
-def test_memory_is_asked_in_another_process() -> None:
-    (one,) = (case for case in cases.CASES if case.id == "8192x1000-float32")
-    assert memory.peaks(cases.Case("table", (32, 10), torch.float32), ("eager",)) == {}
-    found = memory.peaks(one, ("eager",))
-    assert not found or 2.9 < found["eager"] / one.gradient_bytes < 3.2
+def test_memory_of_a_small_case_is_not_measured() -> None:
+    assert memory.peaks(named("cross_entropy-32x10-float32"), ("eager",)) == {}
+
+
+@LINUX
+@pytest.mark.parametrize(
+    ("case_id", "gradients"), [("cross_entropy-8192x1000-float32", 3), ("mse-4096x4096-float32", 1)]
+)
+def test_memory_is_measured_in_another_process(case_id: str, gradients: int) -> None:
+    case = named(case_id)
+    gradient = case.dtype.itemsize * case.shape[0] * case.shape[1]
+    assert memory.peaks(case, ("eager",))["eager"] / gradient == pytest.approx(gradients, abs=0.2)
 
 
 def test_an_unknown_contestant_is_named() -> None:
-    one = cases.Case("table", (2, 3), torch.float32)
-    with pytest.raises(ValueError, match=r"expected one of .*eager.*got 'fast'"):
-        contestants.build("fast", one, one.data())
+    with pytest.raises(ValueError, match=r"contestant: expected one of .*eager.*; got 'fast'"):
+        work.build("fast", plain(F.mse_loss))
+
+
+def _write_idle(seconds: float) -> None:
+    half = int(seconds * os.sysconf("SC_CLK_TCK")) // 2
+    busy.STAT.write_text(f"cpu  999 999 999 {half} {half} 0 999 999 0 0\ncpu0 1 2 3\n")
+
+
+def test_a_watch_takes_off_our_own_work_and_our_childrens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(busy, "STAT", tmp_path / "stat")
+    _write_idle(100.0)
+    spin = "import time\nwhile time.process_time() < 1.0: pass"
+    with busy.Watch() as watch:
+        subprocess.run([sys.executable, "-c", spin], check=True)
+        _write_idle(100.2)
+    cores = os.cpu_count() or 1
+    assert watch.share is not None
+    assert watch.share * watch.wall * cores == pytest.approx(watch.wall * cores - 1.2, abs=0.15)
+
+
+def test_without_proc_stat_nothing_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(busy, "STAT", tmp_path / "stat")
+    with busy.Watch() as watch:
+        pass
+    assert watch.share is None
+    assert busy.of_run([case(), case(busy=None)]) is None
+
+
+def test_the_share_of_a_run_weighs_cases_by_their_time() -> None:
+    assert busy.of_run([case(busy=0.1, wall=1.0), case(busy=0.0, wall=3.0)]) == 0.025
+    assert busy.of_run([case(busy=-0.01)]) == 0.0
+
+
+def test_a_case_is_measured_again_while_the_machine_is_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    shares = [0.5, 0.2, 0.01, 0.0]
+
+    class Watch(busy.Watch):
+        def __exit__(self, *_: object) -> None:
+            self.share = shares.pop(0)
+
+    monkeypatch.setattr(busy, "Watch", Watch)
+    monkeypatch.setattr(measure, "PAUSE_SECONDS", 0.0)
+    _, watch = measure.watched({"auto": Recorder("auto", [])}, 0.0, 2)
+    assert watch.share == 0.01 and shares == [0.0]
 
 
 @pytest.mark.parametrize(
@@ -187,42 +275,69 @@ def test_a_bar_within_the_spread_is_neither_met_nor_missed(ratio: list[float], w
 
 
 def test_memory_has_a_bar_too() -> None:
-    assert report.verdicts(case()) == {"eager": "met", "copy": "unclear", "memory": "met"}
-    assert report.verdicts(case(memory={"auto": 3 * 4 * 2048 * 32000}))["memory"] == "missed"
+    assert report.verdicts(case()) == {"eager": "met", "floor": "unclear", "memory": "met"}
+    assert report.verdicts(case(memory={"auto": 400_000_000, "eager": 800_000_000}))["memory"] == "missed"
     assert "memory" not in report.verdicts(case(memory={}))
 
 
-def test_the_table_shows_ratio_spread_bar_and_origin() -> None:
-    text = report.table(result(case()))
-    assert "commit 0123456789, cpu: a CPU, 2 threads, kernels for avx2; torch 2.13.0" in text
+REFUSED = {
+    "busy": (result(case(), busy=0.06), r"machine.busy: expected at most 5% .* got 6.0%"),
+    "unknown": (result(case(), busy=None), r"machine.busy: expected .* got nothing"),
+    "one busy case": (
+        result(case(busy=0.3)),
+        r"cross_entropy-2048x32000-float32: busy: expected at most 10%, got 30.0%",
+    ),
+    "dirty": (result(case()) | {"dirty": True}, r"dirty: expected the files of a commit, got local changes"),
+    "part": (result(case()) | {"whole": False}, r"whole: expected every case, got a part"),
+}
+
+
+@pytest.mark.parametrize(("made_up", "message"), REFUSED.values(), ids=list(REFUSED))
+def test_a_file_from_a_busy_machine_or_a_part_is_refused(made_up: Any, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "made-up-cpu.json"
+    path.write_text(json.dumps(made_up))
+    with pytest.raises(ValueError, match=f"made-up-cpu.json: .*{message}"):
+        report.read(path)
+
+
+def test_a_whole_file_from_a_quiet_machine_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "made-up-cpu.json"
+    path.write_text(json.dumps(result(case())))
+    assert report.read(path)["commit"] == "0123456789"
+
+
+def test_the_tables_show_speed_up_quartiles_bar_memory_and_origin() -> None:
+    text = report.tables(result(case()))
+    assert "at commit 0123456789 on cpu: a CPU, 2 threads, kernels for avx2; torch 2.13.0" in text
+    assert "Other processes used 1.0% of the cores" in text
     assert "| 4 (3.9–4.1) ≥ 4 ✓ |" in text
-    assert "| 1.25 (1.18–1.33) ≤ 1.2 ? |" in text
-    assert "80%" in text
-    assert "1.00 gradients ✓" in text
+    assert "| 0.8 (0.75–0.85) ≥ 0.833 ? |" in text
+    assert "| 0.25, 200 MB ✓ |" in text
 
 
-def test_a_busy_machine_is_told() -> None:
-    quiet = result(case())
-    assert "busy" not in report.table(quiet)
-    assert "busy (load 3.0)" in report.table(quiet | {"machine": quiet["machine"] | {"load": 3.0}})
+def test_the_first_list_is_where_we_lose_the_worst_first() -> None:
+    slow = case(id="slow", bars={}, speedup={"eager": [0.7, 0.8, 0.9]})
+    slower = case(id="slower", bars={}, speedup={"compile": [0.4, 0.5, 0.6], "eager": [2.0, 2.0, 2.0]})
+    missed = case(id="missed", bars={"eager": 5.0})
+    text = report.tables(result(case(), missed, slow, slower))
+    text = text[text.index("Where we lose") : text.index("Every loss")]
+    lines = [line for line in text.splitlines() if line.startswith("-")]
+    assert [line.partition(":")[0] for line in lines] == [
+        "- `slower`",
+        "- `slow`",
+        "- `cross_entropy-2048x32000-float32`",
+        "- `missed`",
+    ]
+    assert lines[0].endswith("0.5 (0.4–0.6) over torch.compile") and lines[3].endswith("4 (3.9–4.1) ≥ 5 ✗ over eager")
 
 
-def test_the_grid_names_what_is_slower() -> None:
+def test_the_grid_counts_what_is_slower() -> None:
     bars = {"eager": 1 / 1.05}
     slow = case(id="slow", group="grid", bars=bars, speedup={"eager": [0.7, 0.8, 0.85]})
     fast = case(id="fast", group="grid", bars=bars, speedup={"eager": [1.9, 2.0, 2.1]})
-    text = report.table(result(slow, fast))
-    assert "Slower than eager by more than 5 %: 1, and 0" in text
-    assert "`slow`: 1.25" in text and "`fast`" not in text
-
-
-def test_rewrite_replaces_what_stands_between_the_markers() -> None:
-    text = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
-    once = report.rewrite(text, "new")
-    assert once == f"before\n{report.BEGIN}\nnew\n{report.END}\nafter\n"
-    assert report.rewrite(once, "new") == once
-    with pytest.raises(ValueError, match="bench:begin"):
-        report.rewrite("no markers", "new")
+    text = report.tables(result(slow, fast))
+    assert "1 are slower than eager by more than 5 %, and 0 may be" in text
+    assert "the median speed-up is 1.4, the least 0.8." in text
 
 
 def test_compare_flags_only_what_is_beyond_the_spread() -> None:
@@ -232,5 +347,11 @@ def test_compare_flags_only_what_is_beyond_the_spread() -> None:
         new = result(case(speedup={"eager": [middle - 0.15, middle, middle + 0.15]}))
         ((*_, words[middle]),) = compare.changes(old, new)
     assert words == {3.0: "slower", 3.8: "", 5.0: "faster"}
-    other = result(case()) | {"versions": {"torch": "2.14.0"}}
+    other = result(case(), busy=0.02) | {"versions": {"torch": "2.14.0"}}
     assert compare.differences(old, other) == ["versions.torch: 2.13.0 -> 2.14.0"]
+
+
+def test_the_parts_are_told_on_one_screen() -> None:
+    run = subprocess.run([sys.executable, "-m", "bench"], capture_output=True, text=True, check=True)
+    assert all(part in run.stdout for part in ("make bench", "report", "make readme", "compare", "_resources", "gpu"))
+    assert len(run.stdout.splitlines()) < 24
