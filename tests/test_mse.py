@@ -256,7 +256,7 @@ ERRORS = [
     (TypeError, "weight: expected a Tensor or None, got float", (X, X), {"weight": 1.0}),
     (TypeError, "input: expected float64, .* got torch.bool", (X > 0, X), {}),
     (TypeError, "target: expected float64, .* got torch.complex64", (X, X.to(torch.complex64)), {}),
-    (TypeError, "input: expected a floating-point dtype beside .* got torch.int64", (X.long(), X.long()), {}),
+    (TypeError, "input: expected a floating-point dtype with a target of .* got torch.int64", (X.long(), X.long()), {}),
     (ValueError, "target: expected it on the input's device cpu, got meta", (X, X.to("meta")), {}),
     (ValueError, r"target: expected the input's shape \(3, 4\), or .* got \(3,\)", (X, X[:, 0]), {}),
     (ValueError, r"weight: expected the input's shape \(3, 4\), got \(4,\)", (X, X), {"weight": X[0]}),
