@@ -1,9 +1,13 @@
-"""Builds tlkernels._C.
+"""Builds the extension tlkernels._C from csrc.
 
-Environment: TLKERNELS_BUILD=0 leaves it out (the package then has the `reference` and `triton` implementations);
-TLKERNELS_SANITIZE=1 builds it with AddressSanitizer and UBSan; CXX and MAX_JOBS as usual. The CUDA kernels are in it
-where a toolkit is here and torch is a CUDA build, whether or not there is a GPU: TLKERNELS_CUDA=1 asks for them,
-TLKERNELS_CUDA=0 leaves them out, TLKERNELS_CUDA_ARCHS names what they are compiled for (csrc/nvcc.py).
+The CUDA kernels are built if torch is a CUDA build and nvcc is found; no GPU is needed.
+
+Environment:
+    TLKERNELS_BUILD=0: do not build the extension; `reference` and `triton` are then the only implementations.
+    TLKERNELS_CUDA: 1 requires the CUDA kernels, 0 leaves them out.
+    TLKERNELS_CUDA_ARCHS, CUDA_HOME, CUDA_PATH: the architectures and the toolkit; see csrc/nvcc.py.
+    TLKERNELS_SANITIZE=1: build with AddressSanitizer and UBSan, without the CUDA kernels.
+    CXX, MAX_JOBS: the C++ compiler and the number of processes; see csrc/objects.py.
 """
 
 import itertools
@@ -20,7 +24,7 @@ ROOT = Path(__file__).parent
 sys.path.insert(0, str(ROOT))
 from csrc import nvcc, objects, prerequisites  # noqa: E402
 
-# What each instruction set may use; csrc/core/cpu/isa.cpp asks the CPU for the same features before it calls one.
+# The compiler's options for each instruction set. csrc/core/cpu/isa.cpp checks that the CPU has the same features.
 ISA_FLAGS = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
     ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
@@ -48,20 +52,20 @@ def why_no_cuda(torch_cuda: str | None) -> str:
     if torch_cuda is None:
         return "torch is not a CUDA build"
     if SANITIZE:
-        return "the sanitizers are for the CPU's kernels"
+        return "TLKERNELS_SANITIZE=1 builds the CPU kernels only"
     if nvcc.compiler() is None:
-        return "there is no nvcc: CUDA_HOME names a toolkit"
+        return "nvcc not found (set CUDA_HOME)"
     if nvcc.version().split(".")[0] != torch_cuda.split(".")[0]:
-        return f"nvcc is of CUDA {nvcc.version()}, torch of {torch_cuda}"
+        return f"expected nvcc of CUDA {torch_cuda}, as torch's, got {nvcc.version()}"
     if cuda_runtime() is None:
-        return f"there is no libcudart in {nvcc.home()} or beside torch"
+        return f"libcudart not found in {nvcc.home()} or in torch's packages"
     if not nvcc.architectures():
-        return "the cards here are older than compute capability 8.0"
+        return "expected a GPU of compute capability 8.0 or newer"
     return ""
 
 
 def cuda_runtime() -> str | None:
-    """Return the path of libcudart, of the toolkit or of the packages that torch brings; None if there is none."""
+    """Return the path of libcudart, from the toolkit or from the packages that torch depends on; None if not found."""
     import torch
 
     packages = Path(torch.__file__).parents[1]
@@ -69,12 +73,12 @@ def cuda_runtime() -> str | None:
 
 
 def cuda_architectures(torch_cuda: str | None) -> tuple[tuple[str, ...], str]:
-    """Return what to compile the CUDA kernels for, or nothing and why they are left out."""
+    """Return the architectures to compile the CUDA kernels for; or none, and why the kernels are left out."""
     asked = os.environ.get("TLKERNELS_CUDA")
     why_not = why_no_cuda(torch_cuda) if switch("TLKERNELS_CUDA", "1") else "TLKERNELS_CUDA=0"
     if why_not and asked == "1":
         raise SystemExit(f"TLKERNELS_CUDA=1: {why_not}")
-    print(f"CUDA kernels: {'left out, since ' + why_not if why_not else ' '.join(nvcc.architectures())}", flush=True)
+    print(f"CUDA kernels: {'left out: ' + why_not if why_not else ' '.join(nvcc.architectures())}", flush=True)
     return () if why_not else nvcc.architectures(), why_not
 
 
@@ -88,7 +92,7 @@ def cuda_commands(folder: Path, names: tuple[str, ...]) -> list[objects.Command]
         built = folder / f"{source.parent.name}-{source.stem}.o"
         includes = [f"-I{path}" for path in include_paths()]
         command = [str(nvcc.compiler()), *nvcc.OPTIONS, *nvcc.generate(names), *includes, "-c", str(source)]
-        command += [f'-DTLK_BUILD_TORCH="{torch.__version__}"']  # another torch in the same folder: compile again
+        command += [f'-DTLK_BUILD_TORCH="{torch.__version__}"']  # so that another torch compiles it again
         commands.append((built, [*command, "-o", str(built)]))
     return commands
 
@@ -97,7 +101,7 @@ def kernel_commands(folder: Path) -> list[objects.Command]:
     """Return the object of each csrc/<loss>/cpu.inl for each instruction set, and the command that makes it."""
     common = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
     common += ["-fno-math-errno", "-fno-trapping-math", *SANITIZE_FLAGS]
-    # GCC 12 takes the undefined operand inside its own AVX-512 intrinsics for ours.
+    # GCC 12 warns of the undefined operand inside its own AVX-512 intrinsics.
     common += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
     commands = []
     for source, (isa, flags) in itertools.product(sorted(Path("csrc").glob("*/cpu.inl")), ISA_FLAGS.items()):
@@ -108,7 +112,7 @@ def kernel_commands(folder: Path) -> list[objects.Command]:
 
 
 def op_flags(cuda: tuple[str, ...], no_cuda: str) -> list[str]:
-    """Return the compiler's options for what includes torch's headers."""
+    """Return the compiler's options for sources that include torch's headers."""
     import torch
     from torch.utils.cpp_extension import include_paths
 
@@ -116,7 +120,7 @@ def op_flags(cuda: tuple[str, ...], no_cuda: str) -> list[str]:
     about |= {"CUDA": f"{nvcc.version()} for {' '.join(cuda)}" if cuda else "", "NO_CUDA": no_cuda}
     includes = [*include_paths(), sysconfig.get_path("include")]
     flags = ["-O2", "-std=c++20", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall", "-DNDEBUG", *SANITIZE_FLAGS]
-    # GCC 12 takes a small vector of torch for uninitialised where it is moved.
+    # GCC 12 warns that a small vector of torch is uninitialised where it is moved.
     flags += ["-Wno-maybe-uninitialized"]
     flags += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
     flags += [f'-DTLK_BUILD_{name}="{value}"' for name, value in about.items()]
@@ -124,7 +128,7 @@ def op_flags(cuda: tuple[str, ...], no_cuda: str) -> list[str]:
 
 
 def native_extension() -> dict:
-    """Return setup()'s arguments for the extension."""
+    """Return the arguments of setup() for the extension."""
     prerequisites.check()
     import torch
     from setuptools import Extension
@@ -134,10 +138,10 @@ def native_extension() -> dict:
     cuda, no_cuda = cuda_architectures(torch.version.cuda)
 
     class Build(build_ext):
-        """Compiles each csrc/<loss>/cpu.inl for every instruction set with its flags, and every .cu and .cpp file."""
+        """Compiles each csrc/<loss>/cpu.inl for every instruction set, and every .cu and .cpp file, and links them."""
 
         def build_extension(self, ext) -> None:
-            # An editable install has another folder for temporary files each time.
+            # Each editable install has a new build_temp, so objects are kept in another folder.
             kept = Path("build") / f"temp.{self.plat_name}-{sys.implementation.cache_tag}"
             folder = (kept if self.editable_mode else Path(self.build_temp)) / "objects"
             folder.mkdir(parents=True, exist_ok=True)
@@ -146,11 +150,11 @@ def native_extension() -> dict:
                 objects.from_source(path, folder / f"{path.parent.name}-{path.stem}.o", flags)
                 for path in sorted(Path("csrc").rglob("*.cpp"))
             ]
-            # What takes longest comes first.
+            # The longest first.
             commands = [*(cuda_commands(folder, cuda) if cuda else []), *kernel_commands(folder), *ops]
             objects.compile_stale(commands, objects.precompiled_header(folder, flags), verbose=self.verbose)
             ext.extra_objects = [*(str(built) for built, _ in commands), *([cuda_runtime()] if cuda else [])]
-            self.force = True  # to link takes a moment, and which objects there are may have changed
+            self.force = True  # always link: it is quick, and the list of objects may have changed
             super().build_extension(ext)
 
     extension = Extension(

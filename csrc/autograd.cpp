@@ -1,5 +1,5 @@
-// A loss's node in autograd's graph, for plain eager autograd: a Python Function costs as much time as the kernel of a
-// small call.
+// A loss's node in autograd's graph, for eager autograd. An autograd.Function in Python takes as long as the kernel of
+// a small call.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -29,14 +29,14 @@ using at::Tensor;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
-// Multiplies by the op that reads the upstream value on the device.
+// grad *= upstream, by the op that reads the upstream value on the device.
 void scale_on_device(Tensor& grad, const Tensor& upstream) {
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("tlkernels::scale_", "").typed<void(Tensor&, const Tensor&)>();
   op.call(grad, upstream);
 }
 
-// Whether a tensor is just values: not a batch of vmap, which has many, nor a tensor that a compiler traces.
+// Whether this is a plain tensor: neither a batch of vmap nor traced by a compiler.
 bool is_plain(const Tensor& tensor) {
   return !tensor.unsafeGetTensorImpl()->key_set().has_any(
       c10::DispatchKeySet({c10::DispatchKey::Batched, c10::DispatchKey::FuncTorchBatched,
@@ -45,7 +45,8 @@ bool is_plain(const Tensor& tensor) {
 
 py::module_ python() { return py::module_::import("tlkernels._core.autograd"); }
 
-// `args` of a loss: its tensors in order, and where they stand among what is no tensor.
+// The arguments of a loss: its tensors, their positions among all arguments, and the list of the others, with None in
+// the place of a tensor.
 struct Arguments {
   std::vector<Tensor> tensors;
   std::vector<int64_t> places;
@@ -60,21 +61,21 @@ struct Arguments {
 
 variable_list gradients(const py::object& rule, const Tensor& upstream, const Arguments& args,
                         const std::vector<bool>& needs) {
-  const py::sequence found =
+  const py::sequence grads =
       python().attr("gradients")(rule, py::make_tuple(upstream), args.whole(), needs, at::GradMode::is_enabled());
   variable_list results(needs.size());
   for (size_t i = 0; i < needs.size(); ++i)
-    if (needs[i] && !found[i].is_none()) results[i] = found[i].cast<Tensor>();
+    if (needs[i] && !grads[i].is_none()) results[i] = grads[i].cast<Tensor>();
   return results;
 }
 
-// Gradients that are here already are handed out by the first backward, and no copy is kept. What is not here, or not
-// any more, or is to be differentiated itself, Python's `gradients` computes.
+// The first backward hands out the gradients that the forward stored, and no copy is kept. Python's `gradients`
+// computes them where none are stored, in a later backward, and where create_graph=True differentiates them.
 struct LossBackward : torch::autograd::Node {
-  size_t inputs = 0;  // how many arguments have an edge, the first ones
+  size_t inputs = 0;  // the number of arguments with an edge: the first ones
   std::vector<SavedVariable> saved;
-  std::vector<Tensor> untracked;  // inference tensors, whose versions are not counted
-  std::vector<int64_t> places;    // of `saved` among the arguments, then of `untracked`
+  std::vector<Tensor> untracked;  // inference tensors, which have no version counter
+  std::vector<int64_t> places;    // of `saved`, then of `untracked`, among the arguments
   std::vector<std::optional<Tensor>> grads;
   bool on_device = false;  // whether the upstream value must not be read on the host
   c10::SafePyObject rule, rest;
@@ -82,7 +83,7 @@ struct LossBackward : torch::autograd::Node {
   LossBackward(const py::object& rule, const py::list& rest)
       : rule(rule.inc_ref().ptr(), getPyInterpreter()), rest(rest.inc_ref().ptr(), getPyInterpreter()) {}
 
-  py::object held(const c10::SafePyObject& object) const {
+  py::object borrowed(const c10::SafePyObject& object) const {
     return py::reinterpret_borrow<py::object>(object.ptr(getPyInterpreter()));
   }
 
@@ -95,15 +96,15 @@ struct LossBackward : torch::autograd::Node {
   variable_list apply(variable_list&& upstreams) override {
     const Tensor& upstream = upstreams[0];
     if (!upstream.defined()) return variable_list(inputs);
-    if (!grads.empty() && !at::GradMode::is_enabled()) return ready(upstream);
+    if (!grads.empty() && !at::GradMode::is_enabled()) return stored(upstream);
     py::gil_scoped_acquire gil;
-    return gradients(held(rule), upstream, unpacked(), needs());
+    return gradients(borrowed(rule), upstream, unpacked(), needs());
   }
 
-  variable_list ready(const Tensor& upstream) {
+  variable_list stored(const Tensor& upstream) {
     variable_list results(inputs);
     const bool batch = !is_plain(upstream);
-    const bool one = !batch && !on_device && upstream.item<double>() == 1;
+    const bool is_one = !batch && !on_device && upstream.item<double>() == 1;
     for (size_t i = 0; i < inputs; ++i) {
       if (!grads[i] || !task_should_compute_output(i)) continue;
       if (batch) {
@@ -112,7 +113,7 @@ struct LossBackward : torch::autograd::Node {
       }
       if (on_device)
         scale_on_device(*grads[i], upstream);
-      else if (!one)
+      else if (!is_one)
         grads[i]->mul_(upstream);
       results[i] = std::move(*grads[i]);
     }
@@ -121,9 +122,9 @@ struct LossBackward : torch::autograd::Node {
   }
 
   Arguments unpacked() const {
-    Arguments args{{}, places, held(rest)};
+    Arguments args{{}, places, borrowed(rest)};
     for (const SavedVariable& tensor : saved)
-      args.tensors.push_back(tensor.unpack());  // raises where backward has been here before, or tensor was changed
+      args.tensors.push_back(tensor.unpack());  // raises if backward has run, or the tensor was changed
     args.tensors.insert(args.tensors.end(), untracked.begin(), untracked.end());
     return args;
   }
@@ -136,7 +137,7 @@ struct LossBackward : torch::autograd::Node {
 
   std::string name() const override { return "tlkernels::LossBackward"; }
 
-  // Compiled autograd traces a backward once for each key, and calls `compiled_gradients` in what it has traced.
+  // Compiled autograd traces a backward once for each key. The traced graph calls `compiled_gradients`.
   void compiled_args(compiled::CompiledNodeArgs& args) const override {
     args.collect(static_cast<int64_t>(inputs));
     args.collect(saved, /*is_output=*/false);
@@ -180,7 +181,7 @@ struct LossBackward : torch::autograd::Node {
 
   int64_t number() const {
     py::gil_scoped_acquire gil;
-    return python().attr("number_of")(held(rule), held(rest)).cast<int64_t>();
+    return python().attr("number_of")(borrowed(rule), borrowed(rest)).cast<int64_t>();
   }
 
   static variable_list compiled_gradients(const variable_list& upstreams, const std::vector<at::IValue>& values) {
@@ -208,14 +209,14 @@ struct LossBackward : torch::autograd::Node {
   }
 };
 
-// torch 2.13 counts references to a node in the node, earlier ones in a shared_ptr.
+// torch 2.13 holds a node in an intrusive_ptr, earlier versions in a shared_ptr.
 using NodePointer = decltype(torch::autograd::Edge::function);
-template <class Made, class Pointer = NodePointer, class... Args>
+template <class Node, class Pointer = NodePointer, class... Args>
 auto make_node(const Args&... args) {
   if constexpr (std::is_same_v<Pointer, std::shared_ptr<torch::autograd::Node>>)
-    return std::make_shared<Made>(args...);
+    return std::make_shared<Node>(args...);
   else
-    return c10::make_intrusive<Made>(args...);
+    return c10::make_intrusive<Node>(args...);
 }
 
 void attach(const Tensor& loss, const py::object& rule, const py::sequence& args,
@@ -253,7 +254,7 @@ void attach(const Tensor& loss, const py::object& rule, const py::sequence& args
 
 void bind_autograd(py::module_& m) {
   m.def("attach", &attach, py::arg("loss"), py::arg("rule"), py::arg("args"), py::arg("grads"), py::arg("on_device"),
-        "Make `loss` the result of `args` in autograd's graph; tlkernels/_core/native.py says the rest.");
+        "Make `loss` the result of `args` in autograd's graph; see tlkernels/_core/native.py.");
 }
 
 }  // namespace tlk

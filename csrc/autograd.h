@@ -1,4 +1,4 @@
-// What the extension adds to autograd.
+// The autograd node of the losses.
 #pragma once
 #include <pybind11/pybind11.h>
 

@@ -1,4 +1,4 @@
-"""The build backend that pyproject.toml names: setuptools', or one line where it is missing or too old."""
+"""The build backend that pyproject.toml names: setuptools', or an error of one line if it is missing or too old."""
 
 from csrc import prerequisites
 

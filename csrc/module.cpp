@@ -1,5 +1,5 @@
-// tlkernels._C: what was built, which instruction set the CPU kernels use, and a node for autograd. The losses
-// themselves are torch ops, registered when this library is loaded.
+// tlkernels._C: build information, the choice of instruction set, and a node for autograd. The losses themselves are
+// torch ops, which loading this library registers.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -11,13 +11,13 @@
 #include "core/cpu/isa.h"
 
 #ifndef TLK_BUILD_TORCH
-#error "setup.py says which torch this is built against"
+#error "setup.py defines TLK_BUILD_TORCH, the version of torch"
 #endif
 
 namespace {
 
-// An ELF note, which the linker puts at the head of the file. tlkernels/_core/native.py reads there which torch this
-// was built for, without loading it: under another torch it may not load, or crash.
+// An ELF note, which the linker puts at the head of the file. tlkernels/_core/native.py reads the version of torch from
+// it without loading the library: with another torch it may fail to load, or crash.
 struct Note {
   std::uint32_t name_size, torch_size, type;
   char name[12];

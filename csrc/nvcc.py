@@ -1,6 +1,8 @@
-"""The CUDA compiler, for setup.py and bench/cuda_resources.py: where it is, what it compiles for, its options.
+"""Finds nvcc, and chooses its options and architectures, for setup.py and bench/cuda_resources.py.
 
-Environment: TLKERNELS_CUDA_ARCHS names what is compiled for, as in "sm_90a sm_120"; CUDA_HOME names the toolkit.
+Environment:
+    CUDA_HOME or CUDA_PATH: the toolkit's folder; otherwise nvcc is looked for in PATH and in /usr/local/cuda.
+    TLKERNELS_CUDA_ARCHS: the architectures to compile for, such as "sm_90a sm_120"; see `architectures`.
 """
 
 import functools
@@ -12,20 +14,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120", "compute_90", "compute_120")
-"""Machine code (sm_), and PTX (compute_) for what comes after: that of 120 for everything newer, and that of 90 for
-sm_103 and sm_110, which run neither the code of sm_100a nor newer PTX."""
+"""Machine code (sm_) and PTX (compute_). The PTX of 120 serves newer GPUs; that of 90 serves sm_103 and sm_110, which
+run neither the code of sm_100a nor newer PTX."""
 
 WITHOUT_CARD = ("sm_80", "sm_90a", "compute_90")
-"""What is compiled for where there is no card. It runs on every card that the kernels support: code for 8.x and 9.0,
-and PTX, which the driver compiles, for what is newer. Each one more takes two or three minutes of a core."""
+"""The architectures on a machine without a GPU. They run on every GPU that the kernels support: code for 8.x and 9.0,
+and PTX, which the driver compiles, for newer ones. Each further architecture takes two or three minutes of a core."""
 
 OPTIONS = ("-O3", "-std=c++20", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall")
-"""C++20 since torch's headers ask for it."""
+"""C++20, which torch's headers need."""
 
 
 @functools.cache
 def compiler() -> str | None:
-    """Return the path of nvcc, or None."""
+    """Return the path of nvcc; None if not found."""
     for name in ("CUDA_HOME", "CUDA_PATH"):
         home = os.environ.get(name)
         if home and (found := Path(home) / "bin" / "nvcc").exists():
@@ -37,14 +39,14 @@ def compiler() -> str | None:
 def _ask(*options: str) -> str:
     path = compiler()
     if path is None:
-        raise RuntimeError("there is no nvcc")
+        raise RuntimeError("nvcc not found (set CUDA_HOME)")
     run = subprocess.run([path, *options], check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     return run.stdout
 
 
 @functools.cache
 def home() -> str:
-    """Return the folder of the toolkit that nvcc itself uses: `compiler()` may be a link or a script that calls it."""
+    """Return the toolkit's folder, as nvcc reports it: `compiler()` may be a link, or a script that calls nvcc."""
     found = re.search(r"^#\$ TOP=(.+?)\s*$", _ask("--dryrun", "-c", "x.cu"), re.MULTILINE)
     if not found:
         raise RuntimeError("nvcc --dryrun: no TOP found")
@@ -52,13 +54,13 @@ def home() -> str:
 
 
 def runtime(others: Sequence[Path] = ()) -> str | None:
-    """Return the path of libcudart: that of the toolkit, or else one in the folders `others`; None if there is none.
+    """Return the path of libcudart, from the toolkit or from one of the folders `others`; None if not found.
 
-    The toolkit's packages for pip have it under the name of its major version alone.
+    pip's packages of the toolkit have only libcudart.so.<major version>.
     """
-    told = re.search(r"^#\$ LIBRARIES=(.*)$", _ask("--dryrun", "-c", "x.cu"), re.MULTILINE)
-    named = [Path(folder) for folder in re.findall(r'"-L([^"]+)"', told[1] if told else "")]
-    for folder in [*named, Path(home()) / "lib64", Path(home()) / "lib", *others]:
+    libraries = re.search(r"^#\$ LIBRARIES=(.*)$", _ask("--dryrun", "-c", "x.cu"), re.MULTILINE)
+    folders = [Path(folder) for folder in re.findall(r'"-L([^"]+)"', libraries[1] if libraries else "")]
+    for folder in [*folders, Path(home()) / "lib64", Path(home()) / "lib", *others]:
         for found in sorted(folder.glob("libcudart.so*")):
             return str(found.resolve().parent / found.name)
     return None
@@ -74,21 +76,22 @@ def version() -> str:
 
 
 def cards() -> list[tuple[int, int]]:
-    """Return the compute capability of each card of this machine, as nvidia-smi tells it: (9, 0) of an H100."""
+    """Return the compute capability of each GPU that nvidia-smi lists, such as (9, 0) for an H100."""
     if shutil.which("nvidia-smi") is None:
         return []
     command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-    told = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-    return [(int(major), int(minor)) for major, minor in re.findall(r"^(\d+)\.(\d+)$", told, re.MULTILINE)]
+    output = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    return [(int(major), int(minor)) for major, minor in re.findall(r"^(\d+)\.(\d+)$", output, re.MULTILINE)]
 
 
 def architectures() -> tuple[str, ...]:
-    """Return what to compile for: what the environment names, or what the cards here need, or WITHOUT_CARD.
+    """Return the architectures to compile for.
 
-    Of ARCHITECTURES, those that this nvcc does not know are left out. Nothing is left for cards that are too old.
+    They are those of TLKERNELS_CUDA_ARCHS; or else one for each GPU of this machine; or, without a GPU, WITHOUT_CARD.
+    The last two skip architectures that this nvcc does not know, and GPUs older than compute capability 8.0.
 
     Raises:
-        SystemExit: the environment names something that is not an architecture.
+        SystemExit: TLKERNELS_CUDA_ARCHS contains a word that is not an architecture.
     """
     named = tuple(re.split(r"[\s,;]+", os.environ.get("TLKERNELS_CUDA_ARCHS", "").strip()))
     if named != ("",):
@@ -98,17 +101,17 @@ def architectures() -> tuple[str, ...]:
                     f"TLKERNELS_CUDA_ARCHS: expected names such as {' '.join(ARCHITECTURES)}, got {name!r}"
                 )
         return named
-    known = _ask("--list-gpu-arch").split()
-    able = [name for name in ARCHITECTURES if "compute_" + re.sub(r"\D", "", name) in known]
-    here = cards()
-    wanted = {for_card(card, able) for card in here} if here else WITHOUT_CARD
-    return tuple(name for name in able if name in wanted)
+    listed = _ask("--list-gpu-arch").split()
+    known = [name for name in ARCHITECTURES if "compute_" + re.sub(r"\D", "", name) in listed]
+    found = cards()
+    wanted = {for_card(card, known) for card in found} if found else WITHOUT_CARD
+    return tuple(name for name in known if name in wanted)
 
 
 def for_card(card: tuple[int, int], names: Sequence[str] = ARCHITECTURES) -> str | None:
-    """Return which architecture a card runs best, machine code rather than PTX; None if it runs none of them."""
-    able = [name for name in names if _runs(card, name)]
-    return max(able, key=lambda name: (name.startswith("sm_"), _capability(name)), default=None)
+    """Return the architecture that is best for a GPU, machine code rather than PTX; None if it runs none of them."""
+    runnable = [name for name in names if _runs(card, name)]
+    return max(runnable, key=lambda name: (name.startswith("sm_"), _capability(name)), default=None)
 
 
 def _runs(card: tuple[int, int], name: str) -> bool:
@@ -123,5 +126,5 @@ def _capability(name: str) -> tuple[int, int]:
 
 
 def generate(names: tuple[str, ...]) -> list[str]:
-    """Return the options that ask for these architectures."""
+    """Return nvcc's options for these architectures."""
     return [f"-gencode=arch=compute_{name.partition('_')[2]},code={name}" for name in names]

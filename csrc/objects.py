@@ -1,7 +1,11 @@
-"""Compiles C++ and CUDA sources to objects, several at a time, for setup.py and tests/cuda_host/build.py.
+"""Compiles C++ and CUDA sources to objects in parallel, for setup.py and tests/cuda_host/build.py.
 
-What is not stale is not compiled again. Torch's headers are compiled once, as a precompiled header: of the 8 s that a
-source with them takes, they are 6.
+A source is compiled again only if it, a header of it or its command has changed. Torch's headers are compiled once, as
+a precompiled header: they are 6 of the 8 s that a source with them takes.
+
+Environment:
+    CXX: the C++ compiler, with options if need be; c++ by default.
+    MAX_JOBS: the number of compilers that run at once; by default one for each CPU.
 """
 
 import hashlib
@@ -18,33 +22,33 @@ ROOT = CSRC.parent
 HEADER = CSRC / "precompiled.h"
 
 Command = tuple[Path, list[str]]
-"""A file, and the compiler's command that writes it."""
+"""A file, and the command that builds it."""
 
 
 def compiler() -> list[str]:
-    """Return the C++ compiler, and options if it has some: CXX of the environment, or c++."""
+    """Return the C++ compiler with its options."""
     return shlex.split(os.environ.get("CXX", "c++"))
 
 
 def precompiled_header(folder: Path, flags: Sequence[str]) -> Command:
-    """Return the command that compiles torch's headers; `flags` are those of the sources that will use it."""
+    """Return the command that compiles torch's headers; `flags` must be those of the sources that use them."""
     built = folder / f"{HEADER.name}.gch"
     return built, [*compiler(), *flags, "-x", "c++-header", str(HEADER), "-o", str(built)]
 
 
 def from_source(source: Path, built: Path, flags: Sequence[str]) -> Command:
-    """Return the command that compiles a source with the precompiled header, which lies in the folder of `built`."""
+    """Return the command that compiles a source with the precompiled header, which is in the folder of `built`."""
     header = ["-Winvalid-pch", "-include", str(built.parent / HEADER.name)]
     return built, [*compiler(), *flags, *header, "-x", "c++", "-c", str(source), "-o", str(built)]
 
 
 def compile_stale(commands: Sequence[Command], header: Command | None = None, verbose: bool = False) -> None:
-    """Run the commands, several at a time (MAX_JOBS); those that use the precompiled header after it.
+    """Run the commands in parallel, those that use the precompiled header after it.
 
-    A command is left out if it was run before, as it is, on files with the same contents.
+    A command is skipped if the same command has run on files with the same contents.
 
     Raises:
-        RuntimeError: a command failed; the message is the command and what the compiler said.
+        RuntimeError: a command failed; the message is the command and the compiler's output.
     """
     jobs = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
     with ThreadPoolExecutor(jobs) as pool:
@@ -62,7 +66,7 @@ def compile_stale(commands: Sequence[Command], header: Command | None = None, ve
 
 
 def _compile(built: Path, command: list[str], further: Sequence[Path], verbose: bool) -> None:
-    """Run a command unless its file is fresh; `further` are dependencies that the compiler does not name."""
+    """Run a command unless its file is up to date; `further` are dependencies that the compiler does not list."""
     record = built.with_name(f"{built.name}.json")
     if built.exists() and record.exists():
         made_by, digests = json.loads(record.read_text())
@@ -84,11 +88,11 @@ def _compile(built: Path, command: list[str], further: Sequence[Path], verbose: 
 
 
 def _is_source(path: Path) -> bool:
-    """Whether a file of the checkout is not one of a virtual environment or a build inside it."""
+    """Whether a file of the checkout is a source: not one in a virtual environment or a build inside it."""
     return path.relative_to(ROOT).parts[0] in ("csrc", "tests")
 
 
 def _digest(path: str) -> str | None:
-    """Return a hash of a file of the checkout, whose path is relative to it; None where there is none."""
+    """Return a hash of a file, whose path is relative to the checkout; None if it does not exist."""
     file = ROOT / path
     return hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else None

@@ -74,16 +74,16 @@ def test_what_decides(setup, monkeypatch):
     with pytest.raises(SystemExit, match="TLKERNELS_CUDA=1: torch is not a CUDA build"):
         setup.cuda_architectures(None)
     monkeypatch.setattr(nvcc, "compiler", lambda: None)
-    with pytest.raises(SystemExit, match="there is no nvcc"):
+    with pytest.raises(SystemExit, match="nvcc not found"):
         setup.cuda_architectures("13.0")
     monkeypatch.setattr(nvcc, "compiler", lambda: "nvcc")
     monkeypatch.setattr(nvcc, "version", lambda: "13.0")
-    with pytest.raises(SystemExit, match=r"nvcc is of CUDA 13.0, torch of 12.8"):
+    with pytest.raises(SystemExit, match=r"expected nvcc of CUDA 12.8, as torch's, got 13.0"):
         setup.cuda_architectures("12.8")
     monkeypatch.setenv("TLKERNELS_CUDA_ARCHS", "sm_80")
     monkeypatch.setattr(nvcc, "home", lambda: "cuda")
     monkeypatch.setattr(setup, "cuda_runtime", lambda: None)
-    with pytest.raises(SystemExit, match="no libcudart in cuda or beside torch"):
+    with pytest.raises(SystemExit, match="libcudart not found in cuda or in torch's packages"):
         setup.cuda_architectures("13.1")
     monkeypatch.setattr(setup, "cuda_runtime", lambda: "libcudart.so.13")
     assert setup.cuda_architectures("13.1") == (("sm_80",), "")
@@ -195,7 +195,9 @@ def test_binding_compiles(setup, source, tmp_path, monkeypatch):
     stand_in.write_text(STAND_IN)
     monkeypatch.chdir(ROOT)
     built, command = next(
-        made for made in setup.cuda_commands(tmp_path, ("sm_90a",)) if made[0].stem[:-5] == source.stem
+        made
+        for made in setup.cuda_commands(tmp_path, ("sm_90a",))
+        if made[0].name == f"{source.parent.name}-{source.stem}.o"
     )
     run = subprocess.run([*command, f"-I{tmp_path}"], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

@@ -65,26 +65,28 @@ class TestWhatIsMissing:
         assert built.returncode == 1
         says = one_line(built.stderr)
         assert re.search(
-            rf"setuptools>=77 builds it, .*environment has {found}; run: pip install 'setuptools>=77'", says
+            rf"expected setuptools>=77, got {found} in .*environment; run: pip install 'setuptools>=77'", says
         )
 
     def test_torch(self, environment, isolated):
         built = run([environment[0], "-c", HOOK], cwd=ROOT, environment={"PYTHONPATH": str(isolated)})
         assert built.returncode == 1
         says = one_line(built.stderr)
-        assert "environment has no torch to compile the extension for; run: pip install 'torch>=2.11' " in says
+        assert (
+            says.startswith("tlkernels: torch not found in ") and "environment; run: pip install 'torch>=2.11' " in says
+        )
         assert "--no-build-isolation" in says
         assert "TLKERNELS_BUILD=0" in says
 
     @pytest.mark.parametrize(
         ("code", "says"),
         [
-            ("__version__ = '2.10.1+cu130'", "has torch 2.10.1+cu130; run: pip install --upgrade 'torch>=2.11'"),
+            ("__version__ = '2.10.1+cu130'", "expected torch>=2.11, got torch 2.10.1+cu130 in "),
             (
                 "raise ImportError('libc10.so: not found')",
-                "does not load (libc10.so: not found); run: pip install --fo",
+                "cannot be imported (libc10.so: not found); run: pip install --fo",
             ),
-            ("__version__ = '2.11.0a0'", "there is no C++ compiler (no-such-compiler): install one (apt: g++), or set"),
+            ("__version__ = '2.11.0a0'", "C++ compiler not found (no-such-compiler): install one (apt: g++), or set"),
         ],
     )
     def test_torch_that_does_not_do_or_compiler(self, environment, isolated, code, says):
@@ -98,7 +100,7 @@ class TestWhatIsMissing:
 
     def test_headers(self, monkeypatch, tmp_path):
         monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
-        with pytest.raises(SystemExit, match=r"no Python\.h: .*apt: python3-dev.*TLKERNELS_BUILD=0"):
+        with pytest.raises(SystemExit, match=r"Python\.h not found: .*apt: python3-dev.*TLKERNELS_BUILD=0"):
             prerequisites.check()
 
 

@@ -25,4 +25,16 @@ LinearLayer::LinearLayer(const char* prefix, const Tensor& features, const Tenso
                    input.scalar_type(), ", got ", bias.scalar_type());
 }
 
+LinearGradients LinearSweep::gradients() const {
+  LinearGradients grads = {grad_input_, grad_weight_, grad_bias_};
+  for (Tensor& grad : grads)
+    grad = grad.defined() ? grad.to(layer_.input.scalar_type()) : at::empty({0}, layer_.input.options());
+  if (needs_[0]) {
+    c10::DimVector sizes = layer_.shape;
+    sizes.push_back(layer_.input.size(1));
+    grads[0] = grads[0].view(sizes);
+  }
+  return grads;
+}
+
 }  // namespace tlk

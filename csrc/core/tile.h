@@ -9,7 +9,7 @@ struct Tile {
   int64_t stride = 0;
   int64_t row = 0, rows = 0;        // of the matrix
   int64_t column = 0, columns = 0;  // of the matrix
-  bool keys = true;                 // the columns are keys; else they are further negatives
+  bool keys = true;                 // the columns are keys; if not, further negatives
   bool both = false;                // the columns have a loss of their own, over the rows
 };
 

@@ -1,4 +1,4 @@
-// What the calls of several losses' kernels are made of.
+// Types that the kernels of several losses share; no torch header.
 #pragma once
 #include <stdint.h>
 
@@ -6,7 +6,7 @@ namespace tlk {
 
 enum class Scalar { f64, f32, bf16, f16 };
 
-// A value per position, or (stride 0) one for all.
+// Values for each position, or (stride 0) one value for all.
 struct PerPosition {
   const void* data = nullptr;
   int64_t stride = 0;

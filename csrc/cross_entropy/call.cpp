@@ -35,12 +35,6 @@ CrossEntropyCall::CrossEntropyCall(at::ScalarType dtype, at::IntArrayRef logits,
   indices = target.const_data_ptr<int64_t>();
 }
 
-Tensor CrossEntropyCall::output(void*& slot, at::ScalarType dtype) const {
-  Tensor t = at::empty(shape, target.options().dtype(dtype));
-  slot = t.data_ptr();
-  return t;
-}
-
 void CrossEntropyCall::use_upstream(const Tensor& by_loss, const std::optional<Tensor>& by_lse) {
   const auto use = [&](const char* name, const Tensor& given, Tensor& kept) {
     TORCH_CHECK_VALUE(given.sizes() == at::IntArrayRef(shape), name, ": expected shape ", at::IntArrayRef(shape),
@@ -75,7 +69,7 @@ bool lay_out(CrossEntropyCall& call, const Tensor& input, const Tensor& grad) {
   c10::SmallVector<const Tensor*, 3> tensors = {&input};
   if (!call.indices) tensors.push_back(&call.target);
   if (grad.defined()) tensors.push_back(&grad);
-  PositionSizes last;  // the innermost axis of each merged one: it has the stride
+  PositionSizes last;  // the innermost axis of each merged axis, whose stride is the merged axis's
   PositionSizes sizes;
   for (int64_t axis = 0; axis < input.dim(); ++axis) {
     if (axis == classes_at || input.size(axis) == 1) continue;

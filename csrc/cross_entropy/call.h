@@ -1,5 +1,5 @@
-// A call of cross entropy as its ops share it, on every device: checked but for the values of its tensors, with the
-// tensors that it points into.
+// A call of cross entropy: checks its arguments and keeps the tensors that the kernels' pointers point into. Shared by
+// the ops on logits and on features, on every device; the devices' own parts are in cpu_call.h and cuda_call.h.
 #pragma once
 #include <ATen/ATen.h>
 
@@ -12,8 +12,10 @@ namespace tlk {
 
 using PositionSizes = c10::SmallVector<int64_t, 6>;
 
-// In the order of the schemas.
+// In the order of the ops' schemas.
 struct CrossEntropyOptions {
+  using ArgumentTypes = Types<const std::optional<at::Tensor>&, int64_t, double, double, std::optional<double>, double>;
+
   const std::optional<at::Tensor>& weight;
   int64_t ignore_index;
   double label_smoothing, temperature;
@@ -22,19 +24,25 @@ struct CrossEntropyOptions {
 };
 
 struct CrossEntropyCall : CrossEntropy {
-  const at::ScalarType compute;  // of the losses
-  const PositionSizes shape;     // of a value per position
+  const at::ScalarType compute;  // the type of the losses
+  const PositionSizes shape;     // the positions: the logits' sizes without the classes
   at::Tensor target;
 
-  // `dtype` and `logits` are the logits'; `shape` are their sizes without the classes.
+  // `dtype` and `logits` are the logits' type and sizes.
   CrossEntropyCall(at::ScalarType dtype, at::IntArrayRef logits, PositionSizes shape, int64_t classes,
                    const at::Tensor& target, const CrossEntropyOptions& options);
   CrossEntropyCall(const CrossEntropyCall&) = delete;  // it points into itself
 
-  // A tensor of a value per position, and its memory for the kernel.
-  at::Tensor output(void*& slot, at::ScalarType dtype) const;
+  // Makes a tensor with a value for each position, which the kernel writes through `slot`.
+  template <class T>
+  at::Tensor output(T*& slot, at::ScalarType dtype) const {
+    at::Tensor values = at::empty(shape, target.options().dtype(dtype));
+    slot = static_cast<T*>(values.data_ptr());
+    return values;
+  }
+  at::Tensor output(void*& slot) const { return output(slot, compute); }
 
-  // Gradients that come from above, one per position.
+  // Upstream gradients, one for each position.
   void use_upstream(const at::Tensor& grad_loss, const std::optional<at::Tensor>& grad_lse);
 
  protected:
@@ -42,12 +50,12 @@ struct CrossEntropyCall : CrossEntropy {
   at::Tensor upstream_, upstream_lse_;
 };
 
-// The same with logits in memory, classes along axis 1 (or 0 of one axis), which the kernels read.
+// Of logits in memory: classes are along axis 1, or along axis 0 where there is only one.
 int64_t class_axis(const at::Tensor& logits);
 PositionSizes positions(const at::Tensor& logits);
 
-// Says where logits, probabilities and gradient, which may be undefined, lie: neighbouring axes that all of them step
-// through as one are merged. False if more than kMaxAxes are left.
+// Gives the kernel the memory of logits, probabilities and gradient, which may be undefined. Neighbouring axes are
+// merged where all of them allow it. False if more than kMaxAxes axes are left.
 bool lay_out(CrossEntropyCall& call, const at::Tensor& input, const at::Tensor& grad);
 
 }  // namespace tlk

@@ -1,25 +1,43 @@
-// A call of cross entropy on CPU tensors, whose values the host has looked at.
+// A call of cross entropy on CPU tensors. It also checks the class indices.
 #pragma once
+#include <vector>
+
 #include "call.h"
 #include "../core/cpu/tensor.h"
 
 namespace tlk {
 
-struct CheckedCrossEntropy : CrossEntropyCall {
-  double denominator = 0;  // of the mean
+TLK_KERNELS(CrossEntropyTable, cross_entropy)
 
-  CheckedCrossEntropy(at::ScalarType dtype, at::IntArrayRef logits, PositionSizes shape, int64_t classes,
+struct CpuCrossEntropyCall : CrossEntropyCall {
+  // The kernel that run_in_place calls reads contiguous classes only.
+  static constexpr bool kStridedProbabilities = false;
+
+  CpuCrossEntropyCall(const at::Tensor& like, at::IntArrayRef logits, PositionSizes shape, int64_t classes,
                       const at::Tensor& target, const CrossEntropyOptions& options);
 
-  using CrossEntropyCall::use_upstream;
-  void use_upstream(double grad_loss);  // one for all, of the loss alone
+  static at::Tensor empty_gradient(const at::Tensor& like) { return tlk::empty_gradient(like); }
+
+  // Makes `sum_of` the mean of the losses, and the gradient that of the mean.
+  void use_mean();
+  at::Tensor sum_of(const at::Tensor& losses) const { return sum_over(losses, denominator_); }
+
+  // Runs the kernels on all of `call`, a laid-out copy of this. `logits` and `probabilities` are the types of such.
+  void launch(const CrossEntropy& call, at::ScalarType logits, at::ScalarType probabilities) const;
+
+  // The same of a part whose classes are contiguous; the gradient, where wanted, replaces the logits.
+  void run_in_place(const CrossEntropy& part, at::ScalarType logits, at::ScalarType probabilities) const;
+
+  // Rows that are ignored and whose lse gets no gradient.
+  std::vector<int64_t> absent() const;
 
  private:
   template <class A>
-  void check_indices();
+  double checked_count() const;
 
-  double upstream_double_;  // a tensor would be dear in a small call
-  float upstream_float_;
+  double count_;  // of the rows that are not ignored, or their weights' sum
+  double denominator_ = 1;
+  OneForAll upstream_of_all_;
 };
 
 }  // namespace tlk

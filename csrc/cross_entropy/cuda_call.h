@@ -1,32 +1,39 @@
-// A call of cross entropy on CUDA tensors, as the ops on logits and on features share it.
+// A call of cross entropy on CUDA tensors. The host never waits for the device, except to check class indices where
+// TLKERNELS_CHECK=1 asks for it.
 #pragma once
 #include "call.h"
+#include "../core/cuda/reduction.h"
 #include "../core/cuda/tensor.h"
 
 namespace tlk {
 
-struct CrossEntropyOnTensors : CrossEntropyCall {
-  OnDevice device;
-  double factor = 1;  // of the gradient and of the sum of losses
-  const double* divisor = nullptr;
+struct CudaCrossEntropyCall : CrossEntropyCall {
+  static constexpr bool kStridedProbabilities = true;
 
-  // `like` is on the tensors' device.
-  CrossEntropyOnTensors(const at::Tensor& like, at::IntArrayRef logits, PositionSizes shape, int64_t classes,
-                        const at::Tensor& target, const CrossEntropyOptions& options);
+  // `like` is on the tensors' device and of the logits' type.
+  CudaCrossEntropyCall(const at::Tensor& like, at::IntArrayRef logits, PositionSizes shape, int64_t classes,
+                       const at::Tensor& target, const CrossEntropyOptions& options);
 
-  // Makes a mean of the sum of losses, and the gradient that of a mean: without waiting for what counts in it.
-  void divide_by_what_counts();
+  static at::Tensor empty_gradient(const at::Tensor& like) { return at::empty_like(like); }
 
-  // `call`, this or a part of it, whose logits are of type `logits` and whose probabilities, if any, of type
-  // `probabilities`.
-  void launch(const CrossEntropy& call, at::ScalarType logits, at::ScalarType probabilities) const;
+  // Makes `sum_of` the mean of the losses, and the gradient that of the mean.
+  void use_mean();
+  at::Tensor sum_of(const at::Tensor& losses) const { return reduction_.sum_of(losses, device_.stream()); }
 
-  // The sum of all losses, or their mean.
-  at::Tensor sum_of(const at::Tensor& losses) const;
+  // Launches the kernel on `part`, this or some of its rows. `logits` and `probabilities` are the types of such.
+  void launch(const CrossEntropy& part, at::ScalarType logits, at::ScalarType probabilities) const;
+
+  // The gradient, where wanted, replaces the logits.
+  void run_in_place(const CrossEntropy& part, at::ScalarType logits, at::ScalarType probabilities) const {
+    launch(part, logits, probabilities);
+  }
+
+  // True, (rows, 1), in rows that are ignored and whose lse gets no gradient; undefined if no row can be.
+  at::Tensor absent() const;
 
  private:
-  at::Tensor parts() const;
-  at::Tensor divisor_;
+  OnDevice device_;
+  Reduction reduction_;
 };
 
 }  // namespace tlk

@@ -5,7 +5,7 @@ namespace {
 
 using at::Tensor;
 
-// Which of the two sides is which, and the shares of the js mixture.
+// Which side the student is, and the shares of the js mixture.
 void use_divergence(Distillation& call, c10::string_view name, double beta) {
   call.divergence = name == "js" ? Divergence::js : name == "tv" ? Divergence::tv : Divergence::kl;
   TORCH_CHECK_VALUE(call.divergence != Divergence::kl || name == "forward_kl" || name == "reverse_kl",
@@ -24,25 +24,12 @@ Tensor in_rows(const Tensor& logits, int64_t inner) {
 
 }  // namespace
 
-DistillationLogits::DistillationLogits(const Tensor& student_, const Tensor& teacher_) {
-  TORCH_CHECK_VALUE(student_.dim() > 0 && student_.sizes() == teacher_.sizes(),
-                    "teacher_logits: expected the shape of student_logits ", student_.sizes(), ", got ",
-                    teacher_.sizes());
-  const at::ScalarType dtype = at::promote_types(student_.scalar_type(), teacher_.scalar_type());
-  student = student_.to(dtype), teacher = teacher_.to(dtype);
-}
-
-Tensor given_gradient(const Tensor& grad, const Tensor& logits) {
-  return grad.defined() ? grad.to(logits.scalar_type()) : at::empty({0}, logits.options());
-}
-
-DistillationCall::DistillationCall(at::IntArrayRef logits, const at::TensorOptions& logits_options,
-                                   const std::optional<Tensor>& target_in, const std::optional<Tensor>& row_weight_in,
+DistillationCall::DistillationCall(c10::Device device, at::ScalarType dtype_, at::IntArrayRef logits,
                                    const DistillationOptions& given)
-    : dtype(c10::typeMetaToScalarType(logits_options.dtype())),
+    : dtype(dtype_),
       compute(compute_type(dtype)),
-      shape(logits.begin(), logits.end() - 1) {
-  options = at::TensorOptions().dtype(compute).device(logits_options.device());
+      shape(logits.begin(), logits.end() - 1),
+      options(at::TensorOptions().dtype(compute).device(device)) {
   classes = logits.back();
   TORCH_CHECK_VALUE(classes > 0, "student_logits: expected at least one class, got shape ", logits);
   rows = c10::multiply_integers(shape);
@@ -53,17 +40,17 @@ DistillationCall::DistillationCall(at::IntArrayRef logits, const at::TensorOptio
   hard = given.hard_weight;
   smoothing = given.label_smoothing;
   ignore_index = given.ignore_index;
-  if (row_weight_in) {
-    TORCH_CHECK_VALUE(row_weight_in->sizes() == at::IntArrayRef(shape), "row_weight: expected shape ",
-                      at::IntArrayRef(shape), ", got ", row_weight_in->sizes());
-    row_weight_ = row_weight_in->to(compute);
+  if (given.row_weight) {
+    TORCH_CHECK_VALUE(given.row_weight->sizes() == at::IntArrayRef(shape), "row_weight: expected shape ",
+                      at::IntArrayRef(shape), ", got ", given.row_weight->sizes());
+    row_weight_ = given.row_weight->to(compute);
     row_weight = per_position(row_weight_);
   }
-  TORCH_CHECK_VALUE(target_in || hard == 0, "target: expected class indices with hard_weight above 0, got None");
-  if (!target_in) return;
-  TORCH_CHECK_VALUE(target_in->sizes() == at::IntArrayRef(shape), "target: expected class indices of shape ",
-                    at::IntArrayRef(shape), ", got ", target_in->sizes());
-  targets = target_in->to(at::kLong).contiguous();
+  TORCH_CHECK_VALUE(given.target || hard == 0, "target: expected class indices with hard_weight above 0, got None");
+  if (!given.target) return;
+  TORCH_CHECK_VALUE(given.target->sizes() == at::IntArrayRef(shape), "target: expected class indices of shape ",
+                    at::IntArrayRef(shape), ", got ", given.target->sizes());
+  targets = given.target->to(at::kLong).contiguous();
   target = targets.const_data_ptr<int64_t>();
 }
 
@@ -82,27 +69,24 @@ Tensor DistillationCall::losses() {
 
 DistillationCall::Whole DistillationCall::whole(const Tensor& student_logits, const Tensor& teacher_logits,
                                                 const Tensor& student_grad, const Tensor& teacher_grad) const {
-  Whole made = {*this, {}};
-  if (rows == 0) return made;
+  Whole all = {*this, {}};
+  if (rows == 0) return all;
   const Tensor* logits[2] = {&student_logits, &teacher_logits};
   const Tensor* grads[2] = {&student_grad, &teacher_grad};
   for (int i = 0; i < 2; ++i) {
-    const Tensor x = made.logits[i] = in_rows(*logits[i], inner);
-    Side& to = made.call.side[i == 0 ? student : 1 - student];
+    const Tensor x = all.logits[i] = in_rows(*logits[i], inner);
+    Side& to = all.call.side[i == 0 ? student : 1 - student];
     to.x = x.const_data_ptr();
     to.stride[0] = x.stride(0), to.stride[1] = x.stride(1);
     to.grad = grads[i]->defined() ? grads[i]->mutable_data_ptr() : nullptr;
     to.grad_stride[0] = inner * classes, to.grad_stride[1] = classes;
   }
-  return made;
+  return all;
 }
 
 Distillation DistillationCall::in_place(int64_t begin, int64_t end, const Tensor& student_logits,
                                         const Tensor& teacher_logits, bool student_grad, bool teacher_grad) const {
-  const size_t size = c10::elementSize(compute);
-  const auto skip = [&](auto* data, int64_t numbers) {
-    return static_cast<const char*>(data) + numbers * int64_t(size);
-  };
+  const size_t bytes = c10::elementSize(compute);
   Distillation call = *this;
   call.rows = call.inner = end - begin;
   const Tensor* logits[2] = {&student_logits, &teacher_logits};
@@ -115,9 +99,9 @@ Distillation DistillationCall::in_place(int64_t begin, int64_t end, const Tensor
     to.stride[1] = to.grad_stride[1] = classes;
   }
   if (target) call.target += begin;
-  for (PerPosition* value : {&call.row_weight, &call.grad_loss})
-    if (value->data) value->data = skip(value->data, begin * value->stride);
-  if (loss) call.loss = const_cast<char*>(skip(loss, begin));
+  call.row_weight = advanced(row_weight, begin, bytes);
+  call.grad_loss = advanced(grad_loss, begin, bytes);
+  call.loss = advanced(loss, begin, bytes);
   return call;
 }
 

@@ -1,5 +1,5 @@
-// A call of distillation as its ops share it, on logits and on features and on every device: checked but for the values
-// of its tensors, with the tensors that it points into.
+// A call of distillation: checks its arguments and keeps the tensors that the kernels' pointers point into. Shared by
+// the ops on logits and on features, on every device; the devices' own parts are in cpu_call.h and cuda_call.h.
 #pragma once
 #include <ATen/ATen.h>
 
@@ -10,8 +10,12 @@
 
 namespace tlk {
 
-// In the order of the schemas.
+// In the order of the ops' schemas.
 struct DistillationOptions {
+  using ArgumentTypes = Types<const std::optional<at::Tensor>&, const std::optional<at::Tensor>&, double,
+                              c10::string_view, double, double, int64_t, double>;
+
+  const std::optional<at::Tensor>&target, &row_weight;
   double temperature;
   c10::string_view divergence;
   double beta, hard_weight;
@@ -19,32 +23,22 @@ struct DistillationOptions {
   double label_smoothing;
 };
 
-// Both logits in one dtype, that of torch's promotion.
-struct DistillationLogits {
-  at::Tensor student, teacher;
-
-  DistillationLogits(const at::Tensor& student, const at::Tensor& teacher);
-};
-
-// A gradient in its logits' dtype; empty where not wanted.
-at::Tensor given_gradient(const at::Tensor& grad, const at::Tensor& logits);
-
 struct DistillationCall : Distillation {
-  at::TensorOptions options;      // of the losses: the compute type and the device
-  at::ScalarType dtype, compute;  // of the logits; of the losses
-  c10::DimVector shape;           // of the rows
+  const at::ScalarType dtype, compute;  // of the logits; of the losses
+  const c10::DimVector shape;           // of the rows
+  const at::TensorOptions options;      // of the losses: type and device
+  at::Tensor targets;                   // int64 and contiguous; undefined without targets
 
-  // `logits` are the sizes of either logits, `logits_options` their type and device.
-  DistillationCall(at::IntArrayRef logits, const at::TensorOptions& logits_options,
-                   const std::optional<at::Tensor>& target, const std::optional<at::Tensor>& row_weight,
-                   const DistillationOptions& options);
+  // `dtype` and `logits` are the type and sizes of either logits.
+  DistillationCall(c10::Device device, at::ScalarType dtype, at::IntArrayRef logits, const DistillationOptions& given);
+  DistillationCall(const DistillationCall&) = delete;  // it points into itself
 
   void use_upstream(const at::Tensor& grad_rows);  // one for each row, or expanded to their shape
 
-  // A tensor of a loss per row, which the kernel writes.
+  // Makes the tensor of a loss per row, which the kernel writes.
   at::Tensor losses();
 
-  // The call of all rows, with the logits that it points into.
+  // All rows: the kernel's view, with the logits that it points into.
   struct Whole {
     Distillation call;
     at::Tensor logits[2];
@@ -53,12 +47,10 @@ struct DistillationCall : Distillation {
   Whole whole(const at::Tensor& student, const at::Tensor& teacher, const at::Tensor& student_grad,
               const at::Tensor& teacher_grad) const;
 
-  // The call of rows `begin` to `end`, their logits in contiguous (rows, classes); each gradient, where wanted, in
-  // their place.
+  // Rows `begin` to `end`, their logits in contiguous (rows, classes). Each gradient, where wanted, replaces its
+  // logits.
   Distillation in_place(int64_t begin, int64_t end, const at::Tensor& student, const at::Tensor& teacher,
                         bool student_grad, bool teacher_grad) const;
-
-  at::Tensor targets;  // int64 and contiguous; undefined where there are none
 
  private:
   at::Tensor row_weight_, upstream_;

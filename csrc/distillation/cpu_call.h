@@ -1,4 +1,4 @@
-// A call of distillation on CPU tensors, whose values the host has looked at.
+// A call of distillation on CPU tensors. It also checks the class indices.
 #pragma once
 #include <vector>
 
@@ -7,22 +7,27 @@
 
 namespace tlk {
 
-struct CheckedDistillation : DistillationCall {
-  double denominator;  // rows that count
+TLK_KERNELS(DistillationTable, distillation)
 
-  CheckedDistillation(at::IntArrayRef logits, at::ScalarType dtype, const std::optional<at::Tensor>& target,
-                      const std::optional<at::Tensor>& row_weight, const DistillationOptions& options);
+struct CpuDistillationCall : DistillationCall {
+  CpuDistillationCall(c10::Device device, at::ScalarType dtype, at::IntArrayRef logits,
+                      const DistillationOptions& given);
 
-  using DistillationCall::use_upstream;
-  void use_upstream(double grad_row);  // one for all
+  // Contiguous.
+  static at::Tensor empty_gradient(const at::Tensor& like) { return tlk::empty_gradient(like.sizes(), like.options()); }
+
+  // Makes `sum_of` the mean of the losses, and the gradients those of the mean.
+  void use_mean();
+  at::Tensor sum_of(const at::Tensor& losses) const { return sum_over(losses, denominator_); }
+
+  // Runs the kernel on the rows of `part`, this or some of its rows.
+  void launch(const Distillation& part) const;
 
   std::vector<int64_t> absent() const;  // rows that are ignored
 
  private:
-  at::Tensor upstream_;
+  double denominator_ = 1;
+  OneForAll upstream_of_all_;
 };
-
-// Every row of the call.
-void run_rows(const Distillation& call, at::ScalarType dtype);
 
 }  // namespace tlk

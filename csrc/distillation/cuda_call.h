@@ -1,29 +1,31 @@
-// A call of distillation on CUDA tensors, on logits or on features.
+// A call of distillation on CUDA tensors. The host never waits for the device, except to check class indices where
+// TLKERNELS_CHECK=1 asks for it.
 #pragma once
 #include "call.h"
+#include "../core/cuda/reduction.h"
 #include "../core/cuda/tensor.h"
 
 namespace tlk {
 
-struct DistillationOnTensors : DistillationCall {
-  // `logits` are the sizes of either logits, `options` their type and device, which is that of `tensor`.
-  DistillationOnTensors(const at::Tensor& tensor, at::IntArrayRef logits, const at::TensorOptions& logits_options,
-                        const std::optional<at::Tensor>& target, const std::optional<at::Tensor>& row_weight,
-                        const DistillationOptions& given);
+struct CudaDistillationCall : DistillationCall {
+  CudaDistillationCall(c10::Device device, at::ScalarType dtype, at::IntArrayRef logits,
+                       const DistillationOptions& given);
 
-  // Upstream gradients are those of the mean from now on, and so is `sum_of`; the host does not learn its divisor.
+  // Contiguous.
+  static at::Tensor empty_gradient(const at::Tensor& like) { return at::empty(like.sizes(), like.options()); }
+
+  // Makes `sum_of` the mean of the losses, and the gradients those of the mean.
   void use_mean();
+  at::Tensor sum_of(const at::Tensor& losses) const { return reduction_.sum_of(losses, device_.stream()); }
 
-  void launch(const Distillation& rows) const;
-  at::Tensor sum_of(const at::Tensor& losses) const;
+  // Launches the kernel on the rows of `part`, this or some of its rows.
+  void launch(const Distillation& part) const;
+
+  at::Tensor absent() const;  // True, (rows, 1), in rows that are ignored; undefined without targets
 
  private:
-  const double* divisor() const { return divisor_.defined() ? divisor_.const_data_ptr<double>() : nullptr; }
-  at::Tensor parts() const;
-
   const OnDevice device_;
-  double factor_ = 1;
-  at::Tensor divisor_;
+  Reduction reduction_;
 };
 
 }  // namespace tlk

@@ -3,10 +3,10 @@
 namespace tlk {
 
 at::ScalarType InfoNceArguments::compute() const {
-  at::ScalarType found = compute_type(query.scalar_type());
+  at::ScalarType type = compute_type(query.scalar_type());
   for (const auto* x : {&key, &negatives})
-    if (*x && (*x)->scalar_type() == at::kDouble) found = at::kDouble;
-  return found;
+    if (*x && (*x)->scalar_type() == at::kDouble) type = at::kDouble;
+  return type;
 }
 
 void InfoNceArguments::check() const {
@@ -34,6 +34,14 @@ void InfoNceArguments::check() const {
                     "ids: expected one for each of ", rows(), " queries and ", keys(), " keys, got shapes ",
                     query_ids ? query_ids->sizes() : at::IntArrayRef(), " and ",
                     query_ids ? ids_of_keys().sizes() : at::IntArrayRef());
+}
+
+void InfoNceArguments::check_backward(const at::Tensor& grad_loss, const at::Tensor& state) const {
+  TORCH_CHECK_VALUE(state.scalar_type() == at::kDouble && state.numel() == (symmetric ? 2 : 1) * kStatistics * rows(),
+                    "state: expected what info_nce_fwd returned, got ", state.scalar_type(), " of shape ",
+                    state.sizes());
+  TORCH_CHECK_VALUE(grad_loss.dim() == 1 && grad_loss.numel() == rows(), "grad_loss: expected shape (", rows(),
+                    ",), got ", grad_loss.sizes());
 }
 
 }  // namespace tlk

@@ -1,8 +1,5 @@
-// InfoNCE on CPU tensors: checks that the kernels rely on, memory, the two sweeps. The schemas and what they mean are
-// in tlkernels/losses/info_nce/ops.py.
+// InfoNCE on CPU tensors: a sweep of statistics over the tiles of the similarities, and one of gradients.
 #include <ATen/ATen.h>
-#include <torch/library.h>
-
 #include <array>
 #include <cmath>
 #include <limits>
@@ -13,13 +10,17 @@
 #include "call.h"
 #include "../core/cpu/similarity.h"
 #include "../core/cpu/tensor.h"
+#include "ops.h"
 
 namespace tlk {
+
+TLK_KERNELS(InfoNceTable, info_nce)
+
 namespace {
 
 using at::Tensor;
 
-// Embeddings as the tiles take them, and the way back for their gradient.
+// Embeddings in the compute type, normalized where asked, and their gradient.
 struct Embeddings {
   Tensor given, x, norm, grad;
 
@@ -32,19 +33,19 @@ struct Embeddings {
     const Tensor from = (compute == at::kDouble ? given.to(compute) : given).contiguous();
     x = at::empty(from.sizes(), from.options().dtype(compute));
     norm = at::empty(from.sizes().slice(0, size_t(from.dim() - 1)), x.options().dtype(at::kDouble));
-    const auto kernel = kernels().info_nce(scalar_of(from.scalar_type()), Set::none).normalize;
+    const auto kernel = info_nce_kernels()(scalar_of(from.scalar_type()), Set::none).normalize;
     in_parallel(norm.numel(), from.size(-1), [&](int64_t begin, int64_t end) {
       kernel(from.const_data_ptr(), x.mutable_data_ptr(), norm.mutable_data_ptr<double>(), from.size(-1), begin, end);
     });
   }
 
-  void want_gradient() { grad = empty_gradient(x).zero_(); }
+  void make_gradient() { grad = empty_gradient(x).zero_(); }
 
-  // The gradient by what was given; without elements where it was not wanted.
+  // The gradient of `given`; without elements where not needed.
   Tensor gradient(const Tensor& like) const {
     if (!grad.defined()) return at::empty({0}, like.options());
     if (norm.defined()) {
-      const auto kernel = kernels().info_nce(scalar_of(x.scalar_type()), Set::none).normalize_backward;
+      const auto kernel = info_nce_kernels()(scalar_of(x.scalar_type()), Set::none).normalize_backward;
       in_parallel(norm.numel(), x.size(-1), [&](int64_t begin, int64_t end) {
         kernel(grad.mutable_data_ptr(), x.const_data_ptr(), norm.const_data_ptr<double>(), x.size(-1), begin, end);
       });
@@ -53,8 +54,8 @@ struct Embeddings {
   }
 };
 
-// A call and the tensors that it points into.
-struct Call : InfoNce {
+// A call: keeps the tensors that the kernel's pointers point into.
+struct CpuInfoNceCall : InfoNce {
   const bool symmetric, paired;
   const double smoothing;
   at::ScalarType compute;
@@ -67,7 +68,7 @@ struct Call : InfoNce {
   Tensor state;                       // (directions, kStatistics, rows), float64
   bool tile_is_kept = false;
 
-  explicit Call(const InfoNceArguments& given)
+  explicit CpuInfoNceCall(const InfoNceArguments& given)
       : symmetric(given.symmetric),
         paired(given.paired()),
         smoothing(given.label_smoothing),
@@ -82,15 +83,15 @@ struct Call : InfoNce {
     query = Embeddings(given.query, compute, given.normalize);
     rows_count = given.rows();
     columns_count = given.keys();
-    std::vector<Panel> panels;
+    std::vector<Part> parts;
     if (!paired) key = Embeddings(*given.key, compute, given.normalize);
-    panels.push_back({paired ? query.x : key.x, {}, 0, true});
+    parts.push_back({paired ? query.x : key.x, {}, 0, true});
     if (given.negatives) {
       negatives = Embeddings(*given.negatives, compute, given.normalize);
-      panels.push_back({negatives.x, {}, columns_count, false});
+      parts.push_back({negatives.x, {}, columns_count, false});
     }
-    similarity.emplace(query.x, std::move(panels), paired, symmetric);
-    kernel = kernels().info_nce(scalar_of(compute), set);
+    similarity.emplace(query.x, std::move(parts), paired, symmetric);
+    kernel = info_nce_kernels()(scalar_of(compute), set);
     if (!given.by_label) use_target(given);
     if (given.mask) use_mask(*given.mask);
     if (given.query_ids) use_ids(*given.query_ids, given.ids_of_keys());
@@ -116,7 +117,7 @@ struct Call : InfoNce {
     mask_has_negatives = given.size(1) > columns_count;
   }
 
-  // Only equality counts, so that the ids can be numbered anew and fit into a vector's lanes.
+  // Ids are only compared, so they are replaced by small integers, which fit into a vector's lanes.
   void use_ids(const Tensor& query_ids, const Tensor& of_keys) {
     const Tensor all = at::cat({query_ids.to(at::kLong), of_keys.to(at::kLong)});
     ids_ = std::get<1>(at::_unique2(all, /*sorted=*/true, /*return_inverse=*/true));
@@ -141,8 +142,8 @@ struct Call : InfoNce {
     state = at::zeros({symmetric ? 2 : 1, kStatistics, rows_count}, query_given.options().dtype(at::kDouble));
     state.select(1, 0).fill_(-std::numeric_limits<double>::infinity());
     use_state(state);
-    similarity->each_tile([&](const Panel& panel, const Tile& tile) {
-      similarity->product(panel, tile);
+    similarity->each_tile([&](const Part& part, const Tile& tile) {
+      similarity->product(part, tile);
       in_parallel(tile.rows, tile.columns,
                   [&](int64_t begin, int64_t end) { kernel.row_statistics(*this, tile, begin, end); });
       if (!tile.both) return;
@@ -154,13 +155,13 @@ struct Call : InfoNce {
     tile_is_kept = similarity->one_tile();
   }
 
-  // As the kernels see it.
+  // In the compute type, as the kernels see it.
   double rounded(double x) const { return compute == at::kDouble ? x : double(float(x)); }
 
-  // What the statistics of one row say, the exponentials relative to `top`; `share_count` has the positive too.
+  // The softmax of one row, its exponentials relative to `top`. `share_count` includes the positive.
   struct Softmax {
-    double top, others, moment, own, logit, share_count;  // own, logit: the positive's
-    double total() const { return others + own; }
+    double top, others, moment, positive, positive_logit, share_count;
+    double total() const { return others + positive; }
   };
   Softmax softmax(const Direction& d, int64_t i) const {
     if (!target) return {d.peak[i], d.sum[i], d.moment[i], 0, 0, d.set_count[i]};
@@ -173,13 +174,15 @@ struct Call : InfoNce {
     const Softmax s = softmax(d, i);
     if (set == Set::label)
       return s.share_count == 0 ? 0 : std::log(s.others) + (s.top - scale * d.set_sum[i] / s.share_count);
-    const double own = s.others <= s.own ? std::log1p(s.others / s.own) : std::log(s.total()) + (s.top - s.logit);
-    if (smoothing == 0) return own;
-    const double mean = (scale * d.set_sum[i] + s.logit) / s.share_count;
-    return own + smoothing * (s.logit - mean);
+    const double loss =
+        s.others <= s.positive ? std::log1p(s.others / s.positive) : std::log(s.total()) + (s.top - s.positive_logit);
+    if (smoothing == 0) return loss;
+    const double mean = (scale * d.set_sum[i] + s.positive_logit) / s.share_count;
+    return loss + smoothing * (s.positive_logit - mean);
   }
 
-  Tensor losses() const {
+  // The loss of each row, in float64.
+  Tensor wide_losses() const {
     Tensor result = at::empty({rows_count}, state.options());
     double* out = result.mutable_data_ptr<double>();
     for (int64_t i = 0; i < rows_count; ++i) {
@@ -189,62 +192,72 @@ struct Call : InfoNce {
     return result;
   }
 
-  // Rows that the mean is over.
+  Tensor losses() const { return wide_losses().to(compute); }
+
+  // The sum or mean of the losses, and its gradient by each of them.
+  std::tuple<Tensor, Tensor> reduced(bool mean) const {
+    const double denominator = mean ? double(counted()) : 1;
+    return {at::scalar_tensor(sum_in_order(wide_losses()) / denominator, query.x.options()),
+            at::scalar_tensor(1 / denominator, state.options())};
+  }
+
+  // The number of rows in the mean.
   int64_t counted() const {
     if (set != Set::label) return rows_count;
     return std::count_if(rows.set_count, rows.set_count + rows_count, [](double n) { return n > 0; });
   }
 
-  // The slopes, and the part of the gradient of the scale.
-  template <class A, class Upstream>
-  Slope slope(const Direction& d, Tensor& memory, Upstream upstream) {
+  // The slopes of one direction. Adds to the gradient of the scale.
+  template <class A>
+  Slope slope(const Direction& d, Tensor& memory, const PerPosition& upstream) {
     memory = at::empty({kSlopes, rows_count}, query.x.options());
     A* const out = memory.mutable_data_ptr<A>();
     A *top = out, *factor = top + rows_count, *share = factor + rows_count, *positive = share + rows_count;
     for (int64_t i = 0; i < rows_count; ++i) {
       const Softmax s = softmax(d, i);
-      if (set == Set::label && s.share_count == 0) {  // a top above everything: no exponential overflows
+      if (set == Set::label && s.share_count == 0) {  // a top so large that no exponential overflows
         top[i] = A(1e30), factor[i] = share[i] = positive[i] = 0;
         continue;
       }
-      const double g = upstream(i) / (symmetric ? 2 : 1);
+      const double g = static_cast<const double*>(upstream.data)[i * upstream.stride] / (symmetric ? 2 : 1);
       const double of_set = set == Set::label ? 1 : set == Set::all ? smoothing : 0;
       const double each = of_set == 0 ? 0 : of_set / s.share_count;
-      const double own = target ? smoothing - each - s.others / s.total() : 0;
+      const double of_positive = target ? smoothing - each - s.others / s.total() : 0;
       top[i] = A(s.top);
       factor[i] = A(g / s.total());
       share[i] = A(g * each);
-      positive[i] = A(g * own);
-      by_scale_ += g * (s.moment / s.total() - each * d.set_sum[i] + own * d.positive[i]);
+      positive[i] = A(g * of_positive);
+      by_scale_ += g * (s.moment / s.total() - each * d.set_sum[i] + of_positive * d.positive[i]);
     }
     return {top, factor, share, positive};
   }
 
-  // The second sweep: gradients by query, key, negatives and scale, where wanted.
-  template <class Upstream>
-  std::tuple<Tensor, Tensor, Tensor, Tensor> gradients(Upstream upstream, std::array<bool, 4> wanted) {
+  // The second sweep. `grad_loss`: one for each row, or one for all.
+  InfoNceGradients gradients(const Tensor& grad_loss, std::array<bool, 4> needs) {
+    Tensor wide = grad_loss.to(at::kDouble);
+    const PerPosition upstream = per_position(wide);
     compute == at::kDouble ? set_slopes<double>(upstream) : set_slopes<float>(upstream);
-    if (wanted[0]) query.want_gradient();
-    if (wanted[1] && !paired) key.want_gradient();
-    if (wanted[2] && negatives.x.defined()) negatives.want_gradient();
+    if (needs[0]) query.make_gradient();
+    if (needs[1] && !paired) key.make_gradient();
+    if (needs[2] && negatives.x.defined()) negatives.make_gradient();
     similarity->rows_grad = query.grad;
-    similarity->panels.front().grad = paired ? query.grad : key.grad;
-    similarity->panels.back().grad = negatives.x.defined() ? negatives.grad : similarity->panels.front().grad;
+    similarity->parts.front().grad = paired ? query.grad : key.grad;
+    similarity->parts.back().grad = negatives.x.defined() ? negatives.grad : similarity->parts.front().grad;
     reads_positive = false;
-    similarity->each_tile([&](const Panel& panel, const Tile& tile) {
-      if (!similarity->rows_grad.defined() && !panel.grad.defined()) return;
-      if (!tile_is_kept) similarity->product(panel, tile);
+    similarity->each_tile([&](const Part& part, const Tile& tile) {
+      if (!similarity->rows_grad.defined() && !part.grad.defined()) return;
+      if (!tile_is_kept) similarity->product(part, tile);
       in_parallel(tile.rows, tile.columns,
                   [&](int64_t begin, int64_t end) { kernel.gradient(*this, tile, begin, end); });
-      similarity->accumulate(panel, tile, scale);
+      similarity->accumulate(part, tile, scale);
     });
     return {query.gradient(query_given), key.gradient(query_given), negatives.gradient(query_given),
-            at::full({}, by_scale_, logit_scale.options())};
+            at::scalar_tensor(by_scale_, logit_scale.options())};
   }
 
  private:
-  template <class A, class Upstream>
-  void set_slopes(Upstream upstream) {
+  template <class A>
+  void set_slopes(const PerPosition& upstream) {
     row_slope = slope<A>(rows, row_slopes_, upstream);
     if (symmetric || paired) column_slope = symmetric ? slope<A>(columns, column_slopes_, upstream) : row_slope;
   }
@@ -253,45 +266,8 @@ struct Call : InfoNce {
   double by_scale_ = 0;
 };
 
-std::tuple<Tensor, Tensor> forward(TLK_INFO_NCE_PARAMETERS) {
-  const Guards guards;
-  Call call(TLK_INFO_NCE_ARGUMENTS);
-  call.statistics();
-  return {call.losses().to(call.compute), call.state};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_loss, const Tensor& state,
-                                                    TLK_INFO_NCE_PARAMETERS, std::array<bool, 4> wanted) {
-  const Guards guards;
-  Call call(TLK_INFO_NCE_ARGUMENTS);
-  TORCH_CHECK_VALUE(state.scalar_type() == at::kDouble &&
-                        state.numel() == (symmetric ? 2 : 1) * kStatistics * call.rows_count &&
-                        grad_loss.numel() == call.rows_count,
-                    "info_nce_bwd: expected the state of the forward call and a gradient per row");
-  call.use_state(state.contiguous());
-  const Tensor upstream = grad_loss.to(at::kDouble).contiguous();
-  const double* g = upstream.const_data_ptr<double>();
-  return call.gradients([g](int64_t i) { return g[i]; }, wanted);
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> step(TLK_INFO_NCE_PARAMETERS, bool mean,
-                                                        std::array<bool, 4> wanted) {
-  const Guards guards;
-  Call call(TLK_INFO_NCE_ARGUMENTS);
-  call.statistics();
-  const double denominator = mean ? double(call.counted()) : 1;
-  const Tensor loss = at::full({}, sum_in_order(call.losses()) / denominator, call.query.x.options());
-  auto [by_query, by_key, by_negatives, by_scale] =
-      call.gradients([denominator](int64_t) { return 1 / denominator; }, wanted);
-  return {loss, by_query, by_key, by_negatives, by_scale};
-}
-
 }  // namespace
 
-TORCH_LIBRARY_IMPL(tlkernels, CPU, m) {
-  m.impl("info_nce_fwd", forward);
-  m.impl("info_nce_bwd", backward);
-  m.impl("info_nce_step", step);
-}
+TORCH_LIBRARY_IMPL(tlkernels, CPU, m) { InfoNceOps<CpuInfoNceCall>::implement(m); }
 
 }  // namespace tlk

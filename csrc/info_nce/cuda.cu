@@ -1,40 +1,37 @@
-// InfoNCE on CUDA tensors: memory and the two sweeps, panel by panel of rows, so that the matrix is never held whole.
-// Four products of N*K*D for the symmetric loss: a sweep of statistics, one of gradients by the similarities, and the
-// two products with each panel of those, which are the library's. Nothing is read on the host.
+// InfoNCE on CUDA tensors: two sweeps over the matrix of similarities in panels of rows, so that it never exists whole.
+// Four products of N*K*D for the symmetric loss: the sweep of statistics, the sweep of the similarities' gradients, and
+// the two products with each panel of those, which are the library's. The host never waits for the device.
 #include "cuda.cuh"
 #include "cuda_rows.cuh"
-
-#include <torch/library.h>
 
 #include <algorithm>
 #include <array>
 #include <tuple>
 #include <vector>
 
-#include "call.h"
 #include "cuda_call.h"
+#include "ops.h"
 
 namespace tlk {
 namespace {
 
 using namespace contrastive;
 using at::Tensor;
-using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-// Some columns of the matrix.
+// Some columns of the matrix: the keys, or further negatives.
 struct Part {
-  const Operands* columns;  // null: each row's own
+  const Operands* columns;  // null: each row has its own
   int64_t size, first;
   bool keys;  // or negatives
   Way way;
-  Tensor panel;  // what the library has multiplied, or in the second sweep the gradient
+  Tensor panel;  // of rows: similarities from the library, or in the second sweep their gradient
 
   int64_t tile() const { return tile_of(way); }
   int64_t tiles(int64_t items) const { return (items + tile() - 1) / tile(); }
 };
 
-// A call and the tensors that it points into.
-struct Call {
+// A call, with the tensors that the kernels' pointers point into.
+struct CudaInfoNceCall {
   const InfoNceArguments& given;
   const OnDevice device;
   const cudaStream_t stream;
@@ -49,7 +46,7 @@ struct Call {
   OwnOperands own;
   std::vector<Part> parts;
 
-  explicit Call(const InfoNceArguments& arguments)
+  explicit CudaInfoNceCall(const InfoNceArguments& arguments)
       : given(arguments),
         device(given.query),
         stream(device.stream()),
@@ -78,7 +75,7 @@ struct Call {
     check_launch(current_device(on), "info_nce");
     const int64_t most = std::max<int64_t>(keys, given.classes() - keys);
     const int64_t tiles = (rows + kLargeTile - 1) / kLargeTile * ((most + kLargeTile - 1) / kLargeTile);
-    const bool large = tiles >= 2 * on.multiprocessors;  // one for each of the two places on each
+    const bool large = tiles >= 2 * on.multiprocessors;  // two blocks fit on each
     const Way known = compute == at::kDouble ? Way::known_f64 : Way::known_f32;
     const Way way = dtype == at::kBFloat16 ? (large ? Way::large_bf16 : Way::small_bf16)
                     : dtype == at::kHalf   ? (large ? Way::large_f16 : Way::small_f16)
@@ -94,11 +91,11 @@ struct Call {
     // A panel's tiles are many for each multiprocessor, and its product by the columns is large beside the sum over
     // panels in memory; it grows with the features as the operands do.
     const int64_t few = 16 * on.multiprocessors, many = 32 * on.multiprocessors;
-    const int64_t wanted = std::min(std::max(4 * q.size(1), few), many);
-    panel_rows = (wanted + kLargeTile - 1) / kLargeTile * kLargeTile;
+    const int64_t goal = std::min(std::max(4 * q.size(1), few), many);
+    panel_rows = (goal + kLargeTile - 1) / kLargeTile * kLargeTile;
   }
 
-  // With TLKERNELS_CHECK=1 raises for a target that is no column; else its row is NaN.
+  // Raises with TLKERNELS_CHECK=1 if a target is no column. Without the check, its loss is NaN.
   void check_target() const {
     if (given.by_label || !checks_values()) return;
     const Tensor columns = target.defined() ? target : at::arange(rows, given.query.options().dtype(at::kLong));
@@ -127,7 +124,7 @@ struct Call {
     for (int64_t begin = 0; begin < rows; begin += panel_rows) visit(begin, std::min(begin + panel_rows, rows));
   }
 
-  // Memory for a panel of a part, where there has to be some; of a multiple of tiles, so that a row begins aligned.
+  // Allocates a part's panel where one is needed. Its rows are whole tiles, so that each begins aligned.
   void make_panel(Part& part, bool gradient) const {
     if (!gradient && (is_narrow(dtype) || !part.columns)) return;
     const at::ScalarType type = part.columns ? dtype : compute;
@@ -228,27 +225,39 @@ struct Call {
     return loss;
   }
 
-  // A power of two that brings gradients of this upstream, two of them together, to the range of float16; else nothing.
+  void use_state(const Tensor& of_forward) { state = of_forward; }
+
+  // The sum or mean of the losses, and its gradient by each of them.
+  std::tuple<Tensor, Tensor> reduced(bool mean) const {
+    Tensor factor = at::full({}, mean ? 1.0 / double(rows) : 1.0, state.options());
+    if (mean && given.by_label)  // the mean of the rows that have a positive
+      factor = state.select(0, 0).select(0, kStatistics - 1).gt(0).sum().to(at::kDouble).reciprocal();
+    return {losses().sum(at::kDouble).mul(factor).to(compute), factor.to(compute).expand({rows})};
+  }
+
+  // For float16: a power of two that brings gradients of this upstream, or a sum of two, into its range. Else
+  // undefined.
   Tensor range_of(const Tensor& upstream) const {
     if (dtype != at::kHalf) return {};
     const Tensor exponent = std::get<1>(at::frexp(upstream.abs().amax().to(at::kFloat)));
     return at::exp2(at::clamp(13 - exponent, -100, 100).to(at::kDouble));
   }
 
-  // The gradients of 0 rows, or those that are not wanted.
-  Tensor no_gradient(const Tensor& of, bool wanted) const {
-    return wanted ? at::zeros(of.sizes(), of.options()) : at::empty({0}, given.query.options());
+  // A gradient where there are no rows, or where it is not needed.
+  Tensor no_gradient(const Tensor& of, bool needed) const {
+    return needed ? at::zeros(of.sizes(), of.options()) : at::empty({0}, given.query.options());
   }
 
-  // The second sweep: gradients where wanted, from an upstream gradient of each row in the compute type.
-  Gradients gradients(const Tensor& upstream, std::array<bool, 4> wanted) {
+  // The second sweep. `grad_loss`: one for each row.
+  InfoNceGradients gradients(const Tensor& grad_loss, std::array<bool, 4> needs) {
+    const Tensor upstream = grad_loss.to(compute);
     const std::array<const Tensor*, 3> inputs{&given.query, given.key ? &*given.key : nullptr,
                                               given.negatives ? &*given.negatives : nullptr};
     std::array<Tensor, 3> grads;
     for (size_t i = 0; i < 3; ++i) {
-      wanted[i] = wanted[i] && inputs[i];
-      if (rows == 0 || !wanted[i])
-        grads[i] = no_gradient(wanted[i] ? *inputs[i] : given.query, wanted[i]);
+      needs[i] = needs[i] && inputs[i];
+      if (rows == 0 || !needs[i])
+        grads[i] = no_gradient(needs[i] ? *inputs[i] : given.query, needs[i]);
       else
         grads[i] = at::empty(inputs[i]->sizes(), inputs[i]->options().dtype(dtype));
     }
@@ -262,17 +271,17 @@ struct Call {
     p.by_row = slopes[0].mutable_data_ptr(), p.by_column = symmetric ? slopes[1].mutable_data_ptr() : nullptr;
     p.by_scale = by_scale.mutable_data_ptr<double>();
     in_compute([&](auto type) { return info_nce_slopes<typename decltype(type)::T>(p, stream); });
-    if (wanted[0] || wanted[1] || wanted[2]) from_panels(slopes, times, wanted, grads);
+    if (needs[0] || needs[1] || needs[2]) from_panels(slopes, times, needs, grads);
     for (size_t i = 0; i < 3; ++i)
-      if (wanted[i]) grads[i] = grads[i].to(inputs[i]->scalar_type());
+      if (needs[i]) grads[i] = grads[i].to(inputs[i]->scalar_type());
     return {grads[0], grads[1], grads[2], by_scale.sum().to(given.logit_scale.options())};
   }
 
-  void from_panels(const Tensor& slopes, const double* extra, const std::array<bool, 4>& wanted,
+  void from_panels(const Tensor& slopes, const double* extra, const std::array<bool, 4>& needs,
                    std::array<Tensor, 3>& grads) {
     const double* const times = scale.const_data_ptr<double>();
     std::array<Tensor, 2> totals;
-    const auto needed = [&](size_t k) { return parts[k].size > 0 && (wanted[0] || wanted[k + 1]); };
+    const auto needed = [&](size_t k) { return parts[k].size > 0 && (needs[0] || needs[k + 1]); };
     for (size_t k = 0; k < parts.size(); ++k)
       if (needed(k)) make_panel(parts[k], /*gradient=*/true);
     each_panel([&](int64_t begin, int64_t end) {
@@ -288,14 +297,14 @@ struct Call {
         check_launch(info_nce_gradient(p, part.way, stream), "info_nce");
         const Tensor panel = panel_of(part, begin, end);
         if (!part.columns) {
-          if (wanted[0] && !total.defined()) total = at::zeros({end - begin, query.features()}, panel.options());
-          own.gradients(query, panel, begin, total, wanted[2] ? grads[2] : Tensor(), times, extra, stream);
+          if (needs[0] && !total.defined()) total = at::zeros({end - begin, query.features()}, panel.options());
+          own.gradients(query, panel, begin, total, needs[2] ? grads[2] : Tensor(), times, extra, stream);
           continue;
         }
-        if (wanted[0]) total = product(panel, part.columns->values(), total);
-        if (wanted[k + 1]) totals[k] = product(panel.t(), query.values().narrow(0, begin, end - begin), totals[k]);
+        if (needs[0]) total = product(panel, part.columns->values(), total);
+        if (needs[k + 1]) totals[k] = product(panel.t(), query.values().narrow(0, begin, end - begin), totals[k]);
       }
-      if (!wanted[0]) return;
+      if (!needs[0]) return;
       if (!total.defined()) total = at::zeros({end - begin, query.features()}, slopes.options());
       query.finish(total, grads[0], begin, times, extra, stream);
     });
@@ -304,46 +313,8 @@ struct Call {
   }
 };
 
-std::tuple<Tensor, Tensor> forward(TLK_INFO_NCE_PARAMETERS) {
-  const Guards guards;
-  const InfoNceArguments arguments = TLK_INFO_NCE_ARGUMENTS;
-  Call call(arguments);
-  call.statistics();
-  return {call.losses(), call.state};
-}
-
-Gradients backward(const Tensor& grad_loss, const Tensor& state, TLK_INFO_NCE_PARAMETERS, std::array<bool, 4> wanted) {
-  const Guards guards;
-  const InfoNceArguments arguments = TLK_INFO_NCE_ARGUMENTS;
-  Call call(arguments);
-  TORCH_CHECK_VALUE(state.scalar_type() == at::kDouble &&
-                        state.numel() == (symmetric ? 2 : 1) * kStatistics * call.rows && grad_loss.dim() == 1 &&
-                        grad_loss.numel() == call.rows,
-                    "info_nce_bwd: expected the state of the forward call and a gradient per row");
-  call.state = state.contiguous();
-  return call.gradients(grad_loss.to(call.compute), wanted);
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> step(TLK_INFO_NCE_PARAMETERS, bool mean,
-                                                        std::array<bool, 4> wanted) {
-  const Guards guards;
-  const InfoNceArguments arguments = TLK_INFO_NCE_ARGUMENTS;
-  Call call(arguments);
-  call.statistics();
-  Tensor factor = at::full({}, mean ? 1.0 / double(call.rows) : 1.0, call.state.options());
-  if (mean && by_label)
-    factor = call.state.select(0, 0).select(0, kStatistics - 1).gt(0).sum().to(at::kDouble).reciprocal();
-  const Tensor loss = call.losses().sum(at::kDouble).mul(factor).to(call.compute);
-  auto [by_query, by_key, by_negatives, by_scale] = call.gradients(factor.to(call.compute).expand({call.rows}), wanted);
-  return {loss, by_query, by_key, by_negatives, by_scale};
-}
-
 }  // namespace
 
-TORCH_LIBRARY_IMPL(tlkernels, CUDA, m) {
-  m.impl("info_nce_fwd", forward);
-  m.impl("info_nce_bwd", backward);
-  m.impl("info_nce_step", step);
-}
+TORCH_LIBRARY_IMPL(tlkernels, CUDA, m) { InfoNceOps<CudaInfoNceCall>::implement(m); }
 
 }  // namespace tlk

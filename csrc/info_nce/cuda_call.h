@@ -1,4 +1,4 @@
-// Embeddings as InfoNCE's kernels and the library's products take them, on CUDA tensors.
+// Embeddings on CUDA tensors: as the kernels and the library's matrix products read them, and their gradients.
 #pragma once
 #include "cuda_embeddings.cuh"
 
@@ -6,29 +6,10 @@
 
 #include <optional>
 
+#include "../core/cuda/dtype.h"
 #include "../core/cuda/tensor.h"
 
 namespace tlk {
-
-template <class T_>
-struct Type {
-  using T = T_;
-};
-
-// Calls run(Type<T>()) for the type's T.
-template <class Run>
-void with_type(at::ScalarType dtype, Run run) {
-  switch (scalar_of(dtype)) {
-    case Scalar::f64:
-      return run(Type<double>());
-    case Scalar::f32:
-      return run(Type<float>());
-    case Scalar::bf16:
-      return run(Type<bf16>());
-    case Scalar::f16:
-      return run(Type<f16>());
-  }
-}
 
 inline bool is_narrow(at::ScalarType dtype) { return dtype == at::kBFloat16 || dtype == at::kHalf; }
 
@@ -37,12 +18,12 @@ inline at::Tensor product(at::Tensor a, at::Tensor b, const at::Tensor& total = 
   if (is_narrow(a.scalar_type()) && a.is_cuda())
     return total.defined() ? at::addmm_out(const_cast<at::Tensor&>(total), total, a, b, at::kFloat)
                            : at::mm(a, b, at::kFloat);
-  if (is_narrow(a.scalar_type())) a = a.to(at::kFloat), b = b.to(at::kFloat);  // elsewhere there is no such product
+  if (is_narrow(a.scalar_type())) a = a.to(at::kFloat), b = b.to(at::kFloat);  // only GPUs have that product
   return total.defined() ? at::addmm_out(const_cast<at::Tensor&>(total), total, a, b) : at::mm(a, b);
 }
 
-// Rows of features in the type of the operands. Copied where they have to be: another type, normalized, or with 16 bits
-// not in aligned chunks of 16 bytes.
+// Rows of features in the type of the operands. They are copied if their type differs, to normalize them, or if 16-bit
+// features are not in aligned chunks of 16 bytes.
 struct Operands {
   at::Tensor given, x, norms;  // x: padded with zeros; norms: (3, rows), see scale_rows, or undefined
 
@@ -92,7 +73,7 @@ struct Operands {
   }
 };
 
-// A row's own negatives, (rows, M, features), and their similarities.
+// Negatives that belong to one row each, (rows, M, features), and their similarities.
 struct OwnOperands {
   at::Tensor given, x, similarities, inverse_norms;
 
@@ -110,7 +91,7 @@ struct OwnOperands {
     });
   }
 
-  // Adds to `total` and writes `grad`, where defined, from a panel of the gradient.
+  // From a panel of the similarities' gradient: adds to `total` and writes `grad`, where they are defined.
   void gradients(const Operands& rows, const at::Tensor& panel, int64_t first, const at::Tensor& total,
                  const at::Tensor& grad, const double* scale, const double* extra, cudaStream_t stream) const {
     contrastive::OwnNegatives p = call(rows);

@@ -1,5 +1,4 @@
-// Squared errors on CPU tensors: checks that the kernel relies on, memory, threads. The schemas and what they mean are
-// in tlkernels/losses/mse/ops.py.
+// The ops of squared errors on CPU tensors. Their schemas, with what they return, are in tlkernels/losses/mse/ops.py.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -10,24 +9,28 @@
 #include <vector>
 
 #include "../core/cpu/tensor.h"
+#include "kernel.h"
 
 namespace tlk {
+
+TLK_KERNELS(SquaredTable, squared)
+
 namespace {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// A call and the tensors that it points into.
-struct Call : Squared {
+// Checks the arguments and keeps the tensors that the kernel's pointers point into.
+struct CpuSquaredCall : Squared {
   Tensor input, target, weight_, grad_input, grad_target;
   const at::ScalarType compute;
 
-  Call(const Tensor& input_, const Tensor& target_, const OptionalTensor& weight_in)
+  CpuSquaredCall(const Tensor& input_, const Tensor& target_, const OptionalTensor& weight_in)
       : input(input_),
         target(target_),
         weight_(weight_in.value_or(Tensor())),
         compute(compute_type(input_.scalar_type())) {
-    bool aligned = input.is_non_overlapping_and_dense();  // and all laid out alike: the order does not matter
+    bool aligned = input.is_non_overlapping_and_dense();  // and of the same strides: then their order does not matter
     for (const Tensor* t : {&target, &weight_}) {
       if (!t->defined()) continue;
       TORCH_CHECK_VALUE(t->sizes() == input.sizes(), "expected tensors of one shape, got ", input.sizes(), " and ",
@@ -47,7 +50,7 @@ struct Call : Squared {
     if (weight_.defined()) weight = weight_.const_data_ptr();
   }
 
-  void want(bool needs_input, bool needs_target) {
+  void make_gradients(bool needs_input, bool needs_target) {
     grad_input = needs_input ? empty_gradient(input) : at::empty({0}, input.options());
     grad_target = needs_target ? empty_gradient(target) : at::empty({0}, target.options());
     if (needs_input) grad_x = grad_input.mutable_data_ptr();
@@ -55,13 +58,13 @@ struct Call : Squared {
   }
 
   void run() {
-    const SquaredBlocks kernel = kernels().squared(scalar_of(input.scalar_type()));
+    const SquaredBlocks kernel = squared_kernels()(scalar_of(input.scalar_type()));
     const int64_t blocks = (size + kSquaredBlock - 1) / kSquaredBlock;
     constexpr int64_t kGrain = 8;  // blocks for which a second thread is worth its start
     at::parallel_for(0, blocks, kGrain, [&](int64_t first, int64_t last) { kernel(*this, first, last); });
   }
 
-  // The sum over `denominator`, from run().
+  // Runs, and returns the sum divided by `denominator`.
   Tensor run_sum(double denominator) {
     std::vector<double> parts(size_t((size + kSquaredBlock - 1) / kSquaredBlock));
     sums = parts.data();
@@ -73,7 +76,7 @@ struct Call : Squared {
 };
 
 Tensor forward(const Tensor& input, const Tensor& target, const OptionalTensor& weight) {
-  Call call(input, target, weight);
+  CpuSquaredCall call(input, target, weight);
   Tensor values = at::empty_like(call.input, call.input.options().dtype(call.compute));
   call.values = values.mutable_data_ptr();
   call.run();
@@ -81,31 +84,29 @@ Tensor forward(const Tensor& input, const Tensor& target, const OptionalTensor& 
 }
 
 Tensor sum(const Tensor& input, const Tensor& target, const OptionalTensor& weight) {
-  return Call(input, target, weight).run_sum(1);
+  return CpuSquaredCall(input, target, weight).run_sum(1);
 }
 
 std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& input, const Tensor& target,
                                     const OptionalTensor& weight, bool needs_input, bool needs_target) {
-  Call call(input, target, weight);
+  CpuSquaredCall call(input, target, weight);
   TORCH_CHECK_VALUE(grad.dim() == 0 || grad.sizes() == input.sizes(), "grad: expected one number or shape ",
                     input.sizes(), ", got ", grad.sizes());
   Tensor upstream = grad.to(call.compute);
   if (upstream.dim() > 0 && upstream.strides() != call.input.strides())
     upstream = at::empty_like(call.input, upstream.options()).copy_(upstream);
   call.grad = {upstream.const_data_ptr(), upstream.dim() > 0 ? 1 : 0};
-  call.want(needs_input, needs_target);
+  call.make_gradients(needs_input, needs_target);
   call.run();
   return {call.grad_input, call.grad_target};
 }
 
 std::tuple<Tensor, Tensor, Tensor> step(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                                         double denominator, bool needs_input, bool needs_target) {
-  Call call(input, target, weight);
-  const double wide = 1 / denominator;
-  const float narrow = float(wide);
-  if (needs_input || needs_target)
-    call.grad.data = call.compute == at::kDouble ? static_cast<const void*>(&wide) : &narrow;
-  call.want(needs_input, needs_target);
+  CpuSquaredCall call(input, target, weight);
+  OneForAll upstream;
+  if (needs_input || needs_target) call.grad = upstream.set(1 / denominator, call.compute);
+  call.make_gradients(needs_input, needs_target);
   const Tensor loss = call.run_sum(denominator);
   return {loss, call.grad_input, call.grad_target};
 }

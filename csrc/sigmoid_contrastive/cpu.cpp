@@ -1,5 +1,5 @@
-// SigLIP's loss on CPU tensors: checks that the kernels rely on, memory, one sweep. The schemas and what they mean are
-// in tlkernels/losses/sigmoid_contrastive/ops.py.
+// The ops of SigLIP's loss on CPU tensors: one sweep over the tiles of the similarities. Their schemas, with what they
+// return, are in tlkernels/losses/sigmoid_contrastive/ops.py.
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
@@ -8,20 +8,25 @@
 
 #include "../core/cpu/similarity.h"
 #include "../core/cpu/tensor.h"
+#include "kernel.h"
 
 namespace tlk {
+
+TLK_KERNELS(SigmoidContrastiveTable, sigmoid_contrastive)
+
 namespace {
 
 using at::Tensor;
 
-struct Call : SigmoidContrastive {
+// Checks the arguments and keeps the tensors that the kernel's pointers point into.
+struct CpuSigmoidContrastiveCall : SigmoidContrastive {
   const Tensor &query, &key, &logit_scale, &logit_bias;
   at::ScalarType compute;
   Similarity similarity;
   Tensor rows;  // loss and gradients of scale and bias, one per row
 
-  Call(const Tensor& query_in, const Tensor& key_in, const Tensor& logit_scale_in, const Tensor& logit_bias_in,
-       int64_t own_in)
+  CpuSigmoidContrastiveCall(const Tensor& query_in, const Tensor& key_in, const Tensor& logit_scale_in,
+                            const Tensor& logit_bias_in, int64_t own_in)
       : query(query_in),
         key(key_in),
         logit_scale(logit_scale_in),
@@ -52,10 +57,10 @@ struct Call : SigmoidContrastive {
 Tensor forward(const Tensor& query, const Tensor& key, const Tensor& logit_scale, const Tensor& logit_bias,
                int64_t own) {
   const Guards guards;
-  Call call(query, key, logit_scale, logit_bias, own);
-  const auto kernel = kernels().sigmoid_contrastive(call.compute == at::kDouble).loss;
-  call.similarity.each_tile([&](const Panel& panel, const Tile& tile) {
-    call.similarity.product(panel, tile);
+  CpuSigmoidContrastiveCall call(query, key, logit_scale, logit_bias, own);
+  const auto kernel = sigmoid_contrastive_kernels()(call.compute == at::kDouble).loss;
+  call.similarity.each_tile([&](const Part& part, const Tile& tile) {
+    call.similarity.product(part, tile);
     in_parallel(tile.rows, tile.columns, [&](int64_t begin, int64_t end) { kernel(call, tile, begin, end); });
   });
   return call.mean_loss();
@@ -63,20 +68,20 @@ Tensor forward(const Tensor& query, const Tensor& key, const Tensor& logit_scale
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> step(const Tensor& upstream, const Tensor& query, const Tensor& key,
                                                         const Tensor& logit_scale, const Tensor& logit_bias,
-                                                        int64_t own, std::array<bool, 4> wanted) {
+                                                        int64_t own, std::array<bool, 4> needs) {
   const Guards guards;
   TORCH_CHECK_VALUE(upstream.dim() == 0, "sigmoid_contrastive_step: expected a 0-d upstream gradient");
-  Call call(query, key, logit_scale, logit_bias, own);
+  CpuSigmoidContrastiveCall call(query, key, logit_scale, logit_bias, own);
   call.factor = upstream.item<double>() / double(query.size(0));
-  const auto kernel = kernels().sigmoid_contrastive(call.compute == at::kDouble).step;
+  const auto kernel = sigmoid_contrastive_kernels()(call.compute == at::kDouble).step;
   Similarity& similarity = call.similarity;
-  if (wanted[0]) similarity.rows_grad = empty_gradient(similarity.rows).zero_();
-  Panel& keys = similarity.panels.front();
-  if (wanted[1]) keys.grad = empty_gradient(keys.x).zero_();
-  similarity.each_tile([&](const Panel& panel, const Tile& tile) {
-    similarity.product(panel, tile);
+  if (needs[0]) similarity.rows_grad = empty_gradient(similarity.rows).zero_();
+  Part& keys = similarity.parts.front();
+  if (needs[1]) keys.grad = empty_gradient(keys.x).zero_();
+  similarity.each_tile([&](const Part& part, const Tile& tile) {
+    similarity.product(part, tile);
     in_parallel(tile.rows, tile.columns, [&](int64_t begin, int64_t end) { kernel(call, tile, begin, end); });
-    similarity.accumulate(panel, tile, call.scale);
+    similarity.accumulate(part, tile, call.scale);
   });
   auto result = [](const Tensor& grad, const Tensor& of) {
     return grad.defined() ? grad.to(of.scalar_type()) : at::empty({0}, of.options());

@@ -3,46 +3,27 @@
 #include <atomic>
 #include <stdexcept>
 
-#include "kernels.h"
-
 namespace tlk {
-
-// setup.py compiles each loss's .inl once for every instruction set, into that namespace.
-#define TLK_DECLARE(isa)                                                                       \
-  namespace isa {                                                                              \
-  CrossEntropyTable cross_entropy;                                                             \
-  DistillationTable distillation;                                                              \
-  InfoNceTable info_nce;                                                                       \
-  SigmoidContrastiveTable sigmoid_contrastive;                                                 \
-  SquaredTable squared;                                                                        \
-  const Kernels table = {cross_entropy, distillation, info_nce, sigmoid_contrastive, squared}; \
-  }
-TLK_DECLARE(baseline)
-#if defined(__x86_64__)
-TLK_DECLARE(avx2)
-TLK_DECLARE(avx512)
-#endif
 
 namespace {
 
 struct Isa {
   const char* name;
-  const Kernels* kernels;
   bool (*supported)();
 };
 
-// Best first; the flags in setup.py are what `supported` asks for.
+// In the order of TLK_KERNELS, best first. `supported` checks the features that setup.py compiles for.
 const Isa kIsas[] = {
 #if defined(__x86_64__)
-    {"avx512", &avx512::table,
+    {"avx512",
      [] {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
      }},
-    {"avx2", &avx2::table,
+    {"avx2",
      [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }},
 #endif
-    {"baseline", &baseline::table, [] { return true; }},
+    {"baseline", [] { return true; }},
 };
 
 const Isa* best() {
@@ -58,7 +39,7 @@ std::atomic<const Isa*>& current() {
 
 }  // namespace
 
-const Kernels& kernels() { return *current().load(std::memory_order_relaxed)->kernels; }
+int isa_index() { return int(current().load(std::memory_order_relaxed) - kIsas); }
 
 std::vector<std::string> isa_list() {
   std::vector<std::string> names;

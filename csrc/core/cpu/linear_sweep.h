@@ -1,53 +1,41 @@
-// The logits of a linear layer in chunks of rows, and the matrix products that take their gradients back to the layer.
+// The sweep over chunks of a linear layer's rows, on a CPU.
 #pragma once
-#include <ATen/ATen.h>
-
-#include <array>
 #include <vector>
 
 #include "../linear_layer.h"
 
 namespace tlk {
 
-struct LinearChunks {
-  int64_t rows;     // of a chunk: `logits` and what lies beside them exist for so many rows at once
-  int64_t classes;  // of a tile of the weight, where a product is not made in the weight's own type
-};
-
-// The table of sizes. `row_bytes`: what a row of a chunk takes.
-LinearChunks linear_chunks(int64_t rows, int64_t features, int64_t classes, int64_t row_bytes);
-
-// The type that products of `dtype` are made in, which is the logits' type: its own where the CPU multiplies it faster
-// than float32.
-at::ScalarType product_type(at::ScalarType dtype);
-
-// For each chunk in turn: `logits`, then where gradients are needed `take` with what has become of them.
-class LinearSweep {
+class CpuLinearSweep : public LinearSweep {
  public:
-  // `needs`: the gradients of input, weight, bias. `row_bytes`: beside the logits. `absent`: rows, in order, that have
-  // no part in any gradient, whatever the products make of them: 0 * NaN is NaN.
-  LinearSweep(const LinearLayer& layer, std::array<bool, 3> needs, int64_t row_bytes, std::vector<int64_t> absent = {});
+  // Rows, in order, that get no gradient and give none: the products would make NaN of 0 * NaN.
+  using Absent = std::vector<int64_t>;
 
-  int64_t chunk_rows() const { return chunks_.rows; }
-  at::Tensor logits(int64_t begin, int64_t end);                      // in memory that the next chunk uses again
-  void take(int64_t begin, int64_t end, const at::Tensor& gradient);  // of these logits
-  bool differentiates() const { return needs_[0] || needs_[1] || needs_[2]; }
-  std::array<at::Tensor, 3> gradients();  // as the layer's tensors came; without elements where not needed
+  CpuLinearSweep(const LinearLayer& layer, LinearNeeds needs, Absent absent, int64_t chunk_rows);
+
+  // The type of the logits, in which the products are made: `dtype` where this CPU multiplies it faster than float32.
+  // TLKERNELS_BF16_GEMM=1 (or 0) in the environment says so of bfloat16, for tests.
+  static at::ScalarType logits_type(at::ScalarType dtype);
+  static int64_t row_bytes(const LinearLayer& layer);  // of a row's logits
+
+  // How many rows of logits to hold at once. `more_bytes`: what each row takes besides its logits.
+  static int64_t rows_of_a_chunk(const LinearLayer& layer, bool needs_weight, int64_t more_bytes);
+
+  at::Tensor logits(int64_t begin, int64_t end);
+  void take(int64_t begin, int64_t end, const at::Tensor& gradient);
+  LinearGradients gradients();
 
  private:
   template <class Body>
   void for_tiles(Body body);
   std::vector<int64_t> absent_of(int64_t begin, int64_t end) const;
 
-  const LinearLayer& layer_;
-  const at::Tensor bias_;  // in type_
-  const std::array<bool, 3> needs_;
-  const at::ScalarType type_;
+  const at::ScalarType type_;  // of the logits
+  const at::Tensor bias_;      // in type_
   const int64_t classes_;
-  const std::vector<int64_t> absent_;
-  LinearChunks chunks_;
+  const int64_t tile_;  // classes whose weights are converted at once, where the weight is not of type_
+  const Absent absent_;
   at::Tensor logits_, x_;  // of the current chunk, x in type_
-  at::Tensor grad_input_, grad_weight_, grad_bias_;
 };
 
 }  // namespace tlk

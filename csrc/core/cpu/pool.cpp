@@ -34,13 +34,13 @@ Block map(size_t bytes) {
   if (begin > start) munmap(start, size_t(begin - start));
   const size_t after = size_t(start + kHuge - begin);
   if (after) munmap(begin + bytes, after);
-  (void)madvise(begin, bytes, MADV_HUGEPAGE);  // where it is refused the pages are small and the result the same
+  (void)madvise(begin, bytes, MADV_HUGEPAGE);  // if refused, pages are small and the result is the same
   return {begin, bytes};
 }
 
 void release(void* context) {
   const std::unique_ptr<Block> block(static_cast<Block*>(context));
-  // Where the system has no MADV_FREE, keeping the block would withhold its memory.
+  // Without MADV_FREE, a block that is kept would hold its memory.
   if (madvise(block->begin, block->bytes, MADV_FREE) != 0) {
     munmap(block->begin, block->bytes);
     return;

@@ -8,7 +8,7 @@
 
 namespace tlk {
 
-static constexpr size_t kPooled = 4 << 20;  // bytes: below this malloc itself reuses memory
+static constexpr size_t kPooled = 4 << 20;  // bytes; malloc itself reuses smaller blocks
 
 static at::Tensor pooled(at::IntArrayRef sizes, at::IntArrayRef strides, size_t bytes,
                          const at::TensorOptions& options) {

@@ -11,28 +11,27 @@ namespace tlk {
 
 using at::Tensor;
 
-// total += a @ b, or of the first part total = a @ b, in the total's type, where that is not the operands'.
+// total += a @ b, or total = a @ b for the first part, in the total's type, which may not be the operands'.
 static void add_product(Tensor& total, const Tensor& a, const Tensor& b, bool first) {
   const at::ScalarType type = total.scalar_type();
   if (a.scalar_type() == type) {
     first ? at::mm_out(total, a, b) : at::addmm_out(total, total, a, b);
   } else if (a.is_cuda()) {
     first ? at::mm_out(total, a, b, type) : at::addmm_out(total, total, a, b, type);
-  } else {  // the library has such products on GPUs alone
+  } else {  // the library has these products only on GPUs
     add_product(total, a.to(type), b.to(type), first);
   }
 }
 
 // Each chunk passes over the weight, and over its gradient in float32: 4096 x 4096 x 128256 bfloat16 in chunks of 256
-// MB, four of 1046 rows, is 0.5 TFLOP of each product beside 3 GB of the gradient, 0.6 ms of 4.5 on an H200 by the
-// datasheet. Where the weight's gradient is needed, which takes twice the weight's own memory meanwhile, a chunk may
-// have as much as the weight. By reasoning on 2026-11-21, no GPU at hand; as the Triton kernels have it.
-int64_t DeviceLinearSweep::rows_of_a_chunk(const LinearLayer& layer, bool weight_needed) {
+// MB, four of 1046 rows, is 0.5 TFLOP of each product and 3 GB of the gradient, 0.6 ms of 4.5 on an H200 by the
+// datasheet. If the weight's gradient is needed, which takes twice the weight's memory, a chunk may take as much as the
+// weight. By reasoning on 2026-11-21, without a GPU; the Triton kernels do the same.
+int64_t CudaLinearSweep::rows_of_a_chunk(const LinearLayer& layer, bool needs_weight, int64_t /*more_bytes*/) {
   constexpr int64_t kChunk = 256 << 20, kAligned = 128;
-  const Tensor& weight = layer.weight;
-  const int64_t rows = layer.input.size(0), row = weight.size(0) * int64_t(weight.element_size());
-  const char* const forced = std::getenv("TLKERNELS_CHUNK_BYTES");  // for tests, which would else need gigabytes
-  const int64_t usual = weight_needed ? std::max<int64_t>(kChunk, weight.nbytes()) : kChunk;
+  const int64_t rows = layer.rows(), row = row_bytes(layer);
+  const char* const forced = std::getenv("TLKERNELS_CHUNK_BYTES");  // else tests would need gigabytes
+  const int64_t usual = needs_weight ? std::max<int64_t>(kChunk, layer.weight.nbytes()) : kChunk;
   const int64_t bytes = forced ? std::atoll(forced) : usual;
   const int64_t most = std::max<int64_t>(1, bytes / row), chunks = (rows + most - 1) / most;
   if (chunks <= 1) return std::max<int64_t>(1, rows);
@@ -40,24 +39,23 @@ int64_t DeviceLinearSweep::rows_of_a_chunk(const LinearLayer& layer, bool weight
   return (each + kAligned - 1) / kAligned * kAligned;
 }
 
-DeviceLinearSweep::DeviceLinearSweep(const LinearLayer& layer, std::array<bool, 3> needs, const Tensor& absent,
-                                     int64_t most)
-    : layer_(layer), needs_(needs), absent_(absent), chunk_rows_(std::min(most, rows_of_a_chunk(layer, needs[1]))) {
+CudaLinearSweep::CudaLinearSweep(const LinearLayer& layer, LinearNeeds needs, Absent absent, int64_t chunk_rows)
+    : LinearSweep(layer, needs, chunk_rows), absent_(std::move(absent)) {
   const Tensor &input = layer.input, &weight = layer.weight;
-  const int64_t rows = input.size(0), classes = weight.size(0);
-  logits_ = at::empty({std::min(rows, chunk_rows_), classes}, input.options());
+  const int64_t rows = layer.rows(), classes = layer.classes();
+  logits_ = at::empty({std::min(rows, chunk_rows), classes}, input.options());
   const at::ScalarType wide = compute_type(weight.scalar_type());
   if (needs[0]) grad_input_ = at::empty(input.sizes(), input.options());
-  if (needs[1]) {  // of one chunk there is no sum, to be rounded once
-    const at::TensorOptions options = weight.options().dtype(rows <= chunk_rows_ ? weight.scalar_type() : wide);
+  if (needs[1]) {  // chunks are summed in the compute type; one chunk needs no sum
+    const at::TensorOptions options = weight.options().dtype(rows <= chunk_rows ? weight.scalar_type() : wide);
     grad_weight_ = at::empty(weight.sizes(), options);
   }
   if (needs[2]) grad_bias_ = at::empty({classes}, weight.options().dtype(wide));
   for (Tensor* sum : {&grad_weight_, &grad_bias_})
-    if (rows == 0 && sum->defined()) sum->zero_();  // else the first chunk writes it
+    if (rows == 0 && sum->defined()) sum->zero_();  // otherwise the first chunk writes it
 }
 
-Tensor DeviceLinearSweep::logits(int64_t begin, int64_t end) {
+Tensor CudaLinearSweep::logits(int64_t begin, int64_t end) {
   const Tensor x = layer_.input.narrow(0, begin, end - begin);
   Tensor chunk = logits_.narrow(0, 0, end - begin);
   if (layer_.bias.defined())
@@ -67,7 +65,7 @@ Tensor DeviceLinearSweep::logits(int64_t begin, int64_t end) {
   return chunk;
 }
 
-void DeviceLinearSweep::take(int64_t begin, int64_t end, const Tensor& gradient) {
+void CudaLinearSweep::take(int64_t begin, int64_t end, const Tensor& gradient) {
   Tensor x = layer_.input.narrow(0, begin, end - begin);
   const Tensor absent = absent_.defined() ? absent_.narrow(0, begin, end - begin) : absent_;
   if (needs_[0]) {
@@ -83,20 +81,6 @@ void DeviceLinearSweep::take(int64_t begin, int64_t end, const Tensor& gradient)
     at::sum_out(grad_bias_, gradient, {0}, /*keepdim=*/false, grad_bias_.scalar_type());
   else
     grad_bias_.add_(at::sum(gradient, {0}, /*keepdim=*/false, grad_bias_.scalar_type()));
-}
-
-std::array<Tensor, 3> DeviceLinearSweep::gradients() {
-  std::array<Tensor, 3> found = {grad_input_, grad_weight_, grad_bias_};
-  for (Tensor& grad : found)
-    if (!grad.defined()) grad = at::empty({0}, layer_.input.options());
-  if (needs_[0]) {
-    c10::DimVector given = layer_.shape;
-    given.push_back(layer_.input.size(1));
-    found[0] = found[0].view(given);
-  }
-  found[1] = found[1].to(layer_.weight.scalar_type());
-  found[2] = found[2].to(layer_.input.scalar_type());
-  return found;
 }
 
 }  // namespace tlk

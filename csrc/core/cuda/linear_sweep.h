@@ -1,35 +1,29 @@
-// The logits of a linear layer in chunks of rows on a GPU, and the matrix products that take their gradients back to
-// the layer: the library's, as are the CPU's (csrc/core/cpu/linear_sweep.h).
+// The sweep over chunks of a linear layer's rows, on a GPU.
 #pragma once
-#include <array>
-
 #include "../linear_layer.h"
 
 namespace tlk {
 
-// For each chunk in turn: `logits`, then where gradients are needed `take` with what has become of them.
-class DeviceLinearSweep {
+class CudaLinearSweep : public LinearSweep {
  public:
-  // `needs`: the gradients of input, weight, bias. `absent`: (rows, 1), true in rows that have no part in any gradient,
-  // whatever the products make of them: 0 * NaN is NaN; or undefined. `most`: rows of a chunk.
-  DeviceLinearSweep(const LinearLayer& layer, std::array<bool, 3> needs, const at::Tensor& absent,
-                    int64_t most = INT64_MAX);
+  // (rows, 1), True in rows that get no gradient and give none: the products would make NaN of 0 * NaN. Or undefined.
+  using Absent = at::Tensor;
 
-  // What a sweep over that layer alone would take.
-  static int64_t rows_of_a_chunk(const LinearLayer& layer, bool weight_needed);
+  CudaLinearSweep(const LinearLayer& layer, LinearNeeds needs, Absent absent, int64_t chunk_rows);
 
-  int64_t chunk_rows() const { return chunk_rows_; }
-  at::Tensor logits(int64_t begin, int64_t end);                      // in memory that the next chunk uses again
-  void take(int64_t begin, int64_t end, const at::Tensor& gradient);  // of these logits
-  bool differentiates() const { return needs_[0] || needs_[1] || needs_[2]; }
-  std::array<at::Tensor, 3> gradients();  // as the layer's tensors came; without elements where not needed
+  // The type of the logits.
+  static at::ScalarType logits_type(at::ScalarType dtype) { return dtype; }
+  static int64_t row_bytes(const LinearLayer& layer) { return layer.classes() * int64_t(layer.weight.element_size()); }
+
+  // How many rows of logits to hold at once. TLKERNELS_CHUNK_BYTES in the environment sets their bytes, for tests.
+  static int64_t rows_of_a_chunk(const LinearLayer& layer, bool needs_weight, int64_t more_bytes);
+
+  at::Tensor logits(int64_t begin, int64_t end);
+  void take(int64_t begin, int64_t end, const at::Tensor& gradient);
 
  private:
-  const LinearLayer& layer_;
-  const std::array<bool, 3> needs_;
-  const at::Tensor absent_;
-  int64_t chunk_rows_;
-  at::Tensor logits_, grad_input_, grad_weight_, grad_bias_;
+  const Absent absent_;
+  at::Tensor logits_;  // of the current chunk
 };
 
 }  // namespace tlk

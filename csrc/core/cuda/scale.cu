@@ -1,8 +1,9 @@
-// A gradient times the upstream value that it was computed without, on CUDA tensors.
+// The op scale_ on CUDA tensors: multiplies a gradient by an upstream value that stays on the device.
 #include "scale.cuh"
 
 #include <torch/library.h>
 
+#include "dtype.h"
 #include "tensor.h"
 
 namespace tlk {
@@ -16,18 +17,10 @@ void scale_(at::Tensor& values, const at::Tensor& factor) {
                     ", got one on ", factor.device());
   const OnDevice device(values);
   const Factor by{factor.const_data_ptr(), scalar_of(factor.scalar_type())};
-  const auto run = [&](auto* data) { check_launch(scale(data, by, values.numel(), device.stream()), "scale_"); };
-  void* const data = values.mutable_data_ptr();
-  switch (scalar_of(values.scalar_type())) {
-    case Scalar::f64:
-      return run(static_cast<double*>(data));
-    case Scalar::f32:
-      return run(static_cast<float*>(data));
-    case Scalar::bf16:
-      return run(static_cast<bf16*>(data));
-    case Scalar::f16:
-      return run(static_cast<f16*>(data));
-  }
+  with_type(values.scalar_type(), [&](auto type) {
+    auto* const data = static_cast<typename decltype(type)::T*>(values.mutable_data_ptr());
+    check_launch(scale(data, by, values.numel(), device.stream()), "scale_");
+  });
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// What the ops on CUDA tensors share: the device and stream of their tensors, and launches that went wrong.
+// Shared by the CUDA ops: the current device and stream, checks of values, errors of launches.
 #pragma once
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -10,22 +10,23 @@
 
 namespace tlk {
 
-// The tensors' device is the current one while this lives.
+// Makes a device the current one while it lives.
 struct OnDevice {
-  explicit OnDevice(const at::Tensor& tensor) : guard(tensor.device()) {}
+  explicit OnDevice(c10::Device device) : guard(device) {}
+  explicit OnDevice(const at::Tensor& tensor) : OnDevice(tensor.device()) {}
   cudaStream_t stream() const { return c10::cuda::getCurrentCUDAStream(); }
 
  private:
   c10::cuda::CUDAGuard guard;
 };
 
-// Whether the user wants numbers that are on the device to be checked, which the host then waits for.
+// Whether TLKERNELS_CHECK=1 is in the environment: ops then check values on the device, and the host waits for them.
 inline bool checks_values() {
   const char* const wanted = std::getenv("TLKERNELS_CHECK");
   return wanted && std::strcmp(wanted, "1") == 0;
 }
 
-// With TLKERNELS_CHECK=1 raises IndexError if a class index is out of range; without, its row is NaN.
+// Raises IndexError with TLKERNELS_CHECK=1 if a class index is out of range. Without the check, its loss is NaN.
 inline void check_classes(const at::Tensor& target, int64_t classes, int64_t ignore_index) {
   if (!checks_values()) return;
   const at::Tensor bad = target.ne(ignore_index).logical_and_(target.lt(0).logical_or_(target.ge(classes)));
