@@ -144,17 +144,17 @@ def registered():
     options = (target, rows, 2.0, "js", 0.3, 0.5, -100, 0.1)
     strided = student.transpose(0, 1).contiguous().transpose(0, 1)
     seconds = [
-        (ops.TRITON.second, (student, None, rows, strided, teacher, *options, True, False)),
-        (ops.TRITON.second, (student, teacher, rows, student, teacher, *options, True, True)),
+        (ops.TRITON.second, (student, None, rows, strided, teacher, *options, [True, False])),
+        (ops.TRITON.second, (student, teacher, rows, student, teacher, *options, [True, True])),
     ]
     return seconds + [
         call
         for made in (ops.NATIVE, ops.TRITON)
         for call in (
             (made.forward, (student, teacher, *options)),
-            (made.backward, (rows, student, teacher, *options, True, True)),
-            (made.backward, (rows, strided, teacher, *options, True, False)),
-            (made.step, (student, teacher, *options, True, True, False)),
+            (made.backward, (rows, student, teacher, *options, [True, True])),
+            (made.backward, (rows, strided, teacher, *options, [True, False])),
+            (made.step, (student, teacher, *options, True, [True, False])),
         )
     ]
 

@@ -123,10 +123,10 @@ def op_calls():
             calls += [
                 (each.forward, call),
                 (each.forward_stats, call),
-                (each.backward, (g, g, *call, True, True, True)),
-                (each.backward, (g, None, *call[:2], None, *call[3:], True, False, False)),
-                (each.step, (*call, True, False, True, False)),
-                (each.step, (*call, False, True, True, True)),
+                (each.backward, (g, g, *call, [True, True, True])),
+                (each.backward, (g, None, *call[:2], None, *call[3:], [True, False, False])),
+                (each.step, (*call, True, [False, True, False])),
+                (each.step, (*call, False, [True, True, True])),
             ]
     return calls
 

@@ -93,9 +93,9 @@ def op_calls():
             calls += [
                 (made.forward, tensors),
                 (made.total, tensors),
-                (made.backward, (torch.rand(3, 5), *tensors, True, False)),
-                (made.backward, (torch.rand(()), *tensors, True, True)),
-                (made.step, (*tensors, *divided, False, True)),
+                (made.backward, (torch.rand(3, 5), *tensors, [True, False])),
+                (made.backward, (torch.rand(()), *tensors, [True, True])),
+                (made.step, (*tensors, *divided, [False, True])),
             ]
     return calls
 

@@ -3,6 +3,7 @@
 #pragma once
 #include <torch/library.h>
 
+#include <array>
 #include <tuple>
 
 #include "call.h"
@@ -30,7 +31,8 @@ struct DistillationOnLogits : CommonLogits, DeviceCall {
         DeviceCall(student_logits.device(), student_logits.scalar_type(), student_logits.sizes(), options) {}
 
   // Returns the gradients, undefined where not needed.
-  std::tuple<at::Tensor, at::Tensor> run(bool needs_student, bool needs_teacher) const {
+  std::tuple<at::Tensor, at::Tensor> run(std::array<bool, 2> needs) const {
+    const auto [needs_student, needs_teacher] = needs;
     at::Tensor student_grad, teacher_grad;
     if (needs_student) student_grad = this->empty_gradient(student_logits);
     if (needs_teacher) teacher_grad = this->empty_gradient(teacher_logits);
@@ -51,26 +53,26 @@ struct DistillationOps<DeviceCall, Types<Options...>> {
     const Guards guards;
     Call call(student, teacher, {options...});
     const Tensor losses = call.losses();
-    call.run(false, false);
+    call.run({});
     return losses;
   }
 
   static std::tuple<Tensor, Tensor> backward(const Tensor& grad_rows, const Tensor& student, const Tensor& teacher,
-                                             Options... options, bool needs_student, bool needs_teacher) {
+                                             Options... options, std::array<bool, 2> needs) {
     const Guards guards;
     Call call(student, teacher, {options...});
     call.use_upstream(grad_rows);
-    const auto [student_grad, teacher_grad] = call.run(needs_student, needs_teacher);
+    const auto [student_grad, teacher_grad] = call.run(needs);
     return {returned(student_grad, student), returned(teacher_grad, teacher)};
   }
 
   static std::tuple<Tensor, Tensor, Tensor> step(const Tensor& student, const Tensor& teacher, Options... options,
-                                                 bool mean, bool needs_student, bool needs_teacher) {
+                                                 bool mean, std::array<bool, 2> needs) {
     const Guards guards;
     Call call(student, teacher, {options...});
     if (mean) call.use_mean();
     const Tensor losses = call.losses();
-    const auto [student_grad, teacher_grad] = call.run(needs_student, needs_teacher);
+    const auto [student_grad, teacher_grad] = call.run(needs);
     return {call.sum_of(losses), returned(student_grad, student), returned(teacher_grad, teacher)};
   }
 

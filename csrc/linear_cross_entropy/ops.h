@@ -135,24 +135,22 @@ struct LinearCrossEntropyOps<DeviceCall, Sweep, Types<Options...>> {
   static std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_loss, const OptionalTensor& grad_lse,
                                                      const Tensor& input, const Tensor& linear_weight,
                                                      const OptionalTensor& linear_bias, const Tensor& target,
-                                                     Options... options, bool needs_input, bool needs_weight,
-                                                     bool needs_bias) {
+                                                     Options... options, LinearNeeds needs) {
     const Guards guards;
     Call call(input, linear_weight, linear_bias, target, {options...});
     call.use_upstream(grad_loss, grad_lse);
-    const auto [grad_input, grad_weight, grad_bias] = call.run({needs_input, needs_weight, needs_bias});
+    const auto [grad_input, grad_weight, grad_bias] = call.run(needs);
     return {grad_input, grad_weight, grad_bias};
   }
 
   static std::tuple<Tensor, Tensor, Tensor, Tensor> step(const Tensor& input, const Tensor& linear_weight,
                                                          const OptionalTensor& linear_bias, const Tensor& target,
-                                                         Options... options, bool mean, bool needs_input,
-                                                         bool needs_weight, bool needs_bias) {
+                                                         Options... options, bool mean, LinearNeeds needs) {
     const Guards guards;
     Call call(input, linear_weight, linear_bias, target, {options...});
     if (mean) call.use_mean();
     const Tensor losses = call.output(call.loss);
-    const auto [grad_input, grad_weight, grad_bias] = call.run({needs_input, needs_weight, needs_bias});
+    const auto [grad_input, grad_weight, grad_bias] = call.run(needs);
     return {call.sum_of(losses), grad_input, grad_weight, grad_bias};
   }
 

@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <array>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -50,7 +51,8 @@ struct CpuSquaredCall : Squared {
     if (weight_.defined()) weight = weight_.const_data_ptr();
   }
 
-  void make_gradients(bool needs_input, bool needs_target) {
+  void make_gradients(std::array<bool, 2> needs) {
+    const auto [needs_input, needs_target] = needs;
     grad_input = needs_input ? empty_gradient(input) : at::empty({0}, input.options());
     grad_target = needs_target ? empty_gradient(target) : at::empty({0}, target.options());
     if (needs_input) grad_x = grad_input.mutable_data_ptr();
@@ -88,7 +90,7 @@ Tensor sum(const Tensor& input, const Tensor& target, const OptionalTensor& weig
 }
 
 std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& input, const Tensor& target,
-                                    const OptionalTensor& weight, bool needs_input, bool needs_target) {
+                                    const OptionalTensor& weight, std::array<bool, 2> needs) {
   CpuSquaredCall call(input, target, weight);
   TORCH_CHECK_VALUE(grad.dim() == 0 || grad.sizes() == input.sizes(), "grad: expected one number or shape ",
                     input.sizes(), ", got ", grad.sizes());
@@ -96,17 +98,17 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& input, con
   if (upstream.dim() > 0 && upstream.strides() != call.input.strides())
     upstream = at::empty_like(call.input, upstream.options()).copy_(upstream);
   call.grad = {upstream.const_data_ptr(), upstream.dim() > 0 ? 1 : 0};
-  call.make_gradients(needs_input, needs_target);
+  call.make_gradients(needs);
   call.run();
   return {call.grad_input, call.grad_target};
 }
 
 std::tuple<Tensor, Tensor, Tensor> step(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
-                                        double denominator, bool needs_input, bool needs_target) {
+                                        double denominator, std::array<bool, 2> needs) {
   CpuSquaredCall call(input, target, weight);
   OneForAll upstream;
-  if (needs_input || needs_target) call.grad = upstream.set(1 / denominator, call.compute);
-  call.make_gradients(needs_input, needs_target);
+  if (needs[0] || needs[1]) call.grad = upstream.set(1 / denominator, call.compute);
+  call.make_gradients(needs);
   const Tensor loss = call.run_sum(denominator);
   return {loss, call.grad_input, call.grad_target};
 }

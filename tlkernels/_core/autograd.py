@@ -54,8 +54,8 @@ class Sweep(NamedTuple):
     """How to compute a reduced loss along with its gradients. Like a `Rule`, it holds no tensor."""
 
     inputs: int
-    step: Callable[[Args, Needs], tuple[Tensor, Tensors]]
-    """(args, needs) -> the loss, and a new gradient for each input that needs one."""
+    step: Callable[..., Sequence[Any]]
+    """step(*args, needs) -> the loss, and a gradient for each input, which is new and valid if the input needs one."""
     reference: Callable[[Args], Tensor]
     """Computes the loss, differentiable to any order."""
     by_triton: bool = False
@@ -133,7 +133,7 @@ def gradients(rule: Rule | Sweep, upstreams: Tensors, args: Args, needs: Needs, 
     with nullcontext() if torch.compiler.is_compiling() else torch._C._AutoDispatchBelowAutograd():
         if isinstance(rule, Rule):
             return rule.backward(upstreams, args, needs)
-        _, grads = rule.step(args, needs)
+        _, *grads = rule.step(*args, needs)
     (upstream,) = upstreams
     assert upstream is not None
     scale = _scale(upstream.device.type, rule.by_triton)
@@ -242,7 +242,7 @@ def one_sweep(sweep: Sweep, *args: Any, dtype: torch.dtype | None = None) -> Ten
     enabled = torch.is_grad_enabled()
     needs = [enabled and arg is not None and arg.requires_grad for arg in args[: sweep.inputs]]
     with torch._C._AutoDispatchBelowAutograd():
-        loss, grads = sweep.step(args, needs)
+        loss, *grads = sweep.step(*args, needs)
         if dtype is not None and loss.dtype != dtype:
             loss = loss.to(dtype)
     return _attach(loss, sweep, args, where_needed(grads, needs)) if any(needs) else loss

@@ -5,7 +5,16 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from tlkernels._core.autograd import Tensors, in_pytorch, plain, refuse_native, refuse_triton
+from tlkernels._core.autograd import (
+    Args,
+    Needs,
+    Tensors,
+    in_pytorch,
+    plain,
+    refuse_native,
+    refuse_triton,
+    where_needed,
+)
 from tlkernels._core.dispatch import Implementation
 from tlkernels._core.ops import define
 from tlkernels._core.triton import INTERPRETED
@@ -57,6 +66,15 @@ def take(group: type[Group], args: Sequence[Any]) -> tuple[Group, list[Any]]:
     """Return the first of `args` as a `group`, a NamedTuple, and the remaining ones."""
     count = len(group._fields)
     return group(*args[:count]), [*args[count:]]
+
+
+def gradients_by(backward: Any) -> Callable[[Tensors, Args, Needs], Tensors]:
+    """Return the backward of a rule whose op computes backward(*upstreams, *args, needs)."""
+
+    def gradients(upstreams: Tensors, args: Args, needs: Needs) -> Tensors:
+        return where_needed(backward(*upstreams, *args, needs), needs)
+
+    return gradients
 
 
 def needs_grad(tensors: Tensors) -> bool:

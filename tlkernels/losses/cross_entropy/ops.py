@@ -169,12 +169,11 @@ def _two_sweeps(ops: Ops) -> Rule:
 def _one_sweep(ops: Ops) -> Sweep:
     """Return the sweep for the reduced loss of (input, target, *options, reduction)."""
 
-    def step(args: Args, needs: Needs) -> tuple[Tensor, Tensors]:
-        *args, reduction = args
-        if needs[0]:
-            loss, grad = ops.step(*args, reduction == "mean")
-            return loss, (grad,)
-        return ops.total(*args, reduction == "mean"), (None,)
+    def step(*args: Any) -> Any:
+        *call, reduction, (needs_input,) = args
+        if needs_input:
+            return ops.step(*call, reduction == "mean")
+        return ops.total(*call, reduction == "mean"), None
 
     return Sweep(1, step, partial(_recompute, ops), by_triton=ops is TRITON)
 

@@ -25,7 +25,7 @@ from tlkernels._core.autograd import (
     where_needed,
 )
 from tlkernels._core.dtypes import cast, compute_dtype
-from tlkernels._core.loss import Op, define_ops, implementations, in_one_sweep, take
+from tlkernels._core.loss import Op, define_ops, gradients_by, implementations, in_one_sweep, take
 from tlkernels._core.reduction import reduce
 from tlkernels.losses.distillation import reference
 from tlkernels.losses.distillation.call import Call, Options, rows_that_count
@@ -35,7 +35,6 @@ OPTIONS = (
     " int ignore_index, float label_smoothing"
 )
 _INPUT = f"Tensor student, Tensor teacher, {OPTIONS}"
-_NEEDS = "bool needs_student, bool needs_teacher"
 
 
 def fake_rows(student: Tensor, teacher: Tensor) -> Tensor:
@@ -49,7 +48,7 @@ def fake_gradient(tensor: Tensor, needed: bool) -> Tensor:
 
 
 def _fake_backward(grad_rows: Tensor, student: Tensor, teacher: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    *_, needs_student, needs_teacher = rest
+    *_, (needs_student, needs_teacher) = rest
     return fake_gradient(student, needs_student), fake_gradient(teacher, needs_teacher)
 
 
@@ -76,19 +75,19 @@ class Ops(NamedTuple):
     """The derivatives of <v, gradients> by grad_rows, student and teacher; without it the reference computes them."""
 
 
-_BACKWARD = f"bwd(Tensor grad_rows, {_INPUT}, {_NEEDS}) -> (Tensor, Tensor)"
+_BACKWARD = f"bwd(Tensor grad_rows, {_INPUT}, bool[2] needs) -> (Tensor, Tensor)"
 NATIVE, TRITON = define_ops(
     Ops,
     "distillation",
     {
         "forward": Op(f"fwd({_INPUT}) -> Tensor", lambda s, t, *_: fake_rows(s, t), differentiable=True),
-        "step": Op(f"step({_INPUT}, bool mean, {_NEEDS}) -> (Tensor loss, Tensor, Tensor)", _fake_step),
+        "step": Op(f"step({_INPUT}, bool mean, bool[2] needs) -> (Tensor loss, Tensor, Tensor)", _fake_step),
     },
     only_native={"backward": Op(_BACKWARD, _fake_backward)},
     only_triton={
         "backward": Op(_BACKWARD, _fake_backward, differentiable=True),
         "second": Op(
-            f"second(Tensor? v_student, Tensor? v_teacher, Tensor grad_rows, {_INPUT}, {_NEEDS})"
+            f"second(Tensor? v_student, Tensor? v_teacher, Tensor grad_rows, {_INPUT}, bool[2] needs)"
             " -> (Tensor by_rows, Tensor by_student, Tensor by_teacher)",
             _fake_second,
         ),
@@ -105,24 +104,21 @@ def _reference(args: Args) -> Tensor:
 def _rule(ops: Ops) -> Rule:
     """Return the rule for the losses of rows."""
 
-    def backward(upstreams: Tensors, args: Args, needs: Needs) -> Tensors:
-        return where_needed(ops.backward(*upstreams, *args, *needs), needs)
-
     # Where the second derivative has a kernel, the gradients have a rule of their own.
-    return Rule(2, backward, None if ops.second else _reference)
+    return Rule(2, gradients_by(ops.backward), None if ops.second else _reference)
 
 
 def _gradient_rule(ops: Ops) -> Rule:
-    """Return the rule for the gradients, functions of (grad_rows, student, teacher, *options, *needs)."""
+    """Return the rule for the gradients, functions of (grad_rows, student, teacher, *options, needs)."""
 
     def backward(directions: Tensors, args: Args, needs: Needs) -> Tensors:
-        *args, _, _ = args
-        _, needs_student, needs_teacher = needs
-        return where_needed(ops.second(*directions, *args, needs_student, needs_teacher), needs)
+        *args, _ = args
+        _, *needs_logits = needs
+        return where_needed(ops.second(*directions, *args, needs_logits), needs)
 
     def gradients(args: Args) -> Tensors:
-        grad_rows, *args, needs_student, needs_teacher = args
-        return differentiate(_reference, [grad_rows], args, (needs_student, needs_teacher))
+        grad_rows, *args, needs = args
+        return differentiate(_reference, [grad_rows], args, needs)
 
     return Rule(3, backward, gradients, results=(0, 1))
 
@@ -130,17 +126,13 @@ def _gradient_rule(ops: Ops) -> Rule:
 def _one_sweep(ops: Ops) -> Sweep:
     """Return the sweep for the reduced loss of (student, teacher, *options, mean)."""
 
-    def step(args: Args, needs: Needs) -> tuple[Tensor, Tensors]:
-        loss, *grads = ops.step(*args, *needs)
-        return loss, grads
-
     def recompute(args: Args) -> Tensor:
         *args, mean = args
         student, _, *options = args
         rows = apply(ops.forward, *args) if ops.second else _reference(args)
         return reduce(rows, rows_that_count(student, Options(*options)), "mean" if mean else "sum")
 
-    return Sweep(2, step, recompute, by_triton=ops is TRITON)
+    return Sweep(2, ops.step, recompute, by_triton=ops is TRITON)
 
 
 for _ops in (NATIVE, TRITON):

@@ -5,7 +5,6 @@ an op computes the loss of each row, and the backward computes the logits again.
 the reference computes the others.
 """
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -35,7 +34,6 @@ from tlkernels.losses.linear_cross_entropy import reference
 from tlkernels.losses.linear_cross_entropy.call import Call
 
 _INPUT = f"Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, {OPTIONS}"
-_NEEDS = "bool needs_input, bool needs_weight, bool needs_bias"
 _GRADIENTS = "Tensor grad_input, Tensor grad_weight, Tensor grad_bias"
 
 
@@ -47,14 +45,10 @@ def _fake_stats(input: Tensor, *_: Any) -> tuple[Tensor, ...]:
     return *(_fake_row(input) for _ in range(3)), _fake_row(input, torch.bool)
 
 
-def _fake_gradients(input: Tensor, linear_weight: Tensor, needs: Sequence[bool]) -> tuple[Tensor, ...]:
-    shapes = (input.shape, linear_weight.shape, linear_weight.shape[:1])
-    return tuple(input.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs, strict=True))
-
-
 def _fake_backward(grad_loss: Tensor, grad_lse: Tensor | None, input: Tensor, weight: Tensor, *rest: Any) -> Any:
-    *_, needs_input, needs_weight, needs_bias = rest
-    return _fake_gradients(input, weight, (needs_input, needs_weight, needs_bias))
+    *_, needs = rest
+    shapes = (input.shape, weight.shape, weight.shape[:1])
+    return tuple(input.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs, strict=True))
 
 
 def _fake_step(input: Tensor, linear_weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -86,9 +80,9 @@ NATIVE, TRITON = define_ops(
             differentiable=True,
         ),
         "backward": Op(
-            f"bwd(Tensor grad_loss, Tensor? grad_lse, {_INPUT}, {_NEEDS}) -> ({_GRADIENTS})", _fake_backward
+            f"bwd(Tensor grad_loss, Tensor? grad_lse, {_INPUT}, bool[3] needs) -> ({_GRADIENTS})", _fake_backward
         ),
-        "step": Op(f"step({_INPUT}, bool mean, {_NEEDS}) -> (Tensor loss, {_GRADIENTS})", _fake_step),
+        "step": Op(f"step({_INPUT}, bool mean, bool[3] needs) -> (Tensor loss, {_GRADIENTS})", _fake_step),
     },
 )
 
@@ -107,7 +101,7 @@ def _rule(ops: Ops, stats: bool) -> Rule:
         if grad_loss is None:
             input, *_ = args
             grad_loss = torch.zeros_like(_fake_row(input))
-        return where_needed(ops.backward(grad_loss, grad_lse, *args, *needs), needs)
+        return where_needed(ops.backward(grad_loss, grad_lse, *args, needs), needs)
 
     def rows(args: Args) -> Tensor | Tensors:
         output = _reference(args, "none", stats)
@@ -119,17 +113,13 @@ def _rule(ops: Ops, stats: bool) -> Rule:
 def _one_sweep(ops: Ops) -> Sweep:
     """Return the sweep for the reduced loss of (*layer, target, *options, mean)."""
 
-    def step(args: Args, needs: Needs) -> tuple[Tensor, Tensors]:
-        loss, *grads = ops.step(*args, *needs)
-        return loss, grads
-
     def recompute(args: Args) -> Tensor:
         *args, mean = args
         loss = _reference(args, "mean" if mean else "sum")
         assert isinstance(loss, Tensor)
         return loss
 
-    return Sweep(3, step, recompute, by_triton=ops is TRITON)
+    return Sweep(3, ops.step, recompute, by_triton=ops is TRITON)
 
 
 for _ops in (NATIVE, TRITON):

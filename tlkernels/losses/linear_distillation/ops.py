@@ -14,17 +14,15 @@ from torch import Tensor
 from tlkernels._core import native
 from tlkernels._core.autograd import (
     Args,
-    Needs,
     Rule,
     Sweep,
     Tensors,
     apply,
     differentiable,
     one_sweep,
-    where_needed,
 )
 from tlkernels._core.dtypes import cast
-from tlkernels._core.loss import Op, define_ops, implementations, in_one_sweep, take
+from tlkernels._core.loss import Op, define_ops, gradients_by, implementations, in_one_sweep, take
 from tlkernels._core.reduction import reduce
 from tlkernels._core.triton import linear
 from tlkernels.losses.distillation.call import Options, rows_that_count
@@ -92,18 +90,11 @@ def _reference(args: Args) -> Tensor:
 def _rule(ops: Ops) -> Rule:
     """Return the rule for the losses of rows."""
 
-    def backward(upstreams: Tensors, args: Args, needs: Needs) -> Tensors:
-        return where_needed(ops.backward(*upstreams, *args, needs), needs)
-
-    return Rule(_INPUTS, backward, _reference)
+    return Rule(_INPUTS, gradients_by(ops.backward), _reference)
 
 
 def _one_sweep(ops: Ops) -> Sweep:
     """Return the sweep for the reduced loss of (*layers, *options, mean)."""
-
-    def step(args: Args, needs: Needs) -> tuple[Tensor, Tensors]:
-        loss, *grads = ops.step(*args, needs)
-        return loss, grads
 
     def recompute(args: Args) -> Tensor:
         *args, mean = args
@@ -111,7 +102,7 @@ def _one_sweep(ops: Ops) -> Sweep:
         counted = rows_that_count(layers.student_input, Options(*options))
         return reduce(_reference(args), counted, "mean" if mean else "sum")
 
-    return Sweep(_INPUTS, step, recompute, by_triton=ops is TRITON)
+    return Sweep(_INPUTS, ops.step, recompute, by_triton=ops is TRITON)
 
 
 for _ops in (NATIVE, TRITON):

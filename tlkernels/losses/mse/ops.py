@@ -13,23 +13,19 @@ from torch import Tensor
 from tlkernels._core import native
 from tlkernels._core.autograd import (
     Args,
-    Needs,
     Rule,
     Sweep,
-    Tensors,
     apply,
     differentiable,
     one_sweep,
     refuse_transforms,
-    where_needed,
 )
 from tlkernels._core.dtypes import compute_dtype
-from tlkernels._core.loss import Op, define_ops, implementations, in_one_sweep
+from tlkernels._core.loss import Op, define_ops, gradients_by, implementations, in_one_sweep
 from tlkernels.losses.mse import reference
 from tlkernels.losses.mse.call import Call
 
 _INPUT = "Tensor input, Tensor target, Tensor? weight"
-_NEEDS = "bool needs_input, bool needs_target"
 _GRADIENTS = "Tensor grad_input, Tensor grad_target"
 
 
@@ -38,7 +34,7 @@ def _fake_total(input: Tensor, *_: Any) -> Tensor:
 
 
 def _fake_backward(grad: Tensor, input: Tensor, target: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    *_, needs_input, needs_target = rest
+    *_, (needs_input, needs_target) = rest
     return (
         torch.empty_like(input) if needs_input else input.new_empty((0,)),
         torch.empty_like(target) if needs_target else target.new_empty((0,)),
@@ -51,7 +47,7 @@ def _fake_step(input: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 
 
 def _step(divided: str) -> Op:
-    return Op(f"step({_INPUT}, {divided}, {_NEEDS}) -> (Tensor loss, {_GRADIENTS})", _fake_step)
+    return Op(f"step({_INPUT}, {divided}, bool[2] needs) -> (Tensor loss, {_GRADIENTS})", _fake_step)
 
 
 class Ops(NamedTuple):
@@ -77,7 +73,7 @@ NATIVE, TRITON = define_ops(
             differentiable=True,
         ),
         "total": Op(f"sum({_INPUT}) -> Tensor", _fake_total, differentiable=True),
-        "backward": Op(f"bwd(Tensor grad, {_INPUT}, {_NEEDS}) -> ({_GRADIENTS})", _fake_backward),
+        "backward": Op(f"bwd(Tensor grad, {_INPUT}, bool[2] needs) -> ({_GRADIENTS})", _fake_backward),
     },
     only_native={"step": _step("float denominator")},
     # On a GPU the host does not read the sum of the weights.
@@ -92,19 +88,11 @@ def _squared(args: Args, reduction: str) -> Tensor:
 
 def _rule(ops: Ops, reduction: str) -> Rule:
     """Return the rule for the squared errors, or with "sum" for their sum."""
-
-    def backward(upstreams: Tensors, args: Args, needs: Needs) -> Tensors:
-        return where_needed(ops.backward(*upstreams, *args, *needs), needs)
-
-    return Rule(2, backward, partial(_squared, reduction=reduction))
+    return Rule(2, gradients_by(ops.backward), partial(_squared, reduction=reduction))
 
 
 def _one_sweep(ops: Ops) -> Sweep:
     """Return the sweep for the sum divided, a function of the first arguments of `ops.step`."""
-
-    def step(args: Args, needs: Needs) -> tuple[Tensor, Tensors]:
-        loss, *grads = ops.step(*args, *needs)
-        return loss, grads
 
     def recompute(args: Args) -> Tensor:
         input, target, weight, divisor, *factor = args
@@ -112,7 +100,7 @@ def _one_sweep(ops: Ops) -> Sweep:
         loss = loss * factor[0] if factor else loss
         return loss if divisor is None else loss / divisor
 
-    return Sweep(2, step, recompute, by_triton=ops is TRITON)
+    return Sweep(2, ops.step, recompute, by_triton=ops is TRITON)
 
 
 for _ops in (NATIVE, TRITON):
