@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tlkernels as tlk
 from tlkernels._core import triton as core
+from tlkernels._core.triton.launch import recorded
 
 HERE = Path(__file__).parent
 GPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
@@ -162,7 +163,7 @@ def main(arguments):
             for case in in_one_dtype(LOSSES[name].cases) if options.quick else LOSSES[name].cases:
                 made += 1
                 try:
-                    with FakeTensorMode(), Implementations(), core.recorded("sm_90", check_devices):
+                    with FakeTensorMode(), Implementations(), recorded("sm_90", check_devices):
                         call(name, LOSSES[name], case, impl)
                 except Exception as error:
                     failures[name, impl, type(error).__name__, str(error), place_of(error)].append(case.id)

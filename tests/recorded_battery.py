@@ -20,6 +20,7 @@ import torch
 
 import tlkernels as tlk
 from tlkernels._core import triton as core
+from tlkernels._core.triton import launch
 
 GPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 
@@ -101,7 +102,7 @@ def recorded(losses, architecture):
         launched[of.name] += 1
         found.setdefault(of.key, (of, where))
 
-    with core.recorded(architecture, take):
+    with launch.recorded(architecture, take):
         for name, loss in losses:
             for case in loss.cases:
                 where = f"{name}-{case.id}"

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import tlkernels as tlk
 from tlkernels._core import triton
 from tlkernels._core.triton import linear
+from tlkernels._core.triton.launch import recorded
 
 pytestmark = pytest.mark.skipif(not triton.INTERPRETED or not triton.available(), reason="of Triton's interpreter")
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
@@ -93,7 +94,7 @@ def layer(rows, features, classes, dtype=BF16):
     return input, input.new_empty(classes, features), None
 
 
-ALL = (True, True, True)
+ALL = linear.Needs(True, True, True)
 
 
 @pytest.mark.parametrize(("shape", "dtype", "needs", "expected"), [
@@ -105,10 +106,9 @@ ALL = (True, True, True)
     ((8192, 64, 50000), F64, ALL, ("chunks", 640, 50000)),
 ], ids=str)  # fmt: skip
 def test_the_rule_on_an_h200(shape, dtype, needs, expected):
-    with triton.recorded("sm_90"):
-        found = linear.plan([layer(*shape, dtype)], [needs])
-    assert found.strategy == expected[0]
-    assert (found.rows, found.classes) == expected[1:]
+    with recorded("sm_90"):
+        plan = linear.plan([layer(*shape, dtype)], [linear.Needs(*needs)])
+    assert plan == expected
 
 
 def test_an_unknown_strategy(monkeypatch):
@@ -120,19 +120,19 @@ def test_an_unknown_strategy(monkeypatch):
 @pytest.mark.parametrize("shape", [(16, 16, 37), (13, 16, 1000), (4096, 4096, 128256), (5, 17, 3), (100, 4000, 777)])
 def test_the_weights_gradient_never_reaches_logits_that_are_still_read(shape):
     input, weight, _ = layer(*shape)
-    needs = (True, True, False)
-    with triton.recorded("sm_90"), linear.forced("chunks"):
+    needs = linear.Needs(True, True, False)
+    with recorded("sm_90"), linear.forced("chunks"):
         sweep = linear.Sweep((input, weight, None), needs, linear.plan([(input, weight, None)], [needs]))
         assert sweep.whole
     rows, features, classes = shape
-    logits, gradient = sweep.logits, sweep.totals[1]
+    logits, gradient = sweep.logits, sweep.by_weight
     assert gradient.storage_offset() == 0 and gradient.is_contiguous()
     for k in range(0, classes, sweep.block):
         written = min(classes, k + sweep.block) * features
         assert written <= logits.storage_offset() + k * logits.stride(0), "the block that it is made of, and all after"
     assert logits.storage_offset() + logits.numel() <= logits.untyped_storage().nbytes() // 2
     if classes > 128000:  # the bar: half of eager's, which holds logits, their logarithms and gradient at once
-        held = logits.untyped_storage().nbytes() + sweep.totals[0].nbytes
+        held = logits.untyped_storage().nbytes() + sweep.by_input.nbytes
         assert held <= 1.2 * weight.nbytes <= 3 * rows * classes * 2 / 2
 
 
@@ -144,9 +144,9 @@ def test_the_weights_gradient_never_reaches_logits_that_are_still_read(shape):
     (0, 4096, "sm_90", 0),
 ], ids=str)  # fmt: skip
 def test_blocks_fill_the_multiprocessors(classes, features, architecture, block):
-    with triton.recorded(architecture):
-        here = linear.machine(torch.device("meta"))
-    assert linear._block(classes, features, here) == block
+    with recorded(architecture):
+        gpu = linear.machine(torch.device("meta"))
+    assert linear._block(classes, features, gpu) == block
 
 
 class Watched(TorchDispatchMode):

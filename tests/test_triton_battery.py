@@ -101,7 +101,7 @@ def test_the_host_waits_for_nothing_in_any_call():
 ANOTHER_BATCH = """
 import itertools, torch
 from bench.triton_launches import specialised
-from tlkernels._core import triton as core
+from tlkernels._core.triton.launch import recorded
 from tlkernels.losses.cross_entropy import triton as cross_entropy
 from tlkernels.losses.distillation import triton as distillation
 from tlkernels.losses.info_nce import triton as info_nce
@@ -109,8 +109,8 @@ from tlkernels.losses.sigmoid_contrastive import triton as sigmoid
 
 def kernels(call, rows):
     found = {}
-    core_of = core.recorded("sm_90", lambda launch: found.setdefault(specialised(launch, "sm_90").key, launch))
-    with core_of, torch.device("meta"):
+    recording = recorded("sm_90", lambda launch: found.setdefault(specialised(launch, "sm_90").key, launch))
+    with recording, torch.device("meta"):
         call(rows)
     return found
 

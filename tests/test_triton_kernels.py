@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 import tlkernels as tlk
 from tlkernels._core import triton as core
+from tlkernels._core.triton import launch
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(not (core.INTERPRETED and core.available()), reason="nothing is interpreted here")
@@ -104,8 +105,8 @@ def test_the_table_is_tuned_on_request(monkeypatch, capsys):
     """The fastest row that fits is taken, kept and printed as a row for the table."""
     import triton.testing
 
-    rows = [core.Config("interp*", 4, None, {"BLOCK": block}, 1) for block in (64, 256, 1024)]
-    table, tried = core.Table("test", *rows, core.Config("sm_*", 0, None, {"BLOCK": 1}, 1)), []
+    rows = [launch.Config("interp*", 4, None, {"BLOCK": block}, 1) for block in (64, 256, 1024)]
+    table, tried = launch.Table("test", *rows, launch.Config("sm_*", 0, None, {"BLOCK": 1}, 1)), []
     times = {64: 3.0, 256: 1.0, 1024: 2.0}
 
     def do_bench(run, return_mode):
@@ -116,7 +117,7 @@ def test_the_table_is_tuned_on_request(monkeypatch, capsys):
     launches = lambda config: tried.append(config.meta["BLOCK"])  # noqa: E731
     table.run(torch.device("cpu"), 4, 1000, launches)
     assert tried == [64]
-    monkeypatch.setattr(core, "AUTOTUNE", True)
+    monkeypatch.setattr(launch, "AUTOTUNE", True)
     for _ in range(2):
         table.run(torch.device("cpu"), 4, 1000, launches)
     assert tried == [64, 64, 256, 1024, 256, 256]
