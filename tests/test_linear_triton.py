@@ -1,4 +1,4 @@
-"""Linear losses in Triton: both strategies, the rule that chooses, memory, products made and not made."""
+"""Linear losses in Triton: both strategies, the choice between them, memory, and the number of products."""
 
 import harness
 import linear_cross_entropy_cases
@@ -12,7 +12,7 @@ from tlkernels._core import triton
 from tlkernels._core.triton import linear
 from tlkernels._core.triton.launch import recorded
 
-pytestmark = pytest.mark.skipif(not triton.INTERPRETED or not triton.available(), reason="of Triton's interpreter")
+pytestmark = pytest.mark.skipif(not triton.INTERPRETED or not triton.available(), reason="needs TRITON_INTERPRET=1")
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
 LCE, LD = linear_cross_entropy_cases.LOSS, linear_distillation_cases.LOSS
 
@@ -24,7 +24,7 @@ def results(function, arguments, names):
     return value.detach(), *torch.autograd.grad(value, leaves, upstream)
 
 
-# The battery takes what the rule chooses, which is the lean strategy at such hidden sizes.
+# For the hidden sizes of the battery the rule chooses the lean strategy.
 CHUNKED = [
     pytest.param(loss, case, id=case.id)
     for loss in (LCE, LD)
@@ -53,7 +53,7 @@ def test_in_chunks(loss, case):
 
 
 class Padding(TorchDispatchMode):
-    """Looks behind the rows of 16-bit operands of products: the library may read there, and multiply by 0."""
+    """Checks the memory after the rows of 16-bit operands of products, which the library may read and multiply by 0."""
 
     def __init__(self):
         super().__init__()
@@ -74,7 +74,7 @@ class Padding(TorchDispatchMode):
 @pytest.mark.parametrize("strategy", linear.STRATEGIES)
 @pytest.mark.parametrize("features", [16, 64], ids=["own memory", "memory of the weight's gradient"])
 def test_no_product_reads_memory_that_nothing_wrote(strategy, features):
-    """CPUs with AMX read what lies behind a row of bfloat16 along, and a NaN there was one of the result."""
+    """CPUs with AMX also read what follows a row of bfloat16, and a NaN there made the result NaN."""
     from tlkernels.losses.linear_cross_entropy import triton as kernels
 
     arguments = linear_cross_entropy_cases.make((33,), features, 1009, BF16, "indices", False, False, {}, 0)
@@ -150,7 +150,7 @@ def test_blocks_fill_the_multiprocessors(classes, features, architecture, block)
 
 
 class Watched(TorchDispatchMode):
-    """Counts multiplications of products, and the largest tensor made."""
+    """Counts the multiplications of products, and the elements of the largest tensor."""
 
     def __init__(self):
         super().__init__()
@@ -178,7 +178,7 @@ def test_only_needed_products_are_made(strategy, needs, rows):
     args = [arguments[name] for name in ("input", "linear_weight", "linear_bias", "target")]
     with linear.forced(strategy), Watched() as seen:
         kernels.step(*args, None, -100, 0.0, 1.0, None, 0.0, True, *needs)
-    made = (strategy == "chunks") + sum(needs[:2])  # the lean strategy makes the logits in its kernels
+    made = (strategy == "chunks") + sum(needs[:2])  # the lean strategy computes the logits in its kernels
     assert seen.products == made * rows * features * classes
     if strategy == "lean" and rows == 70:
         assert seen.largest < rows * classes, "nothing of the logits' size"
@@ -186,7 +186,7 @@ def test_only_needed_products_are_made(strategy, needs, rows):
 
 @pytest.mark.parametrize("strategy", linear.STRATEGIES)
 def test_a_class_index_out_of_range_is_nan_in_its_row_alone(strategy, monkeypatch):
-    """As on a GPU, where the host does not look; the kernels touch no memory for it."""
+    """As on a GPU, where the host does not check; the kernels access no memory for it."""
     from tlkernels.losses.linear_cross_entropy import triton as kernels
     from tlkernels.losses.linear_distillation import triton as distillation
 

@@ -1,4 +1,4 @@
-"""Every Triton kernel and table row compiles for every architecture, with what its byte model counts on."""
+"""Every Triton kernel and table row compiles for every architecture, with the instructions that its model needs."""
 
 import csv
 import importlib.util
@@ -23,7 +23,7 @@ def python(*arguments):
 
 
 def test_the_report_is_of_these_sources_and_without_a_problem():
-    """So that every kernel is judged on every commit, though compiling them all takes a quarter of an hour."""
+    """So every commit is checked, though compiling all kernels takes a quarter of an hour."""
     with (ROOT / "bench/results/triton_resources.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert {row["architecture"] for row in rows} == ARCHITECTURES
@@ -34,7 +34,7 @@ def test_the_report_is_of_these_sources_and_without_a_problem():
 
 @pytest.mark.full
 @pytest.mark.parametrize("loss", LOSSES)
-def test_compiles_without_spills_and_as_the_byte_model_says(loss):
+def test_compiles_without_spills_and_with_the_claimed_instructions(loss):
     run = python("-m", "bench.triton_resources", loss)
     assert run.returncode == 0, run.stderr
     rows = list(csv.DictReader(run.stdout.splitlines()))

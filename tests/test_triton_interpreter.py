@@ -1,4 +1,4 @@
-"""What Triton's interpreter is trusted with."""
+"""Checks of Triton's interpreter, on which the other tests rely."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 from tlkernels._core import triton as core
 from tlkernels._core.triton.launch import launch
 
-pytestmark = pytest.mark.skipif(not (core.INTERPRETED and core.available()), reason="nothing is interpreted here")
+pytestmark = pytest.mark.skipif(not (core.INTERPRETED and core.available()), reason="needs TRITON_INTERPRET=1")
 
 
 def test_bfloat16_is_rounded_to_nearest():

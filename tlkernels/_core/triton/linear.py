@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -194,6 +194,23 @@ def precision() -> str:
     if INTERPRETED:
         return "wide"
     return "tf32" if tf32() else "ieee"
+
+
+_SPLITS = 64  # of a row at most: one program joins them
+
+
+def operands(layer: Layer, logits: Tensor | None, begin: int, end: int) -> tuple[Any, ...]:
+    """Return the arguments of `logits_tile` from `logits` to `bias`, for rows `begin` to `end`."""
+    input, weight, bias = layer
+    if logits is None:
+        return None, 0, input[begin:end], *input.stride(), weight, *weight.stride(), bias
+    return logits, logits.stride(0), None, 0, 0, None, 0, 0, None
+
+
+def split(device: torch.device, blocks: int, tiles: int) -> tuple[int, int]:
+    """Return how many programs share the tiles of each block of rows, and how many tiles each has."""
+    each = -(-tiles // max(1, min(_SPLITS, machine(device).programs // blocks)))
+    return -(-tiles // each), each
 
 
 class Sweep:

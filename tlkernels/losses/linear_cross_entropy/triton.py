@@ -60,7 +60,6 @@ _LEAN_OPTIONS = Table(
     Config("*", 2, None, {"DEEP": 64, "LANES": 1, "BLOCK": 128, "BLOCK_K": 32}, 8, 3),
 )
 _FINISH = Table("linear_cross_entropy finish", Config("*", 0, None, {"BLOCK": 32}, 4))
-_SPLITS = 64  # at most, of a row: one program joins them
 _FIELDS = 7  # of partial statistics
 
 
@@ -142,18 +141,12 @@ class _Launcher:
         self, begin: int, end: int, logits: Tensor | None, stats: bool
     ) -> tuple[tuple[Any, ...], tuple[Any, ...], Table]:
         """Return a kernel's first arguments, those for the target, and the table."""
-        input, weight, bias = self.layer
-        x = input[begin:end]
         options = stats or self.probabilities or self.options.label_smoothing or self.options.softcap is not None
-        if logits is None:
-            operands = (None, 0, x, *x.stride(), weight, *weight.stride(), bias)
-            table = _LEAN_OPTIONS if options else _LEAN
-        else:
-            operands = (logits, logits.stride(0), None, 0, 0, None, 0, 0, None)
-            table = _CHUNKS_OPTIONS if options else _CHUNKS
+        lean, chunks = (_LEAN_OPTIONS, _CHUNKS_OPTIONS) if options else (_LEAN, _CHUNKS)
         target = self.target[begin:end]
         strides = target.stride() if self.probabilities else (1, 0)
-        return operands, (target, *strides, self.class_weight), table
+        operands = linear.operands(self.layer, logits, begin, end)
+        return operands, (target, *strides, self.class_weight), lean if logits is None else chunks
 
     def _numbers(self) -> tuple[float, float, float]:
         """Return a kernel's smoothing, inverse temperature and softcap."""
@@ -179,8 +172,7 @@ class _Launcher:
         def launches(config: Config) -> None:
             blocks = triton.cdiv(rows, config.meta["BLOCK"])
             tiles = triton.cdiv(self.classes, config.meta["DEEP"] * config.meta["LANES"])
-            tiles_of_one = triton.cdiv(tiles, max(1, min(_SPLITS, linear.machine(input.device).programs // blocks)))
-            splits = triton.cdiv(tiles, tiles_of_one)
+            splits, tiles_of_one = linear.split(input.device, blocks, tiles)
             partial = input.new_empty((_FIELDS, splits, rows), dtype=self.wide)
             best = None if correct_class is None else input.new_empty((splits, rows), dtype=torch.int32)
             launch(

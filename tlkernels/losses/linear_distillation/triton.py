@@ -50,7 +50,6 @@ _LEAN = Table(
     Config("*", 2, None, {"DEEP": 64, "LANES": 1, "BLOCK": 128, "BLOCK_K": 32}, 8, 3),
 )
 _FINISH = Table("linear_distillation finish", Config("*", 0, None, {"BLOCK": 32}, 4))
-_SPLITS = 64  # at most, of a row: one program joins them
 _FIELDS, _KEPT = 9, 7  # of partial statistics; of `kept`, which `finish` writes
 
 
@@ -86,6 +85,7 @@ class _Launcher:
         """Fill `loss` and return the gradients that are needed, of flat tensors."""
         sides = [linear.Needs(*needs[k : k + 3]) for k in (0, 3)]
         plan = linear.plan(self.layers, sides)
+        self.in_chunks = plan.strategy == "chunks"
         ignored = None
         if any(needs) and self.target is not None:
             ignored = (self.target == self.options.ignore_index).unsqueeze(1)
@@ -112,12 +112,9 @@ class _Launcher:
     def _operands(self, begin: int, end: int, logits: Sequence[Tensor | None]) -> tuple[list[Any], Table]:
         """Return a kernel's first arguments, and the table."""
         arguments: list[Any] = []
-        for (x, weight, bias), made in zip(self.layers, logits, strict=True):
-            if made is None:
-                arguments += [None, 0, x[begin:end], *x.stride(), weight, *weight.stride(), bias]
-            else:
-                arguments += [made, made.stride(0), None, 0, 0, None, 0, 0, None]
-        return arguments, _LEAN if logits[0] is None else _CHUNKS
+        for layer, made in zip(self.layers, logits, strict=True):
+            arguments += linear.operands(layer, made, begin, end)
+        return arguments, _CHUNKS if self.in_chunks else _LEAN
 
     def _run(self, table: Table, launches: Callable[[Config], None], repeatable: bool = True) -> None:
         size = max(x.element_size() for x, _, _ in self.layers)
@@ -147,9 +144,7 @@ class _Launcher:
         def launches(config: Config) -> None:
             blocks = triton.cdiv(rows, config.meta["BLOCK"])
             tiles = triton.cdiv(self.classes, config.meta["DEEP"] * config.meta["LANES"])
-            programs = linear.machine(self.loss.device).programs
-            tiles_of_one = triton.cdiv(tiles, max(1, min(_SPLITS, programs // blocks)))
-            splits = triton.cdiv(tiles, tiles_of_one)
+            splits, tiles_of_one = linear.split(self.loss.device, blocks, tiles)
             common = {"config": config, "PRECISION": linear.precision(), **self.kinds, **self.types}
 
             def finish(sums: Tensor | None, averages: Tensor | None) -> None:
@@ -199,7 +194,7 @@ class _Launcher:
                 **self.types,
             )  # fmt: skip
 
-        self._run(table, launches, repeatable=logits[0] is None)
+        self._run(table, launches, repeatable=not self.in_chunks)
 
 
 def forward(*arguments: Any) -> Tensor:
