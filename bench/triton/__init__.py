@@ -1,6 +1,7 @@
 """Calls whose Triton kernels are compiled ahead of time for every architecture: one module a loss, with `examples()`.
 
-`bench/triton_resources.py` reads them. What an example claims, and the exceptions, are what its report is judged by.
+`bench/triton_resources.py` reads them. It fails if a kernel spills or lacks an instruction
+that its example claims, unless there is an exception.
 """
 
 from collections.abc import Callable, Mapping, Sequence

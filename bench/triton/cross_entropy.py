@@ -1,4 +1,4 @@
-"""Calls that take every kernel of cross entropy and every row of its tables."""
+"""Calls that launch every kernel of cross entropy and use every row of its tables."""
 
 from collections.abc import Iterator
 from functools import partial

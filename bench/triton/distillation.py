@@ -1,4 +1,4 @@
-"""Calls that take every kernel of distillation and every row of its table."""
+"""Calls that launch every kernel of distillation and use every row of its table."""
 
 from collections.abc import Iterator
 from functools import partial

@@ -1,4 +1,4 @@
-"""Calls that take every kernel of InfoNCE, every row of its tables, and the options that cost a kernel most."""
+"""Calls that launch every kernel of InfoNCE, use every row of its tables, and the options that cost a kernel most."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -49,11 +49,11 @@ def examples() -> Iterator[Example]:
         ("sup_con", 8192, 128, bf16, {**views, "ids": True, "by_label": True}),
         ("everything", 8192, 384, bf16, {**everything, "negatives": (4096, 384)}),
         ("everything", 8192, 384, f32, {**everything, "negatives": (8192, 64, 384)}),
-        ("own-negatives", 8192, 384, bf16, {"negatives": (8192, 64, 384)}),
+        ("per-query-negatives", 8192, 384, bf16, {"negatives": (8192, 64, 384)}),
     )
     for name, n, d, dtype, options in calls:
         # Negatives of each query are read, not multiplied.
-        claims = SIMILARITY_CLAIMS if dtype in (bf16, f16) and name != "own-negatives" else {}
-        exceptions = SIMILARITY_EXCEPTIONS if name in ("clip", "own-negatives") else _OF_LABELS
+        claims = SIMILARITY_CLAIMS if dtype in (bf16, f16) and name != "per-query-negatives" else {}
+        exceptions = SIMILARITY_EXCEPTIONS if name in ("clip", "per-query-negatives") else _OF_LABELS
         run = partial(_both, _arguments(n, d, dtype, **options))
         yield Example(f"{name}-{str(dtype).removeprefix('torch.')}", run, claims, exceptions)

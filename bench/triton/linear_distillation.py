@@ -1,4 +1,4 @@
-"""Calls that take every kernel of linear distillation and every row of its tables."""
+"""Calls that launch every kernel of linear distillation and use every row of its tables."""
 
 from collections.abc import Iterator
 from functools import partial

@@ -272,12 +272,12 @@ class Sweep:
         self.logits = logits
         logits[:, rows:].zero_()
 
-    def part(self, begin: int, end: int, first: int, last: int) -> Tensor:
+    def memory(self, begin: int, end: int, first: int, last: int) -> Tensor:
         """Return the memory of the transposed logits of these rows and classes; other parts may share it."""
         begin, end = (begin, end) if self.whole else (0, end - begin)
         return self.logits[: last - first, begin:end]
 
-    def make(self, begin: int, end: int) -> Tensor:
+    def compute(self, begin: int, end: int) -> Tensor:
         """Return the transposed logits of some rows, computed by the library."""
         if self.whole and begin:
             return self.logits[:, begin:end]
@@ -289,8 +289,8 @@ class Sweep:
             torch.addmm(self.bias[:, None], self.weight, x.t(), out=out)
         return out[:, : end - begin]
 
-    def take(self, begin: int, end: int, first: int, last: int, gradient: Tensor) -> None:
-        """Add the layer's gradients for the gradient of the transposed logits of these rows and classes."""
+    def backpropagate(self, begin: int, end: int, first: int, last: int, gradient: Tensor) -> None:
+        """Add to the layer's gradients what the gradient of the transposed logits of these rows and classes gives."""
         if self.whole:
             if end < self.rows:
                 return  # the last part has all rows

@@ -124,7 +124,7 @@ class _Launcher:
         sweep = linear.Sweep(self.layer, needs, plan, ignored)
         for begin in range(0, self.rows, plan.rows):
             end = min(begin + plan.rows, self.rows)
-            logits = None if sweep.lean else sweep.make(begin, end)
+            logits = None if sweep.lean else sweep.compute(begin, end)
             part = results.narrow(begin, end)
             self.statistics(begin, end, logits, part)
             if not any(needs):
@@ -132,9 +132,9 @@ class _Launcher:
             upstreams = [*_rows(by_loss, begin, end), *_rows(by_lse, begin, end)]
             for first in range(0, self.classes, plan.classes):
                 last = min(first + plan.classes, self.classes)
-                gradient = sweep.part(begin, end, first, last)
+                gradient = sweep.memory(begin, end, first, last)
                 self.gradient(begin, end, first, last, logits, gradient, part, upstreams)
-                sweep.take(begin, end, first, last, gradient)
+                sweep.backpropagate(begin, end, first, last, gradient)
         return sweep.gradients()
 
     def _operands(

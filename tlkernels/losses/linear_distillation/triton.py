@@ -92,20 +92,20 @@ class _Launcher:
         sweeps = [linear.Sweep(layer, side, plan, ignored) for layer, side in zip(self.layers, sides, strict=True)]
         for begin in range(0, self.rows, plan.rows):
             end = min(begin + plan.rows, self.rows)
-            logits = [None if sweep.lean else sweep.make(begin, end) for sweep in sweeps]
+            logits = [None if sweep.lean else sweep.compute(begin, end) for sweep in sweeps]
             self.losses(begin, end, logits)
             if upstream is None or not any(needs):
                 continue
             for first in range(0, self.classes, plan.classes):
                 last = min(first + plan.classes, self.classes)
                 gradients = [
-                    sweep.part(begin, end, first, last) if any(side) else None
+                    sweep.memory(begin, end, first, last) if any(side) else None
                     for sweep, side in zip(sweeps, sides, strict=True)
                 ]
                 self.gradient(begin, end, first, last, logits, gradients, upstream)
                 for sweep, gradient in zip(sweeps, gradients, strict=True):
                     if gradient is not None:
-                        sweep.take(begin, end, first, last, gradient)
+                        sweep.backpropagate(begin, end, first, last, gradient)
         student, teacher = sweeps
         return *student.gradients(), *teacher.gradients()
 
