@@ -13,9 +13,9 @@ _NOWHERE = tl.constexpr(2**31 - 1)
 def _scaled(x, inv_temperature, softcap, CAPPED: tl.constexpr):
     """Return the logits after softcap and temperature, and their derivative."""
     if CAPPED:
-        t, slope = tanh_and_slope(x / softcap)
+        t, t_slope = tanh_and_slope(x / softcap)
         z = t * (softcap * inv_temperature)
-        slope = slope * inv_temperature
+        slope = t_slope * inv_temperature
     else:
         z = x * inv_temperature
         slope = inv_temperature
