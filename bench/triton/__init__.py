@@ -1,7 +1,7 @@
 """Calls whose Triton kernels are compiled ahead of time for every architecture: one module a loss, with `examples()`.
 
-`bench/triton_resources.py` reads them. It fails if a kernel spills or lacks an instruction
-that its example claims, unless there is an exception.
+`bench/triton_resources.py` reads them. It fails if a kernel spills, or lacks an instruction that its example claims,
+unless the example has an exception for it.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -243,13 +243,13 @@ def backward_(
 
 
 def total(input: Tensor, target: Tensor, *arguments: Any) -> Tensor:
-    """Return the reduced loss; behind the options comes whether it is the mean."""
+    """Return the reduced loss; after the options comes whether it is the mean."""
     *options, mean = arguments
     return _reduced(input, target, Options(*options), mean, None)
 
 
 def step(input: Tensor, target: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    """Return the reduced loss and its gradient; behind the options comes whether it is the mean."""
+    """Return the reduced loss and its gradient; after the options comes whether it is the mean."""
     *options, mean = arguments
     grad = torch.empty_like(input)
     return _reduced(input, target, Options(*options), mean, grad), grad

@@ -160,7 +160,10 @@ def forward(student: Tensor, teacher: Tensor, *options: Any) -> Tensor:
 
 
 def backward(grad_rows: Tensor, student: Tensor, teacher: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    """Return the gradients of both logits, without elements where not needed; which are comes behind the options."""
+    """Return the gradients of both logits, without elements where not needed.
+
+    After the options comes which are needed.
+    """
     *options, needs_student, needs_teacher = arguments
     grads, needed = _gradients(student, teacher, needs_student, needs_teacher)
     sweep(student, teacher, Options(*options), **needed, upstream=grad_rows)
@@ -170,7 +173,7 @@ def backward(grad_rows: Tensor, student: Tensor, teacher: Tensor, *arguments: An
 def step(student: Tensor, teacher: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Return the reduced loss and the gradients.
 
-    Behind the options comes whether the loss is the mean, and which gradients are needed.
+    After the options comes whether the loss is the mean, and which gradients are needed.
     """
     *given, mean, needs_student, needs_teacher = arguments
     options = Options(*given)
@@ -203,7 +206,7 @@ def second(
     """Return the derivatives of <v, the gradients for grad_rows> by grad_rows, student and teacher.
 
     They are a row of the Hessian of D times the directions, in closed form (`_second_terms` has the terms). The rows
-    are swept four times, from L2 after the first time; no sweep holds more than a tile. Behind the options comes
+    are swept four times, from L2 after the first time; no sweep holds more than a tile. After the options comes
     whether the derivatives by student and by teacher are needed.
     """
     *given, needs_student, needs_teacher = arguments

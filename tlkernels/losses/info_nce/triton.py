@@ -267,7 +267,7 @@ def _fold(
 def backward(grad_loss: Tensor, state: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """Return the gradients by query, key, negatives and scale, for an upstream of each row.
 
-    Behind the arguments of `forward` comes which are wanted. One that is not wanted has no elements; the scale's is 0.
+    After the arguments of `forward` comes which are wanted. One that is not wanted has no elements; the scale's is 0.
     """
     *given, wanted = arguments
     launcher = _Launcher(*given)

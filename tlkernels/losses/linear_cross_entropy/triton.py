@@ -253,7 +253,7 @@ def forward_stats(*arguments: Any) -> tuple[Tensor | None, ...]:
 def backward(grad_loss: Tensor, grad_lse: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
     """Return the gradients of input, weight and bias for an upstream of each row's loss, and of its lse.
 
-    Behind the options comes which are needed.
+    After the options comes which are needed.
     """
     *call, needs_input, needs_weight, needs_bias = arguments
     launcher = _launcher(*call)
@@ -264,7 +264,7 @@ def backward(grad_loss: Tensor, grad_lse: Tensor | None, *arguments: Any) -> tup
 def step(*arguments: Any) -> tuple[Tensor, ...]:
     """Return the reduced loss, and its gradients.
 
-    Behind the options comes whether the loss is the mean, and which gradients are needed.
+    After the options comes whether the loss is the mean, and which gradients are needed.
     """
     *call, mean, needs_input, needs_weight, needs_bias = arguments
     launcher = _launcher(*call)

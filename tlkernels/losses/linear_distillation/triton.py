@@ -206,7 +206,7 @@ def forward(*arguments: Any) -> Tensor:
 
 
 def backward(grad_rows: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """Return the gradients of both layers for an upstream of each row; behind the options comes which are needed."""
+    """Return the gradients of both layers for an upstream of each row; after the options comes which are needed."""
     layers, options, (needs,) = _split(arguments)
     return _shaped(_Launcher(layers, options).run(needs, grad_rows.reshape(-1)), layers)
 
@@ -214,7 +214,7 @@ def backward(grad_rows: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 def step(*arguments: Any) -> tuple[Tensor, ...]:
     """Return the reduced loss, and its gradients.
 
-    Behind the options comes whether the loss is the mean, and which gradients are needed.
+    After the options comes whether the loss is the mean, and which gradients are needed.
     """
     layers, options, (mean, needs) = _split(arguments)
     launcher = _Launcher(layers, options)
@@ -228,7 +228,7 @@ def step(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _split(arguments: Sequence[Any]) -> tuple[Layers, Options, Sequence[Any]]:
-    """Return an op's layers, its options, and what comes behind them."""
+    """Return an op's layers, its options, and the arguments after them."""
     behind_layers = len(Layers._fields)
     behind_options = behind_layers + len(Options._fields)
     layers = Layers(*arguments[:behind_layers])
