@@ -18,7 +18,6 @@ import traceback
 from pathlib import Path
 from unittest.mock import patch
 
-import harness
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,6 +25,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import tlkernels as tlk
 from tlkernels._core import triton as core
 from tlkernels._core.triton.launch import recorded
+
+sys.path.append(str(Path(__file__).parent))  # of `python -m`, which adds the current folder alone
+import harness
 
 HERE = Path(__file__).parent
 GPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
@@ -152,7 +154,6 @@ def main(arguments):
     if core.INTERPRETED:
         parser.error("TRITON_INTERPRET is set: its ops would be those of CPU tensors")
     make_cuda_known()
-    sys.path.append(str(HERE))
     from battery import LOSSES
 
     core._too_old = lambda index: False

@@ -15,12 +15,14 @@ import sys
 import time
 from pathlib import Path
 
-import harness
 import torch
 
 import tlkernels as tlk
 from tlkernels._core import triton as core
 from tlkernels._core.triton import launch
+
+sys.path.append(str(Path(__file__).parent))  # of `python -m`, which adds the current folder alone
+import harness
 
 GPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 
@@ -149,7 +151,6 @@ def main(arguments):
     if core.INTERPRETED:
         parser.error("TRITON_INTERPRET is set: nothing would be compiled")
     library = serve_cpu_tensors()
-    sys.path.append(str(Path(__file__).parent))
     import triton
     from battery import LOSSES
 

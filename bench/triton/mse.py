@@ -1,4 +1,4 @@
-"""Calls that launch every kernel of mse and use every row of its table, and the scaling of a gradient that losses share."""
+"""Calls that launch every kernel of mse and use every row of its table; and `scale_`, which several losses use."""
 
 from collections.abc import Iterator
 from functools import partial
