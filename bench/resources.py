@@ -1,4 +1,4 @@
-"""What the reports on compiled kernels share: rows of which some have a problem, and perhaps a reason for it."""
+"""Writes a report on compiled kernels; used for Triton and for CUDA."""
 
 import csv
 import sys
@@ -8,19 +8,20 @@ from typing import Any, Protocol
 
 
 class Compiled(Protocol):
-    """A named tuple about one kernel, compiled for one architecture."""
+    """A row of a report: one kernel, compiled for one architecture."""
 
     @property
     def problem(self) -> str:
-        """What is wrong, or an empty string."""
+        """What is wrong; empty if nothing is."""
 
     @property
     def exception(self) -> str:
-        """Why that is right all the same."""
+        """Why the problem is accepted; empty if it is not."""
 
 
 def report(fields: Sequence[str], rows: Sequence[Any], path: Path | None) -> int:
-    """Write the rows as CSV to `path` or standard output, tell what is wrong, and return whether anything is."""
+    """Write the rows as CSV to `path` or standard output; print rows whose problem has no exception, and return 1 if
+    there are any."""
     with sys.stdout if path is None else path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(fields)

@@ -1,4 +1,4 @@
-"""Launches that were recorded, specialised as Triton's launcher does it, and compiled without a GPU."""
+"""Specialises recorded launches as Triton's launcher does, and compiles them without a GPU."""
 
 import functools
 from typing import Any, NamedTuple
@@ -7,11 +7,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from tlkernels._core import triton as core
+from tlkernels._core.triton.launch import Launch
 
 
 class Specialisation(NamedTuple):
-    """What the launcher compiles for the values of a launch."""
+    """A kernel for the types and values of a launch: what the launcher compiles."""
 
     kernel: Any
     options: dict[str, Any]
@@ -20,7 +20,7 @@ class Specialisation(NamedTuple):
     constants: dict[tuple[int, ...], Any]
     """Position -> value. An integer of 1 and None are constants too."""
     attributes: dict[tuple[int, ...], list[Any]]
-    """Position -> what is known of the value, such as that 16 divides it."""
+    """Position -> properties of the value, such as that it is divisible by 16."""
 
     @property
     def name(self) -> str:
@@ -28,7 +28,7 @@ class Specialisation(NamedTuple):
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What tells this from other kernels that are compiled."""
+        """Two launches with equal keys are compiled once."""
         parts = self.signature, self.constants, self.attributes, sorted(self.options.items())
         return self.kernel, *map(repr, parts)
 
@@ -46,8 +46,8 @@ def _binder(kernel: Any, architecture: str) -> tuple[Any, Any]:
     return create_function_from_signature(kernel.signature, kernel.params, backend), backend
 
 
-def specialised(launch: core.Launch, architecture: str) -> Specialisation:
-    """Return what Triton's launcher would compile; the functions that decide are Triton's own."""
+def specialised(launch: Launch, architecture: str) -> Specialisation:
+    """Return what Triton's launcher would compile, decided by Triton's own functions."""
     kernel = launch.kernel
     bind, backend = _binder(kernel, architecture)
     bound, specialisation, options = bind(**launch.args, **launch.options)
@@ -55,24 +55,24 @@ def specialised(launch: core.Launch, architecture: str) -> Specialisation:
     return Specialisation(kernel, launch.options, *derived)
 
 
-def front_end(of: Specialisation, architecture: str) -> None:
-    """Translate the kernel to Triton's intermediate language, where errors of its source are found."""
+def front_end(kernel: Specialisation, architecture: str) -> None:
+    """Translate the kernel to Triton's intermediate language, which finds errors in its source."""
     from triton._C.libtriton import ir
 
     backend = make_backend(target(architecture))
     context = ir.context()
     ir.load_dialects(context)
     backend.load_dialects(context)
-    options = backend.parse_options(dict(of.options))
-    _source(of).make_ir(
+    options = backend.parse_options(dict(kernel.options))
+    _source(kernel).make_ir(
         target(architecture), options, backend.get_codegen_implementation(options), backend.get_module_map(), context
     )
 
 
-def compiled(of: Specialisation, architecture: str) -> Any:
+def compiled(kernel: Specialisation, architecture: str) -> Any:
     """Compile the kernel to machine code."""
-    return compile(_source(of), target(architecture), of.options)
+    return compile(_source(kernel), target(architecture), kernel.options)
 
 
-def _source(of: Specialisation) -> ASTSource:
-    return ASTSource(of.kernel, of.signature, of.constants, of.attributes)
+def _source(kernel: Specialisation) -> ASTSource:
+    return ASTSource(kernel.kernel, kernel.signature, kernel.constants, kernel.attributes)

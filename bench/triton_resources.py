@@ -1,11 +1,11 @@
-"""Compiles the Triton kernels ahead of time, no GPU needed, and reads what they take from the machine code.
+"""Compiles the Triton kernels for every architecture, without a GPU, and reads registers and spills from the code.
 
     python -m bench.triton_resources            all losses, writes bench/results/triton_resources.csv
     python -m bench.triton_resources mse ...    some losses, to standard output
-    python -m bench.triton_resources --stale    compiles nothing, says what in the file is not of these sources
+    python -m bench.triton_resources --stale    compiles nothing, lists the rows of the file that are out of date
 
-The kernels and their arguments are those of each loss's `examples()`, which calls its launcher on meta tensors while
-launches are recorded; what is not a function of the tensors' shapes alone could not pass there.
+The kernels and their arguments come from `examples()` of bench/triton/<loss>.py, whose calls are made with meta tensors
+while launches are recorded. Such a call fails where a launcher depends on the values of a tensor.
 """
 
 import ast
@@ -25,13 +25,15 @@ from typing import Any, NamedTuple
 
 import tlkernels
 from bench.resources import report
-from bench.triton_launches import compiled, specialised
-from tlkernels._core import triton as core
+from bench.triton import Example
+from bench.triton_launches import Specialisation, compiled, specialised
+from tlkernels._core.triton import INTERPRETED
+from tlkernels._core.triton.launch import Launch, recorded
 
 LOSSES = sorted(path.parent.name for path in Path(tlkernels.__file__).parent.glob("losses/*/triton.py"))
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 CSV = Path(__file__).parent / "results" / "triton_resources.csv"
-# What an instruction of a claim is called on AMD.
+# AMD's names of the instructions that examples claim.
 _AMD = {"LDG.E.128": "global_load_dwordx4", "STG.E.128": "global_store_dwordx4", "HGMMA": "v_mfma"}
 
 
@@ -55,20 +57,20 @@ class Row(NamedTuple):
     stores_128: int
     hgmma: int
     problem: str
-    """What a claim of the example or the absence of spills asks, and is not there."""
+    """Spills, local memory, and instructions that the example claims and the code does not have."""
     exception: str
-    """Why that is right all the same."""
+    """Why the problem is accepted."""
     source: str
-    """A hash of what was compiled: the kernel, what it calls, types and constants, options, and Triton's version."""
+    """A hash of the kernel and what it calls, types, constants, options, and Triton's version."""
 
 
-def distinct(loss: str) -> Iterator[tuple[core.Example, str, core.Launch, str]]:
-    """Yield what the examples of a loss launch on each architecture, each kernel once, and the hash of its source."""
-    module = importlib.import_module(f"tlkernels.losses.{loss}.triton")
+def distinct(loss: str) -> Iterator[tuple[Example, str, Launch, str]]:
+    """Yield each kernel that a loss's examples launch once for each architecture, with the hash of its source."""
+    module = importlib.import_module(f"bench.triton.{loss}")
     for architecture in ARCHITECTURES:
         seen = set()
         for example in module.examples():
-            with core.recorded(architecture) as launches:
+            with recorded(architecture) as launches:
                 example.run()
             for launch in launches:
                 source = _hash(architecture, launch)
@@ -78,12 +80,12 @@ def distinct(loss: str) -> Iterator[tuple[core.Example, str, core.Launch, str]]:
 
 
 def compile_all(loss: str) -> list[Row]:
-    """Compile what the examples of a loss launch."""
+    """Compile the kernels that the examples of a loss launch."""
     return [_row(loss, *launch) for launch in distinct(loss)]
 
 
 def stale() -> list[str]:
-    """Return what the file has of other sources than these, and what it lacks."""
+    """Return the rows of the file that are not of these sources, and those that it lacks."""
     with CSV.open(newline="") as file:
         have = {(row["loss"], row["architecture"], row["kernel"], row["source"]) for row in csv.DictReader(file)}
     need = {
@@ -91,12 +93,10 @@ def stale() -> list[str]:
         for loss in LOSSES
         for _, architecture, launch, source in distinct(loss)
     }
-    return [f"of other sources: {row}" for row in sorted(have - need)] + [
-        f"missing: {row}" for row in sorted(need - have)
-    ]
+    return [f"out of date: {row}" for row in sorted(have - need)] + [f"missing: {row}" for row in sorted(need - have)]
 
 
-def _hash(architecture: str, launch: core.Launch) -> str:
+def _hash(architecture: str, launch: Launch) -> str:
     import triton
 
     _, *parts = specialised(launch, architecture).key
@@ -112,7 +112,7 @@ def _source(kernel: Any) -> str:
 
 
 def _add_source(function: Any, seen: dict[str, str]) -> None:
-    """Add a function of a kernel and what it calls, without comments, and the constants that it names."""
+    """Add the source of a function and of what it calls, without comments, and the constants that it uses."""
     tree = ast.parse(function.src)
     seen[function.__name__] = ast.dump(tree)
     for name in sorted({node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} - {*seen}):
@@ -123,40 +123,37 @@ def _add_source(function: Any, seen: dict[str, str]) -> None:
             seen[name] = repr(value)
 
 
-def _row(loss: str, example: core.Example, architecture: str, launch: core.Launch, source: str) -> Row:
-    of = specialised(launch, architecture)
-    kernel = of.name
-    result = compiled(of, architecture)
-    found = _nvidia(result.asm["cubin"]) if "cubin" in result.asm else _amd(result.asm["amdgcn"])
-    names = launch.kernel.arg_names
-    meta = " ".join(f"{names[place[0]]}={_short(value)}" for place, value in of.constants.items())
-    problem = ", ".join(_problems(example, kernel, architecture, found))
+def _row(loss: str, example: Example, architecture: str, launch: Launch, source: str) -> Row:
+    kernel = specialised(launch, architecture)
+    result = compiled(kernel, architecture)
+    usage = _nvidia(result.asm["cubin"]) if "cubin" in result.asm else _amd(result.asm["amdgcn"])
+    problem = ", ".join(_problems(example, kernel.name, architecture, usage))
     exceptions = {
         why
-        for (of, pattern, what), why in example.exceptions.items()
-        if of.lstrip("_") == kernel and fnmatchcase(architecture, pattern) and what in problem
+        for (name, pattern, accepted), why in example.exceptions.items()
+        if name == kernel.name and fnmatchcase(architecture, pattern) and accepted in problem
     }
     return Row(
-        loss, example.name, kernel, architecture, meta, result.metadata.num_warps, result.metadata.num_stages,
-        found["registers"], result.metadata.shared, found["local"], found["spills"], found["LDG.E.128"],
-        found["STG.E.128"], found["HGMMA"], problem, "; ".join(sorted(exceptions)), source,
+        loss, example.name, kernel.name, architecture, _constants(kernel), result.metadata.num_warps,
+        result.metadata.num_stages, usage["registers"], result.metadata.shared, usage["local"], usage["spills"],
+        usage["LDG.E.128"], usage["STG.E.128"], usage["HGMMA"], problem, "; ".join(sorted(exceptions)), source,
     )  # fmt: skip
 
 
-def _short(value: Any) -> str:
-    return str(value).replace(" ", "")
+def _constants(kernel: Specialisation) -> str:
+    names = kernel.kernel.arg_names
+    return " ".join(f"{names[k]}={str(value).replace(' ', '')}" for (k, *_), value in kernel.constants.items())
 
 
-def _problems(example: core.Example, kernel: str, architecture: str, found: dict[str, int]) -> Iterator[str]:
-    if found["spills"]:
-        yield f"spills: {found['spills']}"
-    if found["local"]:
-        yield f"local: {found['local']} bytes"
-    claims = next((what for name, what in example.claims.items() if name.lstrip("_") == kernel), ())
-    for instruction in claims:
+def _problems(example: Example, kernel: str, architecture: str, usage: dict[str, int]) -> Iterator[str]:
+    if usage["spills"]:
+        yield f"spills: {usage['spills']}"
+    if usage["local"]:
+        yield f"local: {usage['local']} bytes"
+    for instruction in example.claims.get(kernel, ()):
         if instruction == "HGMMA" and architecture not in ("sm_90", "gfx942"):
-            continue  # other tensor instructions there
-        if not found[instruction]:
+            continue  # their tensor instructions have other names
+        if not usage[instruction]:
             yield f"no {instruction}"
 
 
@@ -168,8 +165,8 @@ def _nvidia(cubin: bytes) -> dict[str, int]:
         file.write(cubin)
         file.flush()
         usage, code = (
-            subprocess.run([tool, what, file.name], check=True, capture_output=True, text=True).stdout
-            for what in ("--dump-resource-usage", "--dump-sass")
+            subprocess.run([tool, option, file.name], check=True, capture_output=True, text=True).stdout
+            for option in ("--dump-resource-usage", "--dump-sass")
         )
     used = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     counts = {name: len(re.findall(_with_modifiers(name), code)) for name in (*_AMD, "LDL", "STL")}
@@ -182,7 +179,7 @@ def _nvidia(cubin: bytes) -> dict[str, int]:
 
 
 def _with_modifiers(instruction: str) -> str:
-    """Return a pattern that also finds, for "LDG.E.128", the same with a hint to the cache, "LDG.E.EF.128"."""
+    """Return a pattern that for "LDG.E.128" also finds it with a cache hint, "LDG.E.EF.128"."""
     return r"\b" + re.escape(instruction).replace(r"\.128", r"(\.\w+)*\.128") + r"\b"
 
 
@@ -203,8 +200,8 @@ def _amd(text: str) -> dict[str, int]:
 
 
 def main(losses: list[str]) -> int:
-    """Compile, write, and return whether anything is wrong."""
-    if core.INTERPRETED:
+    """Compile, write, and return 1 if a problem has no exception."""
+    if INTERPRETED:
         print("TRITON_INTERPRET is set: nothing would be compiled", file=sys.stderr)
         return 2
     if losses == ["--stale"]:

@@ -1,11 +1,11 @@
-"""Makes the battery's calls with fake CUDA tensors: whether the host waits for a GPU, and whether devices are mixed.
+"""Runs the battery's calls with fake CUDA tensors, to check that the host never waits for a GPU or mixes devices.
 
     python -m tests.fake_battery            all cases, by triton and by reference
     python -m tests.fake_battery --quick    each case in one of its dtypes, by triton
 
-A fake tensor has a shape, a dtype and a device, but no values: whoever asks for one (`float`, `bool`, `item`, a shape
-that depends on it) raises, where on a GPU the host would wait and a graph could not be captured. Triton's launches are
-recorded; what the extension has for a GPU is not run.
+A fake tensor has a shape, a dtype and a device, but no values. Reading a value (`float`, `bool`, `item`, a shape that
+depends on it) raises; on a GPU the host would wait, and no graph could be captured. Triton's launches are recorded. The
+extension's CUDA kernels are not run.
 """
 
 import argparse
@@ -18,20 +18,23 @@ import traceback
 from pathlib import Path
 from unittest.mock import patch
 
-import harness
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tlkernels as tlk
 from tlkernels._core import triton as core
+from tlkernels._core.triton.launch import recorded
+
+sys.path.append(str(Path(__file__).parent))  # of `python -m`, which adds the current folder alone
+import harness
 
 HERE = Path(__file__).parent
 GPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 
 
 def make_cuda_known():
-    """Give a CPU build of torch what autograd asks of a device, by a library of a few lines."""
+    """Let autograd of a CPU build of torch accept CUDA tensors, by a library of a few lines."""
     if torch.backends.cuda.is_built():
         return
     root = Path(torch.__file__).parent
@@ -51,7 +54,7 @@ def make_cuda_known():
 
 
 class Implementations(TorchDispatchMode):
-    """Runs what Triton's ops have for a GPU, where fake tensors would take the op's fake."""
+    """Runs the GPU implementation of Triton's ops; fake tensors would run the op's fake."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "tlkernels" and func._schema.name.endswith("_triton"):
@@ -61,7 +64,7 @@ class Implementations(TorchDispatchMode):
 
 
 def backward(loss):
-    """Call the nodes behind a loss as autograd's engine does, which a CPU build has no threads of a GPU for."""
+    """Call the nodes of a loss's graph as autograd's engine does; a CPU build has no engine thread for a GPU."""
     waiting, order, todo = collections.Counter(), set(), [loss.grad_fn]
     while todo:
         node = todo.pop()
@@ -80,12 +83,15 @@ def backward(loss):
         if type(node).__name__ != "AccumulateGrad":
             given = [grads[node].get(k) for k in range(len(node._input_metadata))]
             with torch.no_grad():
-                found = (node if callable(node) else node.apply)(*given)
-            found, places = found if isinstance(found, tuple) else (found,), node.next_functions
-            if not callable(node):  # a node in Python has results for what is no tensor too, None
+                grads_of_node = (node if callable(node) else node.apply)(*given)
+            grads_of_node, places = (
+                grads_of_node if isinstance(grads_of_node, tuple) else (grads_of_node,),
+                node.next_functions,
+            )
+            if not callable(node):  # a Python node also returns None for arguments that are not tensors
                 places = [place for place in places if place[0] is not None]
-                found = [grad for grad in found if grad is not None]
-            for (following, k), grad in zip(places, found, strict=True):
+                grads_of_node = [grad for grad in grads_of_node if grad is not None]
+            for (following, k), grad in zip(places, grads_of_node, strict=True):
                 if following is None or grad is None:
                     continue
                 assert grad.device.type == "cuda", f"{type(node).__name__} gives a gradient on {grad.device}"
@@ -100,7 +106,7 @@ def backward(loss):
 
 def call(name, loss, case, impl):
     """Make the calls of a case: value and gradients, the value alone, and statistics."""
-    # Some cases ask for values while they make them.
+    # Some cases read values while they create their tensors.
     known = (
         patch.object(torch.Tensor, "__bool__", lambda tensor: False),
         patch.object(torch.Tensor, "item", lambda _: 1.0),
@@ -118,11 +124,11 @@ def call(name, loss, case, impl):
 
 
 def in_one_dtype(cases):
-    """Return one of the cases that differ by dtype alone, of each kind; with any dtype now and then."""
-    alike = collections.defaultdict(list)
+    """Return one of the cases that differ in dtype alone, for each kind; the dtypes take turns."""
+    kinds = collections.defaultdict(list)
     for case in cases:
-        alike[case.id.replace(str(case.dtype).removeprefix("torch."), "")].append(case)
-    return [of_kind[k % len(of_kind)] for k, of_kind in enumerate(alike.values())]
+        kinds[case.id.replace(str(case.dtype).removeprefix("torch."), "")].append(case)
+    return [of_kind[k % len(of_kind)] for k, of_kind in enumerate(kinds.values())]
 
 
 def place_of(error):
@@ -148,12 +154,11 @@ def main(arguments):
     if core.INTERPRETED:
         parser.error("TRITON_INTERPRET is set: its ops would be those of CPU tensors")
     make_cuda_known()
-    sys.path.append(str(HERE))
     from battery import LOSSES
 
     core._too_old = lambda index: False
     harness.generator = lambda seed: None
-    for module in list(sys.modules.values()):  # what `plain` asks of a tensor's type leaves out fake ones
+    for module in list(sys.modules.values()):  # `plain` returns False for fake tensors
         if module.__name__.startswith("tlkernels.") and hasattr(module, "plain"):
             module.plain = lambda *tensors: True
     failures, made = collections.defaultdict(list), 0
@@ -162,7 +167,7 @@ def main(arguments):
             for case in in_one_dtype(LOSSES[name].cases) if options.quick else LOSSES[name].cases:
                 made += 1
                 try:
-                    with FakeTensorMode(), Implementations(), core.recorded("sm_90", check_devices):
+                    with FakeTensorMode(), Implementations(), recorded("sm_90", check_devices):
                         call(name, LOSSES[name], case, impl)
                 except Exception as error:
                     failures[name, impl, type(error).__name__, str(error), place_of(error)].append(case.id)

@@ -1,12 +1,12 @@
-"""Records what the battery's cases launch in Triton, on CPU tensors, and compiles it as the launcher would on a GPU.
+"""Records the Triton launches of the battery's cases, on CPU tensors, and compiles them as for a GPU.
 
     python -m tests.recorded_battery                    all cases, the front end of every kernel
     python -m tests.recorded_battery --quick            the front end of a kernel of each kind
     python -m tests.recorded_battery --compile mse      the kernels of a loss, to machine code
 
-A launch is specialised by its values: an integer of 1 becomes a constant, what 16 divides becomes another kernel. So
-the arguments are those of real calls, and Triton's own functions say what each launch compiles. In a process of its
-own, without TRITON_INTERPRET, since an interpreted kernel compiles to nothing.
+Triton specialises a launch by its values: an integer of 1 becomes a constant, and a multiple of 16 another kernel. So
+the arguments are those of real calls, and Triton's own functions decide what each launch compiles. TRITON_INTERPRET
+must not be set: an interpreted kernel is not compiled.
 """
 
 import argparse
@@ -15,17 +15,20 @@ import sys
 import time
 from pathlib import Path
 
-import harness
 import torch
 
 import tlkernels as tlk
 from tlkernels._core import triton as core
+from tlkernels._core.triton import launch
+
+sys.path.append(str(Path(__file__).parent))  # of `python -m`, which adds the current folder alone
+import harness
 
 GPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 
 
 def serve_cpu_tensors():
-    """Let calls with CPU tensors take the implementation that Triton's ops have for a GPU. Nothing sets this back."""
+    """Make Triton's ops run their GPU implementation on CPU tensors, for the rest of the process."""
     library = torch.library.Library("tlkernels", "IMPL")
     for name in torch._C._dispatch_get_all_op_names():
         if name.startswith("tlkernels::") and name.endswith("_triton"):
@@ -79,7 +82,7 @@ def calls(name, loss, case):
 
 
 def ops(loss):
-    """Yield the calls of Triton's ops themselves."""
+    """Yield calls of Triton's ops."""
     for op, arguments in loss.ops():
         if op.name().endswith("_triton"):
             copies = [a.detach().clone() if isinstance(a, torch.Tensor) else a for a in arguments]
@@ -87,53 +90,52 @@ def ops(loss):
 
 
 def recorded(losses, architecture):
-    """Return what the losses' cases launch: each specialisation with a call that needs it; and the number of launches.
+    """Return each kernel that the losses' cases launch, with a case that launches it, and the number of launches.
 
     `losses` are pairs of a name and a loss.
     """
     from bench.triton_launches import specialised
 
-    found, launched = {}, collections.Counter()
-    where = ""
+    kernels, counts = {}, collections.Counter()
+    caller = ""
 
-    def take(launch):
-        of = specialised(launch, architecture)
-        launched[of.name] += 1
-        found.setdefault(of.key, (of, where))
+    def record(launch):
+        kernel = specialised(launch, architecture)
+        counts[kernel.name] += 1
+        kernels.setdefault(kernel.key, (kernel, caller))
 
-    with core.recorded(architecture, take):
+    with launch.recorded(architecture, record):
         for name, loss in losses:
             for case in loss.cases:
-                where = f"{name}-{case.id}"
+                caller = f"{name}-{case.id}"
                 for call in calls(name, loss, case):
                     call()
-            where = f"{name}-ops"
+            caller = f"{name}-ops"
             for call in ops(loss):
                 call()
-    return list(found.values()), launched
+    return list(kernels.values()), counts
 
 
-def thinned(found):
-    """Return some of the specialisations: those in which a parameter of a kernel is what it was in none before.
+def thinned(kernels):
+    """Return the kernels in which some parameter has a type or constant that no kernel before had.
 
-    A parameter is of a type, or a constant: None, an option's value, the 1 that an integer happens to be; block sizes
-    are all alike.
+    A constant is None, the value of an option, or an integer of 1; all block sizes count as one.
     """
-    seen, chosen = set(), []
-    for of, where in found:
+    seen, selected = set(), []
+    for kernel, caller in kernels:
         kinds = set()
-        for parameter, (place, kind) in zip(of.kernel.params, enumerate(of.signature.values()), strict=True):
-            value = of.constants.get((place,))
+        for parameter, (place, kind) in zip(kernel.kernel.params, enumerate(kernel.signature.values()), strict=True):
+            value = kernel.constants.get((place,))
             size = parameter.is_constexpr and type(value) is int and value > 3
-            kinds.add((of.kernel, place, kind, "size" if size else repr(value)))
+            kinds.add((kernel.kernel, place, kind, "size" if size else repr(value)))
         if not kinds <= seen:
             seen |= kinds
-            chosen.append((of, where))
-    return chosen
+            selected.append((kernel, caller))
+    return selected
 
 
 def cause_of(error):
-    """Return the error that began it; Triton wraps it in one for each function that it was in."""
+    """Return the first error; Triton wraps it in another for each function that calls the failing one."""
     while error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {error}"
@@ -149,7 +151,6 @@ def main(arguments):
     if core.INTERPRETED:
         parser.error("TRITON_INTERPRET is set: nothing would be compiled")
     library = serve_cpu_tensors()
-    sys.path.append(str(Path(__file__).parent))
     import triton
     from battery import LOSSES
 
@@ -157,24 +158,24 @@ def main(arguments):
 
     start = time.process_time()
     names = options.losses or list(LOSSES)
-    found, launched = recorded([(name, LOSSES[name]) for name in names], options.architecture)
+    kernels, counts = recorded([(name, LOSSES[name]) for name in names], options.architecture)
     del library
-    chosen = thinned(found) if options.quick else found
+    selected = thinned(kernels) if options.quick else kernels
     failures = collections.defaultdict(list)
-    for of, where in chosen:
+    for kernel, caller in selected:
         try:
-            (compiled if options.compile else front_end)(of, options.architecture)
+            (compiled if options.compile else front_end)(kernel, options.architecture)
         except Exception as error:
-            failures[of.name, cause_of(error)].append(where)
-    for (kernel, error), where in failures.items():
-        print(f"{kernel}: {len(where)} of {where[:3]}: {error}")
-    counted = ", ".join(f"{kernel} {number}" for kernel, number in sorted(launched.items()))
+            failures[kernel.name, cause_of(error)].append(caller)
+    for (kernel, error), callers in failures.items():
+        print(f"{kernel}: {len(callers)} of {callers[:3]}: {error}")
+    summary = ", ".join(f"{kernel} {number}" for kernel, number in sorted(counts.items()))
     print(
-        f"Triton {triton.__version__}, {options.architecture}: {launched.total()} launches of {len(found)} kernels "
-        f"({counted}); {'compiled' if options.compile else 'front end of'} {len(chosen)}, "
+        f"Triton {triton.__version__}, {options.architecture}: {counts.total()} launches of {len(kernels)} kernels "
+        f"({summary}); {'compiled' if options.compile else 'front end of'} {len(selected)}, "
         f"{sum(map(len, failures.values()))} failed; {time.process_time() - start:.0f} s"
     )
-    return bool(failures) or not chosen
+    return bool(failures) or not selected
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import tlkernels as tlk
 from tlkernels._core import choice, dispatch, triton
 from tlkernels._core.choice import BY_MODEL, MEASURED, Row
 from tlkernels._core.dispatch import Implementation
+from tlkernels._core.triton.launch import recorded
 
 BF16, F32 = torch.bfloat16, torch.float32
 CE = ("cross_entropy",)
@@ -30,7 +31,7 @@ def taken(tensor, impl="auto", loss="cross_entropy", **refused):
 
 @pytest.fixture(autouse=True)
 def _gpu():
-    with triton.recorded("sm_90"):
+    with recorded("sm_90"):
         yield
 
 
@@ -81,7 +82,7 @@ def test_a_row_is_for_its_loss_dtype_and_architecture():
     assert taken(small, native="no") == "triton"
     assert taken(small, loss="distillation") == "triton"
     assert taken(logits(8, 10, dtype=F32)) == "triton"
-    with triton.recorded("sm_80"):
+    with recorded("sm_80"):
         assert taken(small) == "triton"
 
 

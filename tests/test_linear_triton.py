@@ -1,4 +1,4 @@
-"""Linear losses in Triton: both strategies, the rule that chooses, memory, products made and not made."""
+"""Linear losses in Triton: both strategies, the choice between them, memory, and the number of products."""
 
 import harness
 import linear_cross_entropy_cases
@@ -10,8 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import tlkernels as tlk
 from tlkernels._core import triton
 from tlkernels._core.triton import linear
+from tlkernels._core.triton.launch import recorded
 
-pytestmark = pytest.mark.skipif(not triton.INTERPRETED or not triton.available(), reason="of Triton's interpreter")
+pytestmark = pytest.mark.skipif(not triton.INTERPRETED or not triton.available(), reason="needs TRITON_INTERPRET=1")
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
 LCE, LD = linear_cross_entropy_cases.LOSS, linear_distillation_cases.LOSS
 
@@ -23,7 +24,7 @@ def results(function, arguments, names):
     return value.detach(), *torch.autograd.grad(value, leaves, upstream)
 
 
-# The battery takes what the rule chooses, which is the lean strategy at such hidden sizes.
+# For the hidden sizes of the battery the rule chooses the lean strategy.
 CHUNKED = [
     pytest.param(loss, case, id=case.id)
     for loss in (LCE, LD)
@@ -52,7 +53,7 @@ def test_in_chunks(loss, case):
 
 
 class Padding(TorchDispatchMode):
-    """Looks behind the rows of 16-bit operands of products: the library may read there, and multiply by 0."""
+    """Checks the memory after the rows of 16-bit operands of products, which the library may read and multiply by 0."""
 
     def __init__(self):
         super().__init__()
@@ -73,7 +74,7 @@ class Padding(TorchDispatchMode):
 @pytest.mark.parametrize("strategy", linear.STRATEGIES)
 @pytest.mark.parametrize("features", [16, 64], ids=["own memory", "memory of the weight's gradient"])
 def test_no_product_reads_memory_that_nothing_wrote(strategy, features):
-    """CPUs with AMX read what lies behind a row of bfloat16 along, and a NaN there was one of the result."""
+    """CPUs with AMX also read what follows a row of bfloat16, and a NaN there made the result NaN."""
     from tlkernels.losses.linear_cross_entropy import triton as kernels
 
     arguments = linear_cross_entropy_cases.make((33,), features, 1009, BF16, "indices", False, False, {}, 0)
@@ -93,7 +94,7 @@ def layer(rows, features, classes, dtype=BF16):
     return input, input.new_empty(classes, features), None
 
 
-ALL = (True, True, True)
+ALL = linear.Needs(True, True, True)
 
 
 @pytest.mark.parametrize(("shape", "dtype", "needs", "expected"), [
@@ -105,10 +106,9 @@ ALL = (True, True, True)
     ((8192, 64, 50000), F64, ALL, ("chunks", 640, 50000)),
 ], ids=str)  # fmt: skip
 def test_the_rule_on_an_h200(shape, dtype, needs, expected):
-    with triton.recorded("sm_90"):
-        found = linear.plan([layer(*shape, dtype)], [needs])
-    assert found.strategy == expected[0]
-    assert (found.rows, found.classes) == expected[1:]
+    with recorded("sm_90"):
+        plan = linear.plan([layer(*shape, dtype)], [linear.Needs(*needs)])
+    assert plan == expected
 
 
 def test_an_unknown_strategy(monkeypatch):
@@ -120,19 +120,19 @@ def test_an_unknown_strategy(monkeypatch):
 @pytest.mark.parametrize("shape", [(16, 16, 37), (13, 16, 1000), (4096, 4096, 128256), (5, 17, 3), (100, 4000, 777)])
 def test_the_weights_gradient_never_reaches_logits_that_are_still_read(shape):
     input, weight, _ = layer(*shape)
-    needs = (True, True, False)
-    with triton.recorded("sm_90"), linear.forced("chunks"):
+    needs = linear.Needs(True, True, False)
+    with recorded("sm_90"), linear.forced("chunks"):
         sweep = linear.Sweep((input, weight, None), needs, linear.plan([(input, weight, None)], [needs]))
         assert sweep.whole
     rows, features, classes = shape
-    logits, gradient = sweep.logits, sweep.totals[1]
+    logits, gradient = sweep.logits, sweep.by_weight
     assert gradient.storage_offset() == 0 and gradient.is_contiguous()
     for k in range(0, classes, sweep.block):
         written = min(classes, k + sweep.block) * features
         assert written <= logits.storage_offset() + k * logits.stride(0), "the block that it is made of, and all after"
     assert logits.storage_offset() + logits.numel() <= logits.untyped_storage().nbytes() // 2
     if classes > 128000:  # the bar: half of eager's, which holds logits, their logarithms and gradient at once
-        held = logits.untyped_storage().nbytes() + sweep.totals[0].nbytes
+        held = logits.untyped_storage().nbytes() + sweep.by_input.nbytes
         assert held <= 1.2 * weight.nbytes <= 3 * rows * classes * 2 / 2
 
 
@@ -144,13 +144,13 @@ def test_the_weights_gradient_never_reaches_logits_that_are_still_read(shape):
     (0, 4096, "sm_90", 0),
 ], ids=str)  # fmt: skip
 def test_blocks_fill_the_multiprocessors(classes, features, architecture, block):
-    with triton.recorded(architecture):
-        here = linear.machine(torch.device("meta"))
-    assert linear._block(classes, features, here) == block
+    with recorded(architecture):
+        gpu = linear.machine(torch.device("meta"))
+    assert linear._block(classes, features, gpu) == block
 
 
 class Watched(TorchDispatchMode):
-    """Counts multiplications of products, and the largest tensor made."""
+    """Counts the multiplications of products, and the elements of the largest tensor."""
 
     def __init__(self):
         super().__init__()
@@ -178,7 +178,7 @@ def test_only_needed_products_are_made(strategy, needs, rows):
     args = [arguments[name] for name in ("input", "linear_weight", "linear_bias", "target")]
     with linear.forced(strategy), Watched() as seen:
         kernels.step(*args, None, -100, 0.0, 1.0, None, 0.0, True, *needs)
-    made = (strategy == "chunks") + sum(needs[:2])  # the lean strategy makes the logits in its kernels
+    made = (strategy == "chunks") + sum(needs[:2])  # the lean strategy computes the logits in its kernels
     assert seen.products == made * rows * features * classes
     if strategy == "lean" and rows == 70:
         assert seen.largest < rows * classes, "nothing of the logits' size"
@@ -186,7 +186,7 @@ def test_only_needed_products_are_made(strategy, needs, rows):
 
 @pytest.mark.parametrize("strategy", linear.STRATEGIES)
 def test_a_class_index_out_of_range_is_nan_in_its_row_alone(strategy, monkeypatch):
-    """As on a GPU, where the host does not look; the kernels touch no memory for it."""
+    """As on a GPU, where the host does not check; the kernels access no memory for it."""
     from tlkernels.losses.linear_cross_entropy import triton as kernels
     from tlkernels.losses.linear_distillation import triton as distillation
 

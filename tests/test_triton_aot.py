@@ -1,4 +1,4 @@
-"""Every Triton kernel and table row compiles for every architecture, with what its byte model counts on."""
+"""Every Triton kernel and table row compiles for every architecture, with the instructions that its model needs."""
 
 import csv
 import importlib.util
@@ -23,7 +23,7 @@ def python(*arguments):
 
 
 def test_the_report_is_of_these_sources_and_without_a_problem():
-    """So that every kernel is judged on every commit, though compiling them all takes a quarter of an hour."""
+    """So every commit is checked, though compiling all kernels takes a quarter of an hour."""
     with (ROOT / "bench/results/triton_resources.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert {row["architecture"] for row in rows} == ARCHITECTURES
@@ -34,7 +34,7 @@ def test_the_report_is_of_these_sources_and_without_a_problem():
 
 @pytest.mark.full
 @pytest.mark.parametrize("loss", LOSSES)
-def test_compiles_without_spills_and_as_the_byte_model_says(loss):
+def test_compiles_without_spills_and_with_the_claimed_instructions(loss):
     run = python("-m", "bench.triton_resources", loss)
     assert run.returncode == 0, run.stderr
     rows = list(csv.DictReader(run.stdout.splitlines()))
@@ -45,7 +45,8 @@ def test_compiles_without_spills_and_as_the_byte_model_says(loss):
 PROBLEMS = """
 import torch, triton, triton.language as tl
 from bench import triton_resources as resources
-from tlkernels._core import triton as core
+from bench.triton import Example
+from tlkernels._core.triton.launch import Config, launch, recorded
 
 @triton.jit
 def spilling(x, y, BLOCK: tl.constexpr):
@@ -59,14 +60,14 @@ def narrow(x, y, BLOCK: tl.constexpr):
     tl.store(y + i, tl.load(x + 3 * i))
 
 x = torch.empty(2**16, device="meta")
-one_warp = core.Config("*", 0, None, {}, 1)
-example = core.Example("", lambda: (
-    core.launch(spilling, (1,), x, x, BLOCK=16384, config=one_warp), core.launch(narrow, (1,), x, x, BLOCK=1024)
+one_warp = Config("*", 0, None, {}, 1)
+example = Example("", lambda: (
+    launch(spilling, (1,), x, x, BLOCK=16384, config=one_warp), launch(narrow, (1,), x, x, BLOCK=1024)
 ), {"narrow": ("LDG.E.128", "HGMMA")}, {("narrow", "sm_*", "LDG.E.128"): "for the test"})
-with core.recorded("sm_90") as launches:
+with recorded("sm_90") as launches:
     example.run()
-for launch in launches:
-    row = resources._row("", example, "sm_90", launch, "")
+for made in launches:
+    row = resources._row("", example, "sm_90", made, "")
     print(row.kernel, row.problem, row.exception, sep="|")
 """
 

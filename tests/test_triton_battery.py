@@ -1,4 +1,4 @@
-"""What the battery asks of Triton and of a GPU, without a GPU: its launches compile, and the host waits for nothing."""
+"""Checks of the battery's Triton launches without a GPU: they compile, and the host waits for nothing."""
 
 import importlib.util
 import os
@@ -21,7 +21,7 @@ OTHER = "3.6.0"
 
 
 def run(module, *arguments, **environment):
-    """Run a module in a process without TRITON_INTERPRET; gives what it printed."""
+    """Run a module in a process without TRITON_INTERPRET, and return its output."""
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", module, *arguments]
     done = subprocess.run(
@@ -32,7 +32,7 @@ def run(module, *arguments, **environment):
 
 
 def compiled(output, version=""):
-    """Return how many kernels a run has compiled, by which Triton."""
+    """Return how many kernels a run compiled, and check the version of Triton."""
     found = re.search(r"Triton (\S+), sm_90: .* (?:compiled|front end of) (\d+), 0 failed", output)
     assert found, output
     assert found[1].startswith(version)
@@ -56,7 +56,7 @@ def test_every_kernel_compiles(loss, tmp_path):
 
 @pytest.fixture(scope="session")
 def other_triton():
-    """Return a folder with the other Triton, installed once; what fails to install is not passed over."""
+    """Return a folder with the other Triton, installed once; the test fails if it cannot be installed."""
     folder = ROOT / "build" / f"triton-{OTHER}"
     if not (folder / "triton").exists():
         command = [
@@ -84,7 +84,7 @@ def test_the_front_end_of_every_kernel_under_another_triton(other_triton):
 
 def needs_cuda_or_a_compiler():
     if not torch.backends.cuda.is_built() and not shutil.which(os.environ.get("CXX", "c++")):
-        pytest.skip("neither is torch a CUDA build, nor is there a compiler for what stands for one")
+        pytest.skip("needs a CUDA build of torch, or a C++ compiler")
 
 
 def test_the_host_waits_for_nothing():
@@ -101,7 +101,7 @@ def test_the_host_waits_for_nothing_in_any_call():
 ANOTHER_BATCH = """
 import itertools, torch
 from bench.triton_launches import specialised
-from tlkernels._core import triton as core
+from tlkernels._core.triton.launch import recorded
 from tlkernels.losses.cross_entropy import triton as cross_entropy
 from tlkernels.losses.distillation import triton as distillation
 from tlkernels.losses.info_nce import triton as info_nce
@@ -109,8 +109,8 @@ from tlkernels.losses.sigmoid_contrastive import triton as sigmoid
 
 def kernels(call, rows):
     found = {}
-    core_of = core.recorded("sm_90", lambda launch: found.setdefault(specialised(launch, "sm_90").key, launch))
-    with core_of, torch.device("meta"):
+    recording = recorded("sm_90", lambda launch: found.setdefault(specialised(launch, "sm_90").key, launch))
+    with recording, torch.device("meta"):
         call(rows)
     return found
 
@@ -138,7 +138,7 @@ for call, *sizes in (ce, 4096, 4001), (distill, 4096, 4001), (clip, 8192, 7001),
 """
 
 
-def test_a_shorter_batch_compiles_nothing_but_what_its_loads_and_stores_are_as_wide_as():
+def test_a_shorter_batch_compiles_only_kernels_whose_loads_and_stores_are_narrower():
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-c", ANOTHER_BATCH], cwd=ROOT, env=inherited, capture_output=True, text=True

@@ -1,4 +1,4 @@
-"""What Triton's kernels do on a GPU and no test of a loss on the CPU would see."""
+"""What Triton kernels do on a GPU, and the tests of the losses do not check on a CPU."""
 
 import re
 import subprocess
@@ -12,16 +12,17 @@ import torch.nn.functional as F
 
 import tlkernels as tlk
 from tlkernels._core import triton as core
+from tlkernels._core.triton import launch
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.skipif(not (core.INTERPRETED and core.available()), reason="nothing is interpreted here")
+pytestmark = pytest.mark.skipif(not (core.INTERPRETED and core.available()), reason="needs TRITON_INTERPRET=1")
 
 
 @pytest.mark.parametrize("bad", [-1, 7, 2**40, -(2**62)])
 @pytest.mark.parametrize("classes", [7, 3000], ids=["whole", "swept"])
 @pytest.mark.parametrize("loss", ["cross_entropy", "distillation"])
 def test_a_class_index_out_of_range_is_nan_and_touches_no_memory(monkeypatch, loss, classes, bad):
-    """As on a GPU, where the host does not look at the targets; out of range by that much the process would end."""
+    """As on a GPU, where the host does not check the targets; an access so far out of range would end the process."""
     from importlib import import_module
 
     monkeypatch.setattr(import_module(f"tlkernels.losses.{loss}.triton"), "check_classes", lambda *_: None)
@@ -49,7 +50,7 @@ def test_tf32_only_where_torch_is_allowed_to(setting):
 
 
 def test_every_loss_without_the_extension():
-    """TLKERNELS_BUILD=0 leaves Triton, autograd and all: the battery again, where the extension does not load."""
+    """With TLKERNELS_BUILD=0 Triton still works: the battery again in a process that cannot load the extension."""
     code = """
 import sys
 import pytest
@@ -101,11 +102,11 @@ def test_in_place_gradients(layout):
 
 
 def test_the_table_is_tuned_on_request(monkeypatch, capsys):
-    """The fastest row that fits is taken, kept and printed as a row for the table."""
+    """The fastest row that fits is used, remembered, and printed as a row for the table."""
     import triton.testing
 
-    rows = [core.Config("interp*", 4, None, {"BLOCK": block}, 1) for block in (64, 256, 1024)]
-    table, tried = core.Table("test", *rows, core.Config("sm_*", 0, None, {"BLOCK": 1}, 1)), []
+    rows = [launch.Config("interp*", 4, None, {"BLOCK": block}, 1) for block in (64, 256, 1024)]
+    table, tried = launch.Table("test", *rows, launch.Config("sm_*", 0, None, {"BLOCK": 1}, 1)), []
     times = {64: 3.0, 256: 1.0, 1024: 2.0}
 
     def do_bench(run, return_mode):
@@ -116,7 +117,7 @@ def test_the_table_is_tuned_on_request(monkeypatch, capsys):
     launches = lambda config: tried.append(config.meta["BLOCK"])  # noqa: E731
     table.run(torch.device("cpu"), 4, 1000, launches)
     assert tried == [64]
-    monkeypatch.setattr(core, "AUTOTUNE", True)
+    monkeypatch.setattr(launch, "AUTOTUNE", True)
     for _ in range(2):
         table.run(torch.device("cpu"), 4, 1000, launches)
     assert tried == [64, 64, 256, 1024, 256, 256]

@@ -1,14 +1,16 @@
-"""Losses of a linear layer on GPUs: which strategy a call takes, and the products that the library makes.
+"""Losses of a linear layer in Triton: the strategy of a call, and the products that the library computes.
 
-Logits stand transposed here, a row for each class. So the classes of a block lie together, and the gradient of the
-weight, whose rows are classes too, can take the logits' memory block by block.
+Logits are transposed: they have a row for each class. So the classes of a block are contiguous, and the gradient of the
+weight, whose rows are classes too, can overwrite the logits block by block.
+
+TLKERNELS_LINEAR=chunks or lean in the environment sets the strategy, for tests; see `plan`.
 """
 
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,32 +23,32 @@ STRATEGIES = ("chunks", "lean")
 
 
 class Machine(NamedTuple):
-    """What the choice of a strategy rests on."""
+    """What the choice of a strategy depends on."""
 
     architecture: str
     """A pattern, such as "sm_9*"."""
     flops: dict[int, float]
-    """The library's products in a second, twice, by bytes of an element."""
+    """Operations of the library's products in a second (a product and a sum are 2), by bytes of an element."""
     share: dict[int, float]
-    """How much of that rate our own products reach."""
+    """The share of that rate that the products of our kernels reach."""
     bandwidth: float
     """Bytes read and written in a second."""
     chunk: int
-    """Bytes of logits that chunks may take beside what the gradient of the weight takes anyway."""
+    """Bytes of logits that chunks may take in addition to the gradient of the weight."""
     align: int
-    """Rows and classes of chunks and blocks are multiples of so many."""
+    """Rows and classes of chunks and blocks are multiples of this."""
     multiprocessors: int
-    """Each has a tile of the library's products at a time, `align` x 256; 1 where that is not known."""
+    """Each computes a tile of the library's products at a time, `align` x 256; 1 if that is not known."""
     programs: int
-    """Of a sweep over all classes: several for each multiprocessor of the largest of these GPUs."""
+    """Programs of a sweep over all classes: several for each multiprocessor of the largest of these GPUs."""
 
 
 _SHARE = {2: 0.65, 4: 0.5, 8: 0.3}
 _CHUNK = 256 << 20
-# 2026-11-21. sm_9*: flops of 2 bytes and bandwidth as measured on an H200; all others are vendors' figures times 0.8,
-# and the shares are estimates: what is wrong about them moves the hidden size at which the strategies change places.
-# With 256 MiB a chunk of 128256 classes has 1046 rows, at which the library's products run at their full rate. The
-# interpreter's row makes chunks and blocks of small tests.
+# 2026-11-21. sm_9*: flops of 2 bytes and bandwidth as measured on an H200. All others are vendors' figures times 0.8,
+# and the shares are estimates; an error in them moves the hidden size from which chunks are faster. With 256 MiB a
+# chunk of 128256 classes has 1046 rows, with which the library's products reach their full rate. The interpreter's row
+# gives small tests several chunks and blocks.
 _MACHINES = (
     Machine("interpreter", {2: 8e14, 4: 5e13, 8: 5e13}, _SHARE, 4e12, 1 << 17, 16, 1, 8),
     Machine("sm_8*", {2: 2.5e14, 4: 1.6e13, 8: 1.6e13}, _SHARE, 1.6e12, _CHUNK, 128, 108, 1024),
@@ -60,16 +62,24 @@ _MACHINES = (
 
 def machine(device: torch.device) -> Machine:
     """Return the row of the table for a device."""
-    where = architecture(device)
-    return next(row for row in _MACHINES if fnmatchcase(where, row.architecture))
+    name = architecture(device)
+    return next(row for row in _MACHINES if fnmatchcase(name, row.architecture))
 
 
 Layer = tuple[Tensor, Tensor, Tensor | None]
-Needs = Sequence[bool]
+"""Input, weight and bias."""
+
+
+class Needs(NamedTuple):
+    """Which gradients of a layer are needed."""
+
+    input: bool
+    weight: bool
+    bias: bool
 
 
 class Plan(NamedTuple):
-    """How a sweep goes over the logits: all classes of `rows` rows at a time, or all rows of `classes` classes."""
+    """What a sweep has at a time: the logits of `rows` rows for all classes, or of all rows for `classes` classes."""
 
     strategy: str
     rows: int
@@ -77,40 +87,40 @@ class Plan(NamedTuple):
 
 
 def plan(layers: Sequence[Layer], needs: Sequence[Needs]) -> Plan:
-    """Return the plan of a call; TLKERNELS_LINEAR=chunks or lean in the environment overrules the choice, for tests.
+    """Return the plan of a call; TLKERNELS_LINEAR=chunks or lean in the environment overrides the choice, for tests.
 
-    Chunks: the library makes the logits of some rows, kernels turn them into gradients in place, and the library takes
-    those back to the layer. Lean: the logits are made in kernels, tile by tile, twice where gradients are needed, and
-    never stored; only a block of gradients is. The model says which is faster for these shapes, whatever the values.
+    Chunks: the library computes the logits of some rows, kernels replace them by their gradients, and the library
+    multiplies those by the layer's tensors. Lean: kernels compute the logits tile by tile, twice if gradients are
+    needed, and store only a block of gradients. A model of the time chooses; it depends on the shapes alone.
     """
     forced_to = os.environ.get(_ENVIRONMENT)
     if forced_to and forced_to not in STRATEGIES:
         raise ValueError(f"{_ENVIRONMENT}: expected one of {STRATEGIES}, got {forced_to!r}")
     input, weight, _ = layers[0]
-    here = machine(input.device)
-    strategy = forced_to or _faster(layers, needs, here)
+    gpu = machine(input.device)
+    strategy = forced_to or _faster(layers, needs, gpu)
     (rows, _), classes = input.shape, weight.shape[0]
     if strategy == "lean":
         # A block of gradients is no larger than the input, or what stays in a cache.
-        most = max(max(x.numel() for x, _, _ in layers), here.chunk // 8 // input.element_size())
-        return Plan(strategy, max(rows, 1), min(classes, _multiple(max(1, most // max(rows, 1)), here.align)))
+        most = max(max(x.numel() for x, _, _ in layers), gpu.chunk // 8 // input.element_size())
+        return Plan(strategy, max(rows, 1), min(classes, _multiple(max(1, most // max(rows, 1)), gpu.align)))
     if all(in_place(layer, need, rows) for layer, need in zip(layers, needs, strict=True)):
         return Plan(strategy, max(rows, 1), classes)
-    # Each further chunk passes once more over the gradient of the weight, so that one pays for large chunks; where the
-    # weight needs a gradient, logits of its size are no more than what it takes for a moment when it is rounded.
+    # Each further chunk reads and writes the weight's gradient once more, so large chunks are faster. If the weight
+    # needs a gradient, chunks may be of its size: rounding it at the end takes as much memory.
     most = min(
-        max(here.chunk // w.element_size(), w.numel() if need[1] else 0) // classes
+        max(gpu.chunk // w.element_size(), w.numel() if need.weight else 0) // classes
         for (x, w, b), need in zip(layers, needs, strict=True)
         if not in_place((x, w, b), need, rows)
     )
     most = max(1, most)
     chunks = -(-rows // most)
-    return Plan(strategy, _multiple(-(-rows // max(chunks, 1)), here.align) if chunks > 1 else max(rows, 1), classes)
+    return Plan(strategy, _multiple(-(-rows // max(chunks, 1)), gpu.align) if chunks > 1 else max(rows, 1), classes)
 
 
 @contextmanager
 def forced(strategy: str) -> Iterator[None]:
-    """Take this strategy meanwhile, whatever the model says."""
+    """Set TLKERNELS_LINEAR to this strategy within the context."""
     before = os.environ.get(_ENVIRONMENT)
     os.environ[_ENVIRONMENT] = strategy
     try:
@@ -122,32 +132,34 @@ def forced(strategy: str) -> Iterator[None]:
 
 
 def in_place(layer: Layer, needs: Needs, rows: int) -> bool:
-    """Return whether the logits of all rows fit into the memory that the gradient of the weight will take."""
-    return needs[1] and _stride(rows) <= layer[1].shape[1]
+    """Return whether the logits of all rows fit into the memory of the weight's gradient."""
+    _, weight, _ = layer
+    return needs.weight and _stride(rows) <= weight.shape[1]
 
 
 def describe(layers: Sequence[Sequence[Tensor | None]]) -> str:
-    """Say which strategy a call takes, of layers whose input may have any leading dimensions."""
+    """Describe a call's strategy, for `explain`; the layers' inputs may have any leading dimensions."""
     flat: list[Layer] = []
     for input, weight, bias in layers:
         assert input is not None and weight is not None
         flat.append((input.new_empty(()).expand(input.shape[:-1].numel(), input.shape[-1]), weight, bias))
-    needs = [[t is not None and t.requires_grad and torch.is_grad_enabled() for t in layer] for layer in layers]
+    grad = torch.is_grad_enabled()
+    needs = [Needs(*(t is not None and t.requires_grad and grad for t in layer)) for layer in layers]
     strategy, rows, classes = plan(flat, needs)
     if strategy == "lean":
         return f"lean: without logits, gradients {classes} classes at a time"
     return f"in chunks of {rows} rows of logits"
 
 
-def _faster(layers: Sequence[Layer], needs: Sequence[Needs], here: Machine) -> str:
+def _faster(layers: Sequence[Layer], needs: Sequence[Needs], gpu: Machine) -> str:
     chunks = lean = 0.0
     for (input, weight, _), need in zip(layers, needs, strict=True):
         size = input.element_size()
-        product = 2 * weight.shape[1] / here.flops[size]  # all for one logit
-        back, moved = sum(need[:2]), size / here.bandwidth
-        # Logits are written and read; with gradients read and written again, and read by each product.
+        product = 2 * weight.shape[1] / gpu.flops[size]  # seconds for one logit
+        back, moved = need.input + need.weight, size / gpu.bandwidth
+        # Logits are written and read; with gradients they are read and written again, and each product reads them.
         chunks += (1 + back) * product + (4 + back if any(need) else 2) * moved
-        lean += (1 + any(need)) * product / here.share[size] + back * product + (1 + back if any(need) else 0) * moved
+        lean += (1 + any(need)) * product / gpu.share[size] + back * product + (1 + back if any(need) else 0) * moved
     return "lean" if lean < chunks else "chunks"
 
 
@@ -155,48 +167,64 @@ def _multiple(number: int, of: int) -> int:
     return -(-number // of) * of
 
 
-def _block(classes: int, features: int, here: Machine) -> int:
-    """Return how many rows of the weight's gradient are made at a time, about a sixteenth of them.
+def _block(classes: int, features: int, gpu: Machine) -> int:
+    """Return how many rows of the weight's gradient are computed at a time, about a sixteenth of them.
 
-    Up to an eighth more where that fills the multiprocessors better: of 128256 x 4096 a block of 8064 rows has 1008
-    tiles for 132 multiprocessors and takes as long as one of 8448, which has 1056.
+    Up to an eighth more if that fills the multiprocessors better: a block of 8064 rows of 128256 x 4096 has 1008 tiles
+    for 132 multiprocessors, and takes as long as one of 8448 rows, which has 1056.
     """
-    least = max(1, -(-classes // (16 * here.align)))
+    least = max(1, -(-classes // (16 * gpu.align)))
 
     def turns(block: int) -> int:
-        """Of a multiprocessor, for all blocks of so many tiles."""
-        whole, rest = divmod(-(-classes // here.align), block)
+        """Return how many tiles a multiprocessor computes, for all blocks of `block` tiles of rows."""
+        whole, rest = divmod(-(-classes // gpu.align), block)
         across = -(-features // 256)
-        return whole * -(-block * across // here.multiprocessors) + -(-rest * across // here.multiprocessors)
+        return whole * -(-block * across // gpu.multiprocessors) + -(-rest * across // gpu.multiprocessors)
 
-    return min(classes, here.align * min(range(least, least + least // 8 + 1), key=turns))
+    return min(classes, gpu.align * min(range(least, least + least // 8 + 1), key=turns))
 
 
 def _stride(rows: int) -> int:
-    """Between two classes of transposed logits: the library's products, and 16-byte accesses, want it even."""
+    """Return the stride between classes of transposed logits, a multiple of 16 for the library and 16-byte accesses."""
     return _multiple(rows, 16)
 
 
 def precision() -> str:
-    """Return how `logits_tile` multiplies: TF32 where PyTorch's setting lets its own products of float32 be so."""
+    """Return how `logits_tile` multiplies float32: in TF32 if PyTorch's setting allows it."""
     if INTERPRETED:
         return "wide"
     return "tf32" if tf32() else "ieee"
 
 
+_SPLITS = 64  # of a row at most: one program joins them
+
+
+def operands(layer: Layer, logits: Tensor | None, begin: int, end: int) -> tuple[Any, ...]:
+    """Return the arguments of `logits_tile` from `logits` to `bias`, for rows `begin` to `end`."""
+    input, weight, bias = layer
+    if logits is None:
+        return None, 0, input[begin:end], *input.stride(), weight, *weight.stride(), bias
+    return logits, logits.stride(0), None, 0, 0, None, 0, 0, None
+
+
+def split(device: torch.device, blocks: int, tiles: int) -> tuple[int, int]:
+    """Return how many programs share the tiles of each block of rows, and how many tiles each has."""
+    each = -(-tiles // max(1, min(_SPLITS, machine(device).programs // blocks)))
+    return -(-tiles // each), each
+
+
 class Sweep:
-    """The transposed logits of one layer, part by part, and what their gradients add up to."""
+    """The transposed logits of one layer, part by part, and the gradients of the layer."""
 
-    def __init__(self, layer: Layer, needs: Needs, plan: Plan, absent: Tensor | None = None):
-        """Allocate what the plan takes for this layer.
+    def __init__(self, layer: Layer, needs: Needs, plan: Plan, ignored: Tensor | None = None):
+        """Allocate the memory of the plan for this layer.
 
-        `absent` says which rows, (rows, 1), have no part in any gradient, whatever the products make of them: 0 * NaN
-        is NaN.
+        `ignored`, (rows, 1), are the rows without a gradient, even if they have a NaN: 0 * NaN is NaN.
         """
         self.input, self.weight, self.bias = layer
-        self.needs, self.plan, self.absent = needs, plan, absent
-        if absent is not None and needs[1]:
-            self.input = self.input.masked_fill(absent, 0)
+        self.needs, self.plan, self.ignored = needs, plan, ignored
+        if ignored is not None and needs.weight:
+            self.input = self.input.masked_fill(ignored, 0)
         self.rows, self.features = self.input.shape
         self.classes = self.weight.shape[0]
         self.block = self.classes
@@ -205,25 +233,27 @@ class Sweep:
         new = self.input.new_empty
         self.lean = plan.strategy == "lean"
         self.whole = not self.lean and in_place(layer, needs, self.rows)
-        self.totals: list[Tensor | None] = [None, None, None]
-        # What several parts add to is summed in float32.
-        if needs[0]:
-            self.totals[0] = new(self.input.shape, dtype=wide if blocked else None)
-        if needs[2]:
-            self.totals[2] = self.input.new_zeros(self.classes, dtype=wide)
+        self.by_input: Tensor | None = None
+        self.by_weight: Tensor | None = None
+        self.by_bias: Tensor | None = None
+        # Sums of several parts are in float32.
+        if needs.input:
+            self.by_input = new(self.input.shape, dtype=wide if blocked else None)
+        if needs.bias:
+            self.by_bias = self.input.new_zeros(self.classes, dtype=wide)
         if self.whole:
             self._share_memory()
             return
-        if needs[1]:
-            self.totals[1] = new(self.weight.shape, dtype=wide if chunked else None)
+        if needs.weight:
+            self.by_weight = new(self.weight.shape, dtype=wide if chunked else None)
         if not self.lean or any(needs):
             self._keep_logits(new((plan.classes, _stride(min(plan.rows, self.rows)))), min(plan.rows, self.rows))
 
     def _share_memory(self) -> None:
-        """Put the logits behind the gradient of the weight, overlapping it.
+        """Put the logits into the memory of the weight's gradient, so that they end one block after it.
 
-        The gradient of block k of the classes is written where gradients of the logits of blocks before k were, since
-        a class has `stride` <= `features` logits and the logits end a block behind the gradient.
+        The gradient of block k of the classes then overwrites only logits of blocks before k, since a class has
+        `stride` <= `features` logits.
         """
         stride = _stride(self.rows)
         self.block = _block(self.classes, self.features, machine(self.input.device))
@@ -231,24 +261,24 @@ class Sweep:
         start = _multiple((self.classes + self.block) * self.features - logits, 128)
         memory = self.input.new_empty(start + logits)
         self._keep_logits(memory[start:].view(self.classes, stride), self.rows)
-        self.totals[1] = memory[: self.weight.numel()].view(self.weight.shape)
+        self.by_weight = memory[: self.weight.numel()].view(self.weight.shape)
 
     def _keep_logits(self, logits: Tensor, rows: int) -> None:
-        """Keep this memory for the logits of so many rows, with zeros behind those of each class.
+        """Use this memory for the logits of `rows` rows, with zeros after those of each class.
 
-        On CPUs with AMX oneDNN multiplies 16-bit operands by tiles, and reads what is behind their rows along: a NaN
-        there, times 0, is a NaN of the product. What it costs a GPU is one small launch, 4 MB for 128256 classes.
+        On CPUs with AMX, oneDNN multiplies 16-bit operands by tiles, and also reads what follows a row: a NaN there,
+        times 0, is a NaN in the product. On a GPU this costs one small launch, 4 MB for 128256 classes.
         """
         self.logits = logits
         logits[:, rows:].zero_()
 
-    def part(self, begin: int, end: int, first: int, last: int) -> Tensor:
-        """Return the memory of the transposed logits of these rows and classes, which other parts may share."""
+    def memory(self, begin: int, end: int, first: int, last: int) -> Tensor:
+        """Return the memory of the transposed logits of these rows and classes; other parts may share it."""
         begin, end = (begin, end) if self.whole else (0, end - begin)
         return self.logits[: last - first, begin:end]
 
-    def make(self, begin: int, end: int) -> Tensor:
-        """Return the transposed logits of some rows, made by the library."""
+    def compute(self, begin: int, end: int) -> Tensor:
+        """Return the transposed logits of some rows, computed by the library."""
         if self.whole and begin:
             return self.logits[:, begin:end]
         last = self.rows if self.whole else end
@@ -259,33 +289,34 @@ class Sweep:
             torch.addmm(self.bias[:, None], self.weight, x.t(), out=out)
         return out[:, : end - begin]
 
-    def take(self, begin: int, end: int, first: int, last: int, gradient: Tensor) -> None:
-        """Take the gradient of the transposed logits of these rows and classes to the layer."""
+    def backpropagate(self, begin: int, end: int, first: int, last: int, gradient: Tensor) -> None:
+        """Add to the layer's gradients what the gradient of the transposed logits of these rows and classes gives."""
         if self.whole:
             if end < self.rows:
-                return  # all rows at once
+                return  # the last part has all rows
             begin, gradient = 0, self.logits[:, : self.rows]
-        by_input, by_weight, by_bias = self.totals
-        if by_bias is not None:
-            by_bias[first:last] += gradient.sum(1, dtype=by_bias.dtype)
-        if by_input is not None:
-            _add_product(by_input[begin:end], gradient.t(), self.weight[first:last], first == 0)
-        if by_weight is not None:  # last, since it may take the gradient's memory
+        if self.by_bias is not None:
+            self.by_bias[first:last] += gradient.sum(1, dtype=self.by_bias.dtype)
+        if self.by_input is not None:
+            _add_product(self.by_input[begin:end], gradient.t(), self.weight[first:last], first == 0)
+        if self.by_weight is not None:  # last, since it may overwrite the gradient
             for k in range(first, last, self.block):
                 stop = min(last, k + self.block)
-                _add_product(by_weight[k:stop], gradient[k - first : stop - first], self.input[begin:end], begin == 0)
+                block = gradient[k - first : stop - first]
+                _add_product(self.by_weight[k:stop], block, self.input[begin:end], begin == 0)
 
     def gradients(self) -> tuple[Tensor, ...]:
-        """Return the gradients of input, weight and bias; without elements where not needed."""
-        if not self.rows and self.totals[1] is not None:
-            self.totals[1].zero_()
-        if self.absent is not None and self.totals[0] is not None:
-            self.totals[0].masked_fill_(self.absent, 0)
-        return tuple(self.input.new_empty(0) if total is None else total.to(self.input.dtype) for total in self.totals)
+        """Return the gradients of input, weight and bias; those that are not needed have no elements."""
+        if not self.rows and self.by_weight is not None:
+            self.by_weight.zero_()
+        if self.ignored is not None and self.by_input is not None:
+            self.by_input.masked_fill_(self.ignored, 0)
+        totals = self.by_input, self.by_weight, self.by_bias
+        return tuple(self.input.new_empty(0) if total is None else total.to(self.input.dtype) for total in totals)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
-    """Write left @ right to `total`, or add it; in the dtype of `total`, whether float32 or the operands' own."""
+    """Write left @ right to `total`, or add it, in the dtype of `total`: float32 or the operands'."""
     if total.dtype == left.dtype:
         torch.mm(left, right, out=total) if first else torch.addmm(total, left, right, out=total)
     elif left.device.type == "cuda" and torch.version.hip is None:
@@ -293,7 +324,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> Non
             torch.mm(left, right, out_dtype=total.dtype, out=total)
         else:
             torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
-    else:  # where torch has no product with a wider result: exact as well, at float32's rate
+    else:  # torch has no product with a wider result: as exact, at float32's rate
         wide = right.to(total.dtype)
         step = max(1, (1 << 22) // max(1, left.shape[1]))
         for k in range(0, left.shape[0], step):

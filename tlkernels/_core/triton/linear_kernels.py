@@ -1,4 +1,4 @@
-"""What kernels of linear losses share: a tile of transposed logits, from memory or as a product made on the spot."""
+"""A tile of transposed logits for the kernels of linear losses: loaded, or computed as a product."""
 
 import triton
 import triton.language as tl
@@ -6,34 +6,29 @@ import triton.language as tl
 
 @triton.jit
 def logits_tile(
-    logits,  # transposed, or None: then the product
-    stride,
-    input,
-    input_row,
-    input_k,
-    weight,
-    weight_row,
-    weight_k,
-    bias,
-    first,  # class of the tile
-    r,  # its rows
-    rows,
-    classes,
-    features,
-    T: tl.constexpr,
-    DEEP: tl.constexpr,
-    LANES: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    logits,  # (classes, rows), or None: compute the product
+    stride,  # of logits between classes
+    input,  # (rows, features)
+    input_row, input_k,  # strides of input
+    weight,  # (classes, features)
+    weight_row, weight_k,  # strides of weight
+    bias,  # (classes,), or None
+    first,  # first class of the tile
+    r,  # rows of the tile
+    rows, classes, features,  # sizes
+    T: tl.constexpr,  # dtype of the result
+    DEEP: tl.constexpr, LANES: tl.constexpr,  # the tile has DEEP * LANES classes; LANES is 1 for a product
+    BLOCK_K: tl.constexpr,  # features multiplied at a time
     PRECISION: tl.constexpr,  # of float32: "ieee", "tf32"; or "wide": the interpreter has no product of bfloat16
-):
+):  # fmt: skip
     """Return logits of shape [DEEP, LANES, rows], class `first + deep * LANES + lane`, in dtype T.
 
-    A product has one lane. Classes and rows that are not there have any finite value.
+    Classes and rows out of range have any finite value.
     """
     if logits is not None:
         c = (first + tl.arange(0, DEEP)[:, None] * LANES + tl.arange(0, LANES)[None, :])[:, :, None]
-        there = (c < classes) & (r < rows)[None, None, :]
-        x = tl.load(logits + c.to(tl.int64) * stride + r[None, None, :], there, other=0.0).to(T)
+        valid = (c < classes) & (r < rows)[None, None, :]
+        x = tl.load(logits + c.to(tl.int64) * stride + r[None, None, :], valid, other=0.0).to(T)
     else:
         c = first + tl.arange(0, DEEP)
         k = tl.arange(0, BLOCK_K)
@@ -41,9 +36,9 @@ def logits_tile(
         right = input + r.to(tl.int64)[None, :] * input_row + k.to(tl.int64)[:, None] * input_k
         total = tl.zeros([DEEP, r.shape[0]], T)
         for begin in range(0, features, BLOCK_K):
-            deep = k < features - begin
-            a = tl.load(left, (c < classes)[:, None] & deep[None, :], other=0.0)
-            b = tl.load(right, deep[:, None] & (r < rows)[None, :], other=0.0)
+            k_valid = k < features - begin
+            a = tl.load(left, (c < classes)[:, None] & k_valid[None, :], other=0.0)
+            b = tl.load(right, k_valid[:, None] & (r < rows)[None, :], other=0.0)
             if PRECISION == "wide":
                 total = tl.dot(a.to(T), b.to(T), total, input_precision="ieee", out_dtype=T)
             else:
@@ -58,5 +53,5 @@ def logits_tile(
 
 @triton.jit
 def finite(peak):
-    """Return what differences from a peak are taken from: 0 where all logits so far are -inf."""
+    """Return the peak, or 0 where it is -inf (all logits so far are), so that differences from it are not NaN."""
     return tl.where(peak == float("-inf"), 0.0, peak)

@@ -1,19 +1,18 @@
-"""Kernels of cross entropy for GPUs.
+"""Cross entropy in Triton: launches of the kernels.
 
-Positions are laid out as (outer, P) and classes along a third axis, so that one kernel serves rows, channels-first
+Positions are laid out as (outer, P) and classes along a third axis, so that one kernel supports rows, channels-first
 images and any strides that merge into these three.
 
 Bytes. Up to a table's limit a tile of whole rows is in registers: the logits are read once, the gradient is written
-once. A longer row is swept twice by one program: the first sweep reads it from memory and finds its peak and sum, lane
-by lane with one exponential for each logit; the second reads it again, from L2 as long as a row for each multiprocessor
-fits there (H200: 132 rows of 128256 bfloat16 are 34 MB of 50), and writes the gradient. Where only the losses of class
-indices are asked for, there is no second sweep. Ignored rows are not read.
+once. A longer row is swept twice by one program. The first sweep reads it from memory and computes its peak and sum,
+lane by lane with one exponential for each logit. The second reads it again, from L2 if a row for each multiprocessor
+fits there (H200: 132 rows of 128256 bfloat16 are 34 MB of 50), and writes the gradient. The losses of class indices
+alone need no second sweep. Ignored rows are not read.
 
-`second_order.py` has the formulas; q, Q, p, a are those of its first lines.
+`second_order.py` has the formulas, and defines q, Q, p and a.
 """
 
-from collections.abc import Iterator
-from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -21,14 +20,17 @@ import triton
 from torch import Tensor
 
 from tlkernels._core.dtypes import compute_dtype
-from tlkernels._core.triton import Config, Example, Table, check_classes, launch
+from tlkernels._core.triton import check_classes
 from tlkernels._core.triton.kernels import DTYPES, count, sum_of
+from tlkernels._core.triton.launch import Config, Table, launch
 from tlkernels.losses.cross_entropy import triton_kernels as kernels
+from tlkernels.losses.cross_entropy import triton_second_order as second_order
+from tlkernels.losses.cross_entropy.call import Options, class_axis
 
-# By the number of classes, where classes or where positions are next to each other. 2026-11-21, by reasoning and from
-# the compiler's report, unmeasured: 16 to 64 logits for a thread, as many as registers allow without spills, so that a
-# row's loads are all on their way before the first is used; a long row has 1024 threads, one program for a
-# multiprocessor, so that what is to be read again is one row for each.
+# By the number of classes, for contiguous classes (ROWS) or positions (COLUMNS). 2026-11-21, by reasoning and from the
+# compiler's report, unmeasured: 16 to 64 logits for a thread, as many as registers allow without spills, so that all
+# loads of a row are issued before the first is used. A long row has 1024 threads, one program for a multiprocessor, so
+# that only one row for each has to stay in L2.
 ROWS = Table(
     "cross_entropy rows",
     Config("interpreter", 0, 128, {"WHOLE": 1, "ELEMENTS": 1024}, 1),
@@ -72,7 +74,7 @@ _SECOND, _SECOND_COLUMNS = (
 
 
 class Positions(NamedTuple):
-    """How a tensor of logits lies in memory: numbers of outer, inner positions and classes, and strides along them."""
+    """How tensors of logits are laid out in memory: as (outer, inner, classes)."""
 
     outer: int
     inner: int
@@ -81,13 +83,22 @@ class Positions(NamedTuple):
     """Of each tensor."""
 
     @property
-    def of_indices(self) -> tuple[int, int, int]:
-        """The strides of contiguous class indices; the number of rows is none of them."""
+    def index_strides(self) -> tuple[int, int, int]:
+        """The strides of contiguous class indices. Without outer positions they do not depend on the number of rows."""
         return self.inner if self.outer > 1 else 0, 1, 0
+
+    @property
+    def in_columns(self) -> bool:
+        """Whether the first tensor's positions are contiguous and its classes are not."""
+        _, along_positions, along_classes = self.strides[0]
+        return along_positions == 1 and along_classes != 1 and self.inner > 1
 
 
 def _merged(tensor: Tensor) -> tuple[int, int, int] | None:
-    """Return strides along the first axis, all axes behind the second as one, and the second; None if they differ."""
+    """Return the strides along the first axis, the axes from the third on as if they were one, and the second axis.
+
+    None if one stride does not describe the axes from the third on.
+    """
     if tensor.dim() == 1:
         return 0, 0, tensor.stride(0)
     first, classes, *behind = tensor.stride()
@@ -105,23 +116,22 @@ def _merged(tensor: Tensor) -> tuple[int, int, int] | None:
 
 
 def positions(*tensors: Tensor) -> Positions | None:
-    """Return how the tensors, of one shape, lie in memory, or None if one has too many different strides."""
+    """Return the layout of tensors of one shape, or None if three strides do not describe one of them."""
     shape = tensors[0].shape
-    strides = [_merged(tensor) for tensor in tensors]
-    if len(shape) < 3:
-        return Positions(1, shape[0] if len(shape) == 2 else 1, shape[-1], tuple(s for s in strides if s))
-    inner = shape[2:].numel()
-    found = tuple(s for s in strides if s)
-    if len(found) < len(strides):
+    merged = [_merged(tensor) for tensor in tensors]
+    strides = tuple(s for s in merged if s is not None)
+    if len(strides) < len(merged):
         return None
-    if all(first == inner * each or shape[0] == 1 for first, each, _ in found):
-        return Positions(1, shape[0] * inner, shape[1], found)
-    return Positions(shape[0], inner, shape[1], found)
+    if len(shape) < 3:
+        return Positions(1, shape[0] if len(shape) == 2 else 1, shape[-1], strides)
+    inner = shape[2:].numel()
+    if all(first == inner * each or shape[0] == 1 for first, each, _ in strides):
+        return Positions(1, shape[0] * inner, shape[1], strides)
+    return Positions(shape[0], inner, shape[1], strides)
 
 
 def sweep(
-    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float, temperature: float,
-    softcap: float | None, z_loss: float, *, grad: Tensor | None = None, factor: float = 1.0,
+    input: Tensor, target: Tensor, options: Options, *, grad: Tensor | None = None, factor: float = 1.0,
     divisor: Tensor | None = None, upstream: Tensor | None = None, upstream_lse: Tensor | None = None,
     loss: Tensor | None = None, peak: Tensor | None = None, log_sum: Tensor | None = None,
     entropy: Tensor | None = None, correct: Tensor | None = None, total: Tensor | None = None,
@@ -132,63 +142,63 @@ def sweep(
         grad: of the input's shape, for upstream * factor / divisor of the losses; may be the input itself.
         factor, divisor: a number, and a 0-d tensor.
         upstream, upstream_lse: a number for each position.
-        loss, peak, log_sum, entropy, correct: as of the ops.
+        loss, peak, log_sum, entropy, correct: a number for each position, as the ops return them.
         total: 0-d, factor * sum of the losses / divisor.
     """
     probabilities = target.is_floating_point()
-    classes = input.shape[min(input.dim() - 1, 1)]
+    classes = input.shape[class_axis(input)]
     if not probabilities:
-        check_classes(target, classes, ignore_index)
+        check_classes(target, classes, options.ignore_index)
         target = target.contiguous()
     arranged = [input] + ([grad] if grad is not None else []) + ([target] if probabilities else [])
-    lying = positions(*arranged)
-    if lying is None:  # a layout that three strides do not describe
+    layout = positions(*arranged)
+    if layout is None:  # a layout that three strides do not describe
         copy = None if grad is None else torch.empty_like(input, memory_format=torch.contiguous_format)
         sweep(
-            input.contiguous(), target.contiguous(), weight, ignore_index, label_smoothing, temperature, softcap,
-            z_loss, grad=copy, factor=factor, divisor=divisor, upstream=upstream, upstream_lse=upstream_lse, loss=loss,
-            peak=peak, log_sum=log_sum, entropy=entropy, correct=correct, total=total,
+            input.contiguous(), target.contiguous(), options, grad=copy, factor=factor, divisor=divisor,
+            upstream=upstream, upstream_lse=upstream_lse, loss=loss, peak=peak, log_sum=log_sum, entropy=entropy,
+            correct=correct, total=total,
         )  # fmt: skip
         if grad is not None and copy is not None:
             grad.copy_(copy)
         return
-    P = lying.inner
-    x_outer, x_pos, x_class = lying.strides[0]
-    columns = x_pos == 1 and x_class != 1 and P > 1
-    # What is held beside the logits counts as if the row were longer.
-    held = classes * (4 if softcap else 2 if probabilities or label_smoothing or entropy is not None else 1)
+    columns = layout.in_columns
+    smoothing, softcap = options.label_smoothing, options.softcap
+    # A row with more in registers than its logits counts as a longer one.
+    size = classes * (4 if softcap else 2 if probabilities or smoothing or entropy is not None else 1)
     T = compute_dtype(input)
 
     def launches(config: Config) -> None:
-        BP, BC = _tile(config, P, classes, columns, held)
-        programs = lying.outer * triton.cdiv(P, BP)
+        BP, BC = _tile(config, layout.inner, classes, columns, size)
+        programs = layout.outer * triton.cdiv(layout.inner, BP)
         partial = None if total is None else input.new_empty(programs, dtype=T)
         launch(
-            kernels.sweep if columns else kernels.sweep_rows, (programs,), input, target, weight, _rows(upstream),
-            _rows(upstream_lse), divisor, loss, peak, log_sum, entropy, correct, partial, grad, P, classes, x_outer,
-            x_pos, x_class, *(lying.strides[-1] if probabilities else lying.of_indices),
-            *(lying.strides[1] if grad is not None else (0, 0, 0)),
-            ignore_index, factor, label_smoothing, temperature, softcap or 1.0, z_loss, PROBABILITIES=probabilities,
-            SMOOTHING=label_smoothing != 0, SOFTCAP=softcap is not None, Z_LOSS=z_loss != 0,
-            WHOLE=bool(config.meta["WHOLE"]), T=DTYPES[T], BP=BP, BC=BC, config=config._replace(meta={}),
+            kernels.sweep if columns else kernels.sweep_rows, (programs,), input, target, options.weight,
+            _contiguous(upstream), _contiguous(upstream_lse), divisor, loss, peak, log_sum, entropy, correct, partial,
+            grad, layout.inner, classes, *layout.strides[0],
+            *(layout.strides[-1] if probabilities else layout.index_strides),
+            *(layout.strides[1] if grad is not None else (0, 0, 0)), options.ignore_index, factor, smoothing,
+            options.temperature, softcap or 1.0, options.z_loss, PROBABILITIES=probabilities, SMOOTHING=smoothing != 0,
+            SOFTCAP=softcap is not None, Z_LOSS=options.z_loss != 0, WHOLE=bool(config.meta["WHOLE"]), T=DTYPES[T],
+            BP=BP, BC=BC, config=config._replace(meta={}),
         )  # fmt: skip
         if total is not None and partial is not None:
             sum_of(partial, total, factor, divisor)
 
-    (COLUMNS if columns else ROWS).run(input.device, input.element_size(), held, launches, repeatable=grad is not input)
+    (COLUMNS if columns else ROWS).run(input.device, input.element_size(), size, launches, repeatable=grad is not input)
 
 
-def _tile(config: Config, P: int, classes: int, columns: bool, held: int) -> tuple[int, int]:
+def _tile(config: Config, P: int, classes: int, columns: bool, size: int) -> tuple[int, int]:
     """Return a tile's positions and classes."""
     elements, most = config.meta["ELEMENTS"], triton.next_power_of_2(max(P, 1))
     if config.meta["WHOLE"]:
         BC = triton.next_power_of_2(max(classes, 1))
-        return max(1, min(elements // triton.next_power_of_2(max(held, 1)), most)), BC
+        return max(1, min(elements // triton.next_power_of_2(max(size, 1)), most)), BC
     BP = min(64, most) if columns else 1
     return BP, elements // BP
 
 
-def _rows(values: Tensor | None) -> Tensor | None:
+def _contiguous(values: Tensor | None) -> Tensor | None:
     return None if values is None else values.contiguous()
 
 
@@ -200,7 +210,7 @@ def _each(input: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 def forward(input: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, ...]:
     """Return loss, peak and log_sum of each position."""
     loss, peak, log_sum = _each(input), _each(input), _each(input)
-    sweep(input, target, *options, loss=loss, peak=peak, log_sum=log_sum)
+    sweep(input, target, Options(*options), loss=loss, peak=peak, log_sum=log_sum)
     return loss, peak, log_sum
 
 
@@ -208,145 +218,83 @@ def forward_stats(input: Tensor, target: Tensor, *options: Any) -> tuple[Tensor,
     """Return loss, peak, log_sum, entropy and correctness of each position."""
     loss, peak, log_sum, entropy = (_each(input) for _ in range(4))
     correct = _each(input, torch.bool)
-    sweep(input, target, *options, loss=loss, peak=peak, log_sum=log_sum, entropy=entropy, correct=correct)
+    sweep(
+        input, target, Options(*options), loss=loss, peak=peak, log_sum=log_sum, entropy=entropy, correct=correct
+    )  # fmt: skip
     return loss, peak, log_sum, entropy, correct
 
 
 def backward(
-    grad_loss: Tensor,
-    grad_lse: Tensor | None,
-    input: Tensor,
-    target: Tensor,
-    peak: Tensor,
-    log_sum: Tensor,
+    grad_loss: Tensor, grad_lse: Tensor | None, input: Tensor, target: Tensor, peak: Tensor, log_sum: Tensor,
     *options: Any,
-) -> Tensor:
-    """Return the gradient of the input. It finds peak and sum again: its row is there, and it has to find Q anyway."""
+) -> Tensor:  # fmt: skip
+    """Return the gradient of the input. `peak` and `log_sum` are computed again, as Q is: the row is read anyway."""
     grad = torch.empty_like(input)
-    sweep(input, target, *options, grad=grad, upstream=grad_loss, upstream_lse=grad_lse)
+    sweep(input, target, Options(*options), grad=grad, upstream=grad_loss, upstream_lse=grad_lse)
     return grad
 
 
 def backward_(
-    grad_loss: Tensor,
-    grad_lse: Tensor | None,
-    input: Tensor,
-    target: Tensor,
-    peak: Tensor,
-    log_sum: Tensor,
+    grad_loss: Tensor, grad_lse: Tensor | None, input: Tensor, target: Tensor, peak: Tensor, log_sum: Tensor,
     *options: Any,
-) -> None:
+) -> None:  # fmt: skip
     """Write the gradient over the input."""
-    sweep(input, target, *options, grad=input, upstream=grad_loss, upstream_lse=grad_lse)
+    sweep(input, target, Options(*options), grad=input, upstream=grad_loss, upstream_lse=grad_lse)
 
 
-def total(input: Tensor, target: Tensor, *options: Any) -> Tensor:
-    """Return the reduced loss."""
-    return _reduced(input, target, *options, grad=None)
+def total(input: Tensor, target: Tensor, *arguments: Any) -> Tensor:
+    """Return the reduced loss; after the options comes whether it is the mean."""
+    *options, mean = arguments
+    return _reduced(input, target, Options(*options), mean, None)
 
 
-def step(input: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    """Return the reduced loss and its gradient."""
+def step(input: Tensor, target: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """Return the reduced loss and its gradient; after the options comes whether it is the mean."""
+    *options, mean = arguments
     grad = torch.empty_like(input)
-    return _reduced(input, target, *options, grad=grad), grad
+    return _reduced(input, target, Options(*options), mean, grad), grad
 
 
-def _reduced(
-    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, *rest: Any, grad: Tensor | None
-) -> Tensor:
-    *numbers, mean = rest
+def _reduced(input: Tensor, target: Tensor, options: Options, mean: bool, grad: Tensor | None) -> Tensor:
     loss = input.new_empty((), dtype=compute_dtype(input))
     divisor, factor = None, 1.0
-    classes = input.shape[min(input.dim() - 1, 1)]
+    classes = input.shape[class_axis(input)]
     if mean and target.is_floating_point():
         factor = 1 / (input.numel() // classes) if input.numel() else float("inf")
     elif mean:
-        divisor = count(target, classes, weight, ignore_index)
-    sweep(input, target, weight, ignore_index, *numbers, grad=grad, factor=factor, divisor=divisor, total=loss)
+        divisor = count(target, classes, options.weight, options.ignore_index)
+    sweep(input, target, options, grad=grad, factor=factor, divisor=divisor, total=loss)
     return loss
 
 
 def directional(
-    direction: Tensor, grad_loss: Tensor, grad_lse: Tensor | None, input: Tensor, target: Tensor, weight: Tensor | None,
-    ignore_index: int, label_smoothing: float, temperature: float, softcap: float | None, z_loss: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    direction: Tensor, grad_loss: Tensor, grad_lse: Tensor | None, input: Tensor, target: Tensor, *options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the derivatives of <direction, gradient of the input> by grad_loss, grad_lse, input and probabilities."""
+    weight, ignore_index, smoothing, temperature, softcap, z_loss = Options(*options)
     probabilities = target.is_floating_point()
-    classes = input.shape[min(input.dim() - 1, 1)]
+    classes = input.shape[class_axis(input)]
     v_loss, v_lse, v_input = _each(input), _each(input), torch.empty_like(input)
     v_target = torch.empty_like(target) if probabilities else input.new_empty((0,))
     if not probabilities:
         target = target.contiguous()
-    more = (target, v_target) if probabilities else ()
-    lying = positions(input, direction, v_input, *more)
-    if lying is None:
-        found = directional(
-            direction.contiguous(), grad_loss, grad_lse, input.contiguous(), target.contiguous(), weight, ignore_index,
-            label_smoothing, temperature, softcap, z_loss,
-        )  # fmt: skip
-        return found[0], found[1], v_input.copy_(found[2]), v_target.copy_(found[3])
-    P = lying.inner
-    columns = lying.strides[0][1] == 1 and lying.strides[0][2] != 1 and P > 1
-    held = classes * (4 if softcap else 2)
-    config = (_SECOND_COLUMNS if columns else _SECOND).find(input.device, input.element_size(), held)
-    BP, BC = _tile(config, P, classes, columns, held)
+    layout = positions(input, direction, v_input, *((target, v_target) if probabilities else ()))
+    if layout is None:
+        copies = (tensor.contiguous() for tensor in (input, target))
+        results = directional(direction.contiguous(), grad_loss, grad_lse, *copies, *options)
+        return results[0], results[1], v_input.copy_(results[2]), v_target.copy_(results[3])
+    columns = layout.in_columns
+    size = classes * (4 if softcap else 2)
+    config = (_SECOND_COLUMNS if columns else _SECOND).find(input.device, input.element_size(), size)
+    BP, BC = _tile(config, layout.inner, classes, columns, size)
     T = compute_dtype(input)
+    target_strides = layout.strides[3:] or (layout.index_strides, (0, 0, 0))
     launch(
-        kernels.directional if columns else kernels.directional_rows, (lying.outer * triton.cdiv(P, BP),), direction,
-        _rows(grad_loss), _rows(grad_lse), input, target, weight, v_loss, v_lse, v_input,
-        v_target if probabilities else None, P, classes,
-        *(stride for strides in lying.strides[:3] for stride in strides),
-        *(stride for strides in (lying.strides[3:] or (lying.of_indices, (0, 0, 0))) for stride in strides),
-        ignore_index, label_smoothing, temperature, softcap or 1.0, z_loss, PROBABILITIES=probabilities,
-        SMOOTHING=label_smoothing != 0, SOFTCAP=softcap is not None, WHOLE=bool(config.meta["WHOLE"]), T=DTYPES[T],
-        BP=BP, BC=BC, config=config._replace(meta={}),
+        second_order.directional if columns else second_order.directional_rows,
+        (layout.outer * triton.cdiv(layout.inner, BP),), direction, _contiguous(grad_loss), _contiguous(grad_lse),
+        input, target, weight, v_loss, v_lse, v_input, v_target if probabilities else None, layout.inner, classes,
+        *chain.from_iterable((*layout.strides[:3], *target_strides)), ignore_index, smoothing, temperature,
+        softcap or 1.0, z_loss, PROBABILITIES=probabilities, SMOOTHING=smoothing != 0, SOFTCAP=softcap is not None,
+        WHOLE=bool(config.meta["WHOLE"]), T=DTYPES[T], BP=BP, BC=BC, config=config._replace(meta={}),
     )  # fmt: skip
     return v_loss, v_lse, v_input, v_target
-
-
-_WIDE = {"sweep": ("LDG.E.128", "STG.E.128")}
-_PLAIN = (None, -100, 0.0, 1.0, None, 0.0)
-_FEW = "8 to 32 bytes of a thread, once a row of which it holds 128 bytes: of 16 warps, each thread has 128 registers"
-_SPILLS = {
-    ("sweep", "sm_80", "spills: 14,"): _FEW,
-    ("sweep", "sm_90", "spills: 2,"): _FEW,
-    ("sweep", "sm_100", "spills: 12,"): _FEW,
-}
-_SCALARS = {("sweep", "gfx942", "spills"): "scalar registers, kept in lanes of vector registers: no memory"}
-
-
-def examples() -> Iterator[Example]:
-    """Yield calls that take every kernel and every row of the tables."""
-    for dtype, *sizes in (
-        (torch.bfloat16, 1024, 4096, 8192, 32000, 128256),
-        (torch.float32, 1024, 16384, 32000, 128256),
-        (torch.float64, 4096, 8192, 32000),
-    ):
-        for classes in sizes:
-            x, y = _meta((4096, classes), dtype), _meta((4096,), torch.int64)
-            spills = _SPILLS if (dtype, classes) == (torch.float32, 16384) else {}
-            yield Example(f"step-{classes}-{dtype}", partial(step, x, y, *_PLAIN, True), _WIDE, spills)
-    x, y = _meta((4096, 32000), torch.bfloat16), _meta((4096,), torch.int64)
-    for classes in (8192, 32000):
-        z, weight = _meta((4096, classes), torch.bfloat16), _meta((classes,), torch.bfloat16)
-        every = (weight, -100, 0.1, 2.0, 30.0, 1e-4, True)
-        yield Example(f"step-weighted-{classes}", partial(step, z, y, *every), _WIDE)
-        yield Example(f"step-probabilities-{classes}", partial(step, z, z, *every), _WIDE)
-        yield Example(f"stats-{classes}", partial(forward_stats, z, y, *_PLAIN), {"sweep": ("LDG.E.128",)})
-    rows = _meta((4096,), torch.float32)
-    yield Example("backward-in-place", partial(backward_, rows, rows, x, y, rows, rows, *_PLAIN), _WIDE)
-    for options in (_PLAIN, (None, -100, 0.1, 2.0, 30.0, 1e-4)):
-        for classes in (8192, 32000):
-            z = x[:, :classes]
-            yield Example(
-                f"directional-{classes}-{options}", partial(directional, z, rows, rows, z, y, *options),
-                {"directional": ("LDG.E.128", "STG.E.128")},
-            )  # fmt: skip
-    yield Example("step-odd", partial(step, _meta((4096, 50257), torch.bfloat16), y, *_PLAIN, True))
-    for classes in (21, 300):
-        x, y = _meta((8, classes, 512, 512), torch.bfloat16), _meta((8, 512, 512), torch.int64)
-        yield Example(f"columns-{classes}", partial(step, x, y, *_PLAIN, True), _WIDE, _SCALARS)
-
-
-def _meta(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")

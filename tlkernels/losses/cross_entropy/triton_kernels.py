@@ -1,4 +1,4 @@
-"""The kernels of cross entropy; `triton.py` launches them and explains them together."""
+"""The kernels of cross entropy; `triton.py` launches them and says how they work together."""
 
 import triton
 import triton.language as tl
@@ -7,8 +7,8 @@ from tlkernels._core.triton.kernels import tanh_and_slope
 
 
 @triton.jit
-def _bounded(x, softcap, SOFTCAP: tl.constexpr):
-    """Return the logits, or tanh(x / softcap), and the derivative of that by x, as far as it is not constant."""
+def bounded(x, softcap, SOFTCAP: tl.constexpr):
+    """Return the logits, or tanh(x / softcap), and its derivative by x but for the constant factor 1 / softcap."""
     if SOFTCAP:
         return tanh_and_slope(x / softcap)
     else:
@@ -16,16 +16,16 @@ def _bounded(x, softcap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def _peak_and_sum(at, step, there, classes, C, softcap, k, SOFTCAP: tl.constexpr, T: tl.constexpr, BC: tl.constexpr):
-    """Return each position's largest bounded logit and the sum of exponentials from there, of rows of any length.
+def peak_and_sum(at, step, read, classes, C, softcap, k, SOFTCAP: tl.constexpr, T: tl.constexpr, BC: tl.constexpr):
+    """Return each position's largest bounded logit and the sum of exponentials relative to it, of rows of any length.
 
-    `at` points at the tile of the first classes, `step` elements are between classes. Each lane keeps its own peak and
-    sum, which meet at the end.
+    `at` points to the tile of the first classes, and classes are `step` elements apart. Each lane has its own peak and
+    sum until the end.
     """
     peaks = tl.full(at.shape, float("-inf"), T)
     sums = tl.zeros(at.shape, T)
     for start in range(0, C, BC):
-        valid = there[:, None] & (start + classes < C)[None, :]
+        valid = read[:, None] & (start + classes < C)[None, :]
         x = tl.load(at + tl.cast(start, tl.int64) * step, valid, other=float("-inf"), eviction_policy="evict_last").to(
             T
         )
@@ -33,7 +33,7 @@ def _peak_and_sum(at, step, there, classes, C, softcap, k, SOFTCAP: tl.constexpr
         if SOFTCAP:
             u, _ = tanh_and_slope(x / softcap)
             u = tl.where(valid, u, float("-inf"))
-        e = tl.where(u == peaks, 1.0, tl.exp(-tl.abs(u - peaks) * k))  # 1 where both are -inf, too: it meets a 0 below
+        e = tl.where(u == peaks, 1.0, tl.exp(-tl.abs(u - peaks) * k))  # 1 where both are -inf: a 0 below multiplies it
         sums = tl.where(u > peaks, sums * e + 1, sums + e)
         peaks = tl.maximum(peaks, u)
     peak = tl.max(peaks, 1)
@@ -41,11 +41,11 @@ def _peak_and_sum(at, step, there, classes, C, softcap, k, SOFTCAP: tl.constexpr
 
 
 @triton.jit
-def _spread(
+def spread_target(
     target, weight, at, valid, classes, C, counted, smoothing,
     PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    """Return the part of q that does not lie on a class index, 0 where ignored; `at` are a tile's target offsets."""
+    """Return q without the class index's share, 0 where ignored; `at` are the offsets of a tile of probabilities."""
     q = tl.zeros(valid.shape, T)
     if PROBABILITIES:
         q += tl.load(target + at, valid, other=0.0).to(T)
@@ -59,89 +59,99 @@ def _spread(
 
 
 @triton.jit
-def _target(
-    target, weight, input, at_target, at_row, step, here, C, ignore_index, smoothing, softcap,
+def target_of(
+    target, weight, input, at_target, at_row, step, mask, C, ignore_index, smoothing, softcap,
     PROBABILITIES: tl.constexpr, SOFTCAP: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    """Return the class index of each position, whether it counts, whether it is out of range, its q and its logit."""
-    y = tl.full(here.shape, -1, tl.int64)
-    counted, bad, own = here, here & False, tl.zeros(here.shape, T)
-    x = tl.zeros(here.shape, T)
+    """Return each position's class index, whether it counts, whether it is out of range, its q and its logit."""
+    y = tl.full(mask.shape, -1, tl.int64)
+    counted, bad, target_q = mask, mask & False, tl.zeros(mask.shape, T)
+    x = tl.zeros(mask.shape, T)
     if not PROBABILITIES:
-        y = tl.load(target + at_target, here, other=0).to(tl.int64)
-        counted = here & (y != ignore_index)
+        y = tl.load(target + at_target, mask, other=0).to(tl.int64)
+        counted = mask & (y != ignore_index)
         bad = counted & ((y < 0) | (y >= C))
-        mine = counted & (y >= 0) & (y < C)
-        x = tl.load(input + at_row + y * step, mine, other=0.0).to(T)
-        own = tl.where(mine, 1 - smoothing, 0.0)
+        in_range = counted & (y >= 0) & (y < C)
+        x = tl.load(input + at_row + y * step, in_range, other=0.0).to(T)
+        target_q = tl.where(in_range, 1 - smoothing, 0.0)
         if weight is not None:
-            own *= tl.load(weight + y, mine, other=0.0).to(T)
+            target_q *= tl.load(weight + y, in_range, other=0.0).to(T)
     if SOFTCAP:
         x, _ = tanh_and_slope(x / softcap)
-    return y, counted, bad, own, x
+    return y, counted, bad, target_q, x
 
 
 @triton.jit
 def sweep(
-    input, target, weight,
-    upstream,  # of each loss, or None for 1
-    upstream_lse,  # of each lse, or None for 0
-    divisor,  # of every upstream, 0-d, or None for 1
-    loss, peak_out, log_sum_out, entropy_out, correct_out,  # one for each position, or None
-    partial,  # the sum of each program's losses, or None
-    grad,  # of the input, may be the input; or None
-    P, C, x_outer, x_pos, x_class, t_outer, t_pos, t_class, g_outer, g_pos, g_class, ignore_index,
-    factor: tl.float64, smoothing: tl.float64, temperature: tl.float64, softcap: tl.float64, z_loss: tl.float64,
-    PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr, Z_LOSS: tl.constexpr,
-    WHOLE: tl.constexpr, T: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
+    input,  # logits, (outer, P, C)
+    target,  # (outer, P) class indices, or probabilities, (outer, P, C)
+    weight,  # (C,), or None
+    upstream,  # (outer, P), of the losses; or None for 1
+    upstream_lse,  # (outer, P), of the lse; or None for 0
+    divisor,  # 0-d, divides every upstream; or None for 1
+    loss, peak_out, log_sum_out, entropy_out, correct_out,  # results, (outer, P), or None
+    partial,  # result: the sum of each program's losses, or None
+    grad,  # result of the input's shape, may be the input; or None
+    P, C,  # inner positions and classes; the grid has outer * cdiv(P, BP) programs
+    x_outer, x_pos, x_class,  # strides of input
+    t_outer, t_pos, t_class,  # strides of target; t_class is 0 for class indices
+    g_outer, g_pos, g_class,  # strides of grad
+    ignore_index,
+    factor: tl.float64,  # multiplies every upstream
+    smoothing: tl.float64, temperature: tl.float64, softcap: tl.float64, z_loss: tl.float64,  # the loss's options
+    PROBABILITIES: tl.constexpr,  # target has probabilities
+    SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr, Z_LOSS: tl.constexpr,  # whether these options are used
+    WHOLE: tl.constexpr,  # a tile has all classes
+    T: tl.constexpr,  # dtype of the arithmetic
+    BP: tl.constexpr, BC: tl.constexpr,  # positions and classes of a tile
 ):  # fmt: skip
-    """Loss, statistics and gradient of the positions of a tile, whatever of them is asked for."""
-    # As `number` has it, in place: the interpreter takes long to call a function.
+    """Write the losses, statistics and gradient of a tile's positions, those that are given."""
+    # `number` in place: the interpreter takes long to call a function.
     smoothing, softcap, z_loss = tl.full([], smoothing, T), tl.full([], softcap, T), tl.full([], z_loss, T)
-    slope = 1 / tl.full([], temperature, T)
-    k = slope * softcap if SOFTCAP else slope
+    inv_t = 1 / tl.full([], temperature, T)
+    k = inv_t * softcap if SOFTCAP else inv_t
     tiles = tl.cdiv(P, BP)
     outer = (tl.program_id(0) // tiles).to(tl.int64)
     pos = (tl.program_id(0) % tiles).to(tl.int64) * BP + tl.arange(0, BP)
     classes = tl.arange(0, BC)
-    here = pos < P
+    mask = pos < P
     row = outer * P + pos
     at_row = outer * x_outer + pos * x_pos
     at_target = outer * t_outer + pos * t_pos
-    y, counted, bad, own, u_y = _target(
-        target, weight, input, at_target, at_row, x_class, here, C, ignore_index, smoothing, softcap,
+    y, counted, bad, target_q, u_y = target_of(
+        target, weight, input, at_target, at_row, x_class, mask, C, ignore_index, smoothing, softcap,
         PROBABILITIES, SOFTCAP, T,
     )  # fmt: skip
-    # An ignored position is looked at only where something is asked for that does not ignore it.
+    # Ignored positions are read only for the entropy and the gradient of lse, which do not ignore them.
     read = counted
     if entropy_out is not None or upstream_lse is not None:
-        read = here
+        read = mask
     at = at_row[:, None] + classes[None, :].to(tl.int64) * x_class
     at_t = at_target[:, None] + classes[None, :].to(tl.int64) * t_class
     at_g = (outer * g_outer + pos * g_pos)[:, None] + classes[None, :].to(tl.int64) * g_class
 
-    Q = own
+    Q = target_q
     valid = read[:, None] & (classes < C)[None, :]
     if WHOLE:
         x = tl.load(input + at, valid, other=float("-inf")).to(T)
-        u, bend = x, 1.0
+        u, slope = x, 1.0
         if SOFTCAP:
-            u, bend = tanh_and_slope(x / softcap)
+            u, slope = tanh_and_slope(x / softcap)
             u = tl.where(valid, u, float("-inf"))
         peak = tl.max(u, 1)
         e = tl.exp((u - peak[:, None]) * k)
         total = tl.sum(e, 1)
         q = tl.zeros([BP, BC], T)
         if PROBABILITIES or SMOOTHING:
-            q = _spread(target, weight, at_t, valid, classes, C, counted, smoothing, PROBABILITIES, SMOOTHING, T)
+            q = spread_target(target, weight, at_t, valid, classes, C, counted, smoothing, PROBABILITIES, SMOOTHING, T)
             Q += tl.sum(q, 1)
     else:
-        peak, total = _peak_and_sum(input + at, x_class, read, classes, C, softcap, k, SOFTCAP, T, BC)
+        peak, total = peak_and_sum(input + at, x_class, read, classes, C, softcap, k, SOFTCAP, T, BC)
         if PROBABILITIES or SMOOTHING:
             sums = tl.zeros([BP, BC], T)
             for start in range(0, C, BC):
                 c = start + classes
-                sums += _spread(
+                sums += spread_target(
                     target, weight, at_t + tl.cast(start, tl.int64) * t_class, read[:, None] & (c < C)[None, :], c, C,
                     counted, smoothing, PROBABILITIES, SMOOTHING, T,
                 )  # fmt: skip
@@ -154,39 +164,39 @@ def sweep(
         if divisor is not None:
             g /= tl.load(divisor).to(T)
         if upstream is not None:
-            g *= tl.load(upstream + row, here, other=0.0).to(T)
+            g *= tl.load(upstream + row, mask, other=0.0).to(T)
         g = tl.where(counted, g, 0.0)
         b = tl.zeros([BP], T)
         if Z_LOSS:
             b += g * 2 * z_loss * lse
         kept = counted
         if upstream_lse is not None:
-            b = tl.where(counted, b, 0.0) + tl.load(upstream_lse + row, here, other=0.0).to(T)
+            b = tl.where(counted, b, 0.0) + tl.load(upstream_lse + row, mask, other=0.0).to(T)
             kept = counted | (b != 0)
         g = tl.where(bad, float("nan"), g)
 
-    # What lies under the peak: sum of q times it is the loss of the spread target, of p the entropy.
-    under = tl.zeros([BP], T)
-    spread_out = tl.zeros([BP], T)
+    # Distance: of a logit from the peak. Its sum over q is the loss of the spread target, over p the entropy.
+    q_distance = tl.zeros([BP], T)
+    p_distance = tl.zeros([BP], T)
     if WHOLE:
         if PROBABILITIES or SMOOTHING:
-            under = tl.sum(tl.where(valid & counted[:, None], q * ((peak[:, None] - u) * k), 0.0), 1)
+            q_distance = tl.sum(tl.where(valid & counted[:, None], q * ((peak[:, None] - u) * k), 0.0), 1)
         if entropy_out is not None or grad is not None:
             p = e * (1 / total)[:, None]
         if entropy_out is not None:
-            spread_out = tl.sum(tl.where(e == 0, 0.0, p * ((peak[:, None] - u) * k)), 1)
+            p_distance = tl.sum(tl.where(e == 0, 0.0, p * ((peak[:, None] - u) * k)), 1)
             best, best_class = tl.where(valid, x, float("-inf")), tl.zeros([BP, BC], tl.int32) + classes[None, :]
             if PROBABILITIES:
                 t = tl.load(target + at_t, valid, other=float("-inf")).to(T)
                 best_t, best_t_class = t, best_class
         if grad is not None:
-            q += tl.where(classes[None, :] == y[:, None], own[:, None], 0.0)
-            d = (g[:, None] * (Q[:, None] * p - q) + b[:, None] * p) * (bend * slope)
+            q += tl.where(classes[None, :] == y[:, None], target_q[:, None], 0.0)
+            d = (g[:, None] * (Q[:, None] * p - q) + b[:, None] * p) * (slope * inv_t)
             d = tl.where(kept[:, None], d, 0.0)
-            tl.store(grad + at_g, d.to(grad.dtype.element_ty), here[:, None] & (classes < C)[None, :])
+            tl.store(grad + at_g, d.to(grad.dtype.element_ty), mask[:, None] & (classes < C)[None, :])
     elif PROBABILITIES or SMOOTHING or entropy_out is not None or grad is not None:
-        unders = tl.zeros([BP, BC], T)
-        spreads = tl.zeros([BP, BC], T)
+        q_distances = tl.zeros([BP, BC], T)
+        p_distances = tl.zeros([BP, BC], T)
         if entropy_out is not None:
             best = tl.full([BP, BC], float("-inf"), T)
             best_class = tl.zeros([BP, BC], tl.int32) + classes[None, :]
@@ -198,21 +208,21 @@ def sweep(
             valid = read[:, None] & inside
             far = tl.cast(start, tl.int64)
             x = tl.load(input + at + far * x_class, valid, other=float("-inf"), eviction_policy="evict_first").to(T)
-            u, bend = x, 1.0
+            u, slope = x, 1.0
             if SOFTCAP:
-                u, bend = tanh_and_slope(x / softcap)
+                u, slope = tanh_and_slope(x / softcap)
                 u = tl.where(valid, u, float("-inf"))
             depth = (peak[:, None] - u) * k
             q = tl.zeros([BP, BC], T)
             if PROBABILITIES or SMOOTHING:
-                q = _spread(
+                q = spread_target(
                     target, weight, at_t + far * t_class, valid, c, C, counted, smoothing, PROBABILITIES, SMOOTHING, T
                 )
-                unders += tl.where(valid & counted[:, None], q * depth, 0.0)
+                q_distances += tl.where(valid & counted[:, None], q * depth, 0.0)
             if entropy_out is not None or grad is not None:
                 p = tl.exp(-depth - log_sum[:, None])
             if entropy_out is not None:
-                spreads += tl.where(p == 0, 0.0, p * depth)
+                p_distances += tl.where(p == 0, 0.0, p * depth)
                 better = valid & (x > best)
                 best, best_class = tl.where(better, x, best), tl.where(better, c[None, :], best_class)
                 if PROBABILITIES:
@@ -220,162 +230,35 @@ def sweep(
                     better = t > best_t
                     best_t, best_t_class = tl.where(better, t, best_t), tl.where(better, c[None, :], best_t_class)
             if grad is not None:
-                q += tl.where(c[None, :] == y[:, None], own[:, None], 0.0)
-                d = (g[:, None] * (Q[:, None] * p - q) + b[:, None] * p) * (bend * slope)
+                q += tl.where(c[None, :] == y[:, None], target_q[:, None], 0.0)
+                d = (g[:, None] * (Q[:, None] * p - q) + b[:, None] * p) * (slope * inv_t)
                 d = tl.where(kept[:, None], d, 0.0).to(grad.dtype.element_ty)
-                tl.store(grad + at_g + far * g_class, d, here[:, None] & inside, eviction_policy="evict_first")
-        under = tl.sum(unders, 1)
-        spread_out = tl.sum(spreads, 1)
+                tl.store(grad + at_g + far * g_class, d, mask[:, None] & inside, eviction_policy="evict_first")
+        q_distance = tl.sum(q_distances, 1)
+        p_distance = tl.sum(p_distances, 1)
 
     if loss is not None or partial is not None:
-        value = Q * log_sum + own * ((peak - u_y) * k) + under
+        value = Q * log_sum + target_q * ((peak - u_y) * k) + q_distance
         if Z_LOSS:
             value += z_loss * lse * lse
         value = tl.where(bad, float("nan"), tl.where(counted, value, 0.0))
         if loss is not None:
-            tl.store(loss + row, value, here)
+            tl.store(loss + row, value, mask)
         if partial is not None:
             tl.store(partial + tl.program_id(0), tl.sum(value, 0))
     if peak_out is not None:
-        tl.store(peak_out + row, peak, here)
-        tl.store(log_sum_out + row, log_sum, here)
+        tl.store(peak_out + row, peak, mask)
+        tl.store(log_sum_out + row, log_sum, mask)
     if entropy_out is not None:
-        tl.store(entropy_out + row, log_sum + spread_out, here)
-        found = tl.min(tl.where(best == tl.max(best, 1)[:, None], best_class, C), 1)
+        tl.store(entropy_out + row, log_sum + p_distance, mask)
+        best_index = tl.min(tl.where(best == tl.max(best, 1)[:, None], best_class, C), 1)
         if PROBABILITIES:
-            right = tl.min(tl.where(best_t == tl.max(best_t, 1)[:, None], best_t_class, C), 1)
-            tl.store(correct_out + row, found == right, here)
+            target_index = tl.min(tl.where(best_t == tl.max(best_t, 1)[:, None], best_t_class, C), 1)
+            tl.store(correct_out + row, best_index == target_index, mask)
         else:
-            tl.store(correct_out + row, counted & (found == y), here)
+            tl.store(correct_out + row, counted & (best_index == y), mask)
 
 
-@triton.jit
-def _direction_tile(
-    input, direction, target, weight, at, at_v, at_t, valid, c, C, y, own, counted, smoothing, softcap,
-    PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr, T: tl.constexpr,
-):  # fmt: skip
-    """Return a tile's bounded logits, their derivative by the logits but for the temperature, the direction, and q."""
-    u, bend = _bounded(tl.load(input + at, valid, other=float("-inf")).to(T), softcap, SOFTCAP)
-    v = tl.load(direction + at_v, valid, other=0.0).to(T)
-    q = _spread(target, weight, at_t, valid, c, C, counted, smoothing, PROBABILITIES, SMOOTHING, T)
-    q += tl.where(c[None, :] == y[:, None], own[:, None], 0.0)
-    return tl.where(valid, u, float("-inf")), bend, v, q
-
-
-@triton.jit
-def _directional_tile(
-    v_input, v_target, weight, at_o, at_u, stored, c, C, u, bend, v, q, p, g, a, twice, along, kept, slope, softcap,
-    smoothing, SOFTCAP: tl.constexpr, T: tl.constexpr,
-):  # fmt: skip
-    """Write a tile of the derivatives by the input and by the target."""
-    first = bend * slope
-    w = v * first
-    result = first * p * (a[:, None] * (w - along[:, None]) + (twice * g * along)[:, None])
-    if SOFTCAP:
-        result += v * (-2 / softcap * u * first) * (a[:, None] * p - g[:, None] * q)
-    result = tl.where(kept[:, None], result, 0.0)
-    tl.store(v_input + at_o, result.to(v_input.dtype.element_ty), stored)
-    if v_target is not None:
-        by_target = (1 - smoothing) * g[:, None] * (along[:, None] - w)
-        if weight is not None:
-            by_target *= tl.load(weight + c, c < C, other=0.0).to(T)[None, :]
-        tl.store(v_target + at_u, by_target.to(v_target.dtype.element_ty), stored)
-
-
-@triton.jit
-def directional(
-    direction, grad_loss, grad_lse, input, target, weight, v_loss, v_lse, v_input, v_target,
-    P, C, x_outer, x_pos, x_class, v_outer, v_pos, v_class, o_outer, o_pos, o_class, t_outer, t_pos, t_class,
-    u_outer, u_pos, u_class, ignore_index,
-    smoothing: tl.float64, temperature: tl.float64, softcap: tl.float64, z_loss: tl.float64,
-    PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr,
-    WHOLE: tl.constexpr, T: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
-    """The derivatives of the product of the gradient with a direction."""
-    # As `number` has it, in place: the interpreter takes long to call a function.
-    smoothing, softcap, z_loss = tl.full([], smoothing, T), tl.full([], softcap, T), tl.full([], z_loss, T)
-    slope = 1 / tl.full([], temperature, T)
-    k = slope * softcap if SOFTCAP else slope
-    tiles = tl.cdiv(P, BP)
-    outer = (tl.program_id(0) // tiles).to(tl.int64)
-    pos = (tl.program_id(0) % tiles).to(tl.int64) * BP + tl.arange(0, BP)
-    classes = tl.arange(0, BC)
-    here = pos < P
-    row = outer * P + pos
-    at_row = outer * x_outer + pos * x_pos
-    at_target = outer * t_outer + pos * t_pos
-    y, counted, bad, own, _ = _target(
-        target, weight, input, at_target, at_row, x_class, here, C, ignore_index, smoothing, softcap,
-        PROBABILITIES, SOFTCAP, T,
-    )  # fmt: skip
-    along_classes = classes[None, :].to(tl.int64)
-    at = at_row[:, None] + along_classes * x_class
-    at_v = (outer * v_outer + pos * v_pos)[:, None] + along_classes * v_class
-    at_o = (outer * o_outer + pos * o_pos)[:, None] + along_classes * o_class
-    at_t = at_target[:, None] + along_classes * t_class
-    at_u = (outer * u_outer + pos * u_pos)[:, None] + along_classes * u_class
-    kept = here if grad_lse is not None else counted
-    g = tl.where(counted, tl.load(grad_loss + row, here, other=0.0).to(T), 0.0)
-    g = tl.where(bad, float("nan"), g)
-    inside = (classes < C)[None, :]
-    if WHOLE:
-        u, bend, v, q = _direction_tile(
-            input, direction, target, weight, at, at_v, at_t, kept[:, None] & inside, classes, C, y, own, counted,
-            smoothing, softcap, PROBABILITIES, SMOOTHING, SOFTCAP, T,
-        )  # fmt: skip
-        peak = tl.max(u, 1)
-        e = tl.exp((u - peak[:, None]) * k)
-        total = tl.sum(e, 1)
-        p = e * (1 / total)[:, None]
-        along, target_along, Q = tl.sum(v * bend * slope * p, 1), tl.sum(v * bend * slope * q, 1), tl.sum(q, 1)
-        log_sum = tl.log(total)
-    else:
-        peak, total = _peak_and_sum(input + at, x_class, kept, classes, C, softcap, k, SOFTCAP, T, BC)
-        log_sum = tl.log(total)
-        alongs, target_alongs, Qs = tl.zeros([BP, BC], T), tl.zeros([BP, BC], T), tl.zeros([BP, BC], T)
-        for start in range(0, C, BC):
-            c, far = start + classes, tl.cast(start, tl.int64)
-            u, bend, v, q = _direction_tile(
-                input, direction, target, weight, at + far * x_class, at_v + far * v_class, at_t + far * t_class,
-                kept[:, None] & (c < C)[None, :], c, C, y, own, counted, smoothing, softcap,
-                PROBABILITIES, SMOOTHING, SOFTCAP, T,
-            )  # fmt: skip
-            alongs += v * bend * slope * tl.exp((u - peak[:, None]) * k - log_sum[:, None])
-            target_alongs += v * bend * slope * q
-            Qs += q
-        along, target_along, Q = tl.sum(alongs, 1), tl.sum(target_alongs, 1), tl.sum(Qs, 1)
-
-    twice = 2 * z_loss
-    share = Q + twice * (peak * k + log_sum)
-    a = tl.where(counted, g * share, 0.0)
-    if grad_lse is not None:
-        a += tl.load(grad_lse + row, here, other=0.0).to(T)
-        kept = counted | (a != 0)
-    by_loss = tl.where(counted, share * along - target_along, 0.0)
-    tl.store(v_loss + row, tl.where(bad, float("nan"), by_loss), here)
-    tl.store(v_lse + row, along, here)
-
-    if WHOLE:
-        _directional_tile(
-            v_input, v_target, weight, at_o, at_u, here[:, None] & inside, classes, C, u, bend, v, q, p, g, a, twice,
-            along, kept, slope, softcap, smoothing, SOFTCAP, T,
-        )  # fmt: skip
-    else:
-        for start in range(0, C, BC):
-            c, far = start + classes, tl.cast(start, tl.int64)
-            u, bend, v, q = _direction_tile(
-                input, direction, target, weight, at + far * x_class, at_v + far * v_class, at_t + far * t_class,
-                kept[:, None] & (c < C)[None, :], c, C, y, own, counted, smoothing, softcap,
-                PROBABILITIES, SMOOTHING, SOFTCAP, T,
-            )  # fmt: skip
-            p = tl.exp((u - peak[:, None]) * k - log_sum[:, None])
-            _directional_tile(
-                v_input, v_target, weight, at_o + far * o_class, at_u + far * u_class,
-                here[:, None] & (c < C)[None, :], c, C, u, bend, v, q, p, g, a, twice, along, kept, slope, softcap,
-                smoothing, SOFTCAP, T,
-            )  # fmt: skip
-
-
-# Where the rows of classes lie together, P is the number of rows, which a last, shorter batch changes. In columns the
-# positions lie together, and how wide their loads are depends on what divides P.
-sweep_rows, directional_rows = (triton.jit(kernel.fn, do_not_specialize=["P"]) for kernel in (sweep, directional))
+# If the classes of a row are contiguous, P is the number of rows, which the last, shorter batch changes: it must not
+# compile again. In columns positions are contiguous, and the width of their loads depends on what divides P.
+sweep_rows = triton.jit(sweep.fn, do_not_specialize=["P"])

@@ -1,24 +1,23 @@
-"""Kernels of distillation for GPUs.
+"""Distillation in Triton: launches of the kernels, and the formulas.
 
-With p the student's and q the teacher's softmax at the temperature, D = sum of a_c, where slope_p = dD/dp but for a
-constant, and the same for q:
+With p the student's and q the teacher's softmax at the temperature, D = sum of a_c. slope_p is dD/dp up to a constant,
+slope_q is dD/dq:
 
     forward KL    a = q * slope_q                  slope_q = log q - log p
     reverse KL    a = p * slope_p                  slope_p = log p - log q
     js            a = p * slope_p + q * slope_q    slope_p = (1 - beta) * log(p / m), slope_q = beta * log(q / m)
     tv            a = |p - q| / 2                  slope_p = sign(p - q) / 2 = -slope_q
 
-    T * dD/dstudent = p * (slope_p - sum of p * slope_p), and p - q for the forward KL; the teacher's alike
+    T * dD/dstudent = p * (slope_p - sum of p * slope_p), and p - q for the forward KL; the same for the teacher
 
 Bytes. Up to a table's limit both rows are in registers: each tensor of logits is read once, each gradient written once.
-A longer row is swept again by the same program, which finds it in L2 as long as both rows of every multiprocessor fit
-there (H200: 132 times two rows of 32000 bfloat16 are 17 MB of 50): the first sweep finds peaks and sums, the second the
-divergence, and with it the gradient where that needs no sum over the row (the student's of the forward KL, the
-teacher's of the reverse); else a third writes it. Ignored rows are not read.
+A longer row is swept again by the same program, from L2 if both rows of every multiprocessor fit there (H200: 132 times
+two rows of 32000 bfloat16 are 17 MB of 50). The first sweep computes peaks and sums, the second the divergence. The
+second also writes a gradient that needs no sum over the row (the student's of the forward KL, the teacher's of the
+reverse); otherwise a third sweep writes it. Ignored rows are not read.
 """
 
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -27,13 +26,14 @@ import triton
 from torch import Tensor
 
 from tlkernels._core.dtypes import compute_dtype
-from tlkernels._core.triton import Config, Example, Table, check_classes, launch
+from tlkernels._core.triton import check_classes
 from tlkernels._core.triton.kernels import DTYPES, count, sum_of
+from tlkernels._core.triton.launch import Config, Table, launch
 from tlkernels.losses.distillation import triton_kernels as kernels
-from tlkernels.losses.distillation.call import DIVERGENCES
+from tlkernels.losses.distillation.call import DIVERGENCES, Options
 
-# By the number of classes. 2026-11-21, by reasoning and from the compiler's report, unmeasured: as cross entropy's,
-# with two tensors in registers.
+# By the number of classes. 2026-11-21, by reasoning and from the compiler's report, unmeasured: as in cross
+# entropy, with two tensors in registers.
 TABLE = Table(
     "distillation",
     Config("interpreter", 0, 128, {"WHOLE": 1, "ELEMENTS": 1024}, 1),
@@ -67,9 +67,9 @@ _SECOND = Table(
 
 
 def _rows(*tensors: Tensor) -> tuple[int | None, list[int]]:
-    """Return the number of rows behind the first axis, or of all, and each tensor's strides along both and classes.
+    """Return `inner` and each tensor's three strides: row r is (r // inner, r % inner), the third axis has the classes.
 
-    None for the number if that does not describe a tensor.
+    `inner` is None if three strides do not describe a tensor.
     """
     shape = tensors[0].shape
     merged = [_merged(tensor.shape[:-1], tensor.stride()[:-1]) for tensor in tensors]
@@ -93,11 +93,9 @@ def _merged(shape: Sequence[int], strides: Sequence[int]) -> int | None:
 
 
 def sweep(
-    student: Tensor, teacher: Tensor, target: Tensor | None, row_weight: Tensor | None, temperature: float,
-    divergence: str, beta: float, hard_weight: float, ignore_index: int, label_smoothing: float, *,
-    grad_student: Tensor | None = None, grad_teacher: Tensor | None = None, factor: float = 1.0,
-    divisor: Tensor | None = None, upstream: Tensor | None = None, loss: Tensor | None = None,
-    total: Tensor | None = None,
+    student: Tensor, teacher: Tensor, options: Options, *, grad_student: Tensor | None = None,
+    grad_teacher: Tensor | None = None, factor: float = 1.0, divisor: Tensor | None = None,
+    upstream: Tensor | None = None, loss: Tensor | None = None, total: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Fill the given results; those with a number for each row are contiguous.
 
@@ -109,75 +107,85 @@ def sweep(
         loss: of each row.
         total: 0-d, factor * sum of the rows / divisor.
     """
-    classes = student.shape[-1]
-    if target is not None:
-        check_classes(target, classes, ignore_index)
+    classes, divergence = student.shape[-1], options.divergence
+    if options.target is not None:
+        check_classes(options.target, classes, options.ignore_index)
     inner, strides = _rows(student, teacher)
     if inner is None:  # more strides along the rows than two
         student, teacher = student.contiguous(), teacher.contiguous()
         inner, strides = _rows(student, teacher)
     rows = student.shape[:-1].numel()
     T = compute_dtype(student, teacher)
-    wide = compute_dtype(student, teacher).itemsize == 8
-    itemsize = 8 if wide else max(student.element_size(), teacher.element_size())
+    itemsize = 8 if T.itemsize == 8 else max(student.element_size(), teacher.element_size())
     # The Jensen-Shannon divergence has more in registers, as if the row were longer.
-    held = classes * (2 if divergence == "js" else 1)
-    target, row_weight, upstream = (x if x is None else x.contiguous() for x in (target, row_weight, upstream))
-    heavy = divergence == "js" or hard_weight != 0 or (grad_student is not None and grad_teacher is not None)
+    size = classes * (2 if divergence == "js" else 1)
+    target, row_weight, upstream = map(_contiguous, (options.target, options.row_weight, upstream))
+    hard = options.hard_weight != 0
+    heavy = divergence == "js" or hard or (grad_student is not None and grad_teacher is not None)
 
     def launches(config: Config) -> None:
-        if heavy and not config.meta["WHOLE"]:  # the same for each thread, but room for twice as many registers
+        if heavy and not config.meta["WHOLE"]:  # as many elements for each thread, but twice as many registers
             meta = {"WHOLE": 0, "ELEMENTS": config.meta["ELEMENTS"] // 2}
             config = config._replace(meta=meta, num_warps=max(1, config.num_warps // 2))
         BP, BC = 1, config.meta["ELEMENTS"]
         if config.meta["WHOLE"]:
             BC = triton.next_power_of_2(classes)
-            BP = max(
-                1, min(config.meta["ELEMENTS"] // triton.next_power_of_2(held), triton.next_power_of_2(max(1, rows)))
-            )
+            most = config.meta["ELEMENTS"] // triton.next_power_of_2(size)
+            BP = max(1, min(most, triton.next_power_of_2(max(1, rows))))
         programs = triton.cdiv(rows, BP)
         partial = None if total is None else student.new_empty(programs, dtype=T)
         launch(
             kernels.distillation, (programs,), student, teacher, target, row_weight, upstream, divisor, loss, partial,
-            grad_student, grad_teacher, rows, inner, classes, *strides, ignore_index, factor, temperature, beta,
-            hard_weight, label_smoothing, DIVERGENCE=DIVERGENCES.index(divergence), HARD=hard_weight != 0,
-            WHOLE=bool(config.meta["WHOLE"]), T=DTYPES[T], BP=BP, BC=BC, config=config._replace(meta={}),
+            grad_student, grad_teacher, rows, inner, classes, *strides, options.ignore_index, factor,
+            options.temperature, options.beta, options.hard_weight, options.label_smoothing,
+            DIVERGENCE=DIVERGENCES.index(divergence), HARD=hard, WHOLE=bool(config.meta["WHOLE"]), T=DTYPES[T], BP=BP,
+            BC=BC, config=config._replace(meta={}),
         )  # fmt: skip
         if total is not None and partial is not None:
             sum_of(partial, total, factor, divisor)
 
     repeatable = grad_student is not student and grad_teacher is not teacher
-    TABLE.run(student.device, itemsize, held, launches, repeatable)
+    TABLE.run(student.device, itemsize, size, launches, repeatable)
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
 
 
 def forward(student: Tensor, teacher: Tensor, *options: Any) -> Tensor:
     """Return the loss of each row."""
     loss = torch.empty(student.shape[:-1], dtype=compute_dtype(student, teacher), device=student.device)
-    sweep(student, teacher, *options, loss=loss)
+    sweep(student, teacher, Options(*options), loss=loss)
     return loss
 
 
-def backward(grad_rows: Tensor, student: Tensor, teacher: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    """Return the gradients of both logits, without elements where not needed."""
-    *options, needs_student, needs_teacher = rest
-    grads, given = _gradients(student, teacher, needs_student, needs_teacher)
-    sweep(student, teacher, *options, **given, upstream=grad_rows)
+def backward(grad_rows: Tensor, student: Tensor, teacher: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """Return the gradients of both logits, without elements where not needed.
+
+    After the options comes which are needed.
+    """
+    *options, needs_student, needs_teacher = arguments
+    grads, needed = _gradients(student, teacher, needs_student, needs_teacher)
+    sweep(student, teacher, Options(*options), **needed, upstream=grad_rows)
     return grads
 
 
-def step(student: Tensor, teacher: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the reduced loss and the gradients."""
-    *options, mean, needs_student, needs_teacher = rest
-    target, ignore_index = options[0], options[6]
-    grads, given = _gradients(student, teacher, needs_student, needs_teacher)
+def step(student: Tensor, teacher: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the reduced loss and the gradients.
+
+    After the options comes whether the loss is the mean, and which gradients are needed.
+    """
+    *given, mean, needs_student, needs_teacher = arguments
+    options = Options(*given)
+    grads, needed = _gradients(student, teacher, needs_student, needs_teacher)
     loss = student.new_empty((), dtype=compute_dtype(student, teacher))
     divisor, factor = None, 1.0
-    if mean and target is None:
+    if mean and options.target is not None:
+        divisor = count(options.target, student.shape[-1], None, options.ignore_index)
+    elif mean:
         rows = student.shape[:-1].numel()
         factor = 1 / rows if rows else float("inf")
-    elif mean:
-        divisor = count(target, student.shape[-1], None, ignore_index)
-    sweep(student, teacher, *options, **given, factor=factor, divisor=divisor, total=loss)
+    sweep(student, teacher, options, **needed, factor=factor, divisor=divisor, total=loss)
     return loss, *grads
 
 
@@ -193,14 +201,16 @@ def _gradients(
 
 def second(
     v_student: Tensor | None, v_teacher: Tensor | None, grad_rows: Tensor, student: Tensor, teacher: Tensor,
-    target: Tensor | None, row_weight: Tensor | None, temperature: float, divergence: str, beta: float,
-    hard_weight: float, ignore_index: int, label_smoothing: float, needs_student: bool, needs_teacher: bool,
+    *arguments: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the derivatives of <v, the gradients for grad_rows> by grad_rows, student and teacher.
 
-    With X the terms of `_second_terms`: each is a row of the Hessian of D times the directions, in closed form. The
-    rows are swept four times, all but the first time from L2; no sweep holds more than a tile.
+    They are a row of the Hessian of D times the directions, in closed form (`_second_terms` has the terms). The rows
+    are swept four times, from L2 after the first time; no sweep holds more than a tile. After the options comes
+    whether the derivatives by student and by teacher are needed.
     """
+    *given, needs_student, needs_teacher = arguments
+    target, row_weight, temperature, divergence, beta, hard_weight, ignore_index, smoothing = Options(*given)
     inner, strides = _rows(student, teacher)
     if inner is None:
         student, teacher = student.contiguous(), teacher.contiguous()
@@ -209,57 +219,16 @@ def second(
     T = compute_dtype(student, teacher)
     (by_student, by_teacher), _ = _gradients(student, teacher, needs_student, needs_teacher)
     by_rows = torch.empty(student.shape[:-1], dtype=T, device=student.device)
-    grad_rows = grad_rows.contiguous()
-    v_student, v_teacher, target, row_weight = (
-        x if x is None else x.contiguous() for x in (v_student, v_teacher, target, row_weight)
+    v_student, v_teacher, grads, target, row_weight = map(
+        _contiguous, (v_student, v_teacher, grad_rows, target, row_weight)
     )
     config = _SECOND.find(student.device, T.itemsize, classes)
     BC = min(config.meta["ELEMENTS"], triton.next_power_of_2(classes))
     BP = min(config.meta["ELEMENTS"] // BC, triton.next_power_of_2(max(1, rows)))
     launch(
-        kernels.second, (triton.cdiv(rows, BP),), v_student, v_teacher, grad_rows, student, teacher, target, row_weight,
+        kernels.second, (triton.cdiv(rows, BP),), v_student, v_teacher, grads, student, teacher, target, row_weight,
         by_rows, by_student if needs_student else None, by_teacher if needs_teacher else None, rows, inner, classes,
-        *strides, ignore_index, temperature, beta, hard_weight, label_smoothing,
-        DIVERGENCE=DIVERGENCES.index(divergence), HARD=hard_weight != 0, T=DTYPES[T], BP=BP, BC=BC,
-        config=config._replace(meta={}),
+        *strides, ignore_index, temperature, beta, hard_weight, smoothing, DIVERGENCE=DIVERGENCES.index(divergence),
+        HARD=hard_weight != 0, T=DTYPES[T], BP=BP, BC=BC, config=config._replace(meta={}),
     )  # fmt: skip
     return by_rows, by_student, by_teacher
-
-
-_OF_SECOND = {
-    ("second", "sm_100", "LDG.E.128"): "half as wide: what it reads is in L2, and registers are what is short",
-    ("second", "gfx942", "spills"): "scalar registers, kept in lanes of vector registers: no memory",
-}
-
-
-def examples() -> Iterator[Example]:
-    """Yield calls that take every kernel and every row of the table."""
-    wide = {"distillation": ("LDG.E.128", "STG.E.128")}
-
-    def logits(classes: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty((4096, classes), dtype=dtype, device="meta")
-
-    plain = (None, None, 2.0, "forward_kl", 0.5, 0.0, -100, 0.0, True)
-    for dtype, *sizes in (
-        (torch.bfloat16, 1024, 2048, 4096, 8192, 32000),
-        (torch.float32, 8192, 32000),
-        (torch.float64, 4096, 32000),
-    ):
-        for classes in sizes:
-            x = logits(classes, dtype)
-            yield Example(f"step-{classes}-{dtype}", partial(step, x, x, *plain, True, False), wide)
-    target = torch.empty((4096,), dtype=torch.int64, device="meta")
-    rows = torch.empty((4096,), dtype=torch.float32, device="meta")
-    for divergence in DIVERGENCES:
-        options = (target, rows, 2.0, divergence, 0.3, 0.5, -100, 0.1)
-        for classes in (8192, 32000):
-            x = logits(classes, torch.bfloat16)
-            yield Example(f"{divergence}-{classes}", partial(backward, rows, x, x, *options, True, True), wide)
-        yield Example(
-            f"second-{divergence}",
-            partial(second, x, x, rows, x, x, *options, True, True),
-            {"second": wide["distillation"]},
-            _OF_SECOND,
-        )
-    x = logits(32000, torch.bfloat16)
-    yield Example("losses", partial(forward, x, x, *plain[:-1]), {"distillation": ("LDG.E.128",)})

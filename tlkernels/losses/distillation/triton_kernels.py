@@ -1,4 +1,4 @@
-"""The kernels of distillation; `triton.py` launches them and explains them together."""
+"""The kernels of distillation; `triton.py` launches them and has the formulas."""
 
 import triton
 import triton.language as tl
@@ -18,11 +18,11 @@ def _slopes(p, q, log_p, log_q, beta, DIVERGENCE: tl.constexpr):
     if DIVERGENCE == REVERSE:
         slope_p = tl.where(p == 0, 0.0, log_p - log_q)
     if DIVERGENCE == JS:  # over m by the larger of the two, so that nothing overflows
-        apart = log_p - log_q
-        ratio = tl.exp(-tl.abs(apart))
-        more = -tl.log(tl.where(apart > 0, 1 - beta + beta * ratio, beta + (1 - beta) * ratio))
-        slope_p = tl.where(p == 0, 0.0, (1 - beta) * (more + tl.minimum(apart, 0.0)))
-        slope_q = tl.where(q == 0, 0.0, beta * (more - tl.maximum(apart, 0.0)))
+        log_ratio = log_p - log_q
+        ratio = tl.exp(-tl.abs(log_ratio))
+        log_mixture = -tl.log(tl.where(log_ratio > 0, 1 - beta + beta * ratio, beta + (1 - beta) * ratio))
+        slope_p = tl.where(p == 0, 0.0, (1 - beta) * (log_mixture + tl.minimum(log_ratio, 0.0)))
+        slope_q = tl.where(q == 0, 0.0, beta * (log_mixture - tl.maximum(log_ratio, 0.0)))
     a = p * slope_p + q * slope_q
     if DIVERGENCE == TV:
         slope_p = tl.where(p > q, 0.5, tl.where(p < q, -0.5, p - q))  # NaN stays NaN
@@ -33,41 +33,78 @@ def _slopes(p, q, log_p, log_q, beta, DIVERGENCE: tl.constexpr):
 
 @triton.jit
 def _lanes(x, peaks, sums, sums_1, k, HARD: tl.constexpr):
-    """Return each lane's peak and sums of exponentials, at the temperature and at 1, with x among them."""
-    apart = tl.where(x == peaks, 0.0, tl.abs(x - peaks))
-    e = tl.exp(-apart * k)
+    """Add x to each lane's peak and sums of exponentials, at the temperature and at temperature 1."""
+    gap = tl.where(x == peaks, 0.0, tl.abs(x - peaks))
+    e = tl.exp(-gap * k)
     sums = tl.where(x > peaks, sums * e + 1, sums + e)
     if HARD:
-        e = tl.exp(-apart)
+        e = tl.exp(-gap)
         sums_1 = tl.where(x > peaks, sums_1 * e + 1, sums_1 + e)
     return tl.maximum(peaks, x), sums, sums_1
 
 
+@triton.jit
+def _write_gradients(
+    grad_student, grad_teacher, at, stored, counted, c, C, y, p, q, slope_p, slope_q,
+    mean_p, mean_q,  # of the slopes by row; None where the divergence's gradient does not need them
+    p_1,  # the student's softmax at temperature 1, with HARD
+    soft_g, hard_g, smoothing, DIVERGENCE: tl.constexpr, HARD: tl.constexpr, EVICTION: tl.constexpr,
+):  # fmt: skip
+    """Write a tile of the gradients that are given, 0 in rows that do not count."""
+    if grad_student is not None:
+        if DIVERGENCE == FORWARD:
+            d = soft_g * (p - q)
+        else:
+            d = soft_g * tl.where(p == 0, 0.0, p * (slope_p - mean_p[:, None]))
+        if HARD:
+            y_1 = tl.where(c[None, :] == y[:, None], 1 - smoothing, 0.0) + smoothing / C
+            d += hard_g * (p_1 - y_1)
+        d = tl.where(counted[:, None], d, 0.0).to(grad_student.dtype.element_ty)
+        tl.store(grad_student + at, d, stored, eviction_policy=EVICTION)
+    if grad_teacher is not None:
+        if DIVERGENCE == REVERSE:
+            d = soft_g * (q - p)
+        else:
+            d = soft_g * tl.where(q == 0, 0.0, q * (slope_q - mean_q[:, None]))
+        d = tl.where(counted[:, None], d, 0.0).to(grad_teacher.dtype.element_ty)
+        tl.store(grad_teacher + at, d, stored, eviction_policy=EVICTION)
+
+
 @triton.jit(do_not_specialize=["N", "inner"])
 def distillation(
-    student, teacher, target, row_weight,
-    upstream,  # of each row, or None for 1
-    divisor,  # of every upstream, 0-d, or None for 1
-    loss,  # of each row, or None
-    partial,  # the sum of each program's rows, or None
-    grad_student, grad_teacher,  # contiguous, or None; may be the logits
-    N, inner, C, s_outer, s_inner, s_class, t_outer, t_inner, t_class, ignore_index,
-    factor: tl.float64, temperature: tl.float64, beta: tl.float64, hard: tl.float64, smoothing: tl.float64,
-    DIVERGENCE: tl.constexpr, HARD: tl.constexpr, WHOLE: tl.constexpr, T: tl.constexpr, BP: tl.constexpr,
-    BC: tl.constexpr,
+    student, teacher,  # logits, (N, C)
+    target,  # (N,) class indices, or None
+    row_weight,  # (N,), or None for 1
+    upstream,  # (N,), or None for 1
+    divisor,  # 0-d, divides every upstream; or None for 1
+    loss,  # result, (N,), or None
+    partial,  # result: the sum of each program's losses, or None
+    grad_student, grad_teacher,  # results, (N, C) contiguous, or None; may be the logits
+    N, inner, C,  # rows, of which row is (row // inner, row % inner); classes
+    s_outer, s_inner, s_class,  # strides of student
+    t_outer, t_inner, t_class,  # strides of teacher
+    ignore_index,
+    factor: tl.float64,  # multiplies every upstream
+    temperature: tl.float64, beta: tl.float64,  # of the divergence
+    hard: tl.float64, smoothing: tl.float64,  # hard_weight and label_smoothing of the cross entropy
+    DIVERGENCE: tl.constexpr,  # FORWARD, REVERSE, JS or TV
+    HARD: tl.constexpr,  # hard is not 0
+    WHOLE: tl.constexpr,  # a tile has all classes
+    T: tl.constexpr,  # dtype of the arithmetic
+    BP: tl.constexpr, BC: tl.constexpr,  # rows and classes of a tile
 ):  # fmt: skip
-    """Loss and gradients of some rows."""
+    """Write the losses and gradients of some rows, those that are given."""
     beta, hard, smoothing = tl.full([], beta, T), tl.full([], hard, T), tl.full([], smoothing, T)
     temperature = tl.full([], temperature, T)
     k = 1 / temperature
     row = tl.program_id(0).to(tl.int64) * BP + tl.arange(0, BP)
     classes = tl.arange(0, BC)
-    here = row < N
-    counted, bad = here, here & False
+    mask = row < N
+    counted, bad = mask, mask & False
     y = tl.full([BP], -1, tl.int64)
     if target is not None:
-        y = tl.load(target + row, here, other=0).to(tl.int64)
-        counted = here & (y != ignore_index)
+        y = tl.load(target + row, mask, other=0).to(tl.int64)
+        counted = mask & (y != ignore_index)
         bad = counted & ((y < 0) | (y >= C))
     row_s = row // inner * s_outer + row % inner * s_inner
     row_t = row // inner * t_outer + row % inner * t_inner
@@ -75,17 +112,17 @@ def distillation(
     at_t = row_t[:, None] + classes[None, :].to(tl.int64) * t_class
     at_g = (row * C)[:, None] + classes[None, :].to(tl.int64)
     if HARD:
-        own_at = row_s + y * s_class
-        own_logit = tl.load(student + own_at, counted & (y >= 0) & (y < C), other=0.0).to(T)
+        target_at = row_s + y * s_class
+        target_logit = tl.load(student + target_at, counted & (y >= 0) & (y < C), other=0.0).to(T)
 
     g = tl.full([BP], factor, T)
     if divisor is not None:
         g /= tl.load(divisor).to(T)
     if upstream is not None:
-        g *= tl.load(upstream + row, here, other=0.0).to(T)
+        g *= tl.load(upstream + row, mask, other=0.0).to(T)
     weight = tl.full([BP], 1.0, T)
     if row_weight is not None:
-        weight = tl.load(row_weight + row, here, other=0.0).to(T)
+        weight = tl.load(row_weight + row, mask, other=0.0).to(T)
     g = tl.where(bad, float("nan"), g * weight)
     soft_g, hard_g = ((1 - hard) * temperature * g)[:, None], (hard * g)[:, None]
 
@@ -97,6 +134,7 @@ def distillation(
         p, q = tl.exp((s - peak_s[:, None]) * k), tl.exp((t - peak_t[:, None]) * k)
         sum_s, sum_t = tl.sum(p, 1), tl.sum(q, 1)
         p, q = p * (1 / sum_s)[:, None], q * (1 / sum_t)[:, None]
+        p_1 = p
         if HARD:
             p_1 = tl.exp(s - peak_s[:, None])
             sum_1 = tl.sum(p_1, 1)
@@ -152,74 +190,47 @@ def distillation(
                 sums_p += p * slope_p
                 sums_q += q * slope_q
             elif grad_student is not None or grad_teacher is not None:
-                stored = here[:, None] & (c < C)[None, :]
-                if grad_student is not None:
-                    d = soft_g * (p - q)
-                    if HARD:
-                        y_1 = tl.where(c[None, :] == y[:, None], 1 - smoothing, 0.0) + smoothing / C
-                        d += hard_g * (tl.exp(s - peak_s[:, None] - log_1[:, None]) - y_1)
-                    d = tl.where(counted[:, None], d, 0.0).to(grad_student.dtype.element_ty)
-                    tl.store(grad_student + at_g + far, d, stored, eviction_policy="evict_first")
-                if grad_teacher is not None:
-                    d = tl.where(counted[:, None], soft_g * (q - p), 0.0).to(grad_teacher.dtype.element_ty)
-                    tl.store(grad_teacher + at_g + far, d, stored, eviction_policy="evict_first")
+                p_1 = p
+                if HARD:
+                    p_1 = tl.exp(s - peak_s[:, None] - log_1[:, None])
+                _write_gradients(
+                    grad_student, grad_teacher, at_g + far, mask[:, None] & (c < C)[None, :], counted, c, C, y, p, q,
+                    slope_p, slope_q, None, None, p_1, soft_g, hard_g, smoothing, DIVERGENCE, HARD, "evict_first",
+                )  # fmt: skip
         value, mean_p, mean_q = tl.sum(sums_a, 1), tl.sum(sums_p, 1), tl.sum(sums_q, 1)
 
     if loss is not None or partial is not None:
         if HARD:
-            value += hard * ((1 - smoothing) * (peak_s - own_logit) + log_1)
+            value += hard * ((1 - smoothing) * (peak_s - target_logit) + log_1)
         value = tl.where(bad, float("nan"), tl.where(counted, value * weight, 0.0))
         if loss is not None:
-            tl.store(loss + row, value, here)
+            tl.store(loss + row, value, mask)
         if partial is not None:
             tl.store(partial + tl.program_id(0), tl.sum(value, 0))
 
     if WHOLE:
-        stored = here[:, None] & (classes < C)[None, :]
-        if grad_student is not None:
-            if DIVERGENCE == FORWARD:
-                d = soft_g * (p - q)
-            else:
-                d = soft_g * tl.where(p == 0, 0.0, p * (slope_p - mean_p[:, None]))
-            if HARD:
-                y_1 = tl.where(classes[None, :] == y[:, None], 1 - smoothing, 0.0) + smoothing / C
-                d += hard_g * (p_1 - y_1)
-            d = tl.where(counted[:, None], d, 0.0).to(grad_student.dtype.element_ty)
-            tl.store(grad_student + at_g, d, stored)
-        if grad_teacher is not None:
-            if DIVERGENCE == REVERSE:
-                d = soft_g * (q - p)
-            else:
-                d = soft_g * tl.where(q == 0, 0.0, q * (slope_q - mean_q[:, None]))
-            tl.store(grad_teacher + at_g, tl.where(counted[:, None], d, 0.0).to(grad_teacher.dtype.element_ty), stored)
+        _write_gradients(
+            grad_student, grad_teacher, at_g, mask[:, None] & (classes < C)[None, :], counted, classes, C, y, p, q,
+            slope_p, slope_q, mean_p, mean_q, p_1, soft_g, hard_g, smoothing, DIVERGENCE, HARD, "",
+        )  # fmt: skip
     elif not DIRECT:
         for start in range(0, C, BC):
             c, far = start + classes, tl.cast(start, tl.int64)
             inside = (c < C)[None, :]
-            valid, stored = counted[:, None] & inside, here[:, None] & inside
+            valid = counted[:, None] & inside
             s = tl.load(student + at_s + far * s_class, valid, other=float("-inf"), eviction_policy="evict_first").to(T)
             t = tl.load(teacher + at_t + far * t_class, valid, other=float("-inf"), eviction_policy="evict_first").to(T)
             log_p = (s - peak_s[:, None]) * k - log_s[:, None]
             log_q = (t - peak_t[:, None]) * k - log_t[:, None]
             p, q = tl.exp(log_p), tl.exp(log_q)
             _, slope_p, slope_q = _slopes(p, q, log_p, log_q, beta, DIVERGENCE)
-            if grad_student is not None:
-                if DIVERGENCE == FORWARD:
-                    d = soft_g * (p - q)
-                else:
-                    d = soft_g * tl.where(p == 0, 0.0, p * (slope_p - mean_p[:, None]))
-                if HARD:
-                    y_1 = tl.where(c[None, :] == y[:, None], 1 - smoothing, 0.0) + smoothing / C
-                    d += hard_g * (tl.exp(s - peak_s[:, None] - log_1[:, None]) - y_1)
-                d = tl.where(counted[:, None], d, 0.0).to(grad_student.dtype.element_ty)
-                tl.store(grad_student + at_g + far, d, stored, eviction_policy="evict_first")
-            if grad_teacher is not None:
-                if DIVERGENCE == REVERSE:
-                    d = soft_g * (q - p)
-                else:
-                    d = soft_g * tl.where(q == 0, 0.0, q * (slope_q - mean_q[:, None]))
-                d = tl.where(counted[:, None], d, 0.0).to(grad_teacher.dtype.element_ty)
-                tl.store(grad_teacher + at_g + far, d, stored, eviction_policy="evict_first")
+            p_1 = p
+            if HARD:
+                p_1 = tl.exp(s - peak_s[:, None] - log_1[:, None])
+            _write_gradients(
+                grad_student, grad_teacher, at_g + far, mask[:, None] & inside, counted, c, C, y, p, q, slope_p,
+                slope_q, mean_p, mean_q, p_1, soft_g, hard_g, smoothing, DIVERGENCE, HARD, "evict_first",
+            )  # fmt: skip
 
 
 @triton.jit
@@ -227,7 +238,7 @@ def _second_tile(
     student, teacher, v_student, v_teacher, at_s, at_t, at_v, valid, peak_s, peak_t, log_s, log_t, k, beta,
     DIVERGENCE: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    """Return a tile's p, q, slopes, directions and the student's logits under its peak."""
+    """Return a tile's p, q, slopes, directions, and the student's logits minus its peak."""
     s = tl.load(student + at_s, valid, other=float("-inf")).to(T) - peak_s[:, None]
     t = tl.load(teacher + at_t, valid, other=float("-inf")).to(T) - peak_t[:, None]
     log_p, log_q = s * k - log_s[:, None], t * k - log_t[:, None]
@@ -263,30 +274,43 @@ def _second_terms(
 
 @triton.jit(do_not_specialize=["N", "inner"])
 def second(
-    v_student, v_teacher, grad_rows, student, teacher, target, row_weight, by_rows, by_student, by_teacher,
-    N, inner, C, s_outer, s_inner, s_class, t_outer, t_inner, t_class, ignore_index,
-    temperature: tl.float64, beta: tl.float64, hard: tl.float64, smoothing: tl.float64,
-    DIVERGENCE: tl.constexpr, HARD: tl.constexpr, T: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
+    v_student, v_teacher,  # directions, (N, C) contiguous, or None for 0
+    grad_rows,  # (N,), the gradients' upstream
+    student, teacher,  # logits, (N, C)
+    target,  # (N,) class indices, or None
+    row_weight,  # (N,), or None for 1
+    by_rows,  # result, (N,): the derivative by grad_rows
+    by_student, by_teacher,  # results, (N, C) contiguous, or None
+    N, inner, C,  # rows, of which row is (row // inner, row % inner); classes
+    s_outer, s_inner, s_class,  # strides of student
+    t_outer, t_inner, t_class,  # strides of teacher
+    ignore_index,
+    temperature: tl.float64, beta: tl.float64,  # of the divergence
+    hard: tl.float64, smoothing: tl.float64,  # hard_weight and label_smoothing of the cross entropy
+    DIVERGENCE: tl.constexpr,  # FORWARD, REVERSE, JS or TV
+    HARD: tl.constexpr,  # hard is not 0
+    T: tl.constexpr,  # dtype of the arithmetic
+    BP: tl.constexpr, BC: tl.constexpr,  # rows and classes of a tile
 ):  # fmt: skip
-    """The derivatives of the product of both gradients with their directions."""
+    """Write the derivatives of <v_student, gradient of student> + <v_teacher, gradient of teacher>."""
     beta, hard, smoothing = tl.full([], beta, T), tl.full([], hard, T), tl.full([], smoothing, T)
     temperature = tl.full([], temperature, T)
     k = 1 / temperature
     row = tl.program_id(0).to(tl.int64) * BP + tl.arange(0, BP)
     classes = tl.arange(0, BC)
-    here = row < N
-    counted, bad = here, here & False
+    mask = row < N
+    counted, bad = mask, mask & False
     y = tl.full([BP], -1, tl.int64)
     if target is not None:
-        y = tl.load(target + row, here, other=0).to(tl.int64)
-        counted = here & (y != ignore_index)
+        y = tl.load(target + row, mask, other=0).to(tl.int64)
+        counted = mask & (y != ignore_index)
         bad = counted & ((y < 0) | (y >= C))
     row_s = row // inner * s_outer + row % inner * s_inner
     row_t = row // inner * t_outer + row % inner * t_inner
     weight = tl.where(bad, float("nan"), 1.0).to(T)
     if row_weight is not None:
-        weight *= tl.load(row_weight + row, here, other=0.0).to(T)
-    g = weight * tl.load(grad_rows + row, here, other=0.0).to(T)
+        weight *= tl.load(row_weight + row, mask, other=0.0).to(T)
+    g = weight * tl.load(grad_rows + row, mask, other=0.0).to(T)
 
     peaks_s, peaks_t = tl.full([BP, BC], float("-inf"), T), tl.full([BP, BC], float("-inf"), T)
     sums_s, sums_t, sums_1 = tl.zeros([BP, BC], T), tl.zeros([BP, BC], T), tl.zeros([BP, BC], T)
@@ -307,7 +331,7 @@ def second(
     for start in range(0, C, BC):
         c = tl.cast(start, tl.int64) + classes
         at, valid = (row * C)[:, None] + c[None, :], counted[:, None] & (c < C)[None, :]
-        p, q, slope_p, slope_q, v_s, v_t, under = _second_tile(
+        p, q, slope_p, slope_q, v_s, v_t, s_below_peak = _second_tile(
             student, teacher, v_student, v_teacher, row_s[:, None] + c[None, :] * s_class,
             row_t[:, None] + c[None, :] * t_class, at, valid, peak_s, peak_t, log_s, log_t, k, beta, DIVERGENCE, T,
         )  # fmt: skip
@@ -321,18 +345,18 @@ def second(
         if DIVERGENCE == REVERSE:
             by_soft += tl.sum((q - p) * v_t, 1)
         if HARD:
-            along_1 += tl.sum(tl.exp(under - log_1[:, None]) * v_s, 1)
+            along_1 += tl.sum(tl.exp(s_below_peak - log_1[:, None]) * v_s, 1)
             y_1 = tl.where(c[None, :] == y[:, None], 1 - smoothing, 0.0) + smoothing / C
-            by_hard += tl.sum(tl.where(valid, (tl.exp(under - log_1[:, None]) - y_1) * v_s, 0.0), 1)
+            by_hard += tl.sum(tl.where(valid, (tl.exp(s_below_peak - log_1[:, None]) - y_1) * v_s, 0.0), 1)
     by_soft -= along_p * mean_p + along_q * mean_q
     by_row = weight * ((1 - hard) * temperature * by_soft + hard * by_hard)
-    tl.store(by_rows + row, tl.where(counted, by_row, 0.0), here)
+    tl.store(by_rows + row, tl.where(counted, by_row, 0.0), mask)
 
     sum_p, sum_q = tl.zeros([BP], T), tl.zeros([BP], T)
     for start in range(0, C, BC):
         c = tl.cast(start, tl.int64) + classes
         at, valid = (row * C)[:, None] + c[None, :], counted[:, None] & (c < C)[None, :]
-        p, q, slope_p, slope_q, v_s, v_t, under = _second_tile(
+        p, q, slope_p, slope_q, v_s, v_t, s_below_peak = _second_tile(
             student, teacher, v_student, v_teacher, row_s[:, None] + c[None, :] * s_class,
             row_t[:, None] + c[None, :] * t_class, at, valid, peak_s, peak_t, log_s, log_t, k, beta, DIVERGENCE, T,
         )  # fmt: skip
@@ -346,7 +370,7 @@ def second(
         c = tl.cast(start, tl.int64) + classes
         inside = (c < C)[None, :]
         at, valid = (row * C)[:, None] + c[None, :], counted[:, None] & inside
-        p, q, slope_p, slope_q, v_s, v_t, under = _second_tile(
+        p, q, slope_p, slope_q, v_s, v_t, s_below_peak = _second_tile(
             student, teacher, v_student, v_teacher, row_s[:, None] + c[None, :] * s_class,
             row_t[:, None] + c[None, :] * t_class, at, valid, peak_s, peak_t, log_s, log_t, k, beta, DIVERGENCE, T,
         )  # fmt: skip
@@ -357,10 +381,10 @@ def second(
         if by_student is not None:
             d = soft_g * (x_p - p * sum_p[:, None])
             if HARD:
-                p_1 = tl.exp(under - log_1[:, None])
+                p_1 = tl.exp(s_below_peak - log_1[:, None])
                 d += (hard * g)[:, None] * p_1 * (v_s - along_1[:, None])
             d = tl.where(valid, d, 0.0).to(by_student.dtype.element_ty)
-            tl.store(by_student + at, d, here[:, None] & inside)
+            tl.store(by_student + at, d, mask[:, None] & inside)
         if by_teacher is not None:
             d = tl.where(valid, soft_g * (x_q - q * sum_q[:, None]), 0.0).to(by_teacher.dtype.element_ty)
-            tl.store(by_teacher + at, d, here[:, None] & inside)
+            tl.store(by_teacher + at, d, mask[:, None] & inside)

@@ -1,30 +1,27 @@
-"""InfoNCE in Triton; nt_xent and sup_con are calls of it too. What the ops mean is in `ops.py`.
+"""InfoNCE in Triton: launches of the kernels, for nt_xent and sup_con too. `ops.py` defines the ops.
 
-Forward: one sweep over the matrix of similarities finds the log-sum-exp of rows, and with `symmetric` of columns, in
-the same tiles. Backward: another sweep, panel by panel, and the two products with each panel. That is four products of
-N·K·D for the symmetric loss, and none of them twice; `_core/triton_similarity.py` has the model. Where the matrix is
-symmetric (nt_xent, sup_con) the tiles from the diagonal on give the statistics of all rows, and one product the
+Forward: one sweep over the matrix of similarities computes the log-sum-exp of rows, and with `symmetric` of columns,
+from the same tiles. Backward: another sweep, panel by panel, and the two products with each panel. That is four
+products of N·K·D for the symmetric loss, none of them twice; `_core/triton/similarity.py` has the model. If the matrix
+is symmetric (nt_xent, sup_con), the tiles from the diagonal on give the statistics of all rows, and one product the
 gradient: 2.5.
 
-What a program finds of its tile goes to a place of its own, and `fold` joins these in a fixed order: no atomics. That
-is 4·P·K / BM bytes a statistic, for a panel of P rows.
+A program writes its tile's statistics to a place of its own, and `fold` joins them in a fixed order, without atomics.
+That is 4·P·K / BM bytes a statistic, for a panel of P rows.
 
-The positive is kept apart from the sum of exponentials, as on CPU, so that neither a small loss nor its gradient is a
+The positive is kept out of the sum of exponentials, as on CPU, so that neither a small loss nor its gradient is a
 difference of large numbers. Exponentials are of base 2; `peak` and `top` are logits in that base.
 """
 
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tlkernels._core.dtypes import compute_dtype
-from tlkernels._core.triton import Config, Example, Table, launch
+from tlkernels._core.triton.launch import Config, Table, launch
 from tlkernels._core.triton.similarity import (
-    CLAIMS,
-    SPILLS,
     TILES,
     Embeddings,
     for_options,
@@ -36,23 +33,20 @@ from tlkernels._core.triton.similarity import (
     tiles_of,
     write_gradient,
 )
+from tlkernels.losses.info_nce.triton_gradients import gradient, gradient_at_positives, per_query_gradients, slopes
 from tlkernels.losses.info_nce.triton_kernels import (
     ALL,
     LABEL,
     NO_SET,
     fold,
-    gradient,
-    gradient_at_positives,
     losses,
-    own_gradients,
-    own_similarities,
+    per_query_similarities,
     positives,
-    slopes,
     statistics,
 )
 
-# By reasoning on 2026-11-21, no GPU at hand: all are small beside the sweeps. Vectors: a few programs for every
-# multiprocessor at 65536 rows. Folds: the tiles' statistics lie apart, so a program reads lines of 32 or more items.
+# By reasoning on 2026-11-21, without a GPU: all take little time compared with the sweeps. Vectors: a few programs for
+# every multiprocessor at 65536 rows. Folds: a program reads lines of 32 or more items of each tile's statistics.
 _VECTORS = Table(
     "contrastive vectors",
     Config("interpreter", 0, None, {"BI": 64}, 1),
@@ -68,8 +62,8 @@ _POSITIVES = Table(
     Config("interpreter", 0, None, {"BI": 16, "BD": 32}, 1),
     Config("*", 0, None, {"BI": 8, "BD": 256}, 4),
 )
-_OWN = Table(
-    "contrastive own negatives",
+_PER_QUERY = Table(
+    "contrastive negatives of each query",
     Config("interpreter", 0, None, {"BN": 32, "BD": 32}, 1),
     Config("*", 0, None, {"BN": 16, "BD": 128}, 4),
 )
@@ -77,55 +71,56 @@ STATISTICS = 5  # peak, sum, the positive's similarity, sum and number of the se
 
 
 class _Part(NamedTuple):
-    """Some columns of the matrix, with one launch a panel."""
+    """Some columns of the matrix: the keys, or the negatives. It takes one launch a panel."""
 
     columns: Embeddings | None
+    """None: negatives of each query."""
     known: Tensor | None
-    """The similarities, where they are not computed tile by tile."""
+    """Their similarities, or None: computed tile by tile."""
     size: int
     first: int
+    """The first column among all columns."""
     keys: bool
 
 
-class _Call:
-    """The tensors of a call as the kernels take them."""
+class _Launcher:
+    """Launches the kernels of one call. It has the tensors as the kernels take them."""
 
     def __init__(
         self, query: Tensor, key: Tensor | None, negatives: Tensor | None, logit_scale: Tensor, target: Tensor | None,
-        mask: Tensor | None, query_ids: Tensor | None, key_ids: Tensor | None, own: int, by_label: bool,
+        mask: Tensor | None, query_ids: Tensor | None, key_ids: Tensor | None, self_column: int, by_label: bool,
         symmetric: bool, normalize: bool, label_smoothing: float,
     ):  # fmt: skip
-        given = query, key, negatives
-        self.given = given
-        self.compute = compute_dtype(*given)
+        self.given = query, key, negatives
+        self.compute = compute_dtype(*self.given)
         dtype = query.dtype
-        for tensor in given[1:]:
+        for tensor in (key, negatives):
             dtype = dtype if tensor is None else torch.promote_types(dtype, tensor.dtype)
         self.precision = precision(dtype)
         self.rows = query.shape[0]
         self.paired, self.symmetric = key is None, symmetric
-        self.scale = logit_scale.to(query.device)
-        self.own, self.smoothing = own, label_smoothing
+        self.logit_scale, self.scale = logit_scale, logit_scale.to(query.device)
+        self.self_column, self.smoothing = self_column, label_smoothing
         self.set = (LABEL if by_label else ALL if label_smoothing > 0 else NO_SET).value
         keys = self.rows if key is None else key.shape[0]
         self.config = TILES.find(query.device, dtype.itemsize, max(self.rows * keys, 1))
-        if own >= 0 or mask is not None or query_ids is not None or normalize or self.set != NO_SET.value:
+        if self_column >= 0 or mask is not None or query_ids is not None or normalize or self.set != NO_SET.value:
             self.config = for_options(self.config, square=self.paired)
         self.tile = {name: self.config.meta[name] for name in ("BM", "BN", "BK")}
-        if self.paired:  # a tile beyond the diagonal gives the statistics of its columns as those of rows
+        if self.paired:  # the columns of a tile above the diagonal are also rows
             self.tile["BN"] = self.tile["BM"]
         self.query = prepare(query, dtype, normalize, self.config)
         self.key = self.query if key is None else prepare(key, dtype, normalize, self.config)
         self.parts = [_Part(self.key, None, keys, 0, True)]
         self.negatives: Embeddings | None = None
-        self.own_negatives: Tensor | None = None
+        self.per_query: Tensor | None = None
         if negatives is not None and negatives.dim() == 2:
             self.negatives = prepare(negatives, dtype, normalize, self.config)
             self.parts.append(_Part(self.negatives, None, negatives.shape[0], keys, False))
         elif negatives is not None:
-            self.own_negatives = negatives
-            self.own_norms = negatives.new_empty(negatives.shape[:2] if normalize else (0,), dtype=self.compute)
-            known = self._own_similarities(negatives)
+            self.per_query = negatives
+            self.per_query_norms = negatives.new_empty(negatives.shape[:2] if normalize else (0,), dtype=self.compute)
+            known = self._per_query_similarities(negatives)
             self.parts.append(_Part(None, known, negatives.shape[1], keys, False))
         self.classes = keys + sum(part.size for part in self.parts[1:])
         self.target = None if target is None else target.long().contiguous()
@@ -134,14 +129,23 @@ class _Call:
         self.key_ids = self.query_ids if key_ids is None else key_ids.long().contiguous()
         self.step = panel_rows(self.rows, query.shape[1], self.config)
 
-    def _own_similarities(self, negatives: Tensor) -> Tensor:
+    def _per_query_similarities(self, negatives: Tensor) -> Tensor:
         rows, count, features = negatives.shape
         out = negatives.new_empty((rows, count), dtype=self.compute)
-        config = _OWN.find(negatives.device, 0, count)
+        config = _PER_QUERY.find(negatives.device, 0, count)
         x, norms = self.query.x, self.query.norms
-        args = x, norms, negatives, out, self.own_norms, count, features, x.stride(0), *negatives.stride()
-        launch(own_similarities, (rows, tiles_of(count, config.meta["BN"])), *args, config=config)
+        args = x, norms, negatives, out, self.per_query_norms, count, features, x.stride(0), *negatives.stride()
+        launch(per_query_similarities, (rows, tiles_of(count, config.meta["BN"])), *args, config=config)
         return out
+
+    def gradients(self, wanted: Sequence[bool]) -> list[Tensor]:
+        """Return gradients by query, key and negatives to fill; zeros where there are no rows to fill them."""
+        query = self.given[0]
+        new = torch.empty_like if self.rows else torch.zeros_like
+        return [
+            new(tensor, memory_format=torch.contiguous_format) if tensor is not None and want else query.new_empty((0,))
+            for tensor, want in zip(self.given, wanted, strict=True)
+        ]
 
     def panels(self) -> Iterator[tuple[int, int]]:
         """Yield where each panel begins and ends."""
@@ -149,17 +153,17 @@ class _Call:
             yield begin, min(begin + self.step, self.rows)
 
     def tiles(self, part: _Part) -> int:
-        """Return how many tiles the columns of a part are."""
+        """Return how many tiles cover the columns of a part."""
         return tiles_of(part.size, self.tile["BN"])
 
     def matrix(self, part: _Part, begin: int, end: int) -> tuple[tuple[Tensor | None, ...], tuple[int, ...]]:
-        """Return the tensors of some rows of a part, and the numbers that go with them."""
+        """Return a kernel's tensors for some rows of a part, and its numbers from `first_row` to `mask_column`."""
         known, columns = part.known, part.columns
         x = self.query.x
         if columns is None:
             assert known is not None
             known = known[begin:end]
-        elif self.compute == torch.float64:  # no tensor core multiplies them as float64; the library does what there is
+        elif self.compute == torch.float64:  # the library multiplies float64; tiles would not use tensor cores
             known = product(x[begin:end], columns.x.T)
         norms = (None, None) if columns is None else (self.query.norms, columns.norms)
         tensors: tuple[Tensor | None, ...]
@@ -173,12 +177,12 @@ class _Call:
             mask = self.mask[:, part.first :]
         ids = (self.query_ids, self.key_ids) if part.keys else (None, None)
         mask_strides = (0, 0) if mask is None else mask.stride()
-        numbers = begin, end, part.size, part.first, self.classes, self.own, *strides, *mask_strides
+        numbers = begin, end, part.size, part.first, self.classes, self.self_column, *strides, *mask_strides
         return (*tensors, *norms, self.scale, self.target, mask, *ids), numbers
 
     def launch(self, kernel: Any, part: _Part, tiles: int, *args: Any, **constants: Any) -> None:
         """Launch a kernel on tiles of a part."""
-        known = {"SET": self.set, "OWN": part.keys and self.own >= 0, "PRECISION": self.precision}
+        known = {"SET": self.set, "SELF": part.keys and self.self_column >= 0, "PRECISION": self.precision}
         launch(kernel, (tiles,), *args, config=self.config, **known, **self.tile, **constants)
 
     def vectors(self, kernel: object, *args: object, **constants: object) -> None:
@@ -190,222 +194,191 @@ class _Call:
 @torch.no_grad()
 def forward(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     """Return the loss of each row, and the state."""
-    call = _Call(query, *arguments)
-    rows, compute = call.rows, call.compute
-    state = query.new_zeros((1 + call.symmetric, STATISTICS, rows), dtype=compute)  # some are not asked for
+    launcher = _Launcher(query, *arguments)
+    rows, compute = launcher.rows, launcher.compute
+    state = query.new_zeros((1 + launcher.symmetric, STATISTICS, rows), dtype=compute)  # not all are written
     loss = query.new_empty((rows,), dtype=compute)
     if rows == 0:
         return loss, state
-    if call.set != LABEL.value:
-        _positives(call, state[0, 2])
-    kinds = 4 if call.set != NO_SET.value else 2
-    row_tiles = tiles_of(min(call.step, rows), call.tile["BM"])
-    tiles = sum(map(call.tiles, call.parts))
-    by_row = query.new_empty((tiles, kinds, min(call.step, rows)), dtype=compute)
-    columns = state[1] if call.symmetric else state[0]
+    if launcher.set != LABEL.value:
+        _positives(launcher, state[0, 2])
+    kinds = 4 if launcher.set != NO_SET.value else 2
+    row_tiles = tiles_of(min(launcher.step, rows), launcher.tile["BM"])
+    tiles = sum(map(launcher.tiles, launcher.parts))
+    by_row = query.new_empty((tiles, kinds, min(launcher.step, rows)), dtype=compute)
     by_column = None
-    if call.symmetric or call.paired:
-        by_column = query.new_empty((row_tiles, kinds, call.parts[0].size), dtype=compute)
-    for begin, end in call.panels():
-        panel_tiles = tiles_of(end - begin, call.tile["BM"])
+    if launcher.symmetric or launcher.paired:
+        by_column = query.new_empty((row_tiles, kinds, launcher.parts[0].size), dtype=compute)
+    for begin, end in launcher.panels():
+        panel_tiles = tiles_of(end - begin, launcher.tile["BM"])
         offset = 0
-        skipped = begin // call.tile["BM"] if call.paired else 0
-        for part in call.parts:
-            tensors, numbers = call.matrix(part, begin, end)
-            there = by_column if part.keys else None
-            strides = (*by_row.stride()[:2], *((0, 0) if there is None else there.stride()[:2]))
-            grid = panel_tiles * (call.tiles(part) - skipped)
-            args = *tensors, by_row, there, *numbers, *strides, skipped, panel_tiles, offset
-            call.launch(statistics, part, grid, *args, PAIRED=call.paired)
-            offset += call.tiles(part)
+        skipped = begin // launcher.tile["BM"] if launcher.paired else 0
+        for part in launcher.parts:
+            tensors, numbers = launcher.matrix(part, begin, end)
+            columns = by_column if part.keys else None
+            strides = (*by_row.stride()[:2], *((0, 0) if columns is None else columns.stride()[:2]))
+            launcher.launch(
+                statistics, part, panel_tiles * (launcher.tiles(part) - skipped), *tensors, by_row, columns, *numbers,
+                *strides, skipped, panel_tiles, offset, PAIRED=launcher.paired,
+            )  # fmt: skip
+            offset += launcher.tiles(part)
         if by_column is not None:
-            _fold(call, by_column, columns, 0, call.parts[0].size, panel_tiles, skipped, begin == 0, -call.paired)
-        _fold(call, by_row, state[0], begin, end - begin, tiles, 0, not call.paired, int(call.paired))
-    other = state[1] if call.symmetric else None
-    call.vectors(losses, state[0], other, state[0, 2], call.scale, loss, rows, call.smoothing, SET=call.set)
+            _fold(
+                launcher, by_column, state[1] if launcher.symmetric else state[0], 0, launcher.parts[0].size,
+                panel_tiles, skipped, fresh=begin == 0, side=-launcher.paired,
+            )  # fmt: skip
+        _fold(
+            launcher, by_row, state[0], begin, end - begin, tiles, 0, fresh=not launcher.paired,
+            side=int(launcher.paired),
+        )  # fmt: skip
+    launcher.vectors(
+        losses, state[0], state[1] if launcher.symmetric else None, state[0, 2], launcher.scale, loss, rows,
+        launcher.smoothing, SET=launcher.set,
+    )  # fmt: skip
     return loss, state
 
 
-def _positives(call: _Call, out: Tensor) -> None:
-    config = _POSITIVES.find(out.device, 0, call.rows)
-    query, key, negatives = call.query, call.key, call.negatives
-    known = call.parts[-1].known
-    tensors = query.x, key.x, negatives and negatives.x, known
-    norms = query.norms, key.norms, negatives and negatives.norms
-    strides = query.x.stride(0), key.x.stride(0), 0 if negatives is None else negatives.x.stride(0)
-    numbers = call.rows, call.parts[0].size, call.classes, query.x.shape[1]
-    grid = (tiles_of(call.rows, config.meta["BI"]),)
-    launch(positives, grid, *tensors, *norms, call.target, out, *numbers, *strides, config=config)
-
-
-def _fold(
-    call: _Call, parts: Tensor, state: Tensor, first: int, items: int, tiles: int, first_tile: int, fresh: bool,
-    side: int,
-) -> None:  # fmt: skip
-    config = _FOLDS.find(parts.device, 0, items)
-    args = parts, state, first, items, tiles, first_tile, *parts.stride()[:2], state.stride(0)
-    constants = {"SET": call.set, "FRESH": fresh, "SIDE": side, "TILE": call.tile["BM"]}
-    launch(fold, (tiles_of(items, config.meta["BI"]),), *args, config=config, **constants)
-
-
-@torch.no_grad()
-def backward(
-    grad_loss: Tensor, state: Tensor, query: Tensor, key: Tensor | None, negatives: Tensor | None, logit_scale: Tensor,
-    *rest: Any,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """Return the gradients by query, key, negatives and scale; one that is not wanted has no elements, or is 0."""
-    *arguments, wanted = rest
-    call = _Call(query, key, negatives, logit_scale, *arguments)
-    grads = [
-        query.new_empty((0,)) if tensor is None or not want else tensor.new_zeros(tensor.shape)
-        if call.rows == 0 else torch.empty_like(tensor, memory_format=torch.contiguous_format)
-        for tensor, want in zip(call.given, wanted, strict=False)
-    ]  # fmt: skip
-    by_scale = torch.zeros_like(logit_scale)
-    if call.rows == 0:
-        return *grads, by_scale
-    extra = range_of_float16(grad_loss) if call.query.x.dtype == torch.float16 else None
-    row_slopes, column_slopes = _slopes(call, grad_loss, state, extra)
-    tiles = [tiles_of(min(call.step, call.rows), call.tile["BM"]) * call.tiles(part) for part in call.parts]
-    # Of every panel's tiles, then of the positives.
-    sums = query.new_zeros((len(list(call.panels())) * sum(tiles) + call.rows,), dtype=call.compute)
-    by_tile = iter(sums[: -call.rows].view(-1, sum(tiles)))
-    memory = [
-        query.new_empty(
-            (min(call.step, call.rows), tiles_of(part.size, 64) * 64),
-            dtype=call.compute if part.columns is None else call.query.x.dtype,
-        )
-        for part in call.parts
-    ]
-    totals: list[Tensor | None] = [None, None]
-    for begin, end in call.panels():
-        total, of_panel = None, next(by_tile)
-        for k, part in enumerate(call.parts):
-            tensors, numbers = call.matrix(part, begin, end)
-            there = column_slopes if part.keys else None
-            panel_tiles = tiles_of(end - begin, call.tile["BM"])
-            of_part = of_panel[sum(tiles[:k]) :] if wanted[3] else None
-            args = (
-                *tensors,
-                row_slopes,
-                there,
-                memory[k],
-                of_part,
-                *numbers,
-                call.rows,
-                memory[k].stride(0),
-                panel_tiles,
-            )
-            call.launch(gradient, part, panel_tiles * call.tiles(part), *args)
-            if call.set != LABEL.value:
-                of_positives = sums[-call.rows :] if wanted[3] else None
-                slopes_there = row_slopes, there, state[0, 2]
-                _gradient_at_positives(call, part, slopes_there, memory[k], of_positives, begin, end)
-            panel = memory[k][: end - begin, : part.size]
-            if part.columns is None:
-                _own_gradients(call, part, memory[k], extra, total, grads[2] if wanted[2] else None, begin, end)
-                continue
-            if wanted[0]:
-                total = product(panel, part.columns.x, total)
-            if wanted[k + 1] and not call.paired:
-                totals[k] = product(panel.T, call.query.x[begin:end], totals[k])
-        if total is not None:
-            write_gradient(call.query, total, call.scale, extra, grads[0], begin)
-    for of, whole, grad in zip((call.key, call.negatives), totals, grads[1:], strict=True):
-        if of is not None and whole is not None:
-            write_gradient(of, whole, call.scale, extra, grad)
-    if wanted[3]:  # paired: each tile has both directions' gradients
-        moment = sums.sum(dtype=torch.float64) / (1 + call.paired)
-        by_scale = (moment if extra is None else moment / extra).to(logit_scale)
-    return *grads, by_scale
-
-
-def _slopes(call: _Call, upstream: Tensor, state: Tensor, extra: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    def of(direction: int) -> Tensor:
-        out = state.new_empty((4, call.rows))
-        part = 0.5 if call.symmetric else 1.0
-        numbers = call.rows, call.classes, upstream.stride(0), call.smoothing, part
-        tensors = state[direction], state[0, 2], call.target, call.scale, upstream, extra, out
-        call.vectors(slopes, *tensors, *numbers, SET=call.set)
-        return out
-
-    rows = of(0)
-    return rows, of(1) if call.symmetric else rows if call.paired else None
-
-
-def _gradient_at_positives(
-    call: _Call, part: _Part, slopes: tuple[Tensor | None, ...], panel: Tensor, by_scale: Tensor | None, begin: int,
-    end: int,
-) -> None:  # fmt: skip
-    norms = (None, None) if part.columns is None else (call.query.norms, part.columns.norms)
-    tensors = *slopes, call.target, *norms, panel, by_scale
-    config = _VECTORS.find(panel.device, 0, end - begin)
-    numbers = begin, end, part.first, part.size, call.rows, panel.stride(0)
-    launch(gradient_at_positives, (tiles_of(end - begin, config.meta["BI"]),), *tensors, *numbers, config=config)
-
-
-def _own_gradients(
-    call: _Call, part: _Part, panel: Tensor, extra: Tensor | None, total: Tensor | None, grad: Tensor | None,
-    begin: int, end: int,
-) -> None:  # fmt: skip
-    negatives = call.own_negatives
-    assert negatives is not None
-    if total is None and grad is None:
-        return
-    config = _OWN.find(negatives.device, 0, part.size)
-    x, features = call.query.x, negatives.shape[2]
-    tensors = x, call.query.norms, negatives, part.known, call.own_norms, panel, call.scale, extra, total, grad
-    strides = x.stride(0), *negatives.stride(), panel.stride(0), 0 if total is None else total.stride(0)
-    grid = (end - begin, tiles_of(features, config.meta["BD"]))
-    launch(own_gradients, grid, *tensors, begin, part.size, features, *strides, config=config)
-
-
-def _meta(
-    n: int, d: int, dtype: torch.dtype, *, negatives: tuple[int, ...] | None = None, paired: bool = False,
-    target: bool = False, mask: bool = False, ids: bool = False, **options: Any,
-) -> tuple[Any, ...]:  # fmt: skip
-    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    numbers = empty(n, dtype=torch.int64)
-    values = {"own": -1, "by_label": False, "symmetric": False, "normalize": False, "label_smoothing": 0.0, **options}
-    return (
-        empty(n, d), None if paired else empty(n, d), None if negatives is None else empty(*negatives),
-        empty(dtype=torch.float32), numbers if target else None, empty(n, n, dtype=torch.bool) if mask else None,
-        numbers if ids else None, None, *values.values(),
+def _positives(launcher: _Launcher, out: Tensor) -> None:
+    """Write each row's similarity to its positive."""
+    config = _POSITIVES.find(out.device, 0, launcher.rows)
+    query, key, negatives = launcher.query, launcher.key, launcher.negatives
+    launch(
+        positives, (tiles_of(launcher.rows, config.meta["BI"]),), query.x, key.x, negatives and negatives.x,
+        launcher.parts[-1].known, query.norms, key.norms, negatives and negatives.norms, launcher.target, out,
+        launcher.rows, launcher.parts[0].size, launcher.classes, query.x.shape[1], query.x.stride(0), key.x.stride(0),
+        0 if negatives is None else negatives.x.stride(0), config=config,
     )  # fmt: skip
 
 
-def _both(call: tuple[Any, ...]) -> None:
-    loss, state = forward(*call)
-    backward(loss, state, *call, [True] * 4)
+def _fold(
+    launcher: _Launcher, parts: Tensor, state: Tensor, first: int, items: int, tiles: int, first_tile: int, *,
+    fresh: bool, side: int,
+) -> None:  # fmt: skip
+    """Join the statistics of tiles, as the kernel says."""
+    config = _FOLDS.find(parts.device, 0, items)
+    launch(
+        fold, (tiles_of(items, config.meta["BI"]),), parts, state, first, items, tiles, first_tile,
+        *parts.stride()[:2], state.stride(0), SET=launcher.set, FRESH=fresh, SIDE=side, TILE=launcher.tile["BM"],
+        config=config,
+    )  # fmt: skip
 
 
-_SPILLS_OF_LABELS = {
-    ("gradient", "sm_100", "spills: 20,"): "twenty words once a tile, where all 255 registers are in use",
-    ("statistics", "gfx942", "spills: 12"): "twelve words once a tile",
-}
+@torch.no_grad()
+def backward(grad_loss: Tensor, state: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """Return the gradients by query, key, negatives and scale, for an upstream of each row.
+
+    After the arguments of `forward` comes which are wanted. One that is not wanted has no elements; the scale's is 0.
+    """
+    *given, wanted = arguments
+    launcher = _Launcher(*given)
+    want_query, want_key, want_negatives, want_scale = wanted
+    grads = launcher.gradients((want_query, want_key, want_negatives))
+    by_scale = torch.zeros_like(launcher.logit_scale)
+    if launcher.rows == 0:
+        return *grads, by_scale
+    grad_query, grad_key, grad_negatives = grads
+    half = launcher.query.x.dtype == torch.float16
+    panels = _Panels(launcher, grad_loss, state, range_of_float16(grad_loss) if half else None, want_scale)
+    totals: list[Tensor | None] = [None, None]
+    want_columns = (want_key and not launcher.paired, want_negatives)
+    for n, (begin, end) in enumerate(launcher.panels()):
+        total = None
+        for k, part in enumerate(launcher.parts):
+            panel = panels.compute(n, k, begin, end)
+            if part.columns is None:
+                panels.per_query(part, panel, total, grad_negatives if want_negatives else None, begin, end)
+                continue
+            if want_query:
+                total = product(panel, part.columns.x, total)
+            if want_columns[k]:
+                totals[k] = product(panel.T, launcher.query.x[begin:end], totals[k])
+        if total is not None:
+            write_gradient(launcher.query, total, launcher.scale, panels.grad_scale, grad_query, begin)
+    columns = (launcher.key, launcher.negatives)
+    for embeddings, whole, grad in zip(columns, totals, (grad_key, grad_negatives), strict=True):
+        if embeddings is not None and whole is not None:
+            write_gradient(embeddings, whole, launcher.scale, panels.grad_scale, grad)
+    return *grads, panels.by_scale().to(by_scale) if want_scale else by_scale
 
 
-def examples() -> Iterator[Example]:
-    """Yield calls that take every kernel and every row of the tables, and the options with most in a kernel."""
-    bf16, f16, f32, f64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-    views = {"paired": True, "own": 0, "normalize": True}
-    everything = {"mask": True, "symmetric": True, "normalize": True, "label_smoothing": 0.1}
-    for name, n, d, dtype, options in (
-        ("clip", 65536, 1024, bf16, {"symmetric": True}),
-        ("clip-small", 512, 512, bf16, {"symmetric": True}),
-        ("clip", 65536, 1024, f16, {"symmetric": True}),
-        ("clip", 8192, 384, f32, {"symmetric": True}),
-        ("clip", 8192, 384, f64, {"symmetric": True, "normalize": True}),
-        ("nt_xent", 8192, 128, bf16, {**views, "target": True}),
-        ("sup_con", 8192, 128, bf16, {**views, "ids": True, "by_label": True}),
-        ("everything", 8192, 384, bf16, {**everything, "negatives": (4096, 384)}),
-        ("everything", 8192, 384, f32, {**everything, "negatives": (8192, 64, 384)}),
-        ("own-negatives", 8192, 384, bf16, {"negatives": (8192, 64, 384)}),
+class _Panels:
+    """The panels of the gradient by the products, computed one at a time in the memory of a part."""
+
+    def __init__(
+        self, launcher: _Launcher, upstream: Tensor, state: Tensor, grad_scale: Tensor | None, want_scale: bool
     ):
-        call = _meta(n, d, dtype, **options)
-        claims = CLAIMS if dtype in (bf16, f16) and name != "own-negatives" else {}  # those are read, not multiplied
-        plain = name in ("clip", "own-negatives")
-        title = f"{name}-{str(dtype).removeprefix('torch.')}"
-        yield Example(title, partial(_both, call), claims, SPILLS if plain else _SPILLS_OF_LABELS)
+        self.launcher, self.state, self.grad_scale = launcher, state, grad_scale
+        rows, step = launcher.rows, min(launcher.step, launcher.rows)
+        self.row_slopes = self._slopes(state[0], upstream)
+        self.column_slopes = (
+            self._slopes(state[1], upstream) if launcher.symmetric else self.row_slopes if launcher.paired else None
+        )
+        self.tiles = [tiles_of(step, launcher.tile["BM"]) * launcher.tiles(part) for part in launcher.parts]
+        self.memory = [
+            state.new_empty(
+                (step, tiles_of(part.size, 64) * 64),
+                dtype=launcher.compute if part.columns is None else launcher.query.x.dtype,
+            )
+            for part in launcher.parts
+        ]
+        # Gradient * similarity, summed over each tile of every panel, and of each positive.
+        self.by_tile = self.by_positive = None
+        if want_scale:
+            panels = len(list(launcher.panels()))
+            self.sums = state.new_zeros(panels * sum(self.tiles) + rows)
+            self.by_tile, self.by_positive = self.sums[:-rows].view(panels, sum(self.tiles)), self.sums[-rows:]
+
+    def _slopes(self, state: Tensor, upstream: Tensor) -> Tensor:
+        """Return four numbers of each row of a direction, as the kernel says."""
+        launcher = self.launcher
+        out = state.new_empty((4, launcher.rows))
+        launcher.vectors(
+            slopes, state, self.state[0, 2], launcher.target, launcher.scale, upstream, self.grad_scale, out,
+            launcher.rows, launcher.classes, upstream.stride(0), launcher.smoothing, 0.5 if launcher.symmetric else 1.0,
+            SET=launcher.set,
+        )  # fmt: skip
+        return out
+
+    def compute(self, n: int, k: int, begin: int, end: int) -> Tensor:
+        """Return panel n of the gradient by the products of part k; the next panel overwrites it."""
+        launcher, part, memory = self.launcher, self.launcher.parts[k], self.memory[k]
+        tensors, numbers = launcher.matrix(part, begin, end)
+        column_slopes = self.column_slopes if part.keys else None
+        row_tiles = tiles_of(end - begin, launcher.tile["BM"])
+        launcher.launch(
+            gradient, part, row_tiles * launcher.tiles(part), *tensors, self.row_slopes, column_slopes, memory,
+            None if self.by_tile is None else self.by_tile[n, sum(self.tiles[:k]) :], *numbers, launcher.rows,
+            memory.stride(0), row_tiles,
+        )  # fmt: skip
+        if launcher.set != LABEL.value:
+            norms = (None, None) if part.columns is None else (launcher.query.norms, part.columns.norms)
+            config = _VECTORS.find(memory.device, 0, end - begin)
+            launch(
+                gradient_at_positives, (tiles_of(end - begin, config.meta["BI"]),), self.row_slopes, column_slopes,
+                self.state[0, 2], launcher.target, *norms, memory, self.by_positive, begin, end, part.first, part.size,
+                launcher.rows, memory.stride(0), config=config,
+            )  # fmt: skip
+        return memory[: end - begin, : part.size]
+
+    def per_query(
+        self, part: _Part, panel: Tensor, total: Tensor | None, grad: Tensor | None, begin: int, end: int
+    ) -> None:
+        """Add to `total` and write `grad` for negatives of each query, as the kernel says."""
+        launcher, negatives = self.launcher, self.launcher.per_query
+        assert negatives is not None
+        if total is None and grad is None:
+            return
+        config = _PER_QUERY.find(negatives.device, 0, part.size)
+        x, features = launcher.query.x, negatives.shape[2]
+        launch(
+            per_query_gradients, (end - begin, tiles_of(features, config.meta["BD"])), x, launcher.query.norms,
+            negatives, part.known, launcher.per_query_norms, panel, launcher.scale, self.grad_scale, total, grad, begin,
+            part.size, features, x.stride(0), *negatives.stride(), panel.stride(0),
+            0 if total is None else total.stride(0), config=config,
+        )  # fmt: skip
+
+    def by_scale(self) -> Tensor:
+        """Return the gradient by the scale."""
+        # Each tile of a symmetric matrix has the gradients of both directions.
+        moment = self.sums.sum(dtype=torch.float64) / (1 + self.launcher.paired)
+        return moment if self.grad_scale is None else moment / self.grad_scale

@@ -1,4 +1,4 @@
-"""The kernels of InfoNCE; `triton.py` launches them and explains them together."""
+"""The kernels of InfoNCE's losses; `triton.py` launches them and says how they work together."""
 
 import math
 
@@ -10,13 +10,14 @@ from tlkernels._core.triton.similarity import similarity_tile
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2))
 INF = tl.constexpr(math.inf)
-# Entries whose similarities are summed: for label smoothing all but the positive; for sup_con those of the label.
+# The set of a row, whose similarities are summed: none, all entries but the positive for label smoothing, or those of
+# the row's label for sup_con.
 NO_SET, ALL, LABEL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit
 def positive_column(target, i, classes):
-    """Return the column of each row's positive, -1 where the target is none; without targets the row's own number."""
+    """Return the column of each row's positive, -1 if the target is out of range; without targets the row's number."""
     column = i
     if target is not None:
         at = tl.load(target + i)
@@ -26,11 +27,17 @@ def positive_column(target, i, classes):
 
 @triton.jit
 def taking_part(
-    counts, i, j, mask, row_ids, column_ids, own, mask_row, mask_column, SET: tl.constexpr, OWN: tl.constexpr
-):
-    """Return which of the entries that count are not taken out, and which of those are in the set; i and j exist."""
-    if OWN:
-        counts = counts & ((i + own)[:, None] != j[None, :])
+    counts,  # entries of the tile, before masks
+    i, j,  # rows and columns of the tile, all in range
+    mask,  # uint8, not 0 where left out; or None
+    row_ids, column_ids,  # int64, or None; equal ids are the label's (LABEL) or left out
+    self_column,  # the column that is row 0 itself, and so on along the rows; left out with SELF
+    mask_row, mask_column,  # strides of mask
+    SET: tl.constexpr, SELF: tl.constexpr,
+):  # fmt: skip
+    """Return which of the entries count, and which of those are in the set."""
+    if SELF:
+        counts = counts & ((i + self_column)[:, None] != j[None, :])
     if mask is not None:
         counts = counts & (
             tl.load(mask + i.to(tl.int64)[:, None] * mask_row + j.to(tl.int64)[None, :] * mask_column) == 0
@@ -48,26 +55,45 @@ def taking_part(
 
 @triton.jit
 def finite_or_zero(peak):
-    """Return what to subtract from logits of which none is above `peak`."""
+    """Return the peak, or 0 where it is -inf, so that differences from it are not NaN."""
     return tl.where(peak == -INF, 0.0, peak)
 
 
-# Not specialised is what another size of the batch changes: numbers of rows and columns, and where their statistics lie
-# in a tensor of several.
+# Not specialised: what another batch size changes, that is numbers of rows and columns and the strides and offsets of
+# their statistics.
 @triton.jit(do_not_specialize=[
-    "row_end", "column_count", "first_column", "classes", "own", "known_stride", "mask_row", "row_part", "row_items",
-    "column_part", "column_items", "skipped", "row_tiles", "tile_offset",
+    "row_end", "column_count", "first_column", "classes", "self_column", "known_stride", "mask_row", "row_part",
+    "row_items", "column_part", "column_items", "skipped", "row_tiles", "tile_offset",
 ])  # fmt: skip
 def statistics(
-    rows, columns, known, row_norms, column_norms, scale, target, mask, row_ids, column_ids, by_row, by_column,
-    first_row, row_end, column_count, first_column, classes, own, D, row_stride, column_stride, known_stride,
-    mask_row, mask_column, row_part, row_items, column_part, column_items, skipped, row_tiles, tile_offset,
-    SET: tl.constexpr, OWN: tl.constexpr, PAIRED: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    rows, columns,  # embeddings, (N, D) and (K, D), or None with `known`
+    known,  # similarities of this panel, (rows, K), or None: compute them
+    row_norms, column_norms,  # inverse norms, (N,) and (K,), or None
+    scale,  # 0-d
+    target,  # (N,) columns of the positives, or None: the row's number
+    mask,  # (N, K) uint8, not 0 where left out; or None
+    row_ids, column_ids,  # (N,) and (K,) int64, or None
+    by_row,  # result, (tile of columns, statistic, row of the panel)
+    by_column,  # result, (tile of rows, statistic, column), or None
+    first_row, row_end,  # rows of the panel
+    column_count, first_column, classes,  # of this part; its first column among all `classes` columns
+    self_column,  # the column that is row 0 itself; with SELF
+    D, row_stride, column_stride, known_stride,  # features; strides between rows of each
+    mask_row, mask_column,  # strides of mask
+    row_part, row_items,  # strides of by_row between tiles, and between statistics
+    column_part, column_items,  # of by_column
+    skipped,  # tiles of columns that the grid leaves out, with PAIRED
+    row_tiles,  # tiles of rows in the panel
+    tile_offset,  # tiles of the parts before this one
+    SET: tl.constexpr,  # NO_SET, ALL or LABEL
+    SELF: tl.constexpr,  # each row has a column that is itself
+    PAIRED: tl.constexpr,  # the matrix is symmetric
+    PRECISION: tl.constexpr,  # of float32: "ieee" or "tf32"
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,  # rows, columns and features of a tile
 ):  # fmt: skip
-    """Of one tile: peak and sum of exponentials, sum and number of the set, of its rows and where wanted its columns.
+    """Write a tile's peak, sum of exponentials, and sum and number of the set, of its rows and of its columns.
 
-    With PAIRED, tiles below the diagonal are left out, and those beyond it give their columns as rows.
+    With PAIRED, tiles below the diagonal are left out, and the columns of tiles above it are also rows.
     """
     C: tl.constexpr = by_row.dtype.element_ty
     tile_row, tile_column = tl.program_id(0) % row_tiles, tl.program_id(0) // row_tiles + skipped
@@ -85,7 +111,7 @@ def statistics(
         positive = positive_column(target, row, classes) - first_column
         counts = counts & (positive[:, None] != j[None, :])
     counts, in_set = taking_part(
-        counts, row, column, mask, row_ids, column_ids, own, mask_row, mask_column, SET, OWN
+        counts, row, column, mask, row_ids, column_ids, self_column, mask_row, mask_column, SET, SELF
     )  # fmt: skip
     x = tl.where(counts, s * (tl.load(scale).to(C) * LOG2E), -INF)
     peak = tl.max(x, 1)
@@ -112,14 +138,19 @@ def statistics(
     do_not_specialize_on_alignment=["state"],
 )
 def fold(
-    parts, state, first, items, tiles, first_tile, part_stride, part_items, state_stride,
-    SET: tl.constexpr, FRESH: tl.constexpr, SIDE: tl.constexpr, TILE: tl.constexpr, BT: tl.constexpr, BI: tl.constexpr,
+    parts,  # (tile, statistic, item), of `statistics`; an item is a row or a column
+    state,  # result, (statistic, item)
+    first, items,  # the items of parts are `first` ... of state
+    tiles, first_tile,  # number of tiles; number of the first
+    part_stride, part_items,  # strides of parts between tiles, and between statistics
+    state_stride,  # of state between statistics
+    SET: tl.constexpr,  # NO_SET, ALL or LABEL
+    FRESH: tl.constexpr,  # state is uninitialised
+    SIDE: tl.constexpr,  # 0, or 1: only tiles from the item's on were written, or -1: only tiles before it
+    TILE: tl.constexpr,  # items of a tile, with SIDE
+    BT: tl.constexpr, BI: tl.constexpr,  # tiles joined at a time; items of a program
 ):  # fmt: skip
-    """Join the parts of `tiles` tiles into the state of items `first` ..., tile after tile in their order.
-
-    With FRESH there is nothing in the state yet. SIDE is 0, or 1 where only tiles from the item's own on were written,
-    or -1 where only those before it.
-    """
+    """Join the statistics of tiles into the state of the items, in the order of the tiles."""
     C: tl.constexpr = state.dtype.element_ty
     r = tl.program_id(0) * BI + tl.arange(0, BI)
     i = first + r
@@ -157,10 +188,16 @@ def fold(
 
 @triton.jit(do_not_specialize=["row_count", "key_count", "classes"], do_not_specialize_on_alignment=["out"])
 def positives(
-    rows, keys, negatives, own_negatives, row_norms, key_norms, negative_norms, target, out, row_count, key_count,
-    classes, D, row_stride, key_stride, negative_stride, BI: tl.constexpr, BD: tl.constexpr,
+    rows, keys, negatives,  # embeddings, (N, D), (K, D), and (M, D) or None
+    per_query,  # similarities of each query's negatives, (N, M), or None
+    row_norms, key_norms, negative_norms,  # inverse norms, or None
+    target,  # (N,), or None: the row's number
+    out,  # result, (N,)
+    row_count, key_count, classes,  # N, K and K + M
+    D, row_stride, key_stride, negative_stride,  # features; strides between rows of each
+    BI: tl.constexpr, BD: tl.constexpr,  # rows of a program; features that it reads at a time
 ):  # fmt: skip
-    """Write the similarity of each row to its positive, NaN where that is no column; such a column is not read."""
+    """Write the similarity of each row to its positive, or NaN if the target is out of range, which is not read."""
     C: tl.constexpr = out.dtype.element_ty
     i = tl.program_id(0).to(tl.int64) * BI + tl.arange(0, BI)
     at = i
@@ -182,47 +219,56 @@ def positives(
         if negatives is not None:
             norm *= tl.load(negative_norms + n, further, other=1.0)
         s = s * tl.load(row_norms + i, i < row_count, other=0.0) * norm
-    if own_negatives is not None:
-        s += tl.load(own_negatives + i * (classes - key_count) + n, further, other=0.0)
+    if per_query is not None:
+        s += tl.load(per_query + i * (classes - key_count) + n, further, other=0.0)
     tl.store(out + i, tl.where(among_keys | further, s, float("nan")), i < row_count)
 
 
 @triton.jit
 def softmax(peak, total, positive):
-    """Return top, and relative to it the sum of the others and the positive's exponential, of a logit in base 2."""
+    """Return the largest logit in base 2, and relative to it the others' sum and the positive's exponential."""
     top = tl.maximum(peak, positive)
     return top, total * tl.exp2(peak - top), tl.exp2(positive - top)
 
 
 @triton.jit
-def row_loss(state, positive, i, here, stride, scale, smoothing, SET: tl.constexpr):
-    """Return the loss of rows or columns by their statistics."""
-    peak, total = tl.load(state + i, here, other=0.0), tl.load(state + stride + i, here, other=1.0)
+def row_loss(state, positive, i, mask, stride, scale, smoothing, SET: tl.constexpr):
+    """Return the loss of rows or columns from their statistics."""
+    peak, total = tl.load(state + i, mask, other=0.0), tl.load(state + stride + i, mask, other=1.0)
     if SET != NO_SET:
         in_set, count = (
-            tl.load(state + 3 * stride + i, here, other=0.0),
-            tl.load(state + 4 * stride + i, here, other=1.0),
+            tl.load(state + 3 * stride + i, mask, other=0.0),
+            tl.load(state + 4 * stride + i, mask, other=1.0),
         )
     if SET == LABEL:
-        # Rounded as the logits were, so that of a row's only other entry nothing is left.
+        # Rounded as the logits were, so that the loss of a row with one other entry is exactly 0.
         mean = in_set * (scale * LOG2E) / tl.where(count > 0, count, 1.0)
         loss = tl.where(count > 0, tl.log(total) + (peak - mean) * LN2, 0.0)
     else:
-        s = tl.load(positive + i, here, other=0.0)
+        s = tl.load(positive + i, mask, other=0.0)
         logit = s * (scale * LOG2E)
-        top, others, own = softmax(peak, total, logit)
-        near = others <= own
-        ratio = others / tl.where(near, own, 1.0)
-        one_more = 1 + ratio  # log(1 + ratio), with what rounding took from the sum
+        top, others, positive_term = softmax(peak, total, logit)
+        near = others <= positive_term
+        ratio = others / tl.where(near, positive_term, 1.0)
+        one_more = 1 + ratio  # log(1 + ratio), corrected for the rounding of the sum
         of_ratio = tl.log(one_more) + (ratio - (one_more - 1)) / one_more
-        loss = tl.where(near, of_ratio, tl.log(others + own) + (top - logit) * LN2)
+        loss = tl.where(near, of_ratio, tl.log(others + positive_term) + (top - logit) * LN2)
         if SET == ALL:
             loss += smoothing * (scale * s - scale * (in_set + s) / (count + 1))
     return loss
 
 
 @triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["by_row", "by_column", "positive"])
-def losses(by_row, by_column, positive, scale, loss, rows, smoothing: tl.float64, SET: tl.constexpr, BI: tl.constexpr):
+def losses(
+    by_row, by_column,  # states, (statistic, N), of rows, and of columns or None
+    positive,  # (N,) similarities to the positives
+    scale,  # 0-d
+    loss,  # result, (N,)
+    rows,
+    smoothing: tl.float64,
+    SET: tl.constexpr,  # NO_SET, ALL or LABEL
+    BI: tl.constexpr,  # rows of a program
+):  # fmt: skip
     """Write the loss of each row, with `by_column` the mean of both directions."""
     C: tl.constexpr = loss.dtype.element_ty
     i = tl.program_id(0) * BI + tl.arange(0, BI)
@@ -233,131 +279,18 @@ def losses(by_row, by_column, positive, scale, loss, rows, smoothing: tl.float64
     tl.store(loss + i, result, i < rows)
 
 
-@triton.jit(do_not_specialize=["rows", "classes"], do_not_specialize_on_alignment=["state", "positive"])
-def slopes(
-    state, positive, target, scale, upstream, extra, out, rows, classes, upstream_stride, smoothing: tl.float64,
-    part: tl.float64, SET: tl.constexpr, BI: tl.constexpr,
-):  # fmt: skip
-    """Write what the gradient by the logits is made of: factor * exp2(logit - top), less `share` in the set, and at the
-    positive the number that is last; for an upstream gradient times `part`, and times `extra` if given.
-
-    A row without a positive has zeros, and a top above all logits.
-    """
-    C: tl.constexpr = out.dtype.element_ty
-    i = tl.program_id(0) * BI + tl.arange(0, BI)
-    here = i < rows
-    g = tl.load(upstream + i.to(tl.int64) * upstream_stride, here, other=0.0).to(C) * tl.full([], part, C)
-    if extra is not None:
-        g *= tl.load(extra).to(C)
-    peak, total = tl.load(state + i, here, other=0.0), tl.load(state + rows + i, here, other=1.0)
-    share, count = tl.zeros([BI], C), tl.zeros([BI], C)
-    if SET != NO_SET:
-        count = tl.load(state + 4 * rows + i, here, other=1.0)
-    if SET == LABEL:
-        valid = count > 0
-        top, factor, own = peak, g / total, tl.zeros([BI], C)
-        share = g / tl.where(valid, count, 1.0)
-    else:
-        valid = here
-        if target is not None:
-            at = tl.load(target + i, here, other=0)
-            valid = (at >= 0) & (at < classes)
-        top, others, e = softmax(peak, total, tl.load(positive + i, here, other=0.0) * (tl.load(scale).to(C) * LOG2E))
-        factor, own = g / (others + e), -g * (others / (others + e))
-        if SET == ALL:
-            smooth = tl.full([], smoothing, C)
-            share = g * (smooth / (count + 1))
-            own += g * smooth - share
-    tl.store(out + i, tl.where(valid, top, 1e30), here)
-    tl.store(out + rows + i, tl.where(valid, factor, 0.0), here)
-    tl.store(out + 2 * rows + i, tl.where(valid, share, 0.0), here)
-    tl.store(out + 3 * rows + i, tl.where(valid, own, 0.0), here)
-
-
-# But what divides `column_count`: how wide the stores to the panel are depends on it.
-@triton.jit(do_not_specialize=[
-    "row_end", "first_column", "classes", "own", "known_stride", "mask_row", "slopes_stride", "row_tiles",
-], do_not_specialize_on_alignment=["by_scale"])  # fmt: skip
-def gradient(
-    rows, columns, known, row_norms, column_norms, scale, target, mask, row_ids, column_ids, row_slopes, column_slopes,
-    panel, by_scale, first_row, row_end, column_count, first_column, classes, own, D, row_stride, column_stride,
-    known_stride, mask_row, mask_column, slopes_stride, panel_stride, row_tiles,
-    SET: tl.constexpr, OWN: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
-    """Write a tile of the gradient by the products of rows as they are, over `scale`, and its sum with similarities.
-
-    Positives are written as if they were others, and then over by `gradient_at_positives`: to tell them apart here, in
-    every tile, would take registers that a second program on the multiprocessor needs.
-    """
-    C: tl.constexpr = row_slopes.dtype.element_ty
-    tile_row, tile_column = tl.program_id(0) % row_tiles, tl.program_id(0) // row_tiles
-    i = first_row + tile_row * BM + tl.arange(0, BM)
-    j = tile_column * BN + tl.arange(0, BN)
-    row, column = tl.minimum(i, row_end - 1), tl.minimum(j, column_count - 1)
-    s = similarity_tile(
-        rows, columns, known, row_norms, column_norms, row, column, D, first_row,
-        row_stride, column_stride, known_stride, BM, BN, BK, PRECISION,
-    )  # fmt: skip
-    x = s * (tl.load(scale).to(C) * LOG2E)
-    of_row, of_column = row_slopes + row, column_slopes
-    g = tl.load(of_row + slopes_stride)[:, None] * tl.exp2(x - tl.load(of_row)[:, None])
-    if column_slopes is not None:
-        of_column = column_slopes + column
-        g += tl.load(of_column + slopes_stride)[None, :] * tl.exp2(x - tl.load(of_column)[None, :])
-    if OWN or mask is not None or row_ids is not None or SET != NO_SET:
-        counts, in_set = taking_part(
-            (row >= 0)[:, None] & (column >= 0)[None, :], row, column, mask, row_ids, column_ids, own,
-            mask_row, mask_column, SET, OWN,
-        )  # fmt: skip
-        g = tl.where(counts, g, 0.0)
-        if SET != NO_SET:
-            share = tl.load(of_row + 2 * slopes_stride)[:, None]
-            if column_slopes is not None:
-                share = share + tl.load(of_column + 2 * slopes_stride)[None, :]
-            g -= tl.where(in_set, share, 0.0)
-    if by_scale is not None:
-        moments = tl.where((i < row_end)[:, None] & (j < column_count)[None, :], g * s, 0.0)
-        if SET != LABEL:
-            positive = positive_column(target, row, classes) - first_column
-            moments = tl.where(positive[:, None] == j[None, :], 0.0, moments)
-        tl.store(by_scale + tl.program_id(0), tl.sum(tl.sum(moments, 1), 0))
-    if row_norms is not None:
-        g = g * tl.load(row_norms + row)[:, None] * tl.load(column_norms + column)[None, :]
-    at = panel + (i - first_row).to(tl.int64)[:, None] * panel_stride + j[None, :]
-    tl.store(at, g.to(panel.dtype.element_ty), (i < row_end)[:, None] & (j < column_count)[None, :])
-
-
-@triton.jit(
-    do_not_specialize=["end", "first", "columns", "rows"], do_not_specialize_on_alignment=["similarity", "by_scale"]
-)
-def gradient_at_positives(
-    row_slopes, column_slopes, similarity, target, row_norms, column_norms, panel, by_scale, begin, end, first, columns,
-    rows, panel_stride, BI: tl.constexpr,
-):  # fmt: skip
-    """Write what `gradient` leaves out where the positives are among columns `first` ... of the matrix."""
-    i = begin + tl.program_id(0) * BI + tl.arange(0, BI)
-    at = i.to(tl.int64)
-    if target is not None:
-        at = tl.load(target + i, i < end, other=-1)
-    j = at - first
-    here = (i < end) & (j >= 0) & (j < columns)
-    g = tl.load(row_slopes + 3 * rows + i, here, other=0.0)
-    if column_slopes is not None:
-        g += tl.load(column_slopes + 3 * rows + j, here, other=0.0)
-    if by_scale is not None:
-        tl.store(by_scale + i, g * tl.load(similarity + i, here, other=0.0), here)
-    if row_norms is not None:
-        g = g * tl.load(row_norms + i, here, other=0.0) * tl.load(column_norms + j, here, other=0.0)
-    tl.store(panel + (i - begin).to(tl.int64) * panel_stride + j, g.to(panel.dtype.element_ty), here)
-
-
 @triton.jit
-def own_similarities(
-    rows, row_norms, negatives, out, inverse_norms, count, features, row_stride, by_row, by_negative, by_feature,
-    BN: tl.constexpr, BD: tl.constexpr,
+def per_query_similarities(
+    rows, row_norms,  # (N, D), and inverse norms (N,) or None
+    negatives,  # (N, M, D)
+    out,  # result, (N, M)
+    inverse_norms,  # result, (N, M), with row_norms
+    count, features,  # M and D
+    row_stride,
+    by_row, by_negative, by_feature,  # strides of negatives
+    BN: tl.constexpr, BD: tl.constexpr,  # negatives of a program; features that it reads at a time
 ):  # fmt: skip
-    """Write the similarities of a row to its own negatives, and with norms the inverse norm of each negative."""
+    """Write the similarities of a row to its negatives, and with norms the inverse norm of each negative."""
     C: tl.constexpr = out.dtype.element_ty
     i, m = tl.program_id(0).to(tl.int64), tl.program_id(1) * BN + tl.arange(0, BN).to(tl.int64)
     at = negatives + i * by_row + m[:, None] * by_negative
@@ -374,40 +307,3 @@ def own_similarities(
         s = s * tl.load(row_norms + i) * inverse
         tl.store(inverse_norms + i * count + m, inverse, m < count)
     tl.store(out + i * count + m, s, m < count)
-
-
-@triton.jit
-def own_gradients(
-    rows, row_norms, negatives, similarities, inverse_norms, panel, scale, extra, total, grad, first, count, features,
-    row_stride, by_row, by_negative, by_feature, panel_stride, total_stride, BN: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
-    """Add a row's own negatives to `total`, the gradient by the row over `scale`, and write the gradient by them."""
-    C: tl.constexpr = panel.dtype.element_ty
-    r, d = tl.program_id(0).to(tl.int64), tl.program_id(1) * BD + tl.arange(0, BD).to(tl.int64)
-    i = first + r
-    x = tl.load(rows + i * row_stride + d, d < features, other=0.0).to(C)
-    factor = tl.load(scale).to(C)
-    if extra is not None:
-        factor = factor / tl.load(extra).to(C)
-    by_x = tl.zeros([BD], C)
-    for start in range(0, count, BN):
-        m = start + tl.arange(0, BN).to(tl.int64)
-        here = (m < count)[:, None] & (d < features)[None, :]
-        y = tl.load(negatives + i * by_row + m[:, None] * by_negative + d[None, :] * by_feature, here, other=0.0).to(C)
-        g = tl.load(panel + r * panel_stride + m, m < count, other=0.0)
-        by_product = g
-        if row_norms is not None:
-            inverse = tl.load(inverse_norms + i * count + m, m < count, other=0.0)
-            by_product = g * tl.load(row_norms + i) * inverse
-        by_x += tl.sum(by_product[:, None] * y, 0)
-        if grad is not None:
-            by_y = by_product[:, None] * x[None, :]
-            if row_norms is not None:  # a norm below 1e-12 does not vary
-                s = tl.load(similarities + i * count + m, m < count, other=0.0)
-                along = tl.where(inverse < 1e12, g * s * inverse * inverse, 0.0)
-                by_y -= along[:, None] * y
-            at = grad + (i * count + m[:, None]) * features + d[None, :]
-            tl.store(at, (by_y * factor).to(grad.dtype.element_ty), here)
-    if total is not None:
-        at = total + r * total_stride + d
-        tl.store(at, tl.load(at, d < features, other=0.0) + by_x, d < features)

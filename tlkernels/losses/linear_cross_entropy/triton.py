@@ -1,15 +1,14 @@
-"""Kernels of linear cross entropy for GPUs; `_core/linear.py` has the strategies, and the products of the library.
+"""Linear cross entropy in Triton: launches of the kernels. `_core/triton/linear.py` has the strategies and products.
 
 Both strategies run the same kernels on tiles of transposed logits: `statistics` over all classes of some rows, split
-over several programs; `finish`, which joins the splits to a row's loss and normaliser; `gradient`. In chunks a tile
-is read from memory, and its gradient takes its place; in the lean strategy it is a product made on the spot.
+over several programs; `finish`, which joins the splits to a row's loss and normaliser; and `gradient`. In chunks a tile
+is read from memory and overwritten by its gradient. In the lean strategy the kernels compute it as a product.
 
-Bytes of chunks, beside the products: the logits are read twice and written once, 3 * 2 bytes in bfloat16. That is
-0.73 ms for 4096 x 128256 at 4.3 TB/s, beside 16.3 ms of products.
+Bytes of chunks, in addition to the products: the logits are read twice and written once, 3 * 2 bytes in bfloat16. That
+is 0.73 ms for 4096 x 128256 at 4.3 TB/s, compared with 16.3 ms of products.
 """
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,16 +16,17 @@ import triton
 from torch import Tensor
 
 from tlkernels._core.dtypes import compute_dtype
-from tlkernels._core.triton import Config, Example, Table, check_classes, launch, linear
+from tlkernels._core.triton import check_classes, linear
 from tlkernels._core.triton.kernels import DTYPES, sum_of
+from tlkernels._core.triton.launch import Config, Table, launch
 from tlkernels.losses.cross_entropy.call import Call as CrossEntropyCall
 from tlkernels.losses.cross_entropy.call import Options
 from tlkernels.losses.linear_cross_entropy import triton_kernels as kernels
 
 # 2026-11-21, by reasoning and from the compiler's report, unmeasured. Chunks: a thread has 16 bytes of a class, DEEP
-# times, so that DEEP loads are on their way before the first is used, and two programs find room on a multiprocessor.
-# Lean: the tiles with which products of 16-bit numbers come near the tensor cores' rate; those of float32 and float64
-# are bound by arithmetic at any size. With softcap, smoothing, probabilities or statistics the same tiles would spill.
+# times, so that DEEP loads are issued before the first is used, and two programs fit on a multiprocessor. Lean: tiles
+# with which products of 16-bit numbers come near the tensor cores' rate; those of float32 and float64 are bound by
+# arithmetic at any size. With softcap, smoothing, probabilities or statistics the same tiles would spill.
 _CHUNKS = Table(
     "linear_cross_entropy chunks",
     Config("interpreter", 0, None, {"DEEP": 2, "LANES": 32, "BLOCK": 128}, 1),
@@ -60,12 +60,18 @@ _LEAN_OPTIONS = Table(
     Config("*", 2, None, {"DEEP": 64, "LANES": 1, "BLOCK": 128, "BLOCK_K": 32}, 8, 3),
 )
 _FINISH = Table("linear_cross_entropy finish", Config("*", 0, None, {"BLOCK": 32}, 4))
-_SPLITS = 64  # at most, of a row: one program joins them
 _FIELDS = 7  # of partial statistics
 
 
-class _Rows(NamedTuple):
-    """What the statistics of rows become."""
+def _rows(values: Tensor | None, begin: int, end: int) -> tuple[Tensor | None, int]:
+    """Return some rows of an upstream, and its stride: 0 for one number for all rows."""
+    if values is None or values.dim() == 0:
+        return values, 0
+    return values[begin:end], values.stride(0)
+
+
+class _Results(NamedTuple):
+    """Results of each row."""
 
     loss: Tensor
     peak: Tensor | None
@@ -76,17 +82,16 @@ class _Rows(NamedTuple):
     entropy: Tensor | None
     correct: Tensor | None
 
-    def narrow(self, begin: int, end: int) -> "_Rows":
-        return _Rows(self.loss[begin:end], *(None if tensor is None else tensor[begin:end] for tensor in self[1:]))
+    def narrow(self, begin: int, end: int) -> "_Results":
+        """Return those of some rows."""
+        return _Results(self.loss[begin:end], *(None if tensor is None else tensor[begin:end] for tensor in self[1:]))
 
 
-class _Call:
-    """The launches of a call of flat tensors."""
+class _Launcher:
+    """Launches the kernels of one call of flat tensors."""
 
-    def __init__(self, *args: Any):
-        """Take an op's arguments up to its options."""
-        input, weight, bias, target = args[:4]
-        options = Options(*args[4:])
+    def __init__(self, layer: linear.Layer, target: Tensor, options: Options):
+        input, weight, bias = layer
         self.layer = input, weight, None if bias is None else bias.contiguous()
         self.rows, self.classes = input.shape[0], weight.shape[0]
         self.wide = compute_dtype(input)
@@ -103,84 +108,81 @@ class _Call:
             "T": DTYPES[self.wide],
         }
 
-    def run(self, plan: linear.Plan, needs: linear.Needs, out: _Rows, *upstream: Tensor | None) -> tuple[Tensor, ...]:
-        """Fill `out` and return the gradients that are needed."""
-        absent = None
+    def run(
+        self, needs: linear.Needs, results: _Results, by_loss: Tensor | None = None, by_lse: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """Fill `results` and return the gradients that are needed, for upstreams of the losses and of the lse."""
+        plan = linear.plan([self.layer], [needs])
+        ignored = None
         if any(needs) and not self.probabilities:
-            absent = (self.target == self.options.ignore_index).unsqueeze(1)
-            by_lse = upstream[1]
+            ignored = (self.target == self.options.ignore_index).unsqueeze(1)
             if by_lse is not None:
-                absent = absent & (by_lse == 0).unsqueeze(1)
-                # The kernel tells rows apart by the target alone: of these it is to find a finite softmax, times 0.
+                ignored = ignored & (by_lse == 0).unsqueeze(1)
+                # The kernel ignores rows by the target alone: these need a finite softmax, which it multiplies by 0.
                 input, weight, bias = self.layer
-                self.layer = input.masked_fill(absent, 0), weight, bias
-        sweep = linear.Sweep(self.layer, needs, plan, absent)
-        parts = [(begin, min(begin + plan.rows, self.rows)) for begin in range(0, self.rows, plan.rows)]
-        for begin, end in parts:
-            logits = None if sweep.lean else sweep.make(begin, end)
-            self.statistics(begin, end, logits, out.narrow(begin, end))
+                self.layer = input.masked_fill(ignored, 0), weight, bias
+        sweep = linear.Sweep(self.layer, needs, plan, ignored)
+        for begin in range(0, self.rows, plan.rows):
+            end = min(begin + plan.rows, self.rows)
+            logits = None if sweep.lean else sweep.compute(begin, end)
+            part = results.narrow(begin, end)
+            self.statistics(begin, end, logits, part)
             if not any(needs):
                 continue
+            upstreams = [*_rows(by_loss, begin, end), *_rows(by_lse, begin, end)]
             for first in range(0, self.classes, plan.classes):
                 last = min(first + plan.classes, self.classes)
-                gradient = sweep.part(begin, end, first, last)
-                self.gradient(begin, end, first, last, logits, gradient, out.narrow(begin, end), upstream)
-                sweep.take(begin, end, first, last, gradient)
+                gradient = sweep.memory(begin, end, first, last)
+                self.gradient(begin, end, first, last, logits, gradient, part, upstreams)
+                sweep.backpropagate(begin, end, first, last, gradient)
         return sweep.gradients()
 
     def _operands(
         self, begin: int, end: int, logits: Tensor | None, stats: bool
     ) -> tuple[tuple[Any, ...], tuple[Any, ...], Table]:
-        """The arguments that kernels begin with; those for the target; and the table."""
-        input, weight, bias = self.layer
-        x = input[begin:end]
+        """Return a kernel's first arguments, those for the target, and the table."""
         options = stats or self.probabilities or self.options.label_smoothing or self.options.softcap is not None
-        if logits is None:
-            operands = (None, 0, x, *x.stride(), weight, *weight.stride(), bias)
-            table = _LEAN_OPTIONS if options else _LEAN
-        else:
-            operands = (logits, logits.stride(0), None, 0, 0, None, 0, 0, None)
-            table = _CHUNKS_OPTIONS if options else _CHUNKS
+        lean, chunks = (_LEAN_OPTIONS, _CHUNKS_OPTIONS) if options else (_LEAN, _CHUNKS)
         target = self.target[begin:end]
         strides = target.stride() if self.probabilities else (1, 0)
-        return operands, (target, *strides, self.class_weight), table
+        operands = linear.operands(self.layer, logits, begin, end)
+        return operands, (target, *strides, self.class_weight), lean if logits is None else chunks
 
     def _numbers(self) -> tuple[float, float, float]:
-        _, _, smoothing, temperature, softcap, _ = self.options
-        return smoothing, 1 / temperature, softcap or 1.0
+        """Return a kernel's smoothing, inverse temperature and softcap."""
+        return self.options.label_smoothing, 1 / self.options.temperature, self.options.softcap or 1.0
 
     def _sweep_constants(self) -> dict[str, Any]:
         return {**self.constants, "CAPPED": self.options.softcap is not None, "PRECISION": linear.precision()}
 
     def _run(self, table: Table, launches: Callable[[Config], None], repeatable: bool = True) -> None:
         input = self.layer[0]
-        # A tile of chunks makes no product.
+        # A table of chunks has no BLOCK_K, since its kernels compute no product.
         with_k = lambda config: launches(config._replace(meta={"BLOCK_K": 16, **config.meta}))  # noqa: E731
         table.run(input.device, input.element_size(), self.rows * self.classes, with_k, repeatable)
 
-    def statistics(self, begin: int, end: int, logits: Tensor | None, out: _Rows) -> None:
-        """Fill `out` for some rows."""
+    def statistics(self, begin: int, end: int, logits: Tensor | None, results: _Results) -> None:
+        """Fill `results`, those of rows `begin` to `end`."""
         input, rows = self.layer[0], end - begin
-        operands, target, table = self._operands(begin, end, logits, out.correct is not None)
-        wanted = None
-        if out.correct is not None:
-            wanted = self.target[begin:end].argmax(1) if self.probabilities else target[0]
+        operands, target, table = self._operands(begin, end, logits, results.correct is not None)
+        correct_class = None
+        if results.correct is not None:
+            correct_class = self.target[begin:end].argmax(1) if self.probabilities else target[0]
 
         def launches(config: Config) -> None:
             blocks = triton.cdiv(rows, config.meta["BLOCK"])
             tiles = triton.cdiv(self.classes, config.meta["DEEP"] * config.meta["LANES"])
-            tiles_of_one = triton.cdiv(tiles, max(1, min(_SPLITS, linear.machine(input.device).programs // blocks)))
-            splits = triton.cdiv(tiles, tiles_of_one)
+            splits, tiles_of_one = linear.split(input.device, blocks, tiles)
             partial = input.new_empty((_FIELDS, splits, rows), dtype=self.wide)
-            best = None if wanted is None else input.new_empty((splits, rows), dtype=torch.int32)
+            best = None if correct_class is None else input.new_empty((splits, rows), dtype=torch.int32)
             launch(
                 kernels.statistics, (blocks, splits), *operands, *target, partial, best, rows, self.classes,
                 input.shape[1], tiles_of_one, *self._numbers(), config=config, **self._sweep_constants(),
             )  # fmt: skip
             row = _FINISH.find(input.device, 0, rows)
             launch(
-                kernels.finish, (triton.cdiv(rows, row.meta["BLOCK"]),), partial, best, wanted, target[0],
-                self.class_weight, *out, rows, self.classes, splits, self.options.ignore_index,
+                kernels.finish, (triton.cdiv(rows, row.meta["BLOCK"]),), partial, best, correct_class, target[0],
+                self.class_weight, *results, rows, self.classes, splits, self.options.ignore_index,
                 self.options.label_smoothing, self.options.z_loss, config=row,
                 SPLITS=triton.next_power_of_2(splits), **self.constants,
             )  # fmt: skip
@@ -188,130 +190,88 @@ class _Call:
         self._run(table, launches)
 
     def gradient(
-        self, begin: int, end: int, first: int, last: int, logits: Tensor | None, gradient: Tensor, out: _Rows,
-        upstream: tuple[Tensor | None, ...],
+        self, begin: int, end: int, first: int, last: int, logits: Tensor | None, gradient: Tensor, results: _Results,
+        upstreams: Sequence[Any],
     ) -> None:  # fmt: skip
-        """Write the gradient of the logits of some rows and classes."""
+        """Write the gradient of the logits of rows `begin` to `end` and classes `first` to `last`."""
         input, rows = self.layer[0], end - begin
         operands, target, table = self._operands(begin, end, logits, False)
-        by_row: list[Any] = []
-        for value in upstream:
-            each = value is not None and value.dim() > 0
-            by_row += [value[begin:end] if each else value, value.stride(0) if each else 0]  # type: ignore[index, union-attr]
 
         def launches(config: Config) -> None:
             tiles = triton.cdiv(last - first, config.meta["DEEP"] * config.meta["LANES"])
             launch(
-                kernels.gradient, (triton.cdiv(rows, config.meta["BLOCK"]) * tiles,), *operands, *target, out.peak,
-                out.log_sum, out.mass, out.spread, *by_row, gradient, gradient.stride(0), rows, self.classes,
-                input.shape[1], first, last, self.options.ignore_index, *self._numbers(), self.options.z_loss,
-                config=config, **self._sweep_constants(),
+                kernels.gradient, (triton.cdiv(rows, config.meta["BLOCK"]) * tiles,), *operands, *target, results.peak,
+                results.log_sum, results.mass, results.spread, *upstreams, gradient, gradient.stride(0), rows,
+                self.classes, input.shape[1], first, last, self.options.ignore_index, *self._numbers(),
+                self.options.z_loss, config=config, **self._sweep_constants(),
             )  # fmt: skip
 
         self._run(table, launches, repeatable=logits is None)
 
-    def rows_of(self, gradients: bool, stats: bool = False) -> _Rows:
-        new = self.layer[0].new_empty
-        of_dtype = [self.wide] + [self.wide if gradients else None] * 4 + [self.wide if stats else None] * 2
-        of_dtype += [torch.bool if stats else None]
-        loss, *rest = (None if dtype is None else new(self.rows, dtype=dtype) for dtype in of_dtype)
-        assert loss is not None
-        return _Rows(loss, *rest)
+    def results(self, gradients: bool, stats: bool = False) -> _Results:
+        """Return memory for the results of each row: what `gradient` reads, and statistics, if asked for."""
+        input = self.layer[0]
 
-    def plan(self, needs: linear.Needs) -> linear.Plan:
-        return linear.plan([self.layer], [needs])
+        def new(needed: bool, dtype: torch.dtype = self.wide) -> Tensor | None:
+            return input.new_empty(self.rows, dtype=dtype) if needed else None
+
+        loss = input.new_empty(self.rows, dtype=self.wide)
+        peak, log_sum, mass, spread = (new(gradients) for _ in range(4))
+        return _Results(loss, peak, log_sum, mass, spread, new(stats), new(stats), new(stats, torch.bool))
 
     def denominator(self) -> Tensor:
         """Return what `mean` divides by, on the device."""
         input = self.layer[0]
         logits = input.new_empty(()).expand(self.rows, self.classes)
-        found = CrossEntropyCall(logits, self.target, self.options, "mean", False, False).denominator()
-        if isinstance(found, Tensor):
-            return found.to(self.wide)
-        return torch.full((), found, dtype=self.wide, device=input.device)
+        denominator = CrossEntropyCall(logits, self.target, self.options, "mean", False, False).denominator()
+        if isinstance(denominator, Tensor):
+            return denominator.to(self.wide)
+        return torch.full((), denominator, dtype=self.wide, device=input.device)
 
 
-def forward(*args: Any) -> Tensor:
+def _launcher(input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *options: Any) -> _Launcher:
+    """Return the launcher of an op's arguments up to its options."""
+    return _Launcher((input, weight, bias), target, Options(*options))
+
+
+def forward(*arguments: Any) -> Tensor:
     """Return the loss of each row."""
-    call = _Call(*args)
-    out = call.rows_of(gradients=False)
-    needs = (False, False, False)
-    call.run(call.plan(needs), needs, out)
-    return out.loss
+    launcher = _launcher(*arguments)
+    results = launcher.results(gradients=False)
+    launcher.run(linear.Needs(False, False, False), results)
+    return results.loss
 
 
-def forward_stats(*args: Any) -> tuple[Tensor | None, ...]:
+def forward_stats(*arguments: Any) -> tuple[Tensor | None, ...]:
     """Return loss, lse, entropy and correct of each row."""
-    call = _Call(*args)
-    out = call.rows_of(gradients=False, stats=True)
-    needs = (False, False, False)
-    call.run(call.plan(needs), needs, out)
-    return out.loss, out.lse, out.entropy, out.correct
+    launcher = _launcher(*arguments)
+    results = launcher.results(gradients=False, stats=True)
+    launcher.run(linear.Needs(False, False, False), results)
+    return results.loss, results.lse, results.entropy, results.correct
 
 
-def backward(grad_loss: Tensor, grad_lse: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
-    """Return the gradients of input, weight and bias for an upstream of each row's loss, and of its lse."""
-    needs = args[-3:]
-    call = _Call(*args[:-3])
-    return call.run(call.plan(needs), needs, call.rows_of(gradients=True), grad_loss, grad_lse)
+def backward(grad_loss: Tensor, grad_lse: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
+    """Return the gradients of input, weight and bias for an upstream of each row's loss, and of its lse.
+
+    After the options comes which are needed.
+    """
+    *call, needs_input, needs_weight, needs_bias = arguments
+    launcher = _launcher(*call)
+    needs = linear.Needs(needs_input, needs_weight, needs_bias)
+    return launcher.run(needs, launcher.results(gradients=True), grad_loss, grad_lse)
 
 
-def step(*args: Any) -> tuple[Tensor, ...]:
-    """Return the reduced loss, and its gradients."""
-    *rest, mean, needs_input, needs_weight, needs_bias = args
-    needs = (needs_input, needs_weight, needs_bias)
-    call = _Call(*rest)
-    out = call.rows_of(gradients=any(needs))
-    loss = out.loss.new_empty(())
-    divisor = call.denominator() if mean else None
-    upstream = out.loss.new_ones(()) if divisor is None else divisor.reciprocal()
-    grads = call.run(call.plan(needs), needs, out, upstream, None)
-    return sum_of(out.loss, loss, divisor=divisor), *grads
+def step(*arguments: Any) -> tuple[Tensor, ...]:
+    """Return the reduced loss, and its gradients.
 
-
-# 8 bytes of a thread, with which the compiler keeps to 64 registers; and scalar registers, kept in vector registers.
-_FEW = {
-    ("gradient", "sm_80", "spills: 2,"): "two words, so that four programs fit on a multiprocessor",
-    ("statistics", "sm_100", "spills: 2,"): "two words, so that four programs fit on a multiprocessor",
-    ("statistics", "gfx942", "spills"): "scalar registers, kept in vector registers, not in memory",
-}
-_WIDE = {"statistics": ("LDG.E.128",), "gradient": ("LDG.E.128", "STG.E.128")}
-_PRODUCTS = {"statistics": ("HGMMA",), "gradient": ("HGMMA",)}
-
-
-def examples() -> Iterator[Example]:
-    """Yield calls that take every kernel and every row of the tables."""
-    for strategy, claims in (("chunks", _WIDE), ("lean", _PRODUCTS)):
-        for dtype in (torch.bfloat16, torch.float32, torch.float64):
-            claimed = claims if dtype == torch.bfloat16 else {}
-            yield Example(f"{strategy}-{dtype}", partial(_example, strategy, dtype), claimed, _FEW)
-        every = partial(_example, strategy, torch.bfloat16, 0.1, 30.0, every_option=True)
-        yield Example(f"{strategy}-every-option", every, {}, _FEW)
-        for dtype in (torch.float32, torch.float64):
-            yield Example(f"{strategy}-softcap-{dtype}", partial(_example, strategy, dtype, 0.0, 30.0), {}, _FEW)
-    probabilities = partial(_example, "chunks", torch.bfloat16, 0.1, probabilities=True)
-    yield Example("chunks-probabilities", probabilities, {}, _FEW)
-    yield Example("lean-tf32", partial(_example, "lean", torch.float32, tf32=True))
-
-
-def _example(
-    strategy: str, dtype: torch.dtype, smoothing: float = 0.0, softcap: float | None = None, *,
-    every_option: bool = False, probabilities: bool = False, tf32: bool = False,
-) -> None:  # fmt: skip
-    rows, features, classes = 4096, 4096, 128256
-    with torch.device("meta"):
-        x, w = torch.empty(rows, features, dtype=dtype), torch.empty(classes, features, dtype=dtype)
-        b, y, g = torch.empty(classes, dtype=dtype), torch.empty(rows, dtype=torch.int64), torch.empty(rows)
-    target = y.new_empty((rows, classes), dtype=dtype) if probabilities else y
-    args = x, w, b if every_option else None, target, b if every_option else None, -100, smoothing, 1.0, softcap, 0.0
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
-    try:
-        with linear.forced(strategy):
-            if every_option:
-                forward_stats(*args)
-                backward(g, g, *args, True, True, True)
-            else:
-                step(*args, True, True, True, False)
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before
+    After the options comes whether the loss is the mean, and which gradients are needed.
+    """
+    *call, mean, needs_input, needs_weight, needs_bias = arguments
+    launcher = _launcher(*call)
+    needs = linear.Needs(needs_input, needs_weight, needs_bias)
+    results = launcher.results(gradients=any(needs))
+    loss = results.loss.new_empty(())
+    divisor = launcher.denominator() if mean else None
+    upstream = results.loss.new_ones(()) if divisor is None else divisor.reciprocal()
+    grads = launcher.run(needs, results, upstream)
+    return sum_of(results.loss, loss, divisor=divisor), *grads

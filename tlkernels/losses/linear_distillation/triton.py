@@ -1,22 +1,22 @@
-"""Kernels of linear distillation for GPUs; `_core/linear.py` has the strategies, and the products of the library.
+"""Linear distillation in Triton: launches of the kernels. `_core/triton/linear.py` has the strategies and products.
 
-As in linear cross entropy, both strategies run the same kernels on tiles of transposed logits, of both layers here:
-`normalise` over all classes of some rows, split over several programs; for Jensen-Shannon and total variation, which
-need both normalisers first, `average`; `finish`, which joins the splits; `gradient`.
+As in linear cross entropy, both strategies run the same kernels on tiles of transposed logits, those of both layers:
+`normalise` over all classes of some rows, split over several programs; `average` for Jensen-Shannon and total
+variation, which need both normalisers first; `finish`, which joins the splits; and `gradient`.
 
 With p_t and p_s the softmax of the teacher's and the student's logits over the temperature, D the divergence, and
-slope_k = dD / dp_k, of which a constant drops out:
+slope_k = dD / dp_k up to a constant:
 
     dD / du_k = p_k * (slope_k - sum of p_k * slope_k)
 
     forward_kl: slope_t = log(p_t / p_s), of average D; slope_s = -p_t / p_s, which leaves p_s - p_t; reverse_kl mirrors
     js: slope_t = beta * log(p_t / m), slope_s = (1 - beta) * log(p_s / m);    tv: slope_k = sign(p_k - p_other) / 2
 
-so D is the sum of both averages of slopes, or the one. Bytes of chunks, beside the products: both logits are read twice
-(for js and tv three times), and those that need a gradient written once.
+so D is the sum of both averages of slopes, or one of them. Bytes of chunks, in addition to the products: both logits
+are read twice (for js and tv three times), and those that need a gradient are written once.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,13 +25,15 @@ import triton
 from torch import Tensor
 
 from tlkernels._core.dtypes import compute_dtype
-from tlkernels._core.triton import Config, Example, Table, check_classes, launch, linear
+from tlkernels._core.triton import check_classes, linear
 from tlkernels._core.triton.kernels import DTYPES, sum_of
+from tlkernels._core.triton.launch import Config, Table, launch
 from tlkernels.losses.distillation.call import DIVERGENCES, Options, rows_that_count
 from tlkernels.losses.linear_distillation import triton_kernels as kernels
+from tlkernels.losses.linear_distillation.call import Layers
 
-# 2026-11-21, by reasoning and from the compiler's report, unmeasured: as linear cross entropy's with options, since
-# there are tiles of two sides.
+# 2026-11-21, by reasoning and from the compiler's report, unmeasured: as in linear cross entropy with options, since
+# there are tiles of two layers.
 _CHUNKS = Table(
     "linear_distillation chunks",
     Config("interpreter", 0, None, {"DEEP": 2, "LANES": 16, "BLOCK": 64}, 1),
@@ -48,20 +50,21 @@ _LEAN = Table(
     Config("*", 2, None, {"DEEP": 64, "LANES": 1, "BLOCK": 128, "BLOCK_K": 32}, 8, 3),
 )
 _FINISH = Table("linear_distillation finish", Config("*", 0, None, {"BLOCK": 32}, 4))
-_SPLITS = 64  # at most, of a row: one program joins them
-_FIELDS, _KEPT = 9, 7
+_FIELDS, _KEPT = 9, 7  # of partial statistics; of `kept`, which `finish` writes
 
 
-class _Call:
-    """The launches of a call."""
+class _Launcher:
+    """Launches the kernels of one call."""
 
-    def __init__(self, layers: Sequence[Tensor | None], options: Options):
-        self.layers: list[Any] = [
+    def __init__(self, layers: Layers, options: Options):
+        self.layers = [
             (x.reshape(-1, x.shape[-1]), weight, None if bias is None else bias.contiguous())
-            for x, weight, bias in (layers[:3], layers[3:])
-            if x is not None
+            for x, weight, bias in (
+                (layers.student_input, layers.student_weight, layers.student_bias),
+                (layers.teacher_input, layers.teacher_weight, layers.teacher_bias),
+            )
         ]
-        (x, weight, _), (teacher, *_) = self.layers
+        (x, weight, _), (teacher, _, _) = self.layers
         self.rows, self.classes = x.shape[0], weight.shape[0]
         self.wide = compute_dtype(x, teacher)
         self.options = options
@@ -80,43 +83,42 @@ class _Call:
 
     def run(self, needs: Sequence[bool], upstream: Tensor | None = None) -> tuple[Tensor, ...]:
         """Fill `loss` and return the gradients that are needed, of flat tensors."""
-        sides = [needs[:3], needs[3:]]
+        sides = [linear.Needs(*needs[k : k + 3]) for k in (0, 3)]
         plan = linear.plan(self.layers, sides)
-        absent = None
+        self.in_chunks = plan.strategy == "chunks"
+        ignored = None
         if any(needs) and self.target is not None:
-            absent = (self.target == self.options.ignore_index).unsqueeze(1)
-        sweeps = [linear.Sweep(layer, side, plan, absent) for layer, side in zip(self.layers, sides, strict=True)]
+            ignored = (self.target == self.options.ignore_index).unsqueeze(1)
+        sweeps = [linear.Sweep(layer, side, plan, ignored) for layer, side in zip(self.layers, sides, strict=True)]
         for begin in range(0, self.rows, plan.rows):
             end = min(begin + plan.rows, self.rows)
-            logits = [None if sweep.lean else sweep.make(begin, end) for sweep in sweeps]
+            logits = [None if sweep.lean else sweep.compute(begin, end) for sweep in sweeps]
             self.losses(begin, end, logits)
             if upstream is None or not any(needs):
                 continue
             for first in range(0, self.classes, plan.classes):
                 last = min(first + plan.classes, self.classes)
                 gradients = [
-                    sweep.part(begin, end, first, last) if any(side) else None
+                    sweep.memory(begin, end, first, last) if any(side) else None
                     for sweep, side in zip(sweeps, sides, strict=True)
                 ]
                 self.gradient(begin, end, first, last, logits, gradients, upstream)
                 for sweep, gradient in zip(sweeps, gradients, strict=True):
                     if gradient is not None:
-                        sweep.take(begin, end, first, last, gradient)
-        return *sweeps[0].gradients(), *sweeps[1].gradients()
+                        sweep.backpropagate(begin, end, first, last, gradient)
+        student, teacher = sweeps
+        return *student.gradients(), *teacher.gradients()
 
     def _operands(self, begin: int, end: int, logits: Sequence[Tensor | None]) -> tuple[list[Any], Table]:
-        """The arguments that kernels begin with, and the table."""
+        """Return a kernel's first arguments, and the table."""
         arguments: list[Any] = []
-        for (x, weight, bias), made in zip(self.layers, logits, strict=True):
-            if made is None:
-                arguments += [None, 0, x[begin:end], *x.stride(), weight, *weight.stride(), bias]
-            else:
-                arguments += [made, made.stride(0), None, 0, 0, None, 0, 0, None]
-        return arguments, _LEAN if logits[0] is None else _CHUNKS
+        for layer, made in zip(self.layers, logits, strict=True):
+            arguments += linear.operands(layer, made, begin, end)
+        return arguments, _CHUNKS if self.in_chunks else _LEAN
 
     def _run(self, table: Table, launches: Callable[[Config], None], repeatable: bool = True) -> None:
         size = max(x.element_size() for x, _, _ in self.layers)
-        # A tile of chunks makes no product.
+        # A table of chunks has no BLOCK_K, since its kernels compute no product.
         with_k = lambda config: launches(config._replace(meta={"BLOCK_K": 16, **config.meta}))  # noqa: E731
         table.run(self.loss.device, size, self.rows * self.classes, with_k, repeatable)
 
@@ -125,44 +127,45 @@ class _Call:
         return x.shape[1], teacher.shape[1]
 
     def _numbers(self) -> tuple[float, ...]:
-        _, _, temperature, _, beta, hard_weight, _, smoothing = self.options
-        return 1 / temperature, beta, (1 - hard_weight) * temperature**2, hard_weight, smoothing
+        """Return a kernel's numbers from `inv_temperature` to `smoothing`."""
+        temperature, beta, hard_weight = self.options.temperature, self.options.beta, self.options.hard_weight
+        soft_weight = (1 - hard_weight) * temperature**2
+        return 1 / temperature, beta, soft_weight, hard_weight, self.options.label_smoothing
 
     def losses(self, begin: int, end: int, logits: Sequence[Tensor | None]) -> None:
-        """Fill `loss` and `kept` for some rows."""
+        """Fill `loss` and `kept` for rows `begin` to `end`."""
         rows = end - begin
         operands, table = self._operands(begin, end, logits)
         new = partial(self.loss.new_empty, dtype=self.wide)
         target, row_weight = (None if t is None else t[begin:end] for t in (self.target, self.row_weight))
-        numbers, kept, loss = self._numbers(), self.kept[:, begin:], self.loss[begin:end]
+        kept, loss = self.kept[:, begin:], self.loss[begin:end]
+        inv_temperature, beta, *weights = self._numbers()
 
         def launches(config: Config) -> None:
             blocks = triton.cdiv(rows, config.meta["BLOCK"])
             tiles = triton.cdiv(self.classes, config.meta["DEEP"] * config.meta["LANES"])
-            programs = linear.machine(self.loss.device).programs
-            tiles_of_one = triton.cdiv(tiles, max(1, min(_SPLITS, programs // blocks)))
-            splits = triton.cdiv(tiles, tiles_of_one)
+            splits, tiles_of_one = linear.split(self.loss.device, blocks, tiles)
             common = {"config": config, "PRECISION": linear.precision(), **self.kinds, **self.types}
 
             def finish(sums: Tensor | None, averages: Tensor | None) -> None:
                 row = _FINISH.find(self.loss.device, 0, rows)
                 launch(
                     kernels.finish, (triton.cdiv(rows, row.meta["BLOCK"]),), sums, averages, target, row_weight, loss,
-                    kept, rows, self.classes, self.rows, splits, self.options.ignore_index, *numbers, config=row,
-                    HARD=self.hard, SPLITS=triton.next_power_of_2(splits), **self.kinds,
+                    kept, rows, self.classes, self.rows, splits, self.options.ignore_index, inv_temperature,
+                    beta, *weights, config=row, HARD=self.hard, SPLITS=triton.next_power_of_2(splits), **self.kinds,
                 )  # fmt: skip
 
             sums = new((_FIELDS, splits, rows))
             launch(
                 kernels.normalise, (blocks, splits), *operands, target, sums, rows, self.classes, *self._features(),
-                tiles_of_one, numbers[0], HARD=self.hard, **common,
+                tiles_of_one, inv_temperature, HARD=self.hard, **common,
             )  # fmt: skip
             finish(sums, None)
             if self.options.divergence in ("js", "tv"):
                 averages = new((2, splits, rows))
                 launch(
                     kernels.average, (blocks, splits), *operands, kept, averages, rows, self.classes, *self._features(),
-                    self.rows, tiles_of_one, *numbers[:2], **common,
+                    self.rows, tiles_of_one, inv_temperature, beta, **common,
                 )  # fmt: skip
                 finish(None, averages)
 
@@ -172,94 +175,69 @@ class _Call:
         self, begin: int, end: int, first: int, last: int, logits: Sequence[Tensor | None],
         gradients: Sequence[Tensor | None], upstream: Tensor,
     ) -> None:  # fmt: skip
-        """Write the gradients of the logits of some rows and classes."""
+        """Write the gradients of the logits of rows `begin` to `end` and classes `first` to `last`."""
         rows = end - begin
         operands, table = self._operands(begin, end, logits)
         target, row_weight = (None if t is None else t[begin:end] for t in (self.target, self.row_weight))
         each = upstream.dim() > 0
-        results: list[Any] = []
+        outputs: list[Any] = []
         for gradient in gradients:
-            results += [gradient, 0 if gradient is None else gradient.stride(0)]
+            outputs += [gradient, 0 if gradient is None else gradient.stride(0)]
 
         def launches(config: Config) -> None:
             tiles = triton.cdiv(last - first, config.meta["DEEP"] * config.meta["LANES"])
             launch(
                 kernels.gradient, (triton.cdiv(rows, config.meta["BLOCK"]) * tiles,), *operands, target, row_weight,
                 self.kept[:, begin:], upstream[begin:end] if each else upstream, upstream.stride(0) if each else 0,
-                *results, rows, self.classes, *self._features(), first, last, self.rows, self.options.ignore_index,
+                *outputs, rows, self.classes, *self._features(), first, last, self.rows, self.options.ignore_index,
                 *self._numbers(), config=config, HARD=self.hard, PRECISION=linear.precision(), **self.kinds,
                 **self.types,
             )  # fmt: skip
 
-        self._run(table, launches, repeatable=logits[0] is None)
+        self._run(table, launches, repeatable=not self.in_chunks)
 
 
-def forward(*args: Any) -> Tensor:
+def forward(*arguments: Any) -> Tensor:
     """Return the loss of each row."""
-    layers, options = args[:6], Options(*args[6:])
-    call = _Call(layers, options)
-    call.run([False] * 6)
-    loss: Tensor = call.loss.view(layers[0].shape[:-1])
-    return loss
+    layers, options, () = _split(arguments)
+    launcher = _Launcher(layers, options)
+    launcher.run([False] * 6)
+    return launcher.loss.view(layers.student_input.shape[:-1])
 
 
-def backward(grad_rows: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    """Return the gradients of both layers for an upstream of each row."""
-    *rest, needs = args
-    call = _Call(rest[:6], Options(*rest[6:]))
-    return _shaped(call.run(needs, grad_rows.reshape(-1)), rest)
+def backward(grad_rows: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """Return the gradients of both layers for an upstream of each row; after the options comes which are needed."""
+    layers, options, (needs,) = _split(arguments)
+    return _shaped(_Launcher(layers, options).run(needs, grad_rows.reshape(-1)), layers)
 
 
-def step(*args: Any) -> tuple[Tensor, ...]:
-    """Return the reduced loss, and its gradients."""
-    *rest, mean, needs = args
-    layers, options = rest[:6], Options(*rest[6:])
-    call = _Call(layers, options)
-    divisor, upstream = None, call.loss.new_ones(())
+def step(*arguments: Any) -> tuple[Tensor, ...]:
+    """Return the reduced loss, and its gradients.
+
+    After the options comes whether the loss is the mean, and which gradients are needed.
+    """
+    layers, options, (mean, needs) = _split(arguments)
+    launcher = _Launcher(layers, options)
+    divisor, upstream = None, launcher.loss.new_ones(())
     if mean:
-        count = rows_that_count(layers[0], options)
-        divisor = count.to(call.wide) if isinstance(count, Tensor) else torch.full_like(upstream, count)
+        count = rows_that_count(layers.student_input, options)
+        divisor = count.to(launcher.wide) if isinstance(count, Tensor) else torch.full_like(upstream, count)
         upstream = divisor.reciprocal()
-    grads = call.run(needs, upstream)
-    return sum_of(call.loss, call.loss.new_empty(()), divisor=divisor), *_shaped(grads, layers)
+    grads = launcher.run(needs, upstream)
+    return sum_of(launcher.loss, launcher.loss.new_empty(()), divisor=divisor), *_shaped(grads, layers)
 
 
-def _shaped(grads: Sequence[Tensor], layers: Sequence[Any]) -> tuple[Tensor, ...]:
-    return tuple(grad.view(t.shape) if grad.dim() > 1 else grad for grad, t in zip(grads, layers, strict=False))
+def _split(arguments: Sequence[Any]) -> tuple[Layers, Options, Sequence[Any]]:
+    """Return an op's layers, its options, and the arguments after them."""
+    behind_layers = len(Layers._fields)
+    behind_options = behind_layers + len(Options._fields)
+    layers = Layers(*arguments[:behind_layers])
+    return layers, Options(*arguments[behind_layers:behind_options]), arguments[behind_options:]
 
 
-_FEW = {
-    ("average", "sm_100", "spills: 2,"): "two words of 255 registers in float32, whose products bound it",
-    ("gradient", "sm_100", "spills: 4,"): "two words of 255 registers, with all options at once",
-    ("normalise", "gfx942", "spills"): "scalar registers, kept in vector registers, not in memory",
-    ("average", "gfx942", "spills"): "scalar registers, kept in vector registers, not in memory",
-}
-_WIDE = {"normalise": ("LDG.E.128",), "average": ("LDG.E.128",), "gradient": ("LDG.E.128", "STG.E.128")}
-_PRODUCTS = {kernel: ("HGMMA",) for kernel in _WIDE}
-
-
-def examples() -> Iterator[Example]:
-    """Yield calls that take every kernel and every row of the tables."""
-    for strategy, claims in (("chunks", _WIDE), ("lean", _PRODUCTS)):
-        for divergence in DIVERGENCES if strategy == "chunks" else ("forward_kl", "tv"):
-            run = partial(_example, strategy, torch.bfloat16, divergence)
-            yield Example(f"{strategy}-{divergence}", run, claims, _FEW)
-        for dtype in (torch.float32, torch.float64):
-            yield Example(f"{strategy}-{dtype}", partial(_example, strategy, dtype, "js"), {}, _FEW)
-        hard = partial(_example, strategy, torch.bfloat16, "js", hard_weight=0.5, both=True)
-        yield Example(f"{strategy}-every-option", hard, claims, _FEW)
-
-
-def _example(strategy: str, dtype: torch.dtype, divergence: str, hard_weight: float = 0.0, both: bool = False) -> None:
-    rows, features, classes = 4096, 4096, 128256
-    with torch.device("meta"):
-        x, w = torch.empty(rows, features, dtype=dtype), torch.empty(classes, features, dtype=dtype)
-        b, y, g = torch.empty(classes, dtype=dtype), torch.empty(rows, dtype=torch.int64), torch.empty(rows)
-    layer = (x, w, b) if both else (x, w, None)
-    options = Options(y if both else None, g if both else None, 2.0, divergence, 0.5, hard_weight, -100, 0.1)
-    needs = [True, True, both, both, both, both]
-    with linear.forced(strategy):
-        if both:
-            backward(g, *layer, *layer, *options, needs)
-        else:
-            step(*layer, *layer, *options, True, needs)
+def _shaped(grads: Sequence[Tensor], layers: Layers) -> tuple[Tensor, ...]:
+    """Return the gradients in the shapes of the layers; one that is not needed has no elements."""
+    return tuple(
+        grad.view(tensor.shape) if grad.dim() > 1 and tensor is not None else grad
+        for grad, tensor in zip(grads, layers, strict=True)
+    )

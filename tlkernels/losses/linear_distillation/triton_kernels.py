@@ -1,4 +1,4 @@
-"""The kernels of linear distillation; `triton.py` launches them and explains them together."""
+"""The kernels of linear distillation; `triton.py` launches them and has the formulas."""
 
 import triton
 import triton.language as tl
@@ -7,39 +7,46 @@ from tlkernels._core.triton.kernels import number
 from tlkernels._core.triton.linear_kernels import finite, logits_tile
 from tlkernels.losses.distillation.call import DIVERGENCES
 
-# From js on, the loss waits for both normalisers.
+# JS and TV need both normalisers before the divergence.
 FORWARD_KL, REVERSE_KL, JS, TV = (tl.constexpr(k) for k in range(len(DIVERGENCES)))
 
 
 @triton.jit
 def _classes(first, DEEP: tl.constexpr, LANES: tl.constexpr):
-    """Return the classes of a tile, in the shape of the tile."""
+    """Return the classes of a tile, of shape [DEEP, LANES, 1]."""
     return (first + tl.arange(0, DEEP)[:, None] * LANES + tl.arange(0, LANES)[None, :])[:, :, None]
 
 
 @triton.jit
-def _rebased(distance, total, factor, own_shift, other_shift):
-    """Take sum of e * (gap of the other - gap) to peaks that are larger by the shifts."""
-    return tl.where(factor == 0, 0.0, factor * (distance + total * (other_shift - own_shift)))
+def _rebased(distance, total, factor, shift, other_shift):
+    """Return the sum of e * (gap of the other - gap) relative to peaks that are larger by the shifts."""
+    return tl.where(factor == 0, 0.0, factor * (distance + total * (other_shift - shift)))
 
 
-# As in linear cross entropy, loads and stores are as wide as what divides `rows` lets them be.
+# `rows` is specialised, as in linear cross entropy: the width of loads and stores depends on what divides it.
 @triton.jit(do_not_specialize=["tiles"])
 def normalise(
-    s_logits, s_stride, s_input, s_row, s_k, s_weight, s_weight_row, s_weight_k, s_bias,
-    t_logits, t_stride, t_input, t_row, t_k, t_weight, t_weight_row, t_weight_k, t_bias,
-    target,  # or None
-    partial,  # (statistic, split, row)
-    rows, classes, s_features, t_features,
+    s_logits, s_stride,  # student's logits, (classes, rows), and stride between classes; or None: compute them from the
+    s_input, s_row, s_k,  # layer: input, (rows, features), and strides
+    s_weight, s_weight_row, s_weight_k,  # weight, (classes, features), and strides
+    s_bias,  # bias, (classes,), or None
+    t_logits, t_stride, t_input, t_row, t_k, t_weight, t_weight_row, t_weight_k, t_bias,  # the teacher's, as above
+    target,  # (rows,) int64 class indices, or None
+    partial,  # result, (statistic, split, row)
+    rows, classes, s_features, t_features,  # sizes
     tiles,  # of a split
     inv_temperature: tl.float64,
-    DIVERGENCE: tl.constexpr, HARD: tl.constexpr, T: tl.constexpr, S_TYPE: tl.constexpr, T_TYPE: tl.constexpr,
-    DEEP: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    DIVERGENCE: tl.constexpr,  # FORWARD_KL, REVERSE_KL, JS or TV
+    HARD: tl.constexpr,  # hard_weight is not 0
+    T: tl.constexpr, S_TYPE: tl.constexpr, T_TYPE: tl.constexpr,  # dtype of the arithmetic; of each side's logits
+    DEEP: tl.constexpr, LANES: tl.constexpr,  # a tile has DEEP * LANES classes
+    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,  # rows of a tile; features multiplied at a time
+    PRECISION: tl.constexpr,  # of float32: "ieee", "tf32"; or "wide" in the interpreter
 ):  # fmt: skip
-    """Sweep a split of the classes of some rows: each side's peak and sum of exponentials, lane by lane.
+    """Sweep a split of the classes of some rows, and write each side's peak, sum of exponentials, and further sums.
 
-    `distance` is the divergence's, sum of e * (gap of the other - gap) with gap = (peak - x) / temperature of the side
-    that is averaged over; `far` the sum of the student's peak - x.
+    `distance` gives the divergence: the sum of e * (gap of the other - gap), with gap = (peak - x) / temperature, and e
+    and gap of the side whose softmax weights the divergence. `s_distance` is the sum of the student's peak - x.
     """
     r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     split = tl.program_id(1)
@@ -50,35 +57,35 @@ def normalise(
     t_total = tl.zeros([LANES, BLOCK], T)
     distance = tl.zeros([LANES, BLOCK], T)
     hard_total = tl.zeros([LANES, BLOCK], T)
-    own = tl.zeros([LANES, BLOCK], T)
-    far = tl.zeros([LANES, BLOCK], T)
-    seen = tl.zeros([LANES, BLOCK], T)
+    target_logit = tl.zeros([LANES, BLOCK], T)
+    s_distance = tl.zeros([LANES, BLOCK], T)
+    class_count = tl.zeros([LANES, BLOCK], T)
     y = r
     if HARD:
         y = tl.load(target + r, r < rows, other=-1)
     size: tl.constexpr = DEEP * LANES
     for tile in range(split * tiles, tl.minimum((split + 1) * tiles, tl.cdiv(classes, size))):
         first = tile * size
-        xs = logits_tile(
+        s = logits_tile(
             s_logits, s_stride, s_input, s_row, s_k, s_weight, s_weight_row, s_weight_k, s_bias, first, r, rows,
             classes, s_features, S_TYPE, DEEP, LANES, BLOCK_K, PRECISION,
         ).to(T)  # fmt: skip
-        xt = logits_tile(
+        t = logits_tile(
             t_logits, t_stride, t_input, t_row, t_k, t_weight, t_weight_row, t_weight_k, t_bias, first, r, rows,
             classes, t_features, T_TYPE, DEEP, LANES, BLOCK_K, PRECISION,
         ).to(T)  # fmt: skip
         c = _classes(first, DEEP, LANES)
-        there = c < classes
-        xs = tl.where(there, xs, float("-inf"))
-        xt = tl.where(there, xt, float("-inf"))
-        s_top = tl.maximum(s_peak, tl.max(xs, 0))
-        t_top = tl.maximum(t_peak, tl.max(xt, 0))
+        valid = c < classes
+        s = tl.where(valid, s, float("-inf"))
+        t = tl.where(valid, t, float("-inf"))
+        s_top = tl.maximum(s_peak, tl.max(s, 0))
+        t_top = tl.maximum(t_peak, tl.max(t, 0))
         s_shift = finite(s_top) - finite(s_peak)
         t_shift = finite(t_top) - finite(t_peak)
         s_factor = tl.exp((s_peak - finite(s_top)) * inv_t)
         t_factor = tl.exp((t_peak - finite(t_top)) * inv_t)
-        s_gap = finite(s_top)[None, :, :] - xs
-        t_gap = finite(t_top)[None, :, :] - xt
+        s_gap = finite(s_top)[None, :, :] - s
+        t_gap = finite(t_top)[None, :, :] - t
         s_e = tl.exp(-s_gap * inv_t)
         t_e = tl.exp(-t_gap * inv_t)
         if DIVERGENCE == FORWARD_KL:
@@ -91,32 +98,34 @@ def normalise(
         t_total = t_total * t_factor + tl.sum(t_e, 0)
         if HARD:
             hard_total = hard_total * tl.exp(s_peak - finite(s_top)) + tl.sum(tl.exp(-s_gap), 0)
-            own += tl.sum(tl.where(c == y[None, None, :], xs, 0.0), 0)
-            far += seen * s_shift + tl.sum(tl.where(there, s_gap, 0.0), 0)
-            seen += tl.sum(tl.where(there, 1.0, 0.0).to(T), 0)
+            target_logit += tl.sum(tl.where(c == y[None, None, :], s, 0.0), 0)
+            s_distance += class_count * s_shift + tl.sum(tl.where(valid, s_gap, 0.0), 0)
+            class_count += tl.sum(tl.where(valid, 1.0, 0.0).to(T), 0)
         s_peak = s_top
         t_peak = t_top
     out = partial + split.to(tl.int64) * rows + r
     field = tl.num_programs(1).to(tl.int64) * rows
-    here = r < rows
-    s_peak, t_peak, s_total, t_total, distance, hard_total, far, seen = _join(
-        s_peak, t_peak, s_total, t_total, distance, hard_total, far, seen, inv_t, DIVERGENCE
+    mask = r < rows
+    s_peak, t_peak, s_total, t_total, distance, hard_total, s_distance, class_count = _join(
+        s_peak, t_peak, s_total, t_total, distance, hard_total, s_distance, class_count, inv_t, DIVERGENCE
     )
-    tl.store(out, s_peak, here)
-    tl.store(out + field, t_peak, here)
-    tl.store(out + 2 * field, s_total, here)
-    tl.store(out + 3 * field, t_total, here)
-    tl.store(out + 4 * field, distance, here)
+    tl.store(out, s_peak, mask)
+    tl.store(out + field, t_peak, mask)
+    tl.store(out + 2 * field, s_total, mask)
+    tl.store(out + 3 * field, t_total, mask)
+    tl.store(out + 4 * field, distance, mask)
     if HARD:
-        tl.store(out + 5 * field, hard_total, here)
-        tl.store(out + 6 * field, far, here)
-        tl.store(out + 7 * field, seen, here)
-        tl.store(out + 8 * field, tl.sum(own, 0), here)
+        tl.store(out + 5 * field, hard_total, mask)
+        tl.store(out + 6 * field, s_distance, mask)
+        tl.store(out + 7 * field, class_count, mask)
+        tl.store(out + 8 * field, tl.sum(target_logit, 0), mask)
 
 
 @triton.jit
-def _join(s_peak, t_peak, s_total, t_total, distance, hard_total, far, seen, inv_t, DIVERGENCE: tl.constexpr):
-    """Join statistics along the first axis, each from its own peaks."""
+def _join(
+    s_peak, t_peak, s_total, t_total, distance, hard_total, s_distance, class_count, inv_t, DIVERGENCE: tl.constexpr
+):
+    """Join statistics along the first axis, each relative to its own peaks."""
     s_top = tl.max(s_peak, 0)
     t_top = tl.max(t_peak, 0)
     s_shift = finite(s_top)[None, :] - finite(s_peak)
@@ -128,10 +137,10 @@ def _join(s_peak, t_peak, s_total, t_total, distance, hard_total, far, seen, inv
     if DIVERGENCE == REVERSE_KL:
         distance = _rebased(distance, s_total, s_factor, s_shift * inv_t, t_shift * inv_t)
     hard_total = tl.sum(hard_total * tl.exp(s_peak - finite(s_top)[None, :]), 0)
-    far = tl.sum(far + seen * s_shift, 0)
+    s_distance = tl.sum(s_distance + class_count * s_shift, 0)
     s_total = tl.sum(s_total * s_factor, 0)
     t_total = tl.sum(t_total * t_factor, 0)
-    return s_top, t_top, s_total, t_total, tl.sum(distance, 0), hard_total, far, tl.sum(seen, 0)
+    return s_top, t_top, s_total, t_total, tl.sum(distance, 0), hard_total, s_distance, tl.sum(class_count, 0)
 
 
 @triton.jit
@@ -148,212 +157,240 @@ def _slopes(ratio, ps, pt, beta, DIVERGENCE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["kept_rows", "tiles"])
 def average(
-    s_logits, s_stride, s_input, s_row, s_k, s_weight, s_weight_row, s_weight_k, s_bias,
-    t_logits, t_stride, t_input, t_row, t_k, t_weight, t_weight_row, t_weight_k, t_bias,
+    s_logits, s_stride,  # student's logits, (classes, rows), and stride between classes; or None: compute them from the
+    s_input, s_row, s_k,  # layer: input, (rows, features), and strides
+    s_weight, s_weight_row, s_weight_k,  # weight, (classes, features), and strides
+    s_bias,  # bias, (classes,), or None
+    t_logits, t_stride, t_input, t_row, t_k, t_weight, t_weight_row, t_weight_k, t_bias,  # the teacher's, as above
     kept,  # (result, row), of `finish`
-    partial,  # (side, split, row)
-    rows, classes, s_features, t_features,
-    kept_rows,  # of all results
+    partial,  # result, (side, split, row)
+    rows, classes, s_features, t_features,  # sizes
+    kept_rows,  # stride of kept between results
     tiles,  # of a split
-    inv_temperature: tl.float64, beta: tl.float64,
-    DIVERGENCE: tl.constexpr, T: tl.constexpr, S_TYPE: tl.constexpr, T_TYPE: tl.constexpr,
-    DEEP: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    inv_temperature: tl.float64, beta: tl.float64,  # of the divergence
+    DIVERGENCE: tl.constexpr,  # JS or TV
+    T: tl.constexpr, S_TYPE: tl.constexpr, T_TYPE: tl.constexpr,  # dtype of the arithmetic; of each side's logits
+    DEEP: tl.constexpr, LANES: tl.constexpr,  # a tile has DEEP * LANES classes
+    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,  # rows of a tile; features multiplied at a time
+    PRECISION: tl.constexpr,  # of float32: "ieee", "tf32"; or "wide" in the interpreter
 ):  # fmt: skip
     """Add up p_k * slope_k over a split of the classes of some rows."""
     r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    here = r < rows
+    mask = r < rows
     split = tl.program_id(1)
     inv_t, beta = number(inv_temperature, T), number(beta, T)
-    s_peak = tl.load(kept + r, here, other=0.0)
-    t_peak = tl.load(kept + kept_rows + r, here, other=0.0)
-    s_log_sum = tl.load(kept + 2 * kept_rows + r, here, other=0.0)
-    t_log_sum = tl.load(kept + 3 * kept_rows + r, here, other=0.0)
+    s_peak = tl.load(kept + r, mask, other=0.0)
+    t_peak = tl.load(kept + kept_rows + r, mask, other=0.0)
+    s_log_sum = tl.load(kept + 2 * kept_rows + r, mask, other=0.0)
+    t_log_sum = tl.load(kept + 3 * kept_rows + r, mask, other=0.0)
     s_sum = tl.zeros([LANES, BLOCK], T)
     t_sum = tl.zeros([LANES, BLOCK], T)
     size: tl.constexpr = DEEP * LANES
     for tile in range(split * tiles, tl.minimum((split + 1) * tiles, tl.cdiv(classes, size))):
         first = tile * size
-        xs = logits_tile(
+        s = logits_tile(
             s_logits, s_stride, s_input, s_row, s_k, s_weight, s_weight_row, s_weight_k, s_bias, first, r, rows,
             classes, s_features, S_TYPE, DEEP, LANES, BLOCK_K, PRECISION,
         ).to(T)  # fmt: skip
-        xt = logits_tile(
+        t = logits_tile(
             t_logits, t_stride, t_input, t_row, t_k, t_weight, t_weight_row, t_weight_k, t_bias, first, r, rows,
             classes, t_features, T_TYPE, DEEP, LANES, BLOCK_K, PRECISION,
         ).to(T)  # fmt: skip
-        there = _classes(first, DEEP, LANES) < classes
-        s_gap = xs - s_peak[None, None, :]
-        t_gap = xt - t_peak[None, None, :]
-        ps = tl.where(there, tl.exp(s_gap * inv_t - s_log_sum[None, None, :]), 0.0)
-        pt = tl.where(there, tl.exp(t_gap * inv_t - t_log_sum[None, None, :]), 0.0)
+        valid = _classes(first, DEEP, LANES) < classes
+        s_gap = s - s_peak[None, None, :]
+        t_gap = t - t_peak[None, None, :]
+        ps = tl.where(valid, tl.exp(s_gap * inv_t - s_log_sum[None, None, :]), 0.0)
+        pt = tl.where(valid, tl.exp(t_gap * inv_t - t_log_sum[None, None, :]), 0.0)
         ratio = (t_gap - s_gap) * inv_t - (t_log_sum - s_log_sum)[None, None, :]
-        of_s, of_t = _slopes(ratio, ps, pt, beta, DIVERGENCE)
-        s_sum += tl.sum(of_s, 0)
-        t_sum += tl.sum(of_t, 0)
+        s_part, t_part = _slopes(ratio, ps, pt, beta, DIVERGENCE)
+        s_sum += tl.sum(s_part, 0)
+        t_sum += tl.sum(t_part, 0)
     out = partial + split.to(tl.int64) * rows + r
-    tl.store(out, tl.sum(s_sum, 0), here)
-    tl.store(out + tl.num_programs(1).to(tl.int64) * rows, tl.sum(t_sum, 0), here)
+    tl.store(out, tl.sum(s_sum, 0), mask)
+    tl.store(out + tl.num_programs(1).to(tl.int64) * rows, tl.sum(t_sum, 0), mask)
 
 
 @triton.jit(do_not_specialize=["rows", "kept_rows", "splits"])
 def finish(
-    partial,  # of `normalise`, or None when it has been here already
+    partial,  # of `normalise`, or None: they have been joined before
     averages,  # of `average`, or None
-    target, row_weight,  # or None
-    loss,
-    kept,  # (result, row): peaks of student and teacher, logarithms of their sums, averages of slopes, hard log-sum
-    rows, classes, kept_rows, splits, ignore_index,
-    inv_temperature: tl.float64, beta: tl.float64, soft_weight: tl.float64, hard_weight: tl.float64,
-    smoothing: tl.float64,
-    DIVERGENCE: tl.constexpr, HARD: tl.constexpr, T: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    target,  # (rows,) int64 class indices, or None
+    row_weight,  # (rows,), or None for 1
+    loss,  # result, (rows,)
+    kept,  # result, (result, row): peaks of student and teacher, their log-sums, averages of slopes, hard log-sum
+    rows, classes,  # sizes
+    kept_rows,  # stride of kept between results
+    splits, ignore_index,
+    inv_temperature: tl.float64, beta: tl.float64,  # of the divergence
+    soft_weight: tl.float64, hard_weight: tl.float64,  # of the divergence and of the cross entropy
+    smoothing: tl.float64,  # of the cross entropy's target
+    DIVERGENCE: tl.constexpr,  # FORWARD_KL, REVERSE_KL, JS or TV
+    HARD: tl.constexpr,  # hard_weight is not 0
+    T: tl.constexpr,  # dtype of the arithmetic
+    SPLITS: tl.constexpr,  # power of two, at least `splits`
+    BLOCK: tl.constexpr,  # rows of a program
 ):  # fmt: skip
-    """Join the splits of some rows; the loss once the divergence is known. A class index out of range gives NaN."""
+    """Join the splits of some rows; write the loss if the divergence is known. A class index out of range gives NaN."""
     r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    here = r < rows
-    s = tl.arange(0, SPLITS)
-    there = (s < splits)[:, None] & here[None, :]
-    at = s.to(tl.int64)[:, None] * rows + r[None, :]
+    mask = r < rows
+    split = tl.arange(0, SPLITS)
+    valid = (split < splits)[:, None] & mask[None, :]
+    at = split.to(tl.int64)[:, None] * rows + r[None, :]
     field = tl.cast(splits, tl.int64) * rows
     hard = tl.zeros([BLOCK], T)
     if partial is not None:
-        nothing = tl.zeros([SPLITS, BLOCK], T)
-        s_peaks = tl.load(partial + at, there, other=float("-inf"))
-        t_peaks = tl.load(partial + at + field, there, other=float("-inf"))
-        s_totals = tl.load(partial + at + 2 * field, there, other=0.0)
-        t_totals = tl.load(partial + at + 3 * field, there, other=0.0)
-        distances = tl.load(partial + at + 4 * field, there, other=0.0)
-        hard_totals = nothing
-        fars = nothing
-        counts = nothing
+        zeros = tl.zeros([SPLITS, BLOCK], T)
+        s_peaks = tl.load(partial + at, valid, other=float("-inf"))
+        t_peaks = tl.load(partial + at + field, valid, other=float("-inf"))
+        s_totals = tl.load(partial + at + 2 * field, valid, other=0.0)
+        t_totals = tl.load(partial + at + 3 * field, valid, other=0.0)
+        distances = tl.load(partial + at + 4 * field, valid, other=0.0)
+        hard_totals = zeros
+        s_distances = zeros
+        class_counts = zeros
         if HARD:
-            hard_totals = tl.load(partial + at + 5 * field, there, other=0.0)
-            fars = tl.load(partial + at + 6 * field, there, other=0.0)
-            counts = tl.load(partial + at + 7 * field, there, other=0.0)
-        s_peak, t_peak, s_total, t_total, distance, hard_total, far, _ = _join(
-            s_peaks, t_peaks, s_totals, t_totals, distances, hard_totals, fars, counts, number(inv_temperature, T),
-            DIVERGENCE,
+            hard_totals = tl.load(partial + at + 5 * field, valid, other=0.0)
+            s_distances = tl.load(partial + at + 6 * field, valid, other=0.0)
+            class_counts = tl.load(partial + at + 7 * field, valid, other=0.0)
+        s_peak, t_peak, s_total, t_total, distance, hard_total, s_distance, _ = _join(
+            s_peaks, t_peaks, s_totals, t_totals, distances, hard_totals, s_distances, class_counts,
+            number(inv_temperature, T), DIVERGENCE,
         )  # fmt: skip
         s_peak = finite(s_peak)
-        s_log_sum = tl.log(tl.where(here, s_total, 1.0))
-        t_log_sum = tl.log(tl.where(here, t_total, 1.0))
-        tl.store(kept + r, s_peak, here)
-        tl.store(kept + kept_rows + r, finite(t_peak), here)
-        tl.store(kept + 2 * kept_rows + r, s_log_sum, here)
-        tl.store(kept + 3 * kept_rows + r, t_log_sum, here)
+        s_log_sum = tl.log(tl.where(mask, s_total, 1.0))
+        t_log_sum = tl.log(tl.where(mask, t_total, 1.0))
+        tl.store(kept + r, s_peak, mask)
+        tl.store(kept + kept_rows + r, finite(t_peak), mask)
+        tl.store(kept + 2 * kept_rows + r, s_log_sum, mask)
+        tl.store(kept + 3 * kept_rows + r, t_log_sum, mask)
         if HARD:
-            hard_log_sum = tl.log(tl.where(here, hard_total, 1.0))
-            own = tl.sum(tl.load(partial + at + 8 * field, there, other=0.0), 0)
+            hard_log_sum = tl.log(tl.where(mask, hard_total, 1.0))
+            target_logit = tl.sum(tl.load(partial + at + 8 * field, valid, other=0.0), 0)
             smooth = number(smoothing, T)
-            hard = (1 - smooth) * (s_peak - own + hard_log_sum)
+            hard = (1 - smooth) * (s_peak - target_logit + hard_log_sum)
             if smoothing != 0:
-                hard += smooth * (far / classes + hard_log_sum)
-            tl.store(kept + 6 * kept_rows + r, hard_log_sum, here)
+                hard += smooth * (s_distance / classes + hard_log_sum)
+            tl.store(kept + 6 * kept_rows + r, hard_log_sum, mask)
             hard *= number(hard_weight, T)
             if DIVERGENCE >= JS:
-                tl.store(loss + r, hard, here)  # until `average` has been there
+                tl.store(loss + r, hard, mask)  # until `average` has run
         if DIVERGENCE == FORWARD_KL:
             divergence = distance / t_total + (s_log_sum - t_log_sum)
         if DIVERGENCE == REVERSE_KL:
             divergence = distance / s_total + (t_log_sum - s_log_sum)
         if DIVERGENCE < JS:
-            tl.store(kept + 4 * kept_rows + r, divergence, here)
-            tl.store(kept + 5 * kept_rows + r, divergence, here)
+            tl.store(kept + 4 * kept_rows + r, divergence, mask)
+            tl.store(kept + 5 * kept_rows + r, divergence, mask)
     if averages is not None:
-        of_s = tl.sum(tl.load(averages + at, there, other=0.0), 0)
-        of_t = tl.sum(tl.load(averages + at + field, there, other=0.0), 0)
-        divergence = of_s + of_t
-        tl.store(kept + 4 * kept_rows + r, of_s, here)
-        tl.store(kept + 5 * kept_rows + r, of_t, here)
+        s_part = tl.sum(tl.load(averages + at, valid, other=0.0), 0)
+        t_part = tl.sum(tl.load(averages + at + field, valid, other=0.0), 0)
+        divergence = s_part + t_part
+        tl.store(kept + 4 * kept_rows + r, s_part, mask)
+        tl.store(kept + 5 * kept_rows + r, t_part, mask)
         if HARD:
-            hard = tl.load(loss + r, here, other=0.0)
+            hard = tl.load(loss + r, mask, other=0.0)
     if averages is not None or DIVERGENCE < JS:
         result = number(soft_weight, T) * divergence
         if HARD:
             result += hard
         if row_weight is not None:
-            result *= tl.load(row_weight + r, here, other=0.0).to(T)
+            result *= tl.load(row_weight + r, mask, other=0.0).to(T)
         if target is not None:
-            y = tl.load(target + r, here, other=-1)
+            y = tl.load(target + r, mask, other=-1)
             result = tl.where((y >= 0) & (y < classes), result, float("nan"))
             result = tl.where(y == ignore_index, 0.0, result)
-        tl.store(loss + r, result, here)
+        tl.store(loss + r, result, mask)
 
 
 @triton.jit(do_not_specialize=["kept_rows"])
 def gradient(
-    s_logits, s_stride, s_input, s_row, s_k, s_weight, s_weight_row, s_weight_k, s_bias,
-    t_logits, t_stride, t_input, t_row, t_k, t_weight, t_weight_row, t_weight_k, t_bias,
-    target, row_weight, kept, upstream, upstream_row,
-    s_gradient, s_gradient_stride,  # transposed, from class `begin` on; or None
-    t_gradient, t_gradient_stride,
-    rows, classes, s_features, t_features, begin, end, kept_rows, ignore_index,
-    inv_temperature: tl.float64, beta: tl.float64, soft_weight: tl.float64, hard_weight: tl.float64,
-    smoothing: tl.float64,
-    DIVERGENCE: tl.constexpr, HARD: tl.constexpr, T: tl.constexpr, S_TYPE: tl.constexpr, T_TYPE: tl.constexpr,
-    DEEP: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    s_logits, s_stride,  # student's logits, (classes, rows), and stride between classes; or None: compute them from the
+    s_input, s_row, s_k,  # layer: input, (rows, features), and strides
+    s_weight, s_weight_row, s_weight_k,  # weight, (classes, features), and strides
+    s_bias,  # bias, (classes,), or None
+    t_logits, t_stride, t_input, t_row, t_k, t_weight, t_weight_row, t_weight_k, t_bias,  # the teacher's, as above
+    target,  # (rows,) int64 class indices, or None
+    row_weight,  # (rows,), or None for 1
+    kept,  # (result, row), of `finish`
+    upstream, upstream_row,  # (rows,), and its stride, 0 for one number
+    s_gradient, s_gradient_stride,  # result, (end - begin, rows), and stride between classes; or None
+    t_gradient, t_gradient_stride,  # the same of the teacher
+    rows, classes, s_features, t_features,  # sizes
+    begin, end,  # the classes of the gradients
+    kept_rows,  # stride of kept between results
+    ignore_index,
+    inv_temperature: tl.float64, beta: tl.float64,  # of the divergence
+    soft_weight: tl.float64, hard_weight: tl.float64,  # of the divergence and of the cross entropy
+    smoothing: tl.float64,  # of the cross entropy's target
+    DIVERGENCE: tl.constexpr,  # FORWARD_KL, REVERSE_KL, JS or TV
+    HARD: tl.constexpr,  # hard_weight is not 0
+    T: tl.constexpr, S_TYPE: tl.constexpr, T_TYPE: tl.constexpr,  # dtype of the arithmetic; of each side's logits
+    DEEP: tl.constexpr, LANES: tl.constexpr,  # a tile has DEEP * LANES classes
+    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,  # rows of a tile; features multiplied at a time
+    PRECISION: tl.constexpr,  # of float32: "ieee", "tf32"; or "wide" in the interpreter
 ):  # fmt: skip
-    """Write the gradients by a tile of logits of the sides that need one."""
+    """Write the gradients by a tile of logits, those that are given."""
     blocks = tl.cdiv(rows, BLOCK)
     program = tl.program_id(0)
     r = program % blocks * BLOCK + tl.arange(0, BLOCK)
     first = begin + program // blocks * (DEEP * LANES)
-    here = r < rows
-    xs = logits_tile(
+    mask = r < rows
+    s = logits_tile(
         s_logits, s_stride, s_input, s_row, s_k, s_weight, s_weight_row, s_weight_k, s_bias, first, r, rows, classes,
         s_features, S_TYPE, DEEP, LANES, BLOCK_K, PRECISION,
     ).to(T)  # fmt: skip
-    xt = logits_tile(
+    t = logits_tile(
         t_logits, t_stride, t_input, t_row, t_k, t_weight, t_weight_row, t_weight_k, t_bias, first, r, rows, classes,
         t_features, T_TYPE, DEEP, LANES, BLOCK_K, PRECISION,
     ).to(T)  # fmt: skip
     inv_t = number(inv_temperature, T)
-    s_gap = xs - tl.load(kept + r, here, other=0.0)[None, None, :]
-    t_gap = xt - tl.load(kept + kept_rows + r, here, other=0.0)[None, None, :]
-    s_log_sum = tl.load(kept + 2 * kept_rows + r, here, other=0.0)
-    t_log_sum = tl.load(kept + 3 * kept_rows + r, here, other=0.0)
-    s_average = tl.load(kept + 4 * kept_rows + r, here, other=0.0)
-    t_average = tl.load(kept + 5 * kept_rows + r, here, other=0.0)
-    g = tl.load(upstream + r * upstream_row, here, other=0.0).to(T)
+    s_gap = s - tl.load(kept + r, mask, other=0.0)[None, None, :]
+    t_gap = t - tl.load(kept + kept_rows + r, mask, other=0.0)[None, None, :]
+    s_log_sum = tl.load(kept + 2 * kept_rows + r, mask, other=0.0)
+    t_log_sum = tl.load(kept + 3 * kept_rows + r, mask, other=0.0)
+    s_average = tl.load(kept + 4 * kept_rows + r, mask, other=0.0)
+    t_average = tl.load(kept + 5 * kept_rows + r, mask, other=0.0)
+    g = tl.load(upstream + r * upstream_row, mask, other=0.0).to(T)
     if row_weight is not None:
-        g *= tl.load(row_weight + r, here, other=0.0).to(T)
-    counted = here
+        g *= tl.load(row_weight + r, mask, other=0.0).to(T)
+    counted = mask
     y = r
     if target is not None:
-        y = tl.load(target + r, here, other=-1)
-        counted = here & (y != ignore_index)
+        y = tl.load(target + r, mask, other=-1)
+        counted = mask & (y != ignore_index)
         g = tl.where((y >= 0) & (y < classes), g, float("nan"))
-    g = tl.where(counted, g, 0.0)[None, None, :]  # it may be infinite where no row counts
+    g = tl.where(counted, g, 0.0)[None, None, :]  # it is infinite if no row counts
     ps = tl.exp(s_gap * inv_t - s_log_sum[None, None, :])
     pt = tl.exp(t_gap * inv_t - t_log_sum[None, None, :])
-    # Of the row first: a difference of large numbers feels each rounding.
-    apart = (t_gap - s_gap) * inv_t
+    # The numbers of the row are subtracted first: in a difference of large numbers each rounding shows.
+    log_ratio = (t_gap - s_gap) * inv_t
     shift = t_log_sum - s_log_sum
     if DIVERGENCE == FORWARD_KL:
         ds = ps - pt
-        dt = tl.where(pt == 0, 0.0, pt * (apart - (shift + t_average)[None, None, :]))
+        dt = tl.where(pt == 0, 0.0, pt * (log_ratio - (shift + t_average)[None, None, :]))
     elif DIVERGENCE == REVERSE_KL:
-        ds = tl.where(ps == 0, 0.0, ps * ((shift - s_average)[None, None, :] - apart))
+        ds = tl.where(ps == 0, 0.0, ps * ((shift - s_average)[None, None, :] - log_ratio))
         dt = pt - ps
     else:
-        of_s, of_t = _slopes(apart - shift[None, None, :], ps, pt, number(beta, T), DIVERGENCE)
-        ds = of_s - ps * s_average[None, None, :]
-        dt = of_t - pt * t_average[None, None, :]
+        s_part, t_part = _slopes(log_ratio - shift[None, None, :], ps, pt, number(beta, T), DIVERGENCE)
+        ds = s_part - ps * s_average[None, None, :]
+        dt = t_part - pt * t_average[None, None, :]
     soft = number(soft_weight, T) * inv_t * g
     c = _classes(first, DEEP, LANES)
-    there = (c < end) & here[None, None, :]
-    within = (c - begin).to(tl.int64)
+    valid = (c < end) & mask[None, None, :]
+    offset = (c - begin).to(tl.int64)
     if s_gradient is not None:
         d = soft * ds
         if HARD:
-            p = tl.exp(s_gap - tl.load(kept + 6 * kept_rows + r, here, other=0.0)[None, None, :])
+            p = tl.exp(s_gap - tl.load(kept + 6 * kept_rows + r, mask, other=0.0)[None, None, :])
             smooth = number(smoothing, T)
-            hit = tl.where(c == y[None, None, :], 1.0, 0.0)
-            # A part of the target cancels exactly against its part of the softmax, where that is 1.
-            d += number(hard_weight, T) * g * ((1 - smooth) * (p - hit) + smooth * (p - number(1.0, T) / classes))
+            one_hot = tl.where(c == y[None, None, :], 1.0, 0.0)
+            # Subtracted class by class, so that p and the target cancel exactly where p is 1.
+            d += number(hard_weight, T) * g * ((1 - smooth) * (p - one_hot) + smooth * (p - number(1.0, T) / classes))
         d = tl.where(counted[None, None, :], d, 0.0)
-        at = s_gradient + within * s_gradient_stride + r[None, None, :]
-        tl.store(at, d.to(s_gradient.dtype.element_ty), there)
+        at = s_gradient + offset * s_gradient_stride + r[None, None, :]
+        tl.store(at, d.to(s_gradient.dtype.element_ty), valid)
     if t_gradient is not None:
         d = tl.where(counted[None, None, :], soft * dt, 0.0)
-        at = t_gradient + within * t_gradient_stride + r[None, None, :]
-        tl.store(at, d.to(t_gradient.dtype.element_ty), there)
+        at = t_gradient + offset * t_gradient_stride + r[None, None, :]
+        tl.store(at, d.to(t_gradient.dtype.element_ty), valid)

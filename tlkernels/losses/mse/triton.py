@@ -1,11 +1,8 @@
-"""Kernels of mse and rmse for GPUs.
+"""Mean squared error and its root in Triton: kernel and launches.
 
-Bytes: input, target and weight are read once; gradients are written once. Errors are added up in float32 within a
+Bytes: input, target and weight are read once; gradients are written once. Errors are summed in float32 within a
 program and in float64 over programs, in a fixed order.
 """
-
-from collections.abc import Iterator
-from functools import partial
 
 import torch
 import triton
@@ -13,35 +10,34 @@ import triton.language as tl
 from torch import Tensor
 
 from tlkernels._core.dtypes import compute_dtype
-from tlkernels._core.triton import Config, Example, Table, launch
-from tlkernels._core.triton.kernels import DTYPES, number, scale_, sum_of
+from tlkernels._core.triton.kernels import DTYPES, number, sum_of
+from tlkernels._core.triton.launch import Config, Table, launch
 
 
 @triton.jit
 def _squares(
-    input,
-    target,
-    weight,
-    upstream,  # of each error, or 0-d, or None for 1
-    divisor,  # 0-d, or None for 1
-    errors,
-    partial,  # the sum of each program's errors
-    grad_input,
-    grad_target,
+    input, target,  # (n,)
+    weight,  # (n,), or None for 1
+    upstream,  # (n,) with EACH, else 0-d, or None for 1
+    divisor,  # 0-d, divides upstream; or None for 1
+    errors,  # result, (n,), or None
+    partial,  # result: the sum of each program's errors, or None
+    grad_input, grad_target,  # results, (n,), or None
     n,
-    factor: tl.float64,
-    EACH: tl.constexpr,  # whether upstream has a number for each error
-    T: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    factor: tl.float64,  # multiplies upstream
+    EACH: tl.constexpr,
+    T: tl.constexpr,  # dtype of the arithmetic
+    BLOCK: tl.constexpr,  # elements of a program
+):  # fmt: skip
+    """Write the weighted squared errors, their sum, and the gradients, those that are given."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    there = i < n
-    d = tl.load(input + i, there, other=0.0).to(T) - tl.load(target + i, there, other=0.0).to(T)
+    mask = i < n
+    d = tl.load(input + i, mask, other=0.0).to(T) - tl.load(target + i, mask, other=0.0).to(T)
     weighted = d
     if weight is not None:
-        weighted *= tl.load(weight + i, there, other=0.0).to(T)
+        weighted *= tl.load(weight + i, mask, other=0.0).to(T)
     if errors is not None:
-        tl.store(errors + i, weighted * d, there)
+        tl.store(errors + i, weighted * d, mask)
     if partial is not None:
         tl.store(partial + tl.program_id(0), tl.sum(weighted * d, 0))
     if grad_input is not None or grad_target is not None:
@@ -49,19 +45,19 @@ def _squares(
         if divisor is not None:
             g /= tl.load(divisor).to(T)
         if EACH:
-            grad = 2 * weighted * (g * tl.load(upstream + i, there, other=0.0).to(T))
+            grad = 2 * weighted * (g * tl.load(upstream + i, mask, other=0.0).to(T))
         else:
             if upstream is not None:
                 g *= tl.load(upstream).to(T)
             grad = 2 * weighted * g
         if grad_input is not None:
-            tl.store(grad_input + i, grad.to(grad_input.dtype.element_ty), there)
+            tl.store(grad_input + i, grad.to(grad_input.dtype.element_ty), mask)
         if grad_target is not None:
-            tl.store(grad_target + i, (-grad).to(grad_target.dtype.element_ty), there)
+            tl.store(grad_target + i, (-grad).to(grad_target.dtype.element_ty), mask)
 
 
-# 2026-11-21, by reasoning, unmeasured: 16 bytes for a thread of each tensor at a time, twice, so that several loads are
-# on their way before the first is used.
+# 2026-11-21, by reasoning, unmeasured: a thread loads 16 bytes of each tensor at a time, twice, so that several loads
+# are issued before the first is used.
 _TABLE = Table(
     "mse",
     Config("interpreter", 0, None, {"BLOCK": 256}, 1),
@@ -79,14 +75,14 @@ def forward(input: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
 
 
 def total(input: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
-    """Return their sum."""
+    """Return the sum of the squared errors times the weights."""
     return step(input, target, weight, None, 1.0, False, False)[0]
 
 
 def backward(
     grad: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, needs_input: bool, needs_target: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients for `grad`, of their sum or of each."""
+    """Return the gradients for `grad`, which is the sum's upstream or has one for each error."""
     grads = _empty_gradients(input, target, needs_input, needs_target)
     _run(input, target, weight, upstream=grad, grads=grads)
     return grads
@@ -128,32 +124,34 @@ def _run(
     grads: tuple[Tensor, ...] = (),
     loss: Tensor | None = None,
 ) -> None:
+    """Fill the results that are given, for upstream * factor / divisor of the errors; `loss` is 0-d, their sum."""
     n = input.numel()
     if upstream is not None and not any(upstream.stride()):
-        upstream = upstream.as_strided((), ())  # such as the gradient of a sum
+        upstream = upstream.as_strided((), ())  # an expanded number, such as the gradient of a sum
     each = upstream is not None and upstream.dim() > 0
-    results = [result if result is not None and result.numel() else None for result in (errors, *grads)]
-    flat = _in_one_order(input, target, weight, upstream if each else None, *results)
-    *read, g, written, grad_input, grad_target = flat if grads else (*flat, None, None)
+    grad_input, grad_target = (grad if grad.numel() else None for grad in grads) if grads else (None, None)
+    results = errors, grad_input, grad_target
+    x, y, w, g, *filled = _in_one_order(input, target, weight, upstream if each else None, *results)
 
     def launches(config: Config) -> None:
         programs = triton.cdiv(n, config.meta["BLOCK"])
         partial = input.new_empty(programs, dtype=compute_dtype(input)) if loss is not None else None
+        filled_errors, *filled_grads = filled
         launch(
-            _squares, (programs,), *read, g if each else upstream, divisor, written, partial, grad_input, grad_target,
+            _squares, (programs,), x, y, w, g if each else upstream, divisor, filled_errors, partial, *filled_grads,
             n, factor, EACH=each, T=DTYPES[compute_dtype(input)], config=config,
         )  # fmt: skip
         if loss is not None and partial is not None:
             sum_of(partial, loss, factor, divisor)
 
     _TABLE.run(input.device, input.element_size(), n, launches)
-    for result, filled in zip(results, (written, grad_input, grad_target), strict=False):
-        if result is not None and filled is not None and filled is not result:
-            result.copy_(filled)
+    for result, copy in zip(results, filled, strict=True):
+        if result is not None and copy is not None and copy is not result:
+            result.copy_(copy)
 
 
 def _in_one_order(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Return the tensors so that one offset is the same element in each: themselves, or copies."""
+    """Return tensors of which an offset is the same element in each: the given ones, or copies."""
     given = [tensor for tensor in tensors if tensor is not None]
     strides = given[0].stride()
     if all(tensor.stride() == strides for tensor in given) and (
@@ -161,23 +159,3 @@ def _in_one_order(*tensors: Tensor | None) -> list[Tensor | None]:
     ):
         return list(tensors)
     return [None if tensor is None else tensor.contiguous() for tensor in tensors]
-
-
-def _tensors(dtype: torch.dtype, n: int, weighted: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    x = torch.empty(n, dtype=dtype, device="meta")
-    return x, x, x if weighted else None
-
-
-_WIDE = {"_squares": ("LDG.E.128", "STG.E.128")}
-
-
-def examples() -> Iterator[Example]:
-    """Yield calls that take every kernel and every row of the table."""
-    for dtype in (torch.bfloat16, torch.float32, torch.float64):
-        for weighted in (False, True):
-            x = _tensors(dtype, 2**20, weighted)
-            yield Example(f"step-{dtype}-{weighted}", partial(step, *x, None, 1.0, True, True), _WIDE)
-        yield Example(f"scale-{dtype}", partial(scale_, x[0], x[0].new_empty(())), {"_scale": _WIDE["_squares"]})
-    x = _tensors(torch.bfloat16, 2**20, True)
-    yield Example("forward", partial(forward, *x), _WIDE)
-    yield Example("backward", partial(backward, x[0], *x, True, False), _WIDE)

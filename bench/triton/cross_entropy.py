@@ -1,0 +1,52 @@
+"""Calls that launch every kernel of cross entropy and use every row of its tables."""
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+
+from bench.triton import Example, meta
+from tlkernels.losses.cross_entropy.triton import backward_, directional, forward_stats, step
+
+_WIDE = {"sweep": ("LDG.E.128", "STG.E.128")}
+_PLAIN = (None, -100, 0.0, 1.0, None, 0.0)
+_FEW = "8 to 32 bytes of a thread, once a row of which it holds 128 bytes: of 16 warps, each thread has 128 registers"
+_SPILLS = {
+    ("sweep", "sm_80", "spills: 14,"): _FEW,
+    ("sweep", "sm_90", "spills: 2,"): _FEW,
+    ("sweep", "sm_100", "spills: 12,"): _FEW,
+}
+_SCALARS = {("sweep", "gfx942", "spills"): "scalar registers, kept in lanes of vector registers: no memory"}
+
+
+def examples() -> Iterator[Example]:
+    """Yield the calls."""
+    for dtype, *sizes in (
+        (torch.bfloat16, 1024, 4096, 8192, 32000, 128256),
+        (torch.float32, 1024, 16384, 32000, 128256),
+        (torch.float64, 4096, 8192, 32000),
+    ):
+        for classes in sizes:
+            x, y = meta((4096, classes), dtype), meta((4096,), torch.int64)
+            spills = _SPILLS if (dtype, classes) == (torch.float32, 16384) else {}
+            yield Example(f"step-{classes}-{dtype}", partial(step, x, y, *_PLAIN, True), _WIDE, spills)
+    x, y = meta((4096, 32000), torch.bfloat16), meta((4096,), torch.int64)
+    for classes in (8192, 32000):
+        z, weight = meta((4096, classes), torch.bfloat16), meta((classes,), torch.bfloat16)
+        every = (weight, -100, 0.1, 2.0, 30.0, 1e-4, True)
+        yield Example(f"step-weighted-{classes}", partial(step, z, y, *every), _WIDE)
+        yield Example(f"step-probabilities-{classes}", partial(step, z, z, *every), _WIDE)
+        yield Example(f"stats-{classes}", partial(forward_stats, z, y, *_PLAIN), {"sweep": ("LDG.E.128",)})
+    rows = meta((4096,), torch.float32)
+    yield Example("backward-in-place", partial(backward_, rows, rows, x, y, rows, rows, *_PLAIN), _WIDE)
+    for options in (_PLAIN, (None, -100, 0.1, 2.0, 30.0, 1e-4)):
+        for classes in (8192, 32000):
+            z = x[:, :classes]
+            yield Example(
+                f"directional-{classes}-{options}", partial(directional, z, rows, rows, z, y, *options),
+                {"directional": ("LDG.E.128", "STG.E.128")},
+            )  # fmt: skip
+    yield Example("step-odd", partial(step, meta((4096, 50257), torch.bfloat16), y, *_PLAIN, True))
+    for classes in (21, 300):
+        x, y = meta((8, classes, 512, 512), torch.bfloat16), meta((8, 512, 512), torch.int64)
+        yield Example(f"columns-{classes}", partial(step, x, y, *_PLAIN, True), _WIDE, _SCALARS)
