@@ -26,16 +26,16 @@ def examples() -> Iterator[Example]:
     ):
         for classes in sizes:
             x = meta((4096, classes), dtype)
-            yield Example(f"step-{classes}-{dtype}", partial(step, x, x, *plain, True, True, False), wide)
+            yield Example(f"step-{classes}-{dtype}", partial(step, x, x, *plain, True, (True, False)), wide)
     target, rows = meta((4096,), torch.int64), meta((4096,), torch.float32)
     x = meta((4096, 32000), torch.bfloat16)
     for divergence in DIVERGENCES:
         options = (target, rows, 2.0, divergence, 0.3, 0.5, -100, 0.1)
         for z in (meta((4096, 8192), torch.bfloat16), x):
-            run = partial(backward, rows, z, z, *options, True, True)
+            run = partial(backward, rows, z, z, *options, (True, True))
             yield Example(f"{divergence}-{z.shape[1]}", run, wide)
         yield Example(
-            f"second-{divergence}", partial(second, x, x, rows, x, x, *options, True, True),
+            f"second-{divergence}", partial(second, x, x, rows, x, x, *options, (True, True)),
             {"second": wide["distillation"]}, _OF_SECOND,
         )  # fmt: skip
     yield Example("losses", partial(forward, x, x, *plain), {"distillation": ("LDG.E.128",)})

@@ -34,9 +34,9 @@ def _call(
             if every_option:
                 g = meta((rows,), torch.float32)
                 forward_stats(*layer, target, *options)
-                backward(g, g, *layer, target, *options, True, True, True)
+                backward(g, g, *layer, target, *options, (True, True, True))
             else:
-                step(*layer, target, *options, True, True, True, False)
+                step(*layer, target, *options, True, (True, True, False))
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
 

@@ -18,9 +18,9 @@ def examples() -> Iterator[Example]:
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         x = meta((2**20,), dtype)
         for weight in (None, x):
-            run = partial(step, x, x, weight, None, 1.0, True, True)
+            run = partial(step, x, x, weight, None, 1.0, (True, True))
             yield Example(f"step-{dtype}-{weight is not None}", run, _WIDE)
         yield Example(f"scale-{dtype}", partial(scale_, x, meta((), dtype)), _WIDE_SCALE)
     x = meta((2**20,), torch.bfloat16)
     yield Example("forward", partial(forward, x, x, x), _WIDE)
-    yield Example("backward", partial(backward, x, x, x, x, True, False), _WIDE)
+    yield Example("backward", partial(backward, x, x, x, x, (True, False)), _WIDE)

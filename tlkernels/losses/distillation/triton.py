@@ -160,24 +160,18 @@ def forward(student: Tensor, teacher: Tensor, *options: Any) -> Tensor:
 
 
 def backward(grad_rows: Tensor, student: Tensor, teacher: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    """Return the gradients of both logits, without elements where not needed.
-
-    After the options comes which are needed.
-    """
-    *options, needs_student, needs_teacher = arguments
-    grads, needed = _gradients(student, teacher, needs_student, needs_teacher)
+    """Return the gradients of both logits for (..., *options, needs); one that is not needed is an empty tensor."""
+    *options, needs = arguments
+    grads, needed = _gradients(student, teacher, needs)
     sweep(student, teacher, Options(*options), **needed, upstream=grad_rows)
     return grads
 
 
 def step(student: Tensor, teacher: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the reduced loss and the gradients.
-
-    After the options comes whether the loss is the mean, and which gradients are needed.
-    """
-    *given, mean, needs_student, needs_teacher = arguments
+    """Return the reduced loss and its gradients for (..., *options, mean, needs)."""
+    *given, mean, needs = arguments
     options = Options(*given)
-    grads, needed = _gradients(student, teacher, needs_student, needs_teacher)
+    grads, needed = _gradients(student, teacher, needs)
     loss = student.new_empty((), dtype=compute_dtype(student, teacher))
     divisor, factor = None, 1.0
     if mean and options.target is not None:
@@ -189,10 +183,9 @@ def step(student: Tensor, teacher: Tensor, *arguments: Any) -> tuple[Tensor, Ten
     return loss, *grads
 
 
-def _gradients(
-    student: Tensor, teacher: Tensor, needs_student: bool, needs_teacher: bool
-) -> tuple[tuple[Tensor, Tensor], dict[str, Any]]:
-    """Return contiguous gradients, without elements where not needed, and those that are needed by name."""
+def _gradients(student: Tensor, teacher: Tensor, needs: Sequence[bool]) -> tuple[tuple[Tensor, Tensor], dict[str, Any]]:
+    """Return contiguous gradients, empty tensors where not needed, and by name those that are needed."""
+    needs_student, needs_teacher = needs
     first = student.new_empty(student.shape if needs_student else (0,))
     second = teacher.new_empty(teacher.shape if needs_teacher else (0,))
     named: dict[str, Any] = {"grad_student": first} if needs_student else {}
@@ -206,10 +199,10 @@ def second(
     """Return the derivatives of <v, the gradients for grad_rows> by grad_rows, student and teacher.
 
     They are a row of the Hessian of D times the directions, in closed form (`_second_terms` has the terms). The rows
-    are swept four times, from L2 after the first time; no sweep holds more than a tile. After the options comes
-    whether the derivatives by student and by teacher are needed.
+    are swept four times, from L2 after the first time; no sweep holds more than a tile. The arguments end with
+    (*options, needs), where `needs` are those of student and teacher.
     """
-    *given, needs_student, needs_teacher = arguments
+    *given, (needs_student, needs_teacher) = arguments
     target, row_weight, temperature, divergence, beta, hard_weight, ignore_index, smoothing = Options(*given)
     inner, strides = _rows(student, teacher)
     if inner is None:
@@ -217,7 +210,7 @@ def second(
         inner, strides = _rows(student, teacher)
     rows, classes = student.shape[:-1].numel(), student.shape[-1]
     T = compute_dtype(student, teacher)
-    (by_student, by_teacher), _ = _gradients(student, teacher, needs_student, needs_teacher)
+    (by_student, by_teacher), _ = _gradients(student, teacher, (needs_student, needs_teacher))
     by_rows = torch.empty(student.shape[:-1], dtype=T, device=student.device)
     v_student, v_teacher, grads, target, row_weight = map(
         _contiguous, (v_student, v_teacher, grad_rows, target, row_weight)

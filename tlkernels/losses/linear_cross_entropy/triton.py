@@ -251,24 +251,17 @@ def forward_stats(*arguments: Any) -> tuple[Tensor | None, ...]:
 
 
 def backward(grad_loss: Tensor, grad_lse: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
-    """Return the gradients of input, weight and bias for an upstream of each row's loss, and of its lse.
-
-    After the options comes which are needed.
-    """
-    *call, needs_input, needs_weight, needs_bias = arguments
+    """Return the gradients of input, weight and bias, given those of each row's loss and lse, for (..., needs)."""
+    *call, needs = arguments
     launcher = _launcher(*call)
-    needs = linear.Needs(needs_input, needs_weight, needs_bias)
-    return launcher.run(needs, launcher.results(gradients=True), grad_loss, grad_lse)
+    return launcher.run(linear.Needs(*needs), launcher.results(gradients=True), grad_loss, grad_lse)
 
 
 def step(*arguments: Any) -> tuple[Tensor, ...]:
-    """Return the reduced loss, and its gradients.
-
-    After the options comes whether the loss is the mean, and which gradients are needed.
-    """
-    *call, mean, needs_input, needs_weight, needs_bias = arguments
+    """Return the reduced loss and its gradients for (..., *options, mean, needs)."""
+    *call, mean, needs = arguments
     launcher = _launcher(*call)
-    needs = linear.Needs(needs_input, needs_weight, needs_bias)
+    needs = linear.Needs(*needs)
     results = launcher.results(gradients=any(needs))
     loss = results.loss.new_empty(())
     divisor = launcher.denominator() if mean else None

@@ -4,6 +4,8 @@ Bytes: input, target and weight are read once; gradients are written once. Error
 program and in float64 over programs, in a fixed order.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -76,14 +78,15 @@ def forward(input: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
 
 def total(input: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
     """Return the sum of the squared errors times the weights."""
-    return step(input, target, weight, None, 1.0, False, False)[0]
+    loss, *_ = step(input, target, weight, None, 1.0, (False, False))
+    return loss
 
 
 def backward(
-    grad: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, needs_input: bool, needs_target: bool
+    grad: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients for `grad`, which is the sum's upstream or has one for each error."""
-    grads = _empty_gradients(input, target, needs_input, needs_target)
+    """Return the gradients, given that of the sum, or of each error; one that is not needed is an empty tensor."""
+    grads = _empty_gradients(input, target, needs)
     _run(input, target, weight, upstream=grad, grads=grads)
     return grads
 
@@ -94,17 +97,16 @@ def step(
     weight: Tensor | None,
     divisor: Tensor | None,
     factor: float,
-    needs_input: bool,
-    needs_target: bool,
+    needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return factor * sum / divisor with its gradients."""
-    grads = _empty_gradients(input, target, needs_input, needs_target)
+    """Return factor * sum / divisor and its gradients."""
+    grads = _empty_gradients(input, target, needs)
     loss = input.new_empty((), dtype=compute_dtype(input))
     _run(input, target, weight, divisor=divisor, factor=factor, grads=grads, loss=loss)
     return loss, *grads
 
 
-def _empty_gradients(input: Tensor, target: Tensor, *needs: bool) -> tuple[Tensor, Tensor]:
+def _empty_gradients(input: Tensor, target: Tensor, needs: Sequence[bool]) -> tuple[Tensor, Tensor]:
     first, second = (
         torch.empty_like(tensor) if need else tensor.new_empty((0,))
         for tensor, need in zip((input, target), needs, strict=True)
