@@ -1,4 +1,5 @@
-// Ops that a test can put in the place of the CPU's, and take away again.
+// Ops that replace those of the CPU while a test asks for it. TORCH_LIBRARY_IMPL registers them here instead of at
+// once.
 #pragma once
 #include <torch/library.h>
 
