@@ -33,12 +33,12 @@ struct TileKernel : Terms<T, P, kCap> {
 
   // A sum with compensated rounding errors (Kahan 1965).
   struct Compensated {
-    V total{}, lost{};
+    V total{}, error{};
     TLK_INLINE void add(V part) {
-      const V y = part - lost, t = total + y;
-      const V less = (t - total) - y;
-      lost = less - less == A(0) ? less : V{};  // no compensation of infinite sums
-      total = t;
+      const V term = part - error, sum = total + term;
+      const V rounding = (sum - total) - term;
+      error = rounding - rounding == A(0) ? rounding : V{};  // not of infinite sums
+      total = sum;
     }
   };
 

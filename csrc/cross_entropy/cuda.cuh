@@ -1,5 +1,5 @@
-// Cross entropy on CUDA: the kernels, and the launch of the strategy that the table chooses. cuda_row.cuh has what a
-// kernel does with a row.
+// Cross entropy on CUDA: the kernels, and the launch of the strategy that the table chooses. The work on one row is in
+// cuda_row.cuh.
 #pragma once
 #include "cuda_row.cuh"
 #include "cuda_table.h"

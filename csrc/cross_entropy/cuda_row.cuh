@@ -113,8 +113,8 @@ class CrossEntropyRow {
   const A* weight_ = nullptr;
   A target_x_ = 0, target_q_ = 0;
   A peak_ = 0, log_sum_ = 0, inv_sum_ = 0;
-  A s_[4] = {};     // sums of exponentials; of q; of q * (peak - f); of exponentials * (f - peak)
-  A lost_[4] = {};  // their rounding errors, if one thread has the row (Kahan 1965)
+  A s_[4] = {};      // sums of exponentials; of q; of q * (peak - f); of exponentials * (f - peak)
+  A error_[4] = {};  // their rounding errors, if one thread has the row (Kahan 1965)
   bool valid_ = false, softcap_ = false, dense_ = false, counted_ = false, out_of_range_ = false, has_target_ = false,
        reads_ = false;
 
@@ -172,8 +172,8 @@ class CrossEntropyRow {
     if (!kAlone) return;
 #pragma unroll
     for (int i = 0; i < (kFull ? 4 : 1); ++i) {
-      const A more = part[i] - lost_[i], sum = s_[i] + more, less = (sum - s_[i]) - more;
-      lost_[i] = less - less == 0 ? less : A(0);  // no compensation of infinite sums
+      const A term = part[i] - error_[i], sum = s_[i] + term, error = (sum - s_[i]) - term;
+      error_[i] = error - error == 0 ? error : A(0);  // not of infinite sums
       s_[i] = sum;
     }
   }
@@ -222,7 +222,7 @@ class CrossEntropyRow {
       const A scale = fast_exp2((peak - top) * a.to_exp2);
       if (kFull && c.entropy) s_[3] = scale == 0 ? A(0) : (s_[3] + s_[0] * (peak - top)) * scale;
       s_[0] *= scale;
-      lost_[0] *= scale, lost_[3] *= scale;
+      error_[0] *= scale, error_[3] *= scale;
     }
     if (kFull && s_[1] != 0) s_[2] += s_[1] * (top - peak);
     peak = top;

@@ -23,7 +23,8 @@ enum class Place { lanes, registers, shared, memory, column_shared, column_memor
 //              multiprocessor; 4.8 TB/s at 1 us on 132 multiprocessors need 36 KB.
 //   shared     All loads of a row are in flight at once. Up to half of a multiprocessor's shared memory, so that one
 //              block computes while another loads; without clusters up to all of it, which beats a second read.
-//   cluster    2 to 8 such blocks share a row and exchange four numbers per reduction: 128256 bfloat16 are 4 x 63 KB,
+//   cluster    2 to 8 of these blocks share a row and exchange four numbers per reduction: 128256 bfloat16 are 4 x 63
+//   KB,
 //              three blocks per multiprocessor.
 //   sweeps     The row is read twice, the second time from L2 if one row per multiprocessor fits there: one block of
 //   1024

@@ -82,7 +82,7 @@ struct SimilarityKernel {
     }
   }
 
-  // Raises the peak to that of more entries, and returns what their exponentials subtract from logits.
+  // Raises the peak of row or column i to `peak` if that is larger. Returns the peak, or 0 if it is -inf.
   static A raise(const Direction& d, int64_t i, A peak) {
     if (double(peak) > d.peak[i]) {
       const double factor = ::exp(d.peak[i] - double(peak));

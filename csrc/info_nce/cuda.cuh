@@ -67,7 +67,7 @@ TLK_DEVICE A logit(A x, A factor) {
   return x == kOut<A> ? -infinity<A>() : rounded_product(x, factor);
 }
 
-// The block's tile, and what its entries are.
+// The block's tile: its rows, columns, positives and left-out entries.
 template <class S>
 struct TileEntries {
   using A = typename S::A;

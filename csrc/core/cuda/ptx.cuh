@@ -104,10 +104,10 @@ TLK_DEVICE T load_from(const T* p, unsigned rank) {
 // Loads four 8 x 8 matrices of 16-bit numbers from shared memory. Lane l passes the address of row l % 8 of matrix l /
 // 8 and receives columns 2 * (l % 4) and 2 * (l % 4) + 1 of row l / 4 of each matrix.
 TLK_DEVICE void ldmatrix_x4(unsigned (&matrices)[4], const void* row) {
-  const unsigned from = static_cast<unsigned>(__cvta_generic_to_shared(row));
+  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(row));
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
-               : "r"(from)
+               : "r"(address)
                : "memory");
 }
 

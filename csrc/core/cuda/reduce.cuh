@@ -42,7 +42,7 @@ TLK_DEVICE A reduce_warp(A value, int lanes = kWarp) {
   return value;
 }
 
-// The threads that share a row: some lanes of a warp, or a block of whole warps, or a cluster of such blocks.
+// The threads that share a row: some lanes of a warp, or a block of whole warps, or a cluster of blocks.
 class Team {
  public:
   static constexpr int kMost = 5;  // the most numbers that are reduced at once

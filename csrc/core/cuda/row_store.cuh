@@ -124,7 +124,8 @@ class InShared {
   }
   template <class Body>
   TLK_DEVICE void each(Body body, T* out = nullptr) const {
-    for (int at = 0; at < slice_.packs; at += threads_) visit(slice_, at + thread_, pack(at + thread_), body, out);
+    for (int first = 0; first < slice_.packs; first += threads_)
+      visit(slice_, first + thread_, pack(first + thread_), body, out);
   }
 
  private:
@@ -158,12 +159,12 @@ class InMemory {
   template <class Body>
   TLK_DEVICE void each(Body body, T* out = nullptr) const {
     constexpr int kAtOnce = 2;  // loads in flight
-    for (int at = thread_; at - thread_ < slice_.packs; at += kAtOnce * threads_) {
+    for (int j = thread_; j - thread_ < slice_.packs; j += kAtOnce * threads_) {
       Pack<T> pack[kAtOnce];
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) pack[i] = load_pack(slice_.x, slice_.n, at + i * threads_, nothing<T>());
+      for (int i = 0; i < kAtOnce; ++i) pack[i] = load_pack(slice_.x, slice_.n, j + i * threads_, nothing<T>());
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) visit(slice_, at + i * threads_, pack[i], body, out);
+      for (int i = 0; i < kAtOnce; ++i) visit(slice_, j + i * threads_, pack[i], body, out);
     }
   }
 

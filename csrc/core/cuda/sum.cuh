@@ -1,4 +1,4 @@
-// Sums over positions: of losses, or of what a mean divides by. The order depends on the number of positions alone.
+// Sums over positions: of losses, and of a mean's denominator. The order depends on the number of positions alone.
 #pragma once
 #include "reduce.cuh"
 
