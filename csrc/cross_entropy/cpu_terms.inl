@@ -14,8 +14,7 @@
 namespace tlk {
 namespace TLK_ISA {
 
-// A call's options in the compute type, and the terms of the formulas. P: type of probabilities; kCap: there is a
-// softcap.
+// A call's options in the compute type, and the formulas' terms. P: type of probabilities; kCap: with softcap.
 template <class T, class P, bool kCap>
 struct Terms {
   using A = typename Compute<T>::type;

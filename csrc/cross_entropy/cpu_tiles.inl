@@ -77,8 +77,7 @@ struct TileKernel : Terms<T, P, kCap> {
   }
 
   // Classes that are fetched ahead; load_tile goes on with the next tile's. The classes of a tile are far apart, where
-  // the hardware does not prefetch. With strides of a power of two they share few sets of a cache, so more would be
-  // evicted.
+  // the hardware does not prefetch. With strides of a power of two they share few sets of a cache, which hold no more.
   static constexpr int64_t kAhead = 4;
 
   void load_tile(const Tile& t, A* peak) const {

@@ -15,23 +15,19 @@ enum class Place { lanes, registers, shared, memory, column_shared, column_memor
 // The first strategy that can serve a call is taken. A row of V logits of b bytes, with its gradient, moves
 // (reads + 1) * V * b bytes. By reasoning on 2026-11-21, without a GPU:
 //
-//   lanes      Short rows: 2 to 32 lanes with 8 numbers each, several rows per warp. A whole warp would be mostly idle
-//   on
-//              45 classes, and its reductions would take as long as on a long row.
-//   warp       Four loads of 16 bytes per lane, no barrier; eight rows per block, as blocks are slow to start.
-//   registers  The same in a block, up to 1024 threads with 64 registers: 64 bytes per thread in flight, 64 KB per
-//              multiprocessor; 4.8 TB/s at 1 us on 132 multiprocessors need 36 KB.
-//   shared     All loads of a row are in flight at once. Up to half of a multiprocessor's shared memory, so that one
-//              block computes while another loads; without clusters up to all of it, which beats a second read.
-//   cluster    2 to 8 of these blocks share a row and exchange four numbers per reduction: 128256 bfloat16 are 4 x 63
-//   KB,
-//              three blocks per multiprocessor.
-//   sweeps     The row is read twice, the second time from L2 if one row per multiprocessor fits there: one block of
-//   1024
-//              threads each.
-//   columns    Classes that are not contiguous: one thread per position, neighbouring positions next to each other.
-//   With
-//              32 KB for a block of 128 threads, seven blocks fit on a multiprocessor.
+//   lanes          Short rows: 2 to 32 lanes with 8 numbers each, several rows per warp. A whole warp would be mostly
+//                  idle on 45 classes, and its reductions would take as long as on a long row.
+//   warp           Four loads of 16 bytes per lane, no barrier; eight rows per block, as blocks are slow to start.
+//   registers      The same in a block, up to 1024 threads with 64 registers: 64 bytes per thread in flight, 64 KB per
+//                  multiprocessor; 4.8 TB/s at 1 us on 132 multiprocessors need 36 KB.
+//   shared         All loads of a row are in flight at once. Up to half of a multiprocessor's shared memory, so that
+//                  one block computes while another loads; without clusters up to all of it, which beats a second read.
+//   cluster        2 to 8 of these blocks share a row and exchange four numbers per reduction: 128256 bfloat16 are
+//                  4 x 63 KB, three blocks per multiprocessor.
+//   sweeps         The row is read twice, the second time from L2 if one row per multiprocessor fits there: one block
+//                  of 1024 threads each.
+//   columns        Classes that are not contiguous: one thread per position, neighbouring positions next to each
+//                  other. With 32 KB for a block of 128 threads, seven blocks fit on a multiprocessor.
 //   column sweeps  More classes: read twice, at full occupancy.
 constexpr int kBytesInLane = 64;  // of a row in a thread's registers
 // The most threads of a block. 64 registers a thread are too few for float64, and with every option (full).

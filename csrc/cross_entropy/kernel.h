@@ -1,5 +1,4 @@
-// Arguments of the cross-entropy kernels. Without torch, so that every instruction set's translation unit can include
-// it.
+// Arguments of the cross-entropy kernels. Without torch: every instruction set's translation unit includes this.
 #pragma once
 #include <stdint.h>
 
@@ -18,8 +17,7 @@ struct Strided {
 };
 
 struct CrossEntropy {
-  // Positions: every axis but the class axis, with neighbouring axes merged if all tensors allow it. Position i is row
-  // i.
+  // Positions are every axis but the class axis, neighbouring axes merged if all tensors allow it. Position i is row i.
   int axes = 0;
   int64_t size[kMaxAxes] = {};  // of each axis
   int64_t rows = 0;
@@ -34,9 +32,9 @@ struct CrossEntropy {
   double smoothing = 0, inv_temperature = 1, softcap = 0, z_loss = 0;  // softcap 0: none
   double weight_sum = 0;                                               // sum of `weight`; the number of classes without
 
-  // Normaliser, (rows) of the compute type: `peak` is the largest logit of a row (with a softcap, of tanh(logit /
-  // softcap)), `log_sum` the logarithm of the sum of exponentials relative to it. lse as one number would lose log_sum
-  // at logits of 1e4.
+  // Normaliser, (rows) of the compute type. `peak`: a row's largest logit, with a softcap largest tanh(logit /
+  // softcap); `log_sum`: log of the sum of exponentials relative to it. One number, lse, would lose log_sum at logits
+  // of 1e4.
   void* peak = nullptr;
   void* log_sum = nullptr;
   bool normaliser_given = false;  // the normaliser is read, not computed

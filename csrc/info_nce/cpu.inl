@@ -26,8 +26,7 @@ struct SimilarityKernel {
 
   A* row(int64_t r) const { return static_cast<A*>(t.c) + r * t.stride; }
   TLK_INLINE V logit(V x) const { return x == kOut ? set1(A(-__builtin_inf())) : x * scale; }
-  // exp(logit - peak). The logit is rounded first: x * scale - peak, fused in one kernel but not in another, would
-  // differ.
+  // exp(logit - peak). The logit is rounded first, as fused x * scale - peak would differ between kernels.
   template <class P>
   TLK_INLINE V relative(V x, P peak) const {
     return exponential<A>(logit(x) - peak);

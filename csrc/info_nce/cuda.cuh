@@ -22,8 +22,7 @@ struct Entries {
   const int64_t *row_ids = nullptr, *column_ids = nullptr;
 };
 
-// The statistics of tiles: peak, sum and moment, then with a set its sum and count, which makes 3 or 5 kinds. Compute
-// type.
+// The statistics of tiles, compute type. Kinds: peak, sum, moment, and with a set its sum and count; so 3 or 5.
 struct TileParts {
   void* by_row = nullptr;                   // (column tiles of all parts, kinds, row_items)
   void* by_column = nullptr;                // (row tiles, kinds, column_items); null: not wanted

@@ -1,5 +1,4 @@
-// Arguments of the squared-error kernel. Without torch, so that every instruction set's translation unit can include
-// it.
+// Arguments of the squared-error kernel. Without torch: every instruction set's translation unit includes this.
 #pragma once
 #include <stdint.h>
 

@@ -1,5 +1,4 @@
-// Ops that replace those of the CPU while a test asks for it. TORCH_LIBRARY_IMPL registers them here instead of at
-// once.
+// Ops that replace those of the CPU while a test asks for it: TORCH_LIBRARY_IMPL only notes them here.
 #pragma once
 #include <torch/library.h>
 

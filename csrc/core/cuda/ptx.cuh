@@ -63,9 +63,8 @@ TLK_DEVICE unsigned cluster_rank() {
 #endif
 }
 
-// The two halves of a barrier of all threads of the cluster. Reads and writes before a thread arrives, in global memory
-// too, come before those after any thread has waited. Arriving therefore takes until the thread's pending stores are
-// done.
+// The two halves of a barrier of all threads of the cluster. Reads and writes before arriving, in global memory too,
+// come before those after waiting. Arriving therefore takes until the thread's pending stores are done.
 TLK_DEVICE void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.release;" ::: "memory");

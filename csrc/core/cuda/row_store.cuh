@@ -174,8 +174,7 @@ class InMemory {
 };
 
 // Classes that are not contiguous: one thread per row, with the numbers of a row `stride` apart and neighbouring rows
-// next to each other. The rows of a block are kept in shared memory as (classes, threads), or each sweep reads memory
-// again.
+// next to each other. Shared memory keeps the rows of a block as (classes, threads), or each sweep reads memory again.
 template <class T, bool kShared>
 class InColumn {
  public:
