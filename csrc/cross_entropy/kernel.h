@@ -32,9 +32,8 @@ struct CrossEntropy {
   double smoothing = 0, inv_temperature = 1, softcap = 0, z_loss = 0;  // softcap 0: none
   double weight_sum = 0;                                               // sum of `weight`; the number of classes without
 
-  // Normaliser, (rows) of the compute type. `peak`: a row's largest logit, with a softcap largest tanh(logit /
-  // softcap); `log_sum`: log of the sum of exponentials relative to it. One number, lse, would lose log_sum at logits
-  // of 1e4.
+  // Normaliser, (rows), compute type. `peak`: the largest logit, or with a softcap tanh(logit / softcap); `log_sum`:
+  // log of the sum of exponentials relative to it. As one number, lse would lose log_sum at logits of 1e4.
   void* peak = nullptr;
   void* log_sum = nullptr;
   bool normaliser_given = false;  // the normaliser is read, not computed

@@ -8,9 +8,9 @@
 //   js: slope_k = share_k * log(p_k / m),     m = share_0 * p_0 + share_1 * p_1
 //   tv: slope_k = +-1/2, the sign of p_k - p_other
 //
-// The student's gradient has the term hard * (softmax(x) - smoothed target) too. log p_k = (x_k - peak_k) / T -
-// log_sum_k, so a common offset of the logits costs no accuracy. A row is read from memory once: its later sweeps read
-// it, or what was kept of it, from cache.
+// The student's gradient has the term hard * (softmax(x) - smoothed target) too. A common offset of the logits costs no
+// accuracy, since log p_k = (x_k - peak_k) / T - log_sum_k. A row is read from memory once: its later sweeps read it,
+// or what was kept of it, from cache.
 #include "kernel.h"
 #include "../core/cpu/sweep.h"
 

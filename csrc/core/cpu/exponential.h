@@ -16,8 +16,8 @@ struct Ln2<double> {
   static constexpr double high = 0.693147180369123816490, low = 1.90821492927058770002e-10;
 };
 
-// e^x for x up to the logarithm of the largest number; results below the smallest normal number are 0. In exp2(x *
-// log2(e)) the product's rounding error, which is relative to x, would be an absolute error of the exponent.
+// e^x for x up to the logarithm of the largest number; results below the smallest normal number are 0. In
+// exp2(x * log2(e)) the product's rounding error, which is relative to x, would be an absolute error of the exponent.
 template <class A>
 TLK_INLINE Vec<A> exponential(Vec<A> x) {
   using S = Simd<A>;

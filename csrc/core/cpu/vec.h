@@ -118,8 +118,7 @@ TLK_INLINE A reduce_sum(Vec<A> v) {
   return reduce<A>(v, [](Vec<A> a, Vec<A> b) { return a + b; });
 }
 
-// ---- loads and stores: `load` and `store` of a whole vector, `load_n` and `store_n` of the first n lanes, 0 < n <
-// lanes ----
+// ---- loads and stores of a whole vector, and with `_n` of its first n lanes, 0 < n < lanes ----
 
 TLK_INLINE f32v load(const float* p) {
   f32v v;
