@@ -1,4 +1,4 @@
-// The launchers of cross entropy and of the sums of losses for C, without torch.
+// The launchers of cross entropy and of the sums of losses, with C linkage and without torch.
 #include "../../csrc/cross_entropy/cuda.cuh"
 #include "../../csrc/core/cuda/sum.cuh"
 

@@ -1,4 +1,4 @@
-// The launcher of distillation for C, without torch.
+// The launcher of distillation, with C linkage and without torch.
 #include "../../csrc/distillation/cuda.cuh"
 
 extern "C" int tlk_distillation(const tlk::DistillationOnDevice* call, int logits, cudaStream_t stream) {

@@ -1,4 +1,4 @@
-// The launchers of InfoNCE for C, without torch.
+// The launchers of InfoNCE, with C linkage and without torch.
 #include "../../csrc/info_nce/cuda_embeddings.cuh"
 #include "../../csrc/info_nce/cuda.cuh"
 #include "../../csrc/info_nce/cuda_rows.cuh"
@@ -16,7 +16,7 @@ extern "C" int tlk_info_nce_start(double* state, int directions, int64_t rows, c
   return int(info_nce_start(state, directions, rows, stream));
 }
 
-// `wide`: in float64, else in float32.
+// `wide`: float64, else float32.
 extern "C" int tlk_info_nce_fold(const Fold* fold, bool wide, cudaStream_t stream) {
   return int(wide ? info_nce_fold<double>(*fold, stream) : info_nce_fold<float>(*fold, stream));
 }
@@ -27,30 +27,31 @@ extern "C" int tlk_info_nce_slopes(const InfoNceRows* rows, bool wide, cudaStrea
   return int(wide ? info_nce_slopes<double>(*rows, stream) : info_nce_slopes<float>(*rows, stream));
 }
 
+// `arguments` are those of launcher `step`.
 template <class T>
-static cudaError_t embeddings(const void* what, int step, cudaStream_t stream) {
+static cudaError_t embeddings(const void* arguments, int step, cudaStream_t stream) {
   switch (step) {
     case 0:
-      return scale_rows<T>(*static_cast<const ScaledRows*>(what), stream);
+      return scale_rows<T>(*static_cast<const ScaledRows*>(arguments), stream);
     case 1:
-      return finish_rows<T>(*static_cast<const FinishedRows*>(what), stream);
+      return finish_rows<T>(*static_cast<const FinishedRows*>(arguments), stream);
     case 2:
-      return own_similarities<T>(*static_cast<const OwnNegatives*>(what), stream);
+      return own_similarities<T>(*static_cast<const OwnNegatives*>(arguments), stream);
     case 3:
-      return own_gradients<T>(*static_cast<const OwnNegatives*>(what), stream);
+      return own_gradients<T>(*static_cast<const OwnNegatives*>(arguments), stream);
   }
   return cudaErrorInvalidValue;
 }
-extern "C" int tlk_info_nce_embeddings(const void* what, int step, int scalar, cudaStream_t stream) {
+extern "C" int tlk_info_nce_embeddings(const void* arguments, int step, int scalar, cudaStream_t stream) {
   switch (Scalar(scalar)) {
     case Scalar::f64:
-      return int(embeddings<double>(what, step, stream));
+      return int(embeddings<double>(arguments, step, stream));
     case Scalar::f32:
-      return int(embeddings<float>(what, step, stream));
+      return int(embeddings<float>(arguments, step, stream));
     case Scalar::bf16:
-      return int(embeddings<bf16>(what, step, stream));
+      return int(embeddings<bf16>(arguments, step, stream));
     case Scalar::f16:
-      return int(embeddings<f16>(what, step, stream));
+      return int(embeddings<f16>(arguments, step, stream));
   }
   return int(cudaErrorInvalidValue);
 }

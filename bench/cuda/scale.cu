@@ -1,4 +1,4 @@
-// The launchers of what multiplies gradients by their upstream value for C, without torch.
+// The launcher that multiplies stored gradients by the upstream gradient, with C linkage and without torch.
 #include "../../csrc/core/cuda/scale.cuh"
 
 using namespace tlk;

@@ -1,5 +1,4 @@
-// Cross entropy's table of kernels for one instruction set. setup.py compiles this file once for each (see isa.cpp).
-// setup.py compiles this file once for each (see isa.cpp).
+// Cross entropy's table of kernels. setup.py compiles this file once for each instruction set (see isa.cpp).
 #include "cpu_rows.inl"
 #include "cpu_tiles.inl"
 

@@ -1,16 +1,15 @@
-// Cross entropy of short rows: the class axis is contiguous and a few vectors long. Row by row, the processor would
-// wait for the logarithm and the division that stand between a row's sum and its gradient; so a batch of rows takes
-// each step together, and those two in one vector.
+// Cross entropy of short rows, with contiguous classes that fill a few vectors. A batch of rows takes each step
+// together, so that one vector has the logarithms and divisions of all its rows. Row by row, the processor would wait
+// for the logarithm and the division between a row's sum and its gradient.
 #include "cpu_terms.inl"
 
 namespace tlk {
 namespace TLK_ISA {
 
 template <class T, class P, bool kCap>
-struct ShortRows : CallOf<T, P, kCap> {
-  using K = CallOf<T, P, kCap>;
-  using K::c, K::cap, K::cap1, K::coefficients, K::dense, K::ignored, K::join, K::keep, K::kLog2E, K::L, K::log_sum_,
-      K::offset;
+struct ShortRowKernel : Terms<T, P, kCap> {
+  using K = Terms<T, P, kCap>;
+  using K::c, K::cap, K::cap1, K::coefficients, K::dense, K::ignored, K::join, K::keep, K::L, K::log_sum_, K::offset;
   using K::peak_, K::per_position, K::q_at, K::slope, K::spread, K::to_exp2, K::to_z, K::weight, K::weight_at;
   using K::write_correct, K::write_loss;
   using typename K::A;
@@ -18,16 +17,16 @@ struct ShortRows : CallOf<T, P, kCap> {
   using typename K::Target;
   using typename K::V;
 
-  static constexpr int kVectors = 4;           // the longest row
-  static constexpr int kWidth = kVectors * L;  // of a row in scratch
-  static constexpr int kBatch = L;
+  static constexpr int kVectors = 4;           // of the longest row
+  static constexpr int kWidth = kVectors * L;  // classes of the longest row
+  static constexpr int kBatch = L;             // rows
 
-  explicit ShortRows(const CrossEntropy& call) : K(call) {}
+  explicit ShortRowKernel(const CrossEntropy& call) : K(call) {}
 
   struct Batch {
-    int64_t first;  // row
+    int64_t first;  // the first row
     int rows;
-    bool skipped[kBatch];  // ignored, and nobody asks for its normaliser
+    bool skipped[kBatch];  // ignored rows that are not read
     A e[kBatch][kWidth], f[kCap ? kBatch : 1][kWidth];
     A peak[kBatch], sum[kBatch], log_sum[kBatch], inverse[kBatch];
     Target target[kBatch];
@@ -38,7 +37,7 @@ struct ShortRows : CallOf<T, P, kCap> {
     return c.indices ? nullptr : static_cast<const P*>(c.probabilities.data) + offset(c.probabilities, row);
   }
 
-  // Calls body(first class, number of classes: L, or fewer at the end).
+  // Calls body(first class, number of classes) for each vector of a row; the last may have fewer than L classes.
   template <class Body>
   TLK_INLINE void each(Body body) const {
     const int classes = int(c.classes);
@@ -47,6 +46,7 @@ struct ShortRows : CallOf<T, P, kCap> {
     if (k < classes) body(k, classes - k);
   }
 
+  // Peak, exponentials and sums of a row.
   template <bool kDense>
   TLK_INLINE void exponentials(Batch& b, int r) const {
     const int64_t row = b.first + r;
@@ -69,9 +69,9 @@ struct ShortRows : CallOf<T, P, kCap> {
       store(b.e[r] + k, e);
       if constexpr (kCap) store(b.f[r] + k, f);
       if constexpr (kDense) {
-        const V at = q_at(q, k, n);
-        qs += only<A>(at, n);
-        qd -= only<A>(at * distance, n);
+        const V q_k = q_at(q, k, n);
+        qs += only<A>(q_k, n);
+        qd -= only<A>(q_k * distance, n);
       }
     });
     b.peak[r] = peak;
@@ -79,7 +79,7 @@ struct ShortRows : CallOf<T, P, kCap> {
     if constexpr (kDense) b.target[r] = {reduce_sum<A>(qs), reduce_sum<A>(qd)};
   }
 
-  // sum of e * (f - peak), where 0 * -inf = 0
+  // The sum of e * (f - peak), with 0 * -inf = 0.
   A expectation(const Batch& b, int r) const {
     const T* x = x_at(b.first + r);
     V sum{};
@@ -90,18 +90,18 @@ struct ShortRows : CallOf<T, P, kCap> {
     return reduce_sum<A>(sum);
   }
 
-  // Loss and statistics of a row, and what its gradient is made of.
-  Coefficients finish(Batch& b, int r, A& own_q) const {
+  // Writes a row's loss and statistics; returns the coefficients of its gradient and the target's term.
+  Coefficients finish(Batch& b, int r, A& target_q) const {
     const int64_t row = b.first + r;
     const bool counted = !ignored(row);
     if (peak_ && !c.normaliser_given) peak_[row] = b.peak[r], log_sum_[row] = b.log_sum[r];
     Target& target = b.target[r];
-    own_q = 0;
+    target_q = 0;
     if (c.indices && counted) {
       const int64_t y = c.indices[row];
-      own_q = keep * weight_at(y);
-      target.q += own_q;
-      target.q_distance += own_q * (b.peak[r] - cap1(load1(x_at(row) + y)));
+      target_q = keep * weight_at(y);
+      target.q += target_q;
+      target.q_distance += target_q * (b.peak[r] - cap1(load1(x_at(row) + y)));
     }
     write_loss(row, counted, b.peak[r], b.log_sum[r], target);
     if (c.entropy) static_cast<A*>(c.entropy)[row] = b.log_sum[r] - expectation(b, r) * to_z * b.inverse[r];
@@ -110,7 +110,7 @@ struct ShortRows : CallOf<T, P, kCap> {
   }
 
   template <bool kDense>
-  void gradient(const Batch& b, int r, Coefficients co, A own_q) const {
+  void gradient(const Batch& b, int r, Coefficients co, A target_q) const {
     const int64_t row = b.first + r;
     const P* q = q_at_row(row);
     T* grad = static_cast<T*>(c.grad.data) + offset(c.grad, row);
@@ -123,9 +123,9 @@ struct ShortRows : CallOf<T, P, kCap> {
     });
     if (!c.indices || ignored(row)) return;
     const int64_t y = c.indices[row];
-    V own = join(set1(b.e[r][y]), set1(A(own_q + spread * weight_at(y))), p, g, rest);
-    if constexpr (kCap) own *= slope(set1(b.f[r][y]));
-    store1(grad + y, own[0]);
+    V target_grad = join(set1(b.e[r][y]), set1(A(target_q + spread * weight_at(y))), p, g, rest);
+    if constexpr (kCap) target_grad *= slope(set1(b.f[r][y]));
+    store1(grad + y, target_grad[0]);
   }
 
   void skip(const Batch& b, int r) const {
@@ -146,7 +146,7 @@ struct ShortRows : CallOf<T, P, kCap> {
     V log_sum, inverse;
     if (c.normaliser_given) {
       log_sum = load_some(log_sum_ + b.first, b.rows, A(0));
-      inverse = exp2<A>(log_sum * -kLog2E);
+      inverse = exp2<A>(log_sum * -A(kLog2E));
     } else {
       const V sum = load(b.sum);
       log_sum = log_from_one(sum), inverse = A(1) / sum;
@@ -159,21 +159,21 @@ struct ShortRows : CallOf<T, P, kCap> {
         skip(b, r);
         continue;
       }
-      A own_q;
-      const Coefficients co = finish(b, r, own_q);
-      if (c.grad.data) per_class ? gradient<true>(b, r, co, own_q) : gradient<false>(b, r, co, own_q);
+      A target_q;
+      const Coefficients co = finish(b, r, target_q);
+      if (c.grad.data) per_class ? gradient<true>(b, r, co, target_q) : gradient<false>(b, r, co, target_q);
     }
   }
 };
 
 template <class T, class P, bool kCap>
 void short_rows(const CrossEntropy& call, int64_t begin, int64_t end) {
-  using R = ShortRows<T, P, kCap>;
-  const R kernel(call);
-  typename R::Batch b;
-  for (int64_t i = begin; i < end; i += R::kBatch) {
+  using K = ShortRowKernel<T, P, kCap>;
+  const K kernel(call);
+  typename K::Batch b;
+  for (int64_t i = begin; i < end; i += K::kBatch) {
     b.first = i;
-    b.rows = int(end - i < R::kBatch ? end - i : R::kBatch);
+    b.rows = int(end - i < K::kBatch ? end - i : K::kBatch);
     kernel.batch(b);
   }
 }

@@ -1,12 +1,12 @@
-// What the kernels of cross entropy share: loss, normaliser, statistics and gradient, in any combination, for one
-// instruction set. With f(x) = tanh(x / softcap) (or x), z = f(x) * softcap / T, p = softmax(z):
+// What the kernels of cross entropy share. They compute loss, normaliser, statistics and gradient, in any combination.
+// With f(x) = tanh(x / softcap), or x, z = f(x) * softcap / T and p = softmax(z):
 //
-//   q_c   = w_c * ((1 - smoothing) * t_c + smoothing / C)      t: probabilities; for a class index y, w_y stands
-//                                                              before its term and w_c before the smoothing's
+//   q_c   = w_c * ((1 - smoothing) * t_c + smoothing / C)      t: probabilities; for a class index y, its term has the
+//                                                              factor w_y and the smoothing's terms w_c
 //   loss  = sum_c q_c * (lse - z_c) + z_loss * lse^2
 //   dx_c  = (a * p_c - g * q_c) * f'(x_c) / T,                 a = g * (sum_c q_c + 2 * z_loss * lse) + g_lse
 //
-// A row is read from memory once: its later sweeps find it in cache.
+// A row is read from memory once: its later sweeps read it from cache.
 #pragma once
 #include "kernel.h"
 #include "../core/cpu/sweep.h"
@@ -14,30 +14,30 @@
 namespace tlk {
 namespace TLK_ISA {
 
+// A call's options in the compute type, and the formulas' terms. P: type of probabilities; kCap: with softcap.
 template <class T, class P, bool kCap>
-struct CallOf {
+struct Terms {
   using A = typename Compute<T>::type;
   using V = Vec<A>;
   static constexpr int L = lanes<A>;
-  static constexpr A kLog2E = A(1.4426950408889634074);
 
   const CrossEntropy& c;
   const A* weight;
   const A inv_t, softcap;
   const A to_z, to_exp2;  // z = f * to_z, exp(z) = 2^(f * to_exp2)
   const A keep, spread;   // 1 - smoothing; smoothing / C
-  const bool dense;       // q has a term for every class
-  const int inner;        // last axis
+  const bool dense;       // q_c is not 0 for every class
+  const int inner;        // the last axis
   A* const peak_;
   A* const log_sum_;
 
-  explicit CallOf(const CrossEntropy& call)
+  explicit Terms(const CrossEntropy& call)
       : c(call),
         weight(static_cast<const A*>(call.weight)),
         inv_t(A(call.inv_temperature)),
         softcap(A(call.softcap)),
         to_z(A(call.inv_temperature * (kCap ? call.softcap : 1))),
-        to_exp2(A(call.inv_temperature * (kCap ? call.softcap : 1) * 1.4426950408889634074)),
+        to_exp2(A(call.inv_temperature * (kCap ? call.softcap : 1) * kLog2E)),
         keep(A(1 - call.smoothing)),
         spread(A(call.smoothing / double(call.classes))),
         dense(!call.indices || call.smoothing != 0),
@@ -47,12 +47,12 @@ struct CallOf {
 
   template <class Pointer>
   int64_t offset(const Strided<Pointer>& tensor, int64_t row) const {
-    int64_t at = 0;
+    int64_t result = 0;
     for (int axis = inner; axis > 0; --axis) {
-      at += row % c.size[axis] * tensor.stride[axis];
+      result += row % c.size[axis] * tensor.stride[axis];
       row /= c.size[axis];
     }
-    return at + row * tensor.stride[0];
+    return result + row * tensor.stride[0];
   }
 
   static A per_position(const PerPosition& value, int64_t row) {
@@ -67,19 +67,19 @@ struct CallOf {
   }
   TLK_INLINE A cap1(A x) const { return cap(set1(x))[0]; }
 
-  // T * dz / dx, from f. Near a cap it is small, so f is kept as it is, without the factor that would round it again.
+  // T * dz / dx. It is small near the cap, so it is computed from f, not from z, which is rounded again.
   static TLK_INLINE V slope(V f) { return (A(1) - f) * (A(1) + f); }
 
   bool ignored(int64_t row) const { return c.indices && c.indices[row] == c.ignore_index; }
   TLK_INLINE A weight_at(int64_t k) const { return weight ? weight[k] : A(1); }
 
-  // q_k and what follows it, of contiguous classes, but for a class index's own term
+  // q_c of n contiguous classes from k on, without the target's term of a class index.
   TLK_INLINE V q_at(const P* q, int64_t k, int n) const {
     V v = q ? load_some(q + k, n, A(0)) * keep + spread : set1(spread);
     return weight ? v * load_some(weight + k, n, A(0)) : v;
   }
 
-  // What a row's q adds up to, and its product with the distance of the logits from the peak.
+  // A row's sum of q_c, and of q_c * (peak - f_c).
   struct Target {
     A q = 0, q_distance = 0;
   };
@@ -97,9 +97,9 @@ struct CallOf {
     static_cast<A*>(c.loss)[row] = value;
   }
 
-  // dx_c = (g * (e_c * p - q_c) + e_c * rest) * T * dz / dx, e_c = 2^((f_c - peak) * to_exp2). One product against q_c,
-  // so that it cancels where p_c is 1 however the compiler fuses; and not rounded together with the share of z-loss and
-  // lse.
+  // dx_c = (g * (e_c * p - q_c) + e_c * rest) * T * dz / dx, with e_c = 2^((f_c - peak) * to_exp2). e_c * p - q_c has
+  // one product, so that it is exactly 0 where p_c is 1, however the compiler fuses; the part of z-loss and lse is
+  // rounded apart from it.
   struct Coefficients {
     A p, g, rest;
   };
@@ -111,7 +111,7 @@ struct CallOf {
     return {q * inv_sum, g, rest * inv_sum};
   }
 
-  // The first largest element; a NaN counts as the largest, as torch.argmax has it.
+  // The first largest element; NaN counts as the largest, as in torch.argmax.
   template <class E>
   static int64_t argmax(const E* p, int64_t stride, int64_t n) {
     int64_t best = 0;

@@ -1,25 +1,26 @@
-// Cross entropy where the class axis is not contiguous (segmentation: (N, C, H, W)): positions are the vector lanes. A
-// tile's logits, capped, lie in scratch as classes x width, so that memory is read once and no transposed copy is made.
+// Cross entropy with classes that are not contiguous, like (N, C, H, W) in segmentation: positions are the vector
+// lanes. A tile's logits, after the softcap, are in scratch as (classes, width): memory is read once, without a
+// transposed copy.
 #include "cpu_terms.inl"
 
 namespace tlk {
 namespace TLK_ISA {
 
 template <class T, class P, bool kCap>
-struct Tiles : CallOf<T, P, kCap> {
-  using K = CallOf<T, P, kCap>;
-  using K::c, K::cap, K::coefficients, K::dense, K::ignored, K::inner, K::join, K::keep, K::kLog2E, K::L;
-  using K::cap1, K::weight_at, K::write_correct, K::write_loss;
-  using K::log_sum_, K::offset, K::peak_, K::per_position, K::slope, K::spread, K::to_exp2, K::to_z, K::weight;
+struct TileKernel : Terms<T, P, kCap> {
+  using K = Terms<T, P, kCap>;
+  using K::c, K::cap, K::cap1, K::coefficients, K::dense, K::ignored, K::inner, K::join, K::keep, K::L, K::log_sum_;
+  using K::offset, K::peak_, K::per_position, K::slope, K::spread, K::to_exp2, K::to_z, K::weight_at;
+  using K::write_correct, K::write_loss;
   using typename K::A;
   using typename K::Coefficients;
   using typename K::Target;
   using typename K::V;
 
-  // The exponentials take the place of the logits in scratch, unless the gradient needs both.
+  // Exponentials overwrite the logits in scratch, unless the gradient needs both.
   const bool stashes;
 
-  explicit Tiles(const CrossEntropy& call) : K(call), stashes(!kCap && call.grad.data && !call.normaliser_given) {}
+  explicit TileKernel(const CrossEntropy& call) : K(call), stashes(!kCap && call.grad.data && !call.normaliser_given) {}
 
   using Index = typename Simd<A>::Index;
   static TLK_INLINE typename Simd<A>::I load_indices(const Index* p) {
@@ -28,24 +29,24 @@ struct Tiles : CallOf<T, P, kCap> {
     return v;
   }
 
-  static constexpr int64_t kSumBlock = 8;  // classes per partial sum: one chain of additions to a lane
+  static constexpr int64_t kSumBlock = 8;  // classes per partial sum; each lane has one chain of additions
 
-  // A sum of many parts that loses next to nothing (Kahan 1965).
+  // A sum with compensated rounding errors (Kahan 1965).
   struct Compensated {
-    V total{}, lost{};
+    V total{}, error{};
     TLK_INLINE void add(V part) {
-      const V y = part - lost, t = total + y;
-      const V less = (t - total) - y;
-      lost = less - less == A(0) ? less : V{};  // beside an infinity nothing is lost
-      total = t;
+      const V term = part - error, sum = total + term;
+      const V rounding = (sum - total) - term;
+      error = rounding - rounding == A(0) ? rounding : V{};  // not of infinite sums
+      total = sum;
     }
   };
 
   struct Tile {
-    int64_t row;   // of the first position
-    int n, width;  // positions; those that scratch has room for
-    int vectors;   // that hold the positions
-    A* scratch;
+    int64_t row;   // row of the first position
+    int n, width;  // positions; positions that scratch has room for
+    int vectors;   // of positions
+    A* scratch;    // (classes, width)
     const T* x;
     const P* q;
     T* grad;
@@ -65,18 +66,18 @@ struct Tiles : CallOf<T, P, kCap> {
   }
   static TLK_INLINE int count(const Tile& t, int v) { return t.n - v * L < L ? t.n - v * L : L; }
 
-  // q_c at the positions of vector v
+  // q_k at the positions of vector v, without the target's term of a class index.
   TLK_INLINE V tile_q(const Tile& t, int64_t k, int v) const {
-    V at = set1(spread);
+    V q = set1(spread);
     if (t.q) {
       const int64_t stride = c.probabilities.stride[inner];
-      at += keep * load_positions(t.q + k * c.probabilities.class_stride + v * L * stride, stride, count(t, v));
+      q += keep * load_positions(t.q + k * c.probabilities.class_stride + v * L * stride, stride, count(t, v));
     }
-    return at * weight_at(k);
+    return q * weight_at(k);
   }
 
-  // The lines of a tile lie far apart, where the hardware fetches nothing ahead, and strides of a power of two put them
-  // into few sets of a cache: so many classes are fetched ahead, and no more, in the load from the next tile too.
+  // Classes that are fetched ahead; load_tile goes on with the next tile's. The classes of a tile are far apart, where
+  // the hardware does not prefetch. With strides of a power of two they share few sets of a cache, which hold no more.
   static constexpr int64_t kAhead = 4;
 
   void load_tile(const Tile& t, A* peak) const {
@@ -109,9 +110,9 @@ struct Tiles : CallOf<T, P, kCap> {
           if (stashes) store(t.scratch + k * t.width + v * L, e);
           bs += e;
           if (dense) {
-            V at = tile_q(t, k, v);
-            bqs += at;
-            bqd -= at * distance;
+            V q = tile_q(t, k, v);
+            bqs += q;
+            bqd -= q * distance;
           }
           if (c.entropy) bex += e == A(0) ? V{} : e * distance;
         }
@@ -126,26 +127,26 @@ struct Tiles : CallOf<T, P, kCap> {
     }
   }
 
-  // Positions of vector v whose coefficients are all 0: they are ignored and their lse gets no gradient. A position
-  // that counts and has a NaN logit is none of them, since its `p` is NaN.
+  // The positions of vector v whose coefficients are all 0: they are ignored, and their lse has no gradient. The `p` of
+  // a position that counts and has a NaN logit is NaN.
   static TLK_INLINE typename Simd<A>::I absent(const A* p, const A* g, const A* rest, int v) {
     return (load(p + v * L) == A(0)) & (load(g + v * L) == A(0)) & (load(rest + v * L) == A(0));
   }
 
-  // `own_y` is the class index of a position that counts and has one, else -1; `own_q` that class's own term.
-  void grad_tile(const Tile& t, const A* peak, const A* p, const A* g, const A* rest, const Index* own_y,
-                 const A* own_q, bool any_ignored) const {
+  // target_class: the class index of each position, -1 if ignored or without one; target_q: the target's term.
+  void grad_tile(const Tile& t, const A* peak, const A* p, const A* g, const A* rest, const Index* target_class,
+                 const A* target_q, bool any_ignored) const {
     for (int64_t k = 0; k < c.classes; ++k)
       for (int v = 0; v < t.vectors; ++v) {
-        A* at = t.scratch + k * t.width + v * L;
-        const V f = load(at);
+        A* logits = t.scratch + k * t.width + v * L;
+        const V f = load(logits);
         const V e = stashes ? f : exp2<A>((f - load(peak + v * L)) * to_exp2);
         V q = dense ? tile_q(t, k, v) : V{};
-        q += load_indices(own_y + v * L) == Index(k) ? load(own_q + v * L) : V{};
+        q += load_indices(target_class + v * L) == Index(k) ? load(target_q + v * L) : V{};
         V d = join(e, q, load(p + v * L), load(g + v * L), load(rest + v * L));
         if constexpr (kCap) d *= slope(f);
-        if (any_ignored) d = absent(p, g, rest, v) ? V{} : d;  // even of NaN logits
-        store(at, d);
+        if (any_ignored) d = absent(p, g, rest, v) ? V{} : d;  // also with NaN logits
+        store(logits, d);
       }
     const int64_t stride = c.grad.stride[inner];
     for (int64_t k = 0; k < c.classes; ++k) {
@@ -159,9 +160,9 @@ struct Tiles : CallOf<T, P, kCap> {
 
   void tile(const Tile& t) const {
     A peak[kMaxTileWidth], sum[kMaxTileWidth], q_sum[kMaxTileWidth], q_distance[kMaxTileWidth], ex[kMaxTileWidth];
-    A p[kMaxTileWidth] = {}, g[kMaxTileWidth] = {}, rest[kMaxTileWidth] = {}, own_q[kMaxTileWidth] = {};
-    Index own_y[kMaxTileWidth];
-    for (int i = 0; i < t.vectors * L; ++i) own_y[i] = -1;
+    A p[kMaxTileWidth] = {}, g[kMaxTileWidth] = {}, rest[kMaxTileWidth] = {}, target_q[kMaxTileWidth] = {};
+    Index target_class[kMaxTileWidth];
+    for (int i = 0; i < t.vectors * L; ++i) target_class[i] = -1;
     load_tile(t, peak);
     if (c.normaliser_given) {
       for (int i = 0; i < t.n; ++i) peak[i] = peak_[t.row + i], q_sum[i] = spread * A(c.weight_sum);
@@ -175,12 +176,12 @@ struct Tiles : CallOf<T, P, kCap> {
       sum_tile(t, peak, sum, q_sum, q_distance, ex);
     }
 
-    for (int v = 0; v < t.vectors; ++v) {  // log_sum in place of sum; its inverse in ex, which the entropy has used
+    for (int v = 0; v < t.vectors; ++v) {  // `sum` becomes log_sum; `ex`, after the entropy, the sum's inverse
       V log_sum{}, inverse{};
       const int n = count(t, v);
       if (c.normaliser_given) {
         log_sum = load_some(log_sum_ + t.row + v * L, n, A(0));
-        inverse = exp2<A>(log_sum * -kLog2E);
+        inverse = exp2<A>(log_sum * -A(kLog2E));
       } else {
         const V s = load(sum + v * L);
         log_sum = log_from_one(s), inverse = A(1) / s;
@@ -201,10 +202,10 @@ struct Tiles : CallOf<T, P, kCap> {
       if (dense) target = {q_sum[i], c.normaliser_given ? A(0) : q_distance[i]};
       if (c.indices && counted) {
         const A f = cap1(load1(t.x + c.indices[row] * c.x.class_stride + i * c.x.stride[inner]));
-        own_y[i] = Index(c.indices[row]);
-        own_q[i] = keep * weight_at(c.indices[row]);
-        target.q += own_q[i];
-        target.q_distance += own_q[i] * (peak[i] - f);
+        target_class[i] = Index(c.indices[row]);
+        target_q[i] = keep * weight_at(c.indices[row]);
+        target.q += target_q[i];
+        target.q_distance += target_q[i] * (peak[i] - f);
       }
       write_loss(row, counted, peak[i], sum[i], target);
       if (c.correct)
@@ -214,13 +215,13 @@ struct Tiles : CallOf<T, P, kCap> {
         p[i] = co.p, g[i] = co.g, rest[i] = co.rest;
       }
     }
-    if (t.grad) grad_tile(t, peak, p, g, rest, own_y, own_q, any_ignored);
+    if (t.grad) grad_tile(t, peak, p, g, rest, target_class, target_q, any_ignored);
   }
 };
 
 template <class T, class P, bool kCap>
 void tiles(const CrossEntropy& call, int64_t begin, int64_t end, int width, void* scratch) {
-  using K = Tiles<T, P, kCap>;
+  using K = TileKernel<T, P, kCap>;
   const K kernel(call);
   const int64_t line = call.size[kernel.inner], per_line = (line + width - 1) / width;
   for (int64_t i = begin; i < end; ++i) {

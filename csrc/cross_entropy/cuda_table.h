@@ -1,4 +1,4 @@
-// How a call of cross entropy is carried out: where a row is between its sweeps, and by how many threads.
+// Strategies of cross entropy: where a row is kept between its sweeps, and how many threads work on it.
 #pragma once
 #include <stdint.h>
 #include <string.h>
@@ -9,42 +9,43 @@
 
 namespace tlk {
 
+// The class of row_store.cuh that keeps a row.
 enum class Place { lanes, registers, shared, memory, column_shared, column_memory };
 
-// The first that serves a call is taken. A call that reads V logits a row of b bytes and writes their gradient moves
-// (reads + 1) * V * b bytes a row. By reasoning on 2026-11-21, no GPU at hand:
+// The first strategy that can serve a call is taken. A row of V logits of b bytes, with its gradient, moves
+// (reads + 1) * V * b bytes. By reasoning on 2026-11-21, without a GPU:
 //
-//   lanes      A row of 45 would leave most of a warp idle and its reductions would be as long as a whole one's: 2 to
-//              32 lanes with 8 numbers each, several rows a warp.
-//   warp       Four loads of 16 bytes a lane; no barrier, and a block is eight rows, as blocks are slow to start.
-//   registers  The same in a block, up to 1024 threads at 64 registers of 64 bytes: loads in flight are 64 bytes a
-//              thread, 64 KB a multiprocessor, where 4.8 TB/s at 1 us on 132 of them ask for 36 KB.
-//   shared     All loads of a row are in flight at once. Up to half of a multiprocessor's memory, so that one block
-//              computes while another loads; without clusters up to all of it, which beats a second read.
-//   cluster    2 to 8 such blocks share a row, four numbers a reduction pass between them: 128256 bfloat16 are 4 x 63
-//              KB, three blocks a multiprocessor.
-//   sweeps     Read twice, the second time from L2 as long as a row for each multiprocessor fits there: one block of
-//              1024 threads each.
-//   columns    Classes not contiguous. A thread for each position, neighbours beside each other: 32 KB a block of 128
-//              keep seven blocks on a multiprocessor.
+//   lanes          Short rows: 2 to 32 lanes with 8 numbers each, several rows per warp. A whole warp would be mostly
+//                  idle on 45 classes, and its reductions would take as long as on a long row.
+//   warp           Four loads of 16 bytes per lane, no barrier; eight rows per block, as blocks are slow to start.
+//   registers      The same in a block, up to 1024 threads with 64 registers: 64 bytes per thread in flight, 64 KB per
+//                  multiprocessor; 4.8 TB/s at 1 us on 132 multiprocessors need 36 KB.
+//   shared         All loads of a row are in flight at once. Up to half of a multiprocessor's shared memory, so that
+//                  one block computes while another loads; without clusters up to all of it, which beats a second read.
+//   cluster        2 to 8 of these blocks share a row and exchange four numbers per reduction: 128256 bfloat16 are
+//                  4 x 63 KB, three blocks per multiprocessor.
+//   sweeps         The row is read twice, the second time from L2 if one row per multiprocessor fits there: one block
+//                  of 1024 threads each.
+//   columns        Classes that are not contiguous: one thread per position, neighbouring positions next to each
+//                  other. With 32 KB for a block of 128 threads, seven blocks fit on a multiprocessor.
 //   column sweeps  More classes: read twice, at full occupancy.
-constexpr int kBytesInLane = 64;  // of a row, in registers
-// The most threads of a block: 64 registers are not enough for each where every option is looked at, nor for float64.
+constexpr int kBytesInLane = 64;  // of a row in a thread's registers
+// The most threads of a block. 64 registers a thread are too few for float64, and with every option (full).
 constexpr int most_threads(bool full, int64_t size) { return full || size == 8 ? 512 : 1024; }
 
 struct CrossEntropyStrategy {
   const char* name;
   Place place;
-  int threads;         // the most of a block
-  int blocks;          // the most that share a row
-  int least_sm;        // compute capability
-  int64_t most_bytes;  // of the part of a row, or of the rows, that a block has; 0: as many as there are
-  int reads;           // of each logit
+  int threads;         // the most threads of a block
+  int blocks;          // the most blocks that share a row
+  int least_sm;        // the least compute capability
+  int64_t most_bytes;  // the most bytes of logits that a block keeps; 0: no limit
+  int reads;           // how often each logit is read
   bool whole_block() const { return most_bytes > kBytesInLane * kWarp; }
   bool columns() const { return place == Place::column_shared || place == Place::column_memory; }
 };
 
-constexpr int64_t kHalfShared = 112 << 10;  // of a multiprocessor of sm_90
+constexpr int64_t kHalfShared = 112 << 10;  // half of a multiprocessor's shared memory, sm_90
 
 constexpr CrossEntropyStrategy kCrossEntropyStrategies[] = {
     {"lanes", Place::lanes, 128, 1, 80, 0, 1},
@@ -62,24 +63,25 @@ constexpr CrossEntropyStrategy kCrossEntropyStrategies[] = {
 struct CrossEntropyPlan {
   const CrossEntropyStrategy* strategy = nullptr;
   Grid grid;
-  int lanes = 0;  // of a warp for a row; 0: the whole block
+  int lanes = 0;  // lanes of a warp per row; 0: the whole block
 };
 
-// For tests and measurements: the one strategy that is taken where it can be, and no other.
+// For tests and measurements: the name of the only strategy that may be taken; null: any.
 inline const char*& forced_cross_entropy_strategy() {
   static const char* name = nullptr;
   return name;
 }
 
-inline int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Fills in the plan, or returns false where the strategy cannot serve `rows` rows of `classes` numbers of `size` bytes.
+// Whether the strategy can serve `rows` rows of `classes` numbers of `size` bytes; if so, fills in the plan. `scratch`:
+// bytes of shared memory for reductions.
 inline bool fits(const CrossEntropyStrategy& strategy, const Device& device, int64_t rows, int64_t classes,
                  int64_t size, int64_t scratch, bool full, CrossEntropyPlan& plan) {
-  constexpr int kBytes = 16;  // of a pack
+  constexpr int kBytes = 16;  // per pack
   constexpr int kNumbersInLane = 8;
-  const int64_t packs = divided_up(classes * size, kBytes);
-  int64_t per_block = 1, blocks = 1;  // rows of a block; blocks of a row
+  const int64_t packs = divide_up(classes * size, kBytes);
+  int64_t per_block = 1, blocks = 1;  // rows per block; blocks per row
   int64_t threads = std::min(strategy.threads, most_threads(full, size)), shared = 0;
   plan.lanes = 0;
   switch (strategy.place) {
@@ -94,14 +96,14 @@ inline bool fits(const CrossEntropyStrategy& strategy, const Device& device, int
         plan.lanes = kWarp;
         per_block = threads / kWarp;
       } else {
-        threads = divided_up(divided_up(packs * kBytes, kBytesInLane), kWarp) * kWarp;
+        threads = divide_up(divide_up(packs * kBytes, kBytesInLane), kWarp) * kWarp;
         if (threads < 2 * kWarp) threads = 2 * kWarp;
         shared = scratch;
       }
       break;
     case Place::shared:
       for (blocks = strategy.blocks > 1 ? 2 : 1;; blocks *= 2) {
-        shared = (divided_up(packs, blocks) + 2) * kBytes + scratch;  // InShared::bytes
+        shared = (divide_up(packs, blocks) + 2) * kBytes + scratch;  // InShared::bytes
         if (shared <= strategy.most_bytes && shared <= device.shared_bytes) break;
         if (blocks >= strategy.blocks) return false;
       }
@@ -118,7 +120,7 @@ inline bool fits(const CrossEntropyStrategy& strategy, const Device& device, int
       per_block = threads;
       break;
   }
-  const int64_t all = divided_up(rows, per_block) * blocks;
+  const int64_t all = divide_up(rows, per_block) * blocks;
   if (device.sm < strategy.least_sm || all > 0x7fffffff || classes > 0x7fffffff) return false;
   plan.strategy = &strategy;
   plan.grid.blocks = dim3(unsigned(all));
@@ -128,7 +130,7 @@ inline bool fits(const CrossEntropyStrategy& strategy, const Device& device, int
   return true;
 }
 
-// False where no strategy, or not the forced one, can serve the call.
+// Whether a strategy, or the forced one, can serve the call; if so, fills in the plan.
 inline bool plan_cross_entropy(const Device& device, int64_t rows, int64_t classes, int64_t size, int64_t scratch,
                                bool columns, bool full, CrossEntropyPlan& plan) {
   const char* const forced = forced_cross_entropy_strategy();

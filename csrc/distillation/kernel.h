@@ -1,4 +1,4 @@
-// One call of the distillation kernels: plain pointers and numbers, no torch header.
+// Arguments of the distillation kernels, without torch.
 #pragma once
 #include <stdint.h>
 
@@ -6,41 +6,44 @@
 
 namespace tlk {
 
-// Between two distributions over the classes, 0 and 1:
-//   kl: of 0 from 1        js: share_0 * kl(0, mixture) + share_1 * kl(1, mixture)        tv: half the sum of |p_0 -
-//   p_1|
+// The divergence of two distributions p_0 and p_1 over the classes:
+//   kl: KL(p_0 || p_1)
+//   js: share_0 * KL(p_0 || m) + share_1 * KL(p_1 || m), m = share_0 * p_0 + share_1 * p_1
+//   tv: half the sum of |p_0 - p_1|
 enum class Divergence { kl, js, tv };
 
-// The logits of one of the two, classes contiguous; row i starts at i / inner * stride[0] + i % inner * stride[1].
+// The logits of one distribution, (rows, classes) with contiguous classes. Row i starts at element
+// i / inner * stride[0] + i % inner * stride[1].
 struct Side {
   const void* x = nullptr;
   int64_t stride[2] = {};
-  void* grad = nullptr;  // in the type of the logits; may be their own memory; null: not wanted
+  void* grad = nullptr;  // of the logits, in their type; may be their memory; null: not wanted
   int64_t grad_stride[2] = {};
-  double share = 0;
+  double share = 0;  // of js
 };
 
 struct Distillation {
   Divergence divergence = Divergence::kl;
   int64_t rows = 0, inner = 1, classes = 0;
   Side side[2];
-  int student = 0;  // which side it is: that of the cross entropy
+  int student = 0;  // the side that is the student, which has the cross entropy
   double inv_temperature = 1;
   double soft = 1;  // factor of the divergence
   double hard = 0;  // factor of the cross entropy
   double smoothing = 0;
-  const int64_t* target = nullptr;  // null: no row is ignored
+  const int64_t* target = nullptr;  // (rows): class indices; null: no row is ignored
   int64_t ignore_index = 0;
   PerPosition row_weight;  // compute type; may be null
-  PerPosition grad_loss;   // upstream, compute type; needed where a gradient is wanted
-  void* loss = nullptr;    // one per row, compute type; null: not wanted
+  PerPosition grad_loss;   // upstream gradient, compute type; required if a gradient is wanted
+  void* loss = nullptr;    // (rows), compute type; null: not wanted
 };
 
-// Rows begin to end. `kept` holds kept_numbers() of the compute type: what a row's later sweeps need of its first one.
+// Rows begin to end - 1. `kept` is scratch of kept_numbers(classes) of the compute type, from a row's first sweep to
+// its later ones.
 using DistillationRows = void (*)(const Distillation&, int64_t begin, int64_t end, void* kept);
 using DistillationTable = DistillationRows(Scalar logits, Divergence divergence, bool hard);
 
-constexpr int64_t kLeastBlock = 512;  // classes for which one peak is kept, at the least
+constexpr int64_t kLeastBlock = 512;  // the least number of classes that share one kept peak
 
 constexpr int64_t whole_vectors(int64_t classes) { return (classes + 15) / 16 * 16; }
 constexpr int64_t blocks_of(int64_t classes) { return (classes + kLeastBlock - 1) / kLeastBlock; }

@@ -1,4 +1,5 @@
-// InfoNCE's kernels on a tile of similarities, for one instruction set (see isa.cpp). Logits are scale * similarity.
+// InfoNCE's kernels on a tile of similarities, compiled once for each instruction set (see isa.cpp). Logits are
+// scale * similarity.
 #include "kernel.h"
 
 #include "../core/cpu/exponential.h"
@@ -10,38 +11,38 @@ namespace tlk {
 namespace TLK_ISA {
 
 template <class A, Set kSet>
-struct OnTile {
+struct SimilarityKernel {
   using V = Vec<A>;
   using I = typename Simd<A>::I;
   using Index = typename Simd<A>::Index;
   static constexpr int L = lanes<A>;
-  static constexpr A kOut = A(-1e38);  // in the tile: takes no part. Its logit is -inf, whatever the scale.
+  static constexpr A kOut = A(-1e38);  // in the tile: an entry that is left out. Its logit is -inf at any scale.
 
   const InfoNce& p;
   const Tile& t;
   const A scale;
 
-  OnTile(const InfoNce& call, const Tile& tile) : p(call), t(tile), scale(A(call.scale)) {}
+  SimilarityKernel(const InfoNce& call, const Tile& tile) : p(call), t(tile), scale(A(call.scale)) {}
 
   A* row(int64_t r) const { return static_cast<A*>(t.c) + r * t.stride; }
   TLK_INLINE V logit(V x) const { return x == kOut ? set1(A(-__builtin_inf())) : x * scale; }
-  // The logit is rounded before: a fused x * scale - peak in one kernel but not in another would let them disagree.
+  // exp(logit - peak). The logit is rounded first, as fused x * scale - peak would differ between kernels.
   template <class P>
   TLK_INLINE V relative(V x, P peak) const {
     return exponential<A>(logit(x) - peak);
   }
 
-  static TLK_INLINE I load_ids(const void* ids, int64_t at, int n) {
-    const Index* from = static_cast<const Index*>(ids) + at;
+  static TLK_INLINE I load_ids(const void* ids, int64_t index, int n) {
+    const Index* first = static_cast<const Index*>(ids) + index;
     I v{};
     if (n == L)
-      __builtin_memcpy(&v, from, sizeof v);
+      __builtin_memcpy(&v, first, sizeof v);
     else
-      for (int i = 0; i < n; ++i) v[i] = from[i];
+      for (int i = 0; i < n; ++i) v[i] = first[i];
     return v;
   }
 
-  // Where the set has the entries x of this row, from this column of the tile on.
+  // Which of the n entries x of row r, from the tile's column k on, are in the set.
   TLK_INLINE I in_set(V x, int64_t r, int64_t k, int n) const {
     I in = x != kOut;
     if constexpr (kSet == Set::label)
@@ -49,12 +50,13 @@ struct OnTile {
     return in;
   }
 
-  // The positive's column of the tile, or -1.
+  // The tile's column of the row's positive, or -1.
   int64_t positive(int64_t r) const {
     const int64_t k = p.target ? p.target[t.row + r] - t.column : -1;
     return k < t.columns ? k : -1;
   }
 
+  // Sets entries of a row that are left out, and the positive, to kOut.
   void mark(int64_t r) const {
     A* c = row(r);
     const int64_t i = t.row + r, k = positive(r);
@@ -66,12 +68,12 @@ struct OnTile {
       c[k] = kOut;
     }
     if (p.mask && (t.keys || p.mask_has_negatives)) {
-      const bool* out = p.mask + i * p.mask_stride + t.column;
-      for (int64_t j = 0; j < t.columns; ++j) c[j] = out[j] ? kOut : c[j];
+      const bool* mask = p.mask + i * p.mask_stride + t.column;
+      for (int64_t j = 0; j < t.columns; ++j) c[j] = mask[j] ? kOut : c[j];
     }
     if (!t.keys) return;
-    const int64_t own = i + p.own - t.column;
-    if (p.own >= 0 && own >= 0 && own < t.columns) c[own] = kOut;
+    const int64_t self_column = i + p.own - t.column;
+    if (p.own >= 0 && self_column >= 0 && self_column < t.columns) c[self_column] = kOut;
     if (kSet != Set::label && p.row_ids) {
       const Index id = static_cast<const Index*>(p.row_ids)[i];
       const Index* ids = static_cast<const Index*>(p.column_ids) + t.column;
@@ -79,7 +81,7 @@ struct OnTile {
     }
   }
 
-  // Takes in the largest logit of more entries; what to subtract from their logits.
+  // Raises the peak of row or column i to `peak` if that is larger. Returns the peak, or 0 if it is -inf.
   static A raise(const Direction& d, int64_t i, A peak) {
     if (double(peak) > d.peak[i]) {
       const double factor = ::exp(d.peak[i] - double(peak));
@@ -125,7 +127,7 @@ struct OnTile {
     }
   }
 
-  // A vector of columns at a time.
+  // One vector of columns at a time.
   void column_statistics(int64_t begin, int64_t end) const {
     for (int64_t k = begin; k < end; k += L) {
       const int n = end - k < L ? int(end - k) : L;
@@ -148,14 +150,16 @@ struct OnTile {
           set_count.part[slot] += in ? set1(A(1)) : V{};
         }
       });
-      const V sums = together(sum), moments = together(moment), set_sums = together(set_sum),
-              set_counts = together(set_count);
+      const V sums = by_lane(sum), moments = by_lane(moment), set_sums = by_lane(set_sum),
+              set_counts = by_lane(set_count);
       for (int j = 0; j < n; ++j) add(p.columns, t.column + k + j, sums[j], moments[j], set_sums[j], set_counts[j]);
     }
   }
 
-  static TLK_INLINE V together(const Chains<A>& c) { return (c.part[0] + c.part[1]) + (c.part[2] + c.part[3]); }
+  // The sum in each lane.
+  static TLK_INLINE V by_lane(const Chains<A>& c) { return (c.part[0] + c.part[1]) + (c.part[2] + c.part[3]); }
 
+  // Calls body(row, slot) for every row of the tile.
   template <class Body>
   TLK_INLINE void each_row(Body body) const {
     int64_t r = 0;
@@ -168,49 +172,50 @@ struct OnTile {
     for (; r < t.rows; ++r) body(r, 0);
   }
 
+  // kBoth: columns have a loss too.
   template <bool kBoth>
   void gradient(int64_t begin, int64_t end) const {
     const Slope &by_row = p.row_slope, &by_column = p.column_slope;
-    auto of = [](const void* values, int64_t i) { return static_cast<const A*>(values)[i]; };
-    auto along = [](const void* values, int64_t j, int n)
-                     __attribute__((always_inline)) { return load_some(static_cast<const A*>(values) + j, n, A(0)); };
+    auto number = [](const void* values, int64_t i) { return static_cast<const A*>(values)[i]; };
+    auto vector = [](const void* values, int64_t j, int n)
+                      __attribute__((always_inline)) { return load_some(static_cast<const A*>(values) + j, n, A(0)); };
     for (int64_t r = begin; r < end; ++r) {
       mark(r);
       A* c = row(r);
       const int64_t i = t.row + r;
-      const A top = of(by_row.top, i), factor = of(by_row.factor, i), share = of(by_row.share, i);
+      const A top = number(by_row.top, i), factor = number(by_row.factor, i), share = number(by_row.share, i);
       sweep<A>(0, t.columns, [&](int64_t k, int, int n) __attribute__((always_inline)) {
         const V x = load_some(c + k, n, kOut);
         V d = relative(x, top) * factor;
         V shares = set1(share);
         if constexpr (kBoth) {
-          d += relative(x, along(by_column.top, t.column + k, n)) * along(by_column.factor, t.column + k, n);
-          if constexpr (kSet != Set::none) shares += along(by_column.share, t.column + k, n);
+          d += relative(x, vector(by_column.top, t.column + k, n)) * vector(by_column.factor, t.column + k, n);
+          if constexpr (kSet != Set::none) shares += vector(by_column.share, t.column + k, n);
         }
         if constexpr (kSet != Set::none) d -= in_set(x, r, k, n) ? shares : V{};
         store_some(c + k, n, x == kOut ? V{} : d);
       });
       if (const int64_t k = positive(r); k >= 0)
-        c[k] = of(by_row.positive, i) + (kBoth ? of(by_column.positive, t.column + k) : A(0));
+        c[k] = number(by_row.positive, i) + (kBoth ? number(by_column.positive, t.column + k) : A(0));
     }
   }
 };
 
 template <class A, Set kSet>
 void row_statistics(const InfoNce& call, const Tile& tile, int64_t begin, int64_t end) {
-  OnTile<A, kSet>(call, tile).row_statistics(begin, end);
+  SimilarityKernel<A, kSet>(call, tile).row_statistics(begin, end);
 }
 template <class A, Set kSet>
 void column_statistics(const InfoNce& call, const Tile& tile, int64_t begin, int64_t end) {
-  OnTile<A, kSet>(call, tile).column_statistics(begin, end);
+  SimilarityKernel<A, kSet>(call, tile).column_statistics(begin, end);
 }
 template <class A, Set kSet>
 void gradient(const InfoNce& call, const Tile& tile, int64_t begin, int64_t end) {
-  const OnTile<A, kSet> on(call, tile);
-  tile.both ? on.template gradient<true>(begin, end) : on.template gradient<false>(begin, end);
+  const SimilarityKernel<A, kSet> kernel(call, tile);
+  tile.both ? kernel.template gradient<true>(begin, end) : kernel.template gradient<false>(begin, end);
 }
 
-// Sum of x * y in double: an error of a row's length would be an error of all its similarities alike.
+// The sum of x * y, in double: the error of a row's norm would be common to all of the row's similarities.
 template <class T>
 double product_in_double(const T* x, const T* y, int64_t size) {
   using A = typename Compute<T>::type;
@@ -229,14 +234,14 @@ template <class T>
 void normalize(const void* x, void* u, double* norm, int64_t size, int64_t begin, int64_t end) {
   using A = typename Compute<T>::type;
   for (int64_t i = begin; i < end; ++i) {
-    const T* from = static_cast<const T*>(x) + i * size;
-    A* to = static_cast<A*>(u) + i * size;
-    norm[i] = __builtin_sqrt(product_in_double(from, from, size));
+    const T* row = static_cast<const T*>(x) + i * size;
+    A* unit = static_cast<A*>(u) + i * size;
+    norm[i] = __builtin_sqrt(product_in_double(row, row, size));
     const double inverse = 1 / (norm[i] < kLeastNorm ? kLeastNorm : norm[i]);
     sweep<A>(0, size, [&](int64_t k, int, int n) __attribute__((always_inline)) {
-      Vec<A> v = load_some(from + k, n, A(0));
+      Vec<A> v = load_some(row + k, n, A(0));
       for (int j = 0; j < lanes<A>; ++j) v[j] = A(double(v[j]) * inverse);
-      store_some(to + k, n, v);
+      store_some(unit + k, n, v);
     });
   }
 }
@@ -246,13 +251,13 @@ void normalize_backward(void* grad, const void* u, const double* norm, int64_t s
   for (int64_t i = begin; i < end; ++i) {
     A* g = static_cast<A*>(grad) + i * size;
     const A* unit = static_cast<const A*>(u) + i * size;
-    const bool constant = norm[i] < kLeastNorm;  // the divisor, whatever x
+    const bool constant = norm[i] < kLeastNorm;  // the divisor does not depend on x
     const double radial = constant ? 0 : product_in_double(g, unit, size);
     const double inverse = 1 / (constant ? kLeastNorm : norm[i]);
     sweep<A>(0, size, [&](int64_t k, int, int n) __attribute__((always_inline)) {
       Vec<A> v = load_some(g + k, n, A(0));
-      const Vec<A> along = load_some(unit + k, n, A(0));
-      for (int j = 0; j < lanes<A>; ++j) v[j] = A((double(v[j]) - double(along[j]) * radial) * inverse);
+      const Vec<A> direction = load_some(unit + k, n, A(0));
+      for (int j = 0; j < lanes<A>; ++j) v[j] = A((double(v[j]) - double(direction[j]) * radial) * inverse);
       store_some(g + k, n, v);
     });
   }

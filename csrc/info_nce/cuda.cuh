@@ -1,137 +1,142 @@
-// InfoNCE's kernels on tiles of similarities, for one part of the columns and some rows; nt_xent and sup_con are calls
-// of them too. Two sweeps: statistics of rows and columns, then gradients by the similarities. Logits are in base 2.
+// InfoNCE's kernels on tiles of similarities, for a panel (some rows) of one part of the columns; nt_xent and sup_con
+// call them too. Two sweeps: the softmax statistics of rows and columns, then the gradient by the similarities. Logits
+// are in base 2.
 //
-// A tile's statistics go to a place of their own, and `fold` (info_nce_rows.cuh) joins them in a fixed order: no
-// atomics.
+// Each tile writes its statistics to memory of its own, and `fold_tiles` (cuda_rows.cuh) joins them in a fixed order,
+// without atomics.
 #pragma once
 #include "kernel.h"
 #include "../core/cuda/similarity.cuh"
 
 namespace tlk::contrastive {
 
-// Which entries of the part take part, beside the positive. Pointers may be null.
+// Which entries of the part are left out of the softmax, and which are in the set. Pointers may be null.
 struct Entries {
   Set set = Set::none;
-  const int64_t* target =
-      nullptr;                 // the positive's column of the matrix; null: row i has column i. Not with Set::label
-  int first_column = 0;        // of the matrix, where the part begins
-  int own = -1;                // the column that is row 0 itself, which takes no part, and so on; -1: none
-  const bool* mask = nullptr;  // of rows and columns: entries that take no part
-  int64_t mask_row = 0, mask_column = 0;                    // strides
-  const int64_t *row_ids = nullptr, *column_ids = nullptr;  // equal ids: in the label's set, or they take no part
+  const int64_t* target = nullptr;        // (rows): the positive's column of the matrix; null: i. Not with Set::label
+  int first_column = 0;                   // the part's first column of the matrix
+  int own = -1;                           // row i leaves out the part's column i + own, which is itself; -1: none
+  const bool* mask = nullptr;             // (rows, columns): True leaves the entry out
+  int64_t mask_row = 0, mask_column = 0;  // strides of the mask, in elements
+  // (rows), (columns): entries of equal ids are in the set with Set::label, else left out
+  const int64_t *row_ids = nullptr, *column_ids = nullptr;
 };
 
-// Where statistics of tiles go: peak, sum and moment of each row of a tile, then with a set its sum and its count.
+// The statistics of tiles, compute type. Kinds: peak, sum, moment, and with a set its sum and count; so 3 or 5.
 struct TileParts {
-  void* by_row = nullptr;     // (tiles of all parts, kinds, row_items), from `first_tile` on
-  void* by_column = nullptr;  // (tiles of rows, kinds, column_items); null: not wanted
-  int64_t row_items = 0, column_items = 0;
-  int first_tile = 0;
+  void* by_row = nullptr;                   // (column tiles of all parts, kinds, row_items)
+  void* by_column = nullptr;                // (row tiles, kinds, column_items); null: not wanted
+  int64_t row_items = 0, column_items = 0;  // rows of a panel and columns, at the most
+  int first_tile = 0;                       // of by_row: the first tile of this part
 };
 __host__ __device__ constexpr int kinds_of(Set set) { return set == Set::none ? 3 : 5; }
 
-// The gradient by the logits: factor * exp2(logit - top), less `share` in the set; `positive` at the positive. Each
-// (kSlopes, items) of the compute type, in this order.
+// The gradient by the logits is factor * exp2(logit - top), minus `share` in the set, and `positive` at the positive.
+// (kSlopes, items) of the compute type: top, factor, share, positive.
 struct Slopes {
-  const void *by_row = nullptr, *by_column = nullptr;  // by_column may be null
-  int64_t items = 0;
+  const void *by_row = nullptr, *by_column = nullptr;  // by_column: null if columns have no loss
+  int64_t items = 0;                                   // rows of the matrix
 };
 
+// Arguments of both kernels on tiles.
 struct InfoNceTiles {
   SimilarityTiles similarity;
   Entries entries;
-  const double* scale = nullptr;
-  int row_tiles = 0, skipped_tiles = 0;  // of columns: the first ones, where nothing is to be done
-  bool paired = false;                   // tiles before the diagonal are left out: the matrix is symmetric
+  const double* scale = nullptr;  // one number: logit = scale * similarity
+  int row_tiles = 0;              // tiles of the panel's rows
+  int skipped_tiles = 0;          // the first column tiles, which are not launched
+  bool paired = false;            // the matrix is symmetric: tiles below the diagonal are left out
 
-  double* positive = nullptr;  // of rows, where statistics put the positive's similarity
-  TileParts parts;
+  // statistics_of_tiles:
+  double* positive = nullptr;  // (rows): out, the positive's similarity
+  TileParts parts;             // out
 
+  // gradient_of_tiles:
   Slopes slopes;
-  void* panel = nullptr;  // of the gradient, from the first row on
-  int64_t panel_stride = 0;
+  void* panel = nullptr;     // (rows of the panel, columns): out, the gradient; Source::Gradient
+  int64_t panel_stride = 0;  // elements from row to row
 };
 
 template <class A>
-constexpr A kOut = A(-1e38);  // in a tile: takes no part. Its logit is -inf, whatever the scale.
+constexpr A kOut = A(-1e38);  // in a tile: an entry that is left out. Its logit is -inf at any scale.
 
-// As one rounded product: fused with what is done next in one kernel but not in another, it would differ between them.
+// The product is rounded on its own: fused with what follows in one kernel but not in the other, it would differ.
 template <class A>
 TLK_DEVICE A logit(A x, A factor) {
   return x == kOut<A> ? -infinity<A>() : rounded_product(x, factor);
 }
 
-// A tile of one thread's block with what the entries are.
+// The block's tile: its rows, columns, positives and left-out entries.
 template <class S>
-struct OnTile {
+struct TileEntries {
   using A = typename S::A;
   const SimilarityTiles& t;
   const Entries& e;
   const int first_row, first_column;
-  const Place<S> place = {};
+  const Layout<S> layout = {};
 
-  TLK_DEVICE int row(int r) const { return first_row + place.row(r); }
-  TLK_DEVICE int column(int c) const { return first_column + place.column(c); }
+  TLK_DEVICE int row(int r) const { return first_row + layout.row(r); }
+  TLK_DEVICE int column(int c) const { return first_column + layout.column(c); }
   TLK_DEVICE bool has_row(int i) const { return i < t.end_row; }
   TLK_DEVICE bool has_column(int j) const { return j < t.column_count; }
 
-  // The column of the part that is the row's positive, or -1.
+  // The part's column of the row's positive, or -1.
   TLK_DEVICE int positive(int i) const {
     if (e.set == Set::label || !has_row(i)) return -1;
     const int64_t j = (e.target ? e.target[i] : i) - e.first_column;
     return j >= 0 && j < t.column_count ? int(j) : -1;
   }
 
-  // Calls visit(value, j) for the thread's entries of a row that exist.
+  // Calls visit(value, j) for the thread's entries of its row r, up to the last column.
   template <class Visit>
   TLK_DEVICE void each(Fragment<S>& x, int r, Visit visit) const {
 #pragma unroll
-    for (int c = 0; c < place.kColumns; ++c) {
+    for (int c = 0; c < layout.kColumns; ++c) {
       const int j = column(c);
       if (has_column(j)) visit(x.at(r, c), j);
     }
   }
 
-  // Marks what takes no part. `positives`, where given, takes the similarities of rows' positives; with `of_columns`
-  // also those of columns, whose positives the rows are.
-  TLK_DEVICE void mark(Fragment<S>& x, double* positives, bool of_columns) const {
+  // Sets entries that are left out, and the positives, to kOut. Writes the positives' similarities to `positives`,
+  // which may be null: those of rows and, with `mirrored`, also those of columns, whose positives the rows are.
+  TLK_DEVICE void mark(Fragment<S>& x, double* positives, bool mirrored) const {
 #pragma unroll
-    for (int r = 0; r < place.kRows; ++r) {
+    for (int r = 0; r < layout.kRows; ++r) {
       const int i = row(r);
-      const int positive_column = positive(i), own = e.own >= 0 ? i + e.own : -1;
-      const bool there = has_row(i);
+      const int positive_column = positive(i), self_column = e.own >= 0 ? i + e.own : -1;
+      const bool valid = has_row(i);
 #pragma unroll
-      for (int c = 0; c < place.kColumns; ++c) {
+      for (int c = 0; c < layout.kColumns; ++c) {
         const int j = column(c);
         A& value = x.at(r, c);
-        const bool is_positive = there && j == positive_column;
+        const bool is_positive = valid && j == positive_column;
         if (is_positive && positives) {
           positives[i] = double(value);
-          if (of_columns) positives[j] = double(value);
+          if (mirrored) positives[j] = double(value);
         }
-        if (!there || !has_column(j) || is_positive || j == own) value = kOut<A>;
+        if (!valid || !has_column(j) || is_positive || j == self_column) value = kOut<A>;
       }
-      if (there && e.mask) {
-        const bool* out = e.mask + i * e.mask_row;
-        each(x, r, [&](A& value, int j) { value = out[j * e.mask_column] ? kOut<A> : value; });
+      if (valid && e.mask) {
+        const bool* mask = e.mask + i * e.mask_row;
+        each(x, r, [&](A& value, int j) { value = mask[j * e.mask_column] ? kOut<A> : value; });
       }
-      if (there && e.row_ids && e.set != Set::label) {
+      if (valid && e.row_ids && e.set != Set::label) {
         const int64_t id = e.row_ids[i];
         each(x, r, [&](A& value, int j) { value = e.column_ids[j] == id ? kOut<A> : value; });
       }
     }
   }
 
-  // Whether the set has an entry, which exists.
+  // Whether an entry, within the rows and columns, is in the set.
   TLK_DEVICE bool in_set(A value, int i, int j) const {
     return value != kOut<A> && (e.set != Set::label || e.row_ids[i] == e.column_ids[j]);
   }
 };
 
-// What threads find of their rows, or columns, on the way to the tile's.
+// Shared memory in which warps exchange their statistics of the tile's rows, or columns.
 template <class A, int kParts, int kItems>
 struct Exchange {
-  A kinds[5][kParts][kItems];
+  A kinds[5][kParts][kItems];  // kParts: warps that share an item; kItems: rows, or columns, of the tile
 };
 template <class S>
 struct Exchanges {
@@ -139,20 +144,21 @@ struct Exchanges {
   Exchange<typename S::A, S::kWarpRows, S::kColumns> columns;
 };
 
+// Softmax statistics of some entries of a row or column.
 template <class A>
 struct Statistics {
   A peak = -infinity<A>(), sum = 0, moment = 0, set_sum = 0, set_count = 0;
 
-  // Takes in an entry; the peak is known.
+  // Adds an entry. The peak must be final.
   TLK_DEVICE void add(A x, A factor, bool in_set) {
-    const A e = exp2_of(logit(x, factor) - finite_or_zero(peak));
+    const A e = fast_exp2(logit(x, factor) - finite_or_zero(peak));
     sum += e;
     moment += e * x;
     set_sum += in_set ? x : A(0);
     set_count += in_set ? A(1) : A(0);
   }
 
-  // Joins those of lanes whose numbers differ in the bits from `first` to `last`.
+  // Adds up the sums of lanes whose indices differ in the bits kFirst to kLast.
   template <int kFirst, int kLast>
   TLK_DEVICE void join_lanes(bool with_set) {
 #pragma unroll
@@ -175,10 +181,10 @@ struct Statistics {
   template <int kParts, int kItems>
   TLK_DEVICE void join(const Exchange<A, kParts, kItems>& from, int item) {
 #pragma unroll
-    for (int part = 0; part < kParts; ++part) peak = larger(peak, from.kinds[0][part][item]);
+    for (int part = 0; part < kParts; ++part) peak = fmax(peak, from.kinds[0][part][item]);
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
-      const A factor = exp2_of(from.kinds[0][part][item] - finite_or_zero(peak));
+      const A factor = fast_exp2(from.kinds[0][part][item] - finite_or_zero(peak));
       sum += factor * from.kinds[1][part][item];
       moment += factor * from.kinds[2][part][item];
       set_sum += from.kinds[3][part][item];
@@ -195,16 +201,18 @@ struct Statistics {
 template <int kFirst, int kLast, class A>
 TLK_DEVICE A largest_of_lanes(A value) {
 #pragma unroll
-  for (int lane = kFirst; lane <= kLast; lane *= 2) value = larger(value, __shfl_xor_sync(0xffffffffu, value, lane));
+  for (int lane = kFirst; lane <= kLast; lane *= 2) value = fmax(value, __shfl_xor_sync(0xffffffffu, value, lane));
   return value;
 }
 
+// Shared memory of statistics_of_tiles: the operands, then the exchange.
 template <class Source>
 union StatisticsMemory {
   typename Source::Memory source;
-  Exchanges<typename Source::Tile> found;
+  Exchanges<typename Source::Tile> exchange;
 };
 
+// Writes the softmax statistics of a tile's rows and, if wanted, columns. One block per tile.
 template <class Source>
 __global__ void __launch_bounds__(Source::Tile::kThreads, Source::kBlocks)
     statistics_of_tiles(const __grid_constant__ InfoNceTiles p) {
@@ -217,74 +225,74 @@ __global__ void __launch_bounds__(Source::Tile::kThreads, Source::kBlocks)
   Fragment<S> x;
   Source::fill(x, memory.source, p.similarity, first_row, first_column);
   multiply_norms(x, p.similarity, first_row, first_column);
-  const OnTile<S> tile{p.similarity, p.entries, first_row, first_column};
+  const TileEntries<S> tile{p.similarity, p.entries, first_row, first_column};
   tile.mark(x, p.positive, p.paired && first_column > first_row);
 
   const A factor = logit_factor<A>(p.scale);
   const bool with_set = p.entries.set != Set::none;
-  const Place<S> place;
+  const Layout<S> layout;
 #pragma unroll
-  for (int r = 0; r < place.kRows; ++r) {
+  for (int r = 0; r < layout.kRows; ++r) {
     const int i = tile.row(r);
-    Statistics<A> found;
+    Statistics<A> row;
 #pragma unroll
-    for (int c = 0; c < place.kColumns; ++c) found.peak = larger(found.peak, logit(x.at(r, c), factor));
-    found.peak = largest_of_lanes<1, 2>(found.peak);
+    for (int c = 0; c < layout.kColumns; ++c) row.peak = fmax(row.peak, logit(x.at(r, c), factor));
+    row.peak = largest_of_lanes<1, 2>(row.peak);
 #pragma unroll
-    for (int c = 0; c < place.kColumns; ++c)
-      found.add(x.at(r, c), factor, with_set && tile.in_set(x.at(r, c), i, tile.column(c)));
-    found.template join_lanes<1, 2>(with_set);
-    if (place.lane % 4 == 0) found.put(memory.found.rows, place.warp_column, place.row(r));
+    for (int c = 0; c < layout.kColumns; ++c)
+      row.add(x.at(r, c), factor, with_set && tile.in_set(x.at(r, c), i, tile.column(c)));
+    row.template join_lanes<1, 2>(with_set);
+    if (layout.lane % 4 == 0) row.put(memory.exchange.rows, layout.warp_column, layout.row(r));
   }
   if (p.parts.by_column) {
 #pragma unroll
-    for (int c = 0; c < place.kColumns; ++c) {
+    for (int c = 0; c < layout.kColumns; ++c) {
       const int j = tile.column(c);
-      Statistics<A> found;
+      Statistics<A> column;
 #pragma unroll
-      for (int r = 0; r < place.kRows; ++r) found.peak = larger(found.peak, logit(x.at(r, c), factor));
-      found.peak = largest_of_lanes<4, 16>(found.peak);
+      for (int r = 0; r < layout.kRows; ++r) column.peak = fmax(column.peak, logit(x.at(r, c), factor));
+      column.peak = largest_of_lanes<4, 16>(column.peak);
 #pragma unroll
-      for (int r = 0; r < place.kRows; ++r)
-        found.add(x.at(r, c), factor, with_set && tile.in_set(x.at(r, c), tile.row(r), j));
-      found.template join_lanes<4, 16>(with_set);
-      if (place.lane < 4) found.put(memory.found.columns, place.warp_row, place.column(c));
+      for (int r = 0; r < layout.kRows; ++r)
+        column.add(x.at(r, c), factor, with_set && tile.in_set(x.at(r, c), tile.row(r), j));
+      column.template join_lanes<4, 16>(with_set);
+      if (layout.lane < 4) column.put(memory.exchange.columns, layout.warp_row, layout.column(c));
     }
   }
   __syncthreads();
   const int kinds = kinds_of(p.entries.set);
   A *by_row = static_cast<A*>(p.parts.by_row), *by_column = static_cast<A*>(p.parts.by_column);
   for (int k = threadIdx.x; k < S::kRows + S::kColumns; k += S::kThreads) {
-    const bool of_rows = k < S::kRows;
-    const int item = of_rows ? k : k - S::kRows;
-    Statistics<A> found;
-    if (of_rows && tile.has_row(first_row + item)) {
-      found.join(memory.found.rows, item);
+    const bool is_row = k < S::kRows;
+    const int item = is_row ? k : k - S::kRows;
+    Statistics<A> joined;
+    if (is_row && tile.has_row(first_row + item)) {
+      joined.join(memory.exchange.rows, item);
       const int64_t to = int64_t(p.parts.first_tile + tile_column) * kinds * p.parts.row_items;
-      found.write(by_row + to + tile_row * S::kRows + item, p.parts.row_items, with_set);
-    } else if (!of_rows && by_column && tile.has_column(first_column + item)) {
-      found.join(memory.found.columns, item);
+      joined.write(by_row + to + tile_row * S::kRows + item, p.parts.row_items, with_set);
+    } else if (!is_row && by_column && tile.has_column(first_column + item)) {
+      joined.join(memory.exchange.columns, item);
       const int64_t to = int64_t(tile_row) * kinds * p.parts.column_items;
-      found.write(by_column + to + first_column + item, p.parts.column_items, with_set);
+      joined.write(by_column + to + first_column + item, p.parts.column_items, with_set);
     }
   }
 }
 
-// Writes a tile of the gradient by the products of rows as they are, over the scale.
+// Writes a tile of the gradient by the products of operands, before norms, divided by the scale. One block per tile.
 template <class Source>
 __global__ void __launch_bounds__(Source::Tile::kThreads, Source::kBlocks)
     gradient_of_tiles(const __grid_constant__ InfoNceTiles p) {
   using S = typename Source::Tile;
   using A = typename S::A;
-  using Panel = typename Source::Panel;
+  using Gradient = typename Source::Gradient;
   auto& memory = *shared_memory<typename Source::Memory>();
   const int tile_row = blockIdx.x % p.row_tiles, tile_column = blockIdx.x / p.row_tiles;
   const int first_row = p.similarity.first_row + tile_row * S::kRows, first_column = tile_column * S::kColumns;
   Fragment<S> x;
   Source::fill(x, memory, p.similarity, first_row, first_column);
   multiply_norms(x, p.similarity, first_row, first_column);
-  const OnTile<S> tile{p.similarity, p.entries, first_row, first_column};
-  tile.mark(x, nullptr, false);
+  const TileEntries<S> tile{p.similarity, p.entries, first_row, first_column};
+  tile.mark(x, nullptr, /*mirrored=*/false);
 
   const A factor = logit_factor<A>(p.scale);
   const int64_t items = p.slopes.items;
@@ -292,40 +300,40 @@ __global__ void __launch_bounds__(Source::Tile::kThreads, Source::kBlocks)
   const A *row_norms = static_cast<const A*>(p.similarity.row_norms),
           *column_norms = static_cast<const A*>(p.similarity.column_norms);
   const bool with_set = p.entries.set != Set::none;
-  const Place<S> place;
+  const Layout<S> layout;
 #pragma unroll
-  for (int r = 0; r < place.kRows; ++r) {
+  for (int r = 0; r < layout.kRows; ++r) {
     const int i = tile.row(r);
     if (!tile.has_row(i)) continue;
     const int positive = tile.positive(i);
     const A top = by_row[i], slope = by_row[items + i], share = with_set ? by_row[2 * items + i] : A(0);
-    Panel* to = static_cast<Panel*>(p.panel) + int64_t(i - p.similarity.first_row) * p.panel_stride;
+    Gradient* to = static_cast<Gradient*>(p.panel) + int64_t(i - p.similarity.first_row) * p.panel_stride;
     tile.each(x, r, [&](A& value, int j) {
       const A t = logit(value, factor);
-      A g = slope * exp2_of(t - top), shares = share;
+      A g = slope * fast_exp2(t - top), shares = share;
       if (by_column) {
-        g += by_column[items + j] * exp2_of(t - by_column[j]);
+        g += by_column[items + j] * fast_exp2(t - by_column[j]);
         if (with_set) shares += by_column[2 * items + j];
       }
       if (with_set && tile.in_set(value, i, j)) g -= shares;
       if (value == kOut<A>) g = 0;
       if (j == positive) g = by_row[3 * items + i] + (by_column ? by_column[3 * items + j] : A(0));
       if (row_norms) g *= row_norms[i] * column_norms[j];
-      to[j] = narrow<Panel>(g);
+      to[j] = narrow<Gradient>(g);
     });
   }
 }
 
 // ---- launches ----
 
-// Where there are few tiles they are small, so that there is one for each place on a multiprocessor.
+// Small tiles if large ones would be too few to fill the multiprocessors.
 template <class T>
 using LargeProducts = Products<T, Shape<float, 128, 128, 2, 4>>;
 template <class T>
 using SmallProducts = Products<T, Shape<float, 64, 64, 2, 2>>;
-constexpr int kLargeTile = 128, kSmallTile = 64;  // rows, and columns
+constexpr int kLargeTile = 128, kSmallTile = 64;  // rows and columns of a tile
 
-// How the similarities of a part come about.
+// How a part's similarities are computed.
 enum class Way { known_f64, known_f32, small_bf16, large_bf16, small_f16, large_f16 };
 inline int tile_of(Way way) { return way == Way::large_bf16 || way == Way::large_f16 ? kLargeTile : kSmallTile; }
 
@@ -348,7 +356,7 @@ cudaError_t with_source(Way way, Run run) {
   return cudaErrorInvalidValue;
 }
 
-// Tiles of the rows, and of the columns from the first that is not skipped on.
+// One block for each tile of the panel, without the skipped ones. Fills in row_tiles.
 inline Grid grid_of(InfoNceTiles& p, Way way) {
   const int tile = tile_of(way);
   const auto tiles = [&](int items) { return (items + tile - 1) / tile; };

@@ -1,4 +1,5 @@
-// Rows of embeddings: brought to a size that products do not feel, and the way back for their gradients.
+// Rows of embeddings: scaling before the products, so that they neither overflow nor underflow, and its gradient; and
+// the per-query negatives.
 #pragma once
 #include "kernel.h"
 #include "../core/cuda/math.cuh"
@@ -6,7 +7,7 @@
 
 namespace tlk::contrastive {
 
-constexpr int kRowsOfBlock = 4;  // a warp each
+constexpr int kRowsOfBlock = 4;  // one warp per row
 
 inline Grid grid_of_warps(int64_t rows) {
   Grid grid;
@@ -15,16 +16,18 @@ inline Grid grid_of_warps(int64_t rows) {
   return grid;
 }
 
+// Arguments of scale_rows_kernel.
 struct ScaledRows {
-  const void* x = nullptr;  // contiguous within a row
-  void* out = nullptr;      // the same type, `out_stride` elements, with zeros as padding
-  void* norms = nullptr;    // (3, rows) of the compute type, see scale_rows
-  int64_t rows = 0, features = 0, stride = 0, out_stride = 0;
+  const void* x = nullptr;  // (rows, features), each row contiguous
+  void* out = nullptr;      // (rows, out_stride): out, of x's type, padded with zeros
+  void* norms = nullptr;    // (3, rows): out, compute type
+  int64_t rows = 0, features = 0;
+  int64_t stride = 0, out_stride = 0;  // elements from row to row of x and out
 };
 
-// Writes rows divided by the power of two below their 2-norm, which rounds nothing. Three norms for each: the inverse
-// norm of what was written (or of the kLeastNorm that stands for a smaller one); its square, or 0 where the norm was
-// smaller and so does not vary; and the inverse of the power of two.
+// Writes each row divided by the power of two below its 2-norm, which rounds nothing. A norm below kLeastNorm counts as
+// kLeastNorm. Three norms per row: the inverse norm of the written row; its square, or 0 if the norm was below
+// kLeastNorm and so is a constant; the inverse of the power of two.
 template <class T>
 __global__ void __launch_bounds__(kWarp* kRowsOfBlock) scale_rows_kernel(const __grid_constant__ ScaledRows p) {
   using A = Compute<T>;
@@ -32,7 +35,7 @@ __global__ void __launch_bounds__(kWarp* kRowsOfBlock) scale_rows_kernel(const _
   if (i >= p.rows) return;
   const int lane = threadIdx.x % kWarp;
   const T* x = static_cast<const T*>(p.x) + i * p.stride;
-  double squares = 0;  // an error of a row's norm would be an error of all its similarities alike
+  double squares = 0;  // in double: the norm's error would be common to all of the row's similarities
   for (int64_t d = lane; d < p.features; d += kWarp) {
     const double value = double(widen(x[d]));
     squares += value * value;
@@ -57,16 +60,18 @@ cudaError_t scale_rows(const ScaledRows& p, cudaStream_t stream) {
   return launch(grid_of_warps(p.rows), stream, scale_rows_kernel<T>, p);
 }
 
+// Arguments of finish_rows_kernel.
 struct FinishedRows {
-  const void* total = nullptr;  // (rows, features) of the compute type: the gradient by rows as they were multiplied
-  const void* x = nullptr;      // those rows, from `first` on
-  const void* norms = nullptr;  // of all rows; may be null
-  void* grad = nullptr;         // (all rows, features) of the operands' type; may be total's memory
-  const double *scale = nullptr, *extra = nullptr;  // the gradient is the total times scale / extra
-  int64_t first = 0, rows = 0, features = 0, all_rows = 0, total_stride = 0, x_stride = 0;
+  const void* total = nullptr;  // (rows, features): gradient by the operands / scale * extra, compute type
+  const void* x = nullptr;      // (all_rows, features): the operands
+  const void* norms = nullptr;  // (3, all_rows): see scale_rows_kernel; null: the operands are the rows as given
+  void* grad = nullptr;         // (all_rows, features): out, the operands' type; may be total's memory
+  const double *scale = nullptr, *extra = nullptr;       // one number each; extra null: 1
+  int64_t first = 0, rows = 0, features = 0;             // total's rows are rows `first` on of x and grad
+  int64_t all_rows = 0, total_stride = 0, x_stride = 0;  // strides: elements from row to row
 };
 
-// Writes the gradient by rows as they were given.
+// Writes the gradient by the rows as they were given, before scale_rows_kernel.
 template <class T>
 __global__ void __launch_bounds__(kWarp* kRowsOfBlock) finish_rows_kernel(const __grid_constant__ FinishedRows p) {
   using A = Compute<T>;
@@ -77,7 +82,7 @@ __global__ void __launch_bounds__(kWarp* kRowsOfBlock) finish_rows_kernel(const 
   const T* x = static_cast<const T*>(p.x) + i * p.x_stride;
   const A factor = A(p.extra ? *p.scale / *p.extra : *p.scale);
   A along = 0, shrink = 1;
-  if (p.norms) {  // less the part along the row, whose norm does not matter
+  if (p.norms) {  // without the component along the row: its norm does not change the loss
     const A* norms = static_cast<const A*>(p.norms) + i;
     double product = 0;
     for (int64_t d = lane; d < p.features; d += kWarp) product += double(total[d]) * double(widen(x[d]));
@@ -97,40 +102,44 @@ cudaError_t finish_rows(const FinishedRows& p, cudaStream_t stream) {
   return launch(grid_of_warps(p.rows), stream, finish_rows_kernel<T>, p);
 }
 
-// A row's own negatives: (rows, count, features), contiguous.
+// Per-query negatives: each row has `count` of its own. Arguments of the two kernels below.
 struct OwnNegatives {
-  const void *rows = nullptr, *row_norms = nullptr;  // operands, and their inverse norms or null
-  const void* negatives = nullptr;                   // of the operands' type, as they were given
-  int64_t row_stride = 0, row_count = 0, count = 0, features = 0;
-  void *similarities = nullptr, *inverse_norms = nullptr;  // (rows, count) of the compute type; norms null without
+  const void* rows = nullptr;       // (row_count, features): the operands
+  const void* row_norms = nullptr;  // (row_count): their inverse norms, compute type; null: not normalized
+  const void* negatives = nullptr;  // (row_count, count, features): of the operands' type, contiguous, as given
+  int64_t row_stride = 0, row_count = 0, count = 0, features = 0;  // stride: elements from row to row of `rows`
+  void* similarities = nullptr;                                    // (row_count, count): compute type
+  void* inverse_norms = nullptr;  // (row_count, count): of the negatives, compute type; null: not normalized
 
-  const void* panel = nullptr;  // the gradient by the products, over the scale, of rows from `first` on
-  int64_t panel_stride = 0, first = 0, panel_rows = 0;
-  void* total = nullptr;  // (rows of the panel, features): the gradient by the rows, added to; may be null
-  void* grad = nullptr;   // by the negatives; may be null
-  const double *scale = nullptr, *extra = nullptr;
+  // own_gradients_kernel:
+  const void* panel = nullptr;  // (panel_rows, count): gradient by the similarities / scale * extra, compute type
+  int64_t panel_stride = 0, first = 0, panel_rows = 0;  // the panel's rows are rows `first` on
+  void* total = nullptr;  // (panel_rows, features): in and out, gradient by the rows / scale * extra; may be null
+  void* grad = nullptr;   // (row_count, count, features): out, gradient by the negatives; may be null
+  const double *scale = nullptr, *extra = nullptr;  // one number each; extra null: 1
 };
 
-// `lanes` of a warp have one negative.
+// Writes the similarities and, if rows are normalized, the negatives' inverse norms.
 template <class T>
 __global__ void __launch_bounds__(kWarp* kRowsOfBlock)
-    own_similarities_kernel(const __grid_constant__ OwnNegatives p, int lanes) {
+    own_similarities_kernel(const __grid_constant__ OwnNegatives p,
+                            int lanes) {  // of a warp per negative, a power of two
   using A = Compute<T>;
   const int64_t k = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / lanes, i = k / p.count;
   const int lane = threadIdx.x % lanes;
-  const bool there = k < p.row_count * p.count;
+  const bool valid = k < p.row_count * p.count;
   const T *x = static_cast<const T*>(p.rows) + i * p.row_stride,
           *y = static_cast<const T*>(p.negatives) + k * p.features;
   A product = 0;
   double squares = 0;
-  for (int64_t d = lane; there && d < p.features; d += lanes) {
+  for (int64_t d = lane; valid && d < p.features; d += lanes) {
     const A value = widen(y[d]);
     product += widen(x[d]) * value;
     squares += double(value) * double(value);
   }
   product = reduce_warp<Sum>(product, lanes);
   if (p.row_norms) squares = reduce_warp<Sum>(squares, lanes);
-  if (!there || lane != 0) return;
+  if (!valid || lane != 0) return;
   if (p.row_norms) {
     const double norm = sqrt(squares);
     const A inverse = A(1 / (norm < kLeastNorm ? kLeastNorm : norm));
@@ -145,7 +154,7 @@ cudaError_t own_similarities(const OwnNegatives& p, cudaStream_t stream) {
   const int64_t all = p.row_count * p.count;
   if (all == 0) return cudaSuccess;
   int lanes = 4;
-  while (lanes < kWarp && 8 * lanes < p.features) lanes *= 2;  // some eight features each
+  while (lanes < kWarp && 8 * lanes < p.features) lanes *= 2;  // about eight features per lane
   constexpr int kThreads = kWarp * kRowsOfBlock;
   Grid grid;
   grid.blocks = dim3(unsigned((all * lanes + kThreads - 1) / kThreads));
@@ -153,14 +162,14 @@ cudaError_t own_similarities(const OwnNegatives& p, cudaStream_t stream) {
   return launch(grid, stream, own_similarities_kernel<T>, p, lanes);
 }
 
-constexpr int kOwnFeatures = 128;  // of a block
+constexpr int kFeatureThreads = 128;  // per block, one feature each
 
-// The gradients of one row's negatives, and of the row by them, a feature each thread.
+// Writes the gradient by one row's negatives, and adds theirs to the row's. One thread per feature.
 template <class T>
-__global__ void __launch_bounds__(kOwnFeatures) own_gradients_kernel(const __grid_constant__ OwnNegatives p) {
+__global__ void __launch_bounds__(kFeatureThreads) own_gradients_kernel(const __grid_constant__ OwnNegatives p) {
   using A = Compute<T>;
-  const int64_t blocks = (p.features + kOwnFeatures - 1) / kOwnFeatures;
-  const int64_t r = blockIdx.x / blocks, i = p.first + r, d = blockIdx.x % blocks * kOwnFeatures + threadIdx.x;
+  const int64_t blocks = (p.features + kFeatureThreads - 1) / kFeatureThreads;
+  const int64_t r = blockIdx.x / blocks, i = p.first + r, d = blockIdx.x % blocks * kFeatureThreads + threadIdx.x;
   if (d >= p.features) return;
   const A x = widen(static_cast<const T*>(p.rows)[i * p.row_stride + d]);
   const A row_norm = p.row_norms ? static_cast<const A*>(p.row_norms)[i] : A(1);
@@ -184,11 +193,11 @@ __global__ void __launch_bounds__(kOwnFeatures) own_gradients_kernel(const __gri
 
 template <class T>
 cudaError_t own_gradients(const OwnNegatives& p, cudaStream_t stream) {
-  const int64_t blocks = p.panel_rows * ((p.features + kOwnFeatures - 1) / kOwnFeatures);
+  const int64_t blocks = p.panel_rows * ((p.features + kFeatureThreads - 1) / kFeatureThreads);
   if (blocks == 0 || (!p.total && !p.grad)) return cudaSuccess;
   Grid grid;
   grid.blocks = dim3(unsigned(blocks));
-  grid.threads = kOwnFeatures;
+  grid.threads = kFeatureThreads;
   return launch(grid, stream, own_gradients_kernel<T>, p);
 }
 

@@ -1,4 +1,4 @@
-// One call of InfoNCE's kernels (nt_xent and sup_con are calls of them too): plain pointers and numbers.
+// Arguments of InfoNCE's kernels, which nt_xent and sup_con call too. Without torch.
 #pragma once
 #include <stdint.h>
 
@@ -7,20 +7,20 @@
 
 namespace tlk {
 
-// What a row of logits, or in the other direction a column, has come to so far. The positive is kept apart where there
-// is one, so that neither a small loss nor its gradient is a difference of large numbers.
+// Running softmax statistics of each row of logits or, in the other direction, of each column. The positive, if there
+// is one, is kept apart: neither a small loss nor its gradient is a difference of large numbers.
 struct Direction {
-  double* peak = nullptr;      // the largest logit but the positive's
-  double* sum = nullptr;       // of exp(logit - peak) over all but the positive
-  double* moment = nullptr;    // the same sum with each term times its similarity, for the gradient of the scale
-  double* positive = nullptr;  // the positive's similarity
-  double* set_sum = nullptr;   // of similarities over the set that InfoNce::set says
-  double* set_count = nullptr;
+  double* peak = nullptr;       // the largest logit but the positive's
+  double* sum = nullptr;        // of exp(logit - peak) over all entries but the positive
+  double* moment = nullptr;     // the same sum with each term times its similarity, for the gradient of the scale
+  double* positive = nullptr;   // the positive's similarity
+  double* set_sum = nullptr;    // sum of similarities over InfoNce::set
+  double* set_count = nullptr;  // entries in that set
 };
 constexpr int64_t kStatistics = 6;
 
-// The gradient by the logits: factor * exp(logit - top), less `share` in the set; `positive` at the positive. Compute
-// type.
+// The gradient by the logits is factor * exp(logit - top), minus `share` in the set, and `positive` at the positive.
+// One number of the compute type per row or column.
 struct Slope {
   const void* top = nullptr;
   const void* factor = nullptr;
@@ -29,40 +29,41 @@ struct Slope {
 };
 constexpr int64_t kSlopes = 4;
 
-// Entries of a row whose similarities are summed: for label smoothing all that take part but the positive, for sup_con
-// those of the row's label.
+// The entries of a row whose similarities are summed. all: every entry of the softmax but the positive, for label
+// smoothing; label: those of the row's label, for sup_con.
 enum class Set { none, all, label };
 
 struct InfoNce {
   double scale = 1;
   Set set = Set::none;
 
-  const int64_t* target = nullptr;   // the positive's column of each row; null with Set::label
-  const void* row_ids = nullptr;     // int32 where the compute type is float, else int64: an entry of equal ids
-  const void* column_ids = nullptr;  // has the row's label, or without Set::label takes no part. May be null.
-  const bool* mask = nullptr;        // entries that take no part, with this many elements from row to row. May be null.
-  int64_t mask_stride = 0;
-  bool mask_has_negatives = false;  // else it covers the keys alone
-  int64_t own = -1;                 // the column of row 0 itself, which takes no part, and so on; -1: none
+  const int64_t* target = nullptr;  // (rows): the positive's column; null with Set::label
+  // (rows), (columns), int32 if the compute type is float, else int64. Entries of equal ids are in the set with
+  // Set::label, else left out of the softmax. May be null.
+  const void *row_ids = nullptr, *column_ids = nullptr;
+  const bool* mask = nullptr;       // (rows, columns): True leaves the entry out of the softmax; may be null
+  int64_t mask_stride = 0;          // elements from row to row
+  bool mask_has_negatives = false;  // the mask covers the further negatives too, not only the keys
+  int64_t own = -1;                 // row i leaves out column i + own, which is itself; -1: none
 
   Direction rows, columns;
-  bool reads_positive = true;  // from the tile; else `positive` is known
+  bool reads_positive = true;  // row_statistics writes Direction::positive; else it has been written
 
   Slope row_slope, column_slope;
 };
 
-// [begin, end) are rows or columns of the tile.
+// begin to end - 1 are rows or columns of the tile.
 using InfoNceKernel = void (*)(const InfoNce&, const Tile&, int64_t begin, int64_t end);
 
 constexpr double kLeastNorm = 1e-12;  // F.normalize's eps
 
 struct InfoNceKernels {
-  InfoNceKernel row_statistics;     // of similarities. Marks what takes no part in the tile.
-  InfoNceKernel column_statistics;  // after row_statistics, of the same tile
-  InfoNceKernel gradient;           // puts the gradient by the logits in the place of similarities
+  InfoNceKernel row_statistics;     // also marks the tile's entries that are left out
+  InfoNceKernel column_statistics;  // after row_statistics of the same tile
+  InfoNceKernel gradient;           // overwrites the similarities with the gradient by the logits
   // u = x / max(norm, kLeastNorm) over rows of `size` elements
   void (*normalize)(const void* x, void* u, double* norm, int64_t size, int64_t begin, int64_t end);
-  // turns the gradient by u into that by x, in its place
+  // overwrites the gradient by u with the gradient by x
   void (*normalize_backward)(void* grad, const void* u, const double* norm, int64_t size, int64_t begin, int64_t end);
 };
 

@@ -1,4 +1,4 @@
-// Squared errors: value and gradients in one sweep.
+// Squared errors: values, sums and gradients in one sweep.
 #include "kernel.h"
 #include "../core/cpu/sweep.h"
 

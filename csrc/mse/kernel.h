@@ -1,5 +1,4 @@
-// One call of the squared-error kernel: plain pointers and numbers, no torch header, so that every instruction set's
-// translation unit can include it.
+// Arguments of the squared-error kernel. Without torch: every instruction set's translation unit includes this.
 #pragma once
 #include <stdint.h>
 
@@ -7,7 +6,7 @@
 
 namespace tlk {
 
-// Sums of so many elements each are part of the result: it has the same bits however the blocks are shared out.
+// Elements per partial sum. The blocks are fixed, so the result has the same bits with any number of threads.
 constexpr int64_t kSquaredBlock = 4096;
 
 struct Squared {
@@ -15,12 +14,12 @@ struct Squared {
   const void *x = nullptr, *t = nullptr;
   const void* weight = nullptr;  // may be null
 
-  // Results; a null pointer is not written.
-  double* sums = nullptr;                     // of weight * (x - t)^2, one per block
-  void* values = nullptr;                     // of the same, compute type
+  // Results; null: not wanted.
+  double* sums = nullptr;                     // (blocks): sums of weight * (x - t)^2
+  void* values = nullptr;                     // (size): weight * (x - t)^2, compute type
   void *grad_x = nullptr, *grad_t = nullptr;  // 2 * grad * weight * (x - t), and its negative
 
-  PerPosition grad;  // upstream, compute type, one for each element or one for all; null where no gradient is written
+  PerPosition grad;  // upstream gradient, compute type; null if no gradient is wanted
 };
 
 using SquaredBlocks = void (*)(const Squared&, int64_t first_block, int64_t last_block);

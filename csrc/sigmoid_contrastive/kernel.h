@@ -1,4 +1,4 @@
-// One call of the kernel of SigLIP's loss: plain pointers and numbers.
+// Arguments of the kernel of SigLIP's loss, without torch.
 #pragma once
 #include "../core/tile.h"
 
@@ -6,16 +6,16 @@ namespace tlk {
 
 struct SigmoidContrastive {
   double scale = 1, bias = 0;  // logit = scale * similarity + bias
-  int64_t own = 0;             // the positive's column of row 0, and so on along the rows
-  double factor = 0;           // of the gradient
+  int64_t own = 0;             // row i's positive is column i + own
+  double factor = 0;           // of the gradient: upstream / rows
 
-  // One per row, added to.
+  // (rows): each tile adds to them.
   double* loss = nullptr;
   double* scale_grad = nullptr;
   double* bias_grad = nullptr;
 };
 
-// Rows [begin, end) of a tile. `step` also puts the gradient by the logits in the place of the similarities.
+// Rows begin to end - 1 of a tile. `step` also overwrites the similarities with the gradient by the logits.
 using SigmoidContrastiveKernel = void (*)(const SigmoidContrastive&, const Tile&, int64_t begin, int64_t end);
 
 struct SigmoidContrastiveKernels {

@@ -1,4 +1,4 @@
-// In the place of the toolkit's header.
+// Replaces the toolkit's header.
 #pragma once
 #include <cuda_runtime.h>
 

@@ -7,7 +7,7 @@
 
 namespace {
 
-std::map<const void*, size_t> allowed;  // shared memory of kernels that have asked for more
+std::map<const void*, size_t> allowed;  // bytes of shared memory of kernels that have opted in to more
 
 // TLKERNELS_CUDA_HOST_SM=80 is a device without clusters.
 int sm() {
@@ -15,7 +15,7 @@ int sm() {
   return text ? std::atoi(text) : 90;
 }
 
-constexpr size_t kWithoutAsking = 48 << 10;
+constexpr size_t kWithoutOptIn = 48 << 10;
 
 }  // namespace
 
@@ -61,7 +61,7 @@ cudaError_t cuda_host::check(const cudaLaunchConfig_t& config, const void* kerne
   if (launch.block.x == 0 || launch.block.x > 1024) return cudaErrorInvalidConfiguration;
   if (launch.cluster > 1 && (sm() < 90 || launch.cluster > 16 || x % launch.cluster))
     return cudaErrorInvalidConfiguration;
-  const auto found = allowed.find(kernel);
-  const size_t most = found == allowed.end() ? kWithoutAsking : std::max(found->second, kWithoutAsking);
+  const auto opted_in = allowed.find(kernel);
+  const size_t most = opted_in == allowed.end() ? kWithoutOptIn : std::max(opted_in->second, kWithoutOptIn);
   return launch.shared > most ? cudaErrorInvalidValue : cudaSuccess;
 }

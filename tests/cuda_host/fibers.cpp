@@ -53,12 +53,12 @@ struct Fiber : Context {
   Thread thread;
   std::deque<std::vector<Copy>> copies = {{}};  // the last group is not committed
   bool done = true;
-  const char* waits = nullptr;  // for what
+  const char* waits = nullptr;  // what it waits for
   Place place{};
-  unsigned arrived = 0, waited = 0;  // at how many barriers of the cluster
+  unsigned arrived = 0, waited = 0;  // how many barriers of the cluster
 };
 
-// Lanes that exchange values. A lane can be one exchange ahead of another, not two, so two sets of slots do.
+// Lanes that exchange values. A lane can be one exchange ahead of another, not two, so two sets of slots are enough.
 struct Group {
   unsigned mask, arrived = 0;
   size_t generation = 0;
@@ -69,30 +69,30 @@ struct Group {
 
 struct ClusterBarrier {
   size_t arrived = 0;
-  unsigned passed = 0;  // how often all have arrived
-  Place place{};        // where the first has
+  unsigned passed = 0;  // how often all threads have arrived
+  Place place{};        // where the first one has arrived
   std::vector<Fiber*> waiting;
 };
 
-// The barrier of the cluster that a block has to wait for before it ends, because of what was read in it.
+// The barrier of the cluster that a block must wait for before it ends, because another block reads its shared memory.
 struct Lifetime {
   unsigned barrier = 0;  // counted from 1; 0: none
   std::string reader;
 };
 
 Context main_context;
-Fiber* self = nullptr;  // the one that runs
+Fiber* self = nullptr;  // the running one
 std::deque<std::unique_ptr<Fiber>> fibers;
 std::deque<Fiber*> ready;
-std::vector<std::vector<std::unique_ptr<Group>>> groups;  // of each warp
-std::vector<std::vector<Fiber*>> block_barriers;          // that wait
+std::vector<std::vector<std::unique_ptr<Group>>> groups;  // by warp
+std::vector<std::vector<Fiber*>> block_barriers;          // by block: the threads that wait
 ClusterBarrier cluster_barrier;
-std::vector<char*> shared_memory;
-std::vector<Lifetime> lifetimes;  // of them
+std::vector<char*> shared_memory;  // by block
+std::vector<Lifetime> lifetimes;   // by block
 size_t shared_bytes = 0, block_threads = 0, cluster_threads = 0;
 const std::function<void()>* body = nullptr;
 std::string failure;
-unsigned order = 1;  // a random number, the same in every run, for the order in which threads go on
+unsigned order = 1;  // a pseudo-random number, the same in every run, for the order in which threads run
 
 void jump_to(Context& from, Context& to) {
 #ifdef __SANITIZE_ADDRESS__
@@ -101,7 +101,7 @@ void jump_to(Context& from, Context& to) {
   swapcontext(&from.context, &to.context);
   __sanitizer_finish_switch_fiber(from.fake_stack, nullptr, nullptr);
 #else
-  // swapcontext would ask the system for the signal mask each time.
+  // Not swapcontext, which has a system call for the signal mask.
   from.started = true;
   if (_setjmp(from.jump)) return;
   if (to.started) _longjmp(to.jump, 1);
@@ -110,7 +110,7 @@ void jump_to(Context& from, Context& to) {
 #endif
 }
 
-// Goes on with a thread that can, or where there is none back in `run`. Returns when this one can go on.
+// Switches to a thread that can run, or to `run` if there is none. Returns when `from` can run.
 void next_from(Context& from) {
   Context* to = &main_context;
   if (failure.empty() && !ready.empty()) {
@@ -125,7 +125,7 @@ void next_from(Context& from) {
   if (to != &from) jump_to(from, *to);
 }
 
-// Puts threads back among those that can go on; what they assume about their order without a barrier shows.
+// Adds threads to those that can run, in a varying order: kernels that rely on an order without a barrier fail.
 template <class Threads>
 void release(Threads& threads) {
   order = order * 1664525u + 1013904223u;
@@ -147,7 +147,7 @@ void entry() {
   __sanitizer_finish_switch_fiber(nullptr, &bottom, &size);
   if (!main_context.stack) main_context.stack = const_cast<void*>(bottom), main_context.stack_size = size;
 #endif
-  for (;;) {  // once for each block that this fiber has a thread of
+  for (;;) {  // one thread of each block in turn
     try {
       (*body)();
     } catch (const std::exception& error) {
@@ -183,7 +183,7 @@ void prepare(size_t count) {
       fiber.stack_size = kStack;
     }
 #ifdef __SANITIZE_ADDRESS__
-    __asan_unpoison_memory_region(fiber.stack, kStack);  // of a thread that an error has ended
+    __asan_unpoison_memory_region(fiber.stack, kStack);  // of a thread that ended in an error
 #endif
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack;

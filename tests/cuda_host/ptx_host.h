@@ -1,4 +1,4 @@
-// csrc/core/cuda/ptx.cuh in C++. Included by it alone.
+// The functions of csrc/core/cuda/ptx.cuh in C++. Only that file includes this one.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -18,11 +18,11 @@ inline void store_streaming(uint4* p, uint4 v) {
   *p = v;
 }
 
-// The copy happens as late as it may, so that a wait that is missing shows.
-inline void cp_async_16(void* shared, const void* global, bool there = true) {
+// The copy happens as late as allowed, so that a missing wait is seen.
+inline void cp_async_16(void* shared, const void* global, bool valid = true) {
   if ((reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(global)) % 16)
     cuda_host::fail("a copy of 16 bytes is not aligned", CUDA_HOST_HERE);
-  cuda_host::copy_later(shared, there ? global : nullptr, 16);
+  cuda_host::copy_later(shared, valid ? global : nullptr, 16);
 }
 inline void cp_async_commit() { cuda_host::commit_copies(); }
 template <int kPending>
@@ -30,7 +30,7 @@ void cp_async_wait() {
   cuda_host::wait_for_copies(kPending);
 }
 
-inline float exp2_approximate(float x) {
+inline float fast_exp2(float x) {
   const float y = exp2f(x);
   return y < 0x1p-126f ? 0 : y;
 }
@@ -47,7 +47,7 @@ T load_from(const T* p, unsigned rank) {
   return *static_cast<const T*>(cuda_host::read_shared_of(p, rank));
 }
 
-// Reads at once: what another thread writes there before all have passed a barrier shows.
+// Reads at once, so that a write by another thread before the next barrier is seen.
 inline void ldmatrix_x4(unsigned (&matrices)[4], const void* row, const char* file = __builtin_FILE(),
                         int line = __builtin_LINE()) {
   if (reinterpret_cast<uintptr_t>(row) % 16) cuda_host::fail("a row of ldmatrix is not aligned", {file, line});
@@ -60,7 +60,7 @@ inline void ldmatrix_x4(unsigned (&matrices)[4], const void* row, const char* fi
 inline float wide(__nv_bfloat16 v) { return __bfloat162float(v); }
 inline float wide(__half v) { return __half2float(v); }
 
-// Sums are rounded after each product, which no tensor core does worse.
+// Sums are rounded after each product; tensor cores are at least as accurate.
 template <class T>
 void mma_16x8x16(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, const char* file = __builtin_FILE(),
                  int line = __builtin_LINE()) {

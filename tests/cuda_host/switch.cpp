@@ -13,7 +13,7 @@ std::vector<void (*)(torch::Library&)>& all() {
 }
 std::unique_ptr<torch::Library> library;
 
-// The dispatcher warns that an op has another implementation already, which here is the point.
+// The dispatcher's warning that an op has another implementation already, which is intended.
 struct Quiet : c10::WarningHandler {
   void process(const c10::Warning&) override {}
 };

@@ -1,4 +1,4 @@
-// Ops that a test can put in the place of the CPU's, and take away again.
+// Ops that replace those of the CPU while a test asks for it: TORCH_LIBRARY_IMPL only notes them here.
 #pragma once
 #include <torch/library.h>
 

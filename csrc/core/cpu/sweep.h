@@ -1,11 +1,11 @@
-// How kernels walk along contiguous memory: whole vectors, unrolled, and a last one of which only some lanes count.
+// Loops over contiguous memory: whole vectors, unrolled, and a last one with fewer elements.
 #pragma once
 #include "vec.h"
 
 namespace tlk {
 namespace TLK_ISA {
 
-// The first n lanes of a vector, or all of them.
+// Loads n elements, up to a whole vector; the other lanes are `fill`.
 template <class E>
 TLK_INLINE Vec<typename Compute<E>::type> load_some(const E* p, int n, typename Compute<E>::type fill) {
   using A = typename Compute<E>::type;
@@ -19,14 +19,14 @@ TLK_INLINE void store_some(E* p, int n, Vec<typename Compute<E>::type> v) {
     store_n(p, n, v);
 }
 
-// v with zeros past its first n lanes, whatever was there.
+// v with zeros from lane n on.
 template <class A>
 TLK_INLINE Vec<A> only(Vec<A> v, int n) {
   return n == lanes<A> || iota<A>() < n ? v : Vec<A>{};
 }
 
-// Calls body(first element, unroll slot below kSlots, number of elements: lanes, or fewer at the end) over [begin,
-// end).
+// Calls body(first element, slot, number of elements) for elements begin to end - 1. `slot` is below kSlots and differs
+// between unrolled calls; the number of elements is lanes<A>, or less in the last call.
 constexpr int kSlots = 4;
 template <class A, class Body>
 TLK_INLINE void sweep(int64_t begin, int64_t end, Body body) {
@@ -42,7 +42,7 @@ TLK_INLINE void sweep(int64_t begin, int64_t end, Body body) {
   if (k < end) body(k, 0, int(end - k));
 }
 
-// A sum in `kSlots` chains.
+// A sum in kSlots independent chains, one for each slot.
 template <class A>
 struct Chains {
   Vec<A> part[kSlots] = {};

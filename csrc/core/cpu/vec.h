@@ -1,8 +1,8 @@
-// SIMD arithmetic, generic over the instruction set: the only file with intrinsics.
+// SIMD arithmetic for any instruction set. The only file with intrinsics.
 //
-// A target file defines TLK_ISA and includes this, so that everything below lives in a namespace of its own: two
-// translation units compiled with different -m flags must never share an inline function, or the linker may keep the
-// AVX-512 copy and crash an older CPU. For the same reason nothing here includes the C++ standard library or ATen.
+// Each translation unit defines TLK_ISA, which is the namespace of everything below. Two units compiled with different
+// -m flags must never share an inline function: the linker might keep the AVX-512 copy and crash an older CPU. For the
+// same reason nothing here includes the C++ standard library or ATen.
 #pragma once
 #include <stdint.h>
 
@@ -16,7 +16,7 @@
 #define TLK_VEC_BYTES 16
 #endif
 
-// A target is one large translation unit, in which the compiler would stop inlining long before these few instructions.
+// Always inlined: in a translation unit as large as these the compiler's limit would leave out even short functions.
 #define TLK_INLINE inline __attribute__((always_inline))
 
 extern "C" double tanh(double) noexcept;
@@ -33,6 +33,8 @@ typedef uint64_t u64v __attribute__((vector_size(TLK_VEC_BYTES)));
 typedef int64_t i64v __attribute__((vector_size(TLK_VEC_BYTES)));
 typedef uint16_t u16h __attribute__((vector_size(TLK_VEC_BYTES / 2)));
 
+constexpr double kLog2E = 1.4426950408889634074;
+
 struct bf16 {
   uint16_t bits;
 };
@@ -40,7 +42,7 @@ struct f16 {
   uint16_t bits;
 };
 
-// What a stored type is computed in, and that type's vector.
+// Compute<T>::type is the type of arithmetic on numbers stored as T; Simd<type> has its vectors.
 template <class T>
 struct Compute {
   using type = float;
@@ -93,7 +95,7 @@ TLK_INLINE typename Simd<A>::I iota() {
   return v;
 }
 
-// Returns b where either is NaN, as the x86 instruction does.
+// Returns b if either is NaN, as the x86 instruction does.
 template <class V>
 TLK_INLINE V vmax(V a, V b) {
   return a > b ? a : b;
@@ -116,7 +118,7 @@ TLK_INLINE A reduce_sum(Vec<A> v) {
   return reduce<A>(v, [](Vec<A> a, Vec<A> b) { return a + b; });
 }
 
-// ---- loads and stores: `load` and `store` move a whole vector, the `_n` forms its first n lanes (0 < n < lanes) ----
+// ---- loads and stores of a whole vector, and with `_n` of its first n lanes, 0 < n < lanes ----
 
 TLK_INLINE f32v load(const float* p) {
   f32v v;
@@ -140,7 +142,7 @@ TLK_INLINE u32v widen(u16h half) {
   return __builtin_convertvector(half, u32v);
 #endif
 }
-// The upper half of each element.
+// The upper 16 bits of each element.
 TLK_INLINE u16h upper(u32v v) {
 #if defined(__AVX512BW__)
   typedef uint16_t u16v __attribute__((vector_size(64)));
@@ -155,7 +157,7 @@ TLK_INLINE f32v widen_bf16(u16h half) { return bitcast<f32v>(widen(half) << 16);
 TLK_INLINE u16h narrow_bf16(f32v v) {
   const u32v bits = bitcast<u32v>(v);
   const u32v nearest_even = bits + (0x7fffu + ((bits >> 16) & 1u));
-  return upper((v == v) ? nearest_even : bits);  // a NaN that an operation gave stays one in its upper half
+  return upper((v == v) ? nearest_even : bits);  // the upper half of a computed NaN is NaN too
 }
 
 TLK_INLINE f32v widen_f16(u16h half) {
@@ -197,7 +199,7 @@ TLK_INLINE void store(f16* p, f32v v) {
   __builtin_memcpy(p, &half, sizeof half);
 }
 
-// The lanes past the n-th hold `fill`.
+// Lanes from n on are `fill`.
 template <class T, class V>
 TLK_INLINE V load_n(const T* p, int n, V fill) {
   constexpr int L = int(sizeof(V) / sizeof(fill[0]));
@@ -214,16 +216,16 @@ TLK_INLINE void store_n(T* p, int n, V v) {
 }
 
 #if defined(__AVX512F__)
-// A masked move reads and writes no memory of the lanes that it leaves out, and is many times faster than the buffer.
-TLK_INLINE uint32_t first(int n) { return (1u << n) - 1u; }
+// A masked move does not touch the memory of lanes that are off, and is many times faster than the buffer.
+TLK_INLINE uint32_t first_lanes(int n) { return (1u << n) - 1u; }
 TLK_INLINE f32v load_n(const float* p, int n, f32v fill) {
-  return bitcast<f32v>(_mm512_mask_loadu_ps(bitcast<__m512>(fill), __mmask16(first(n)), p));
+  return bitcast<f32v>(_mm512_mask_loadu_ps(bitcast<__m512>(fill), __mmask16(first_lanes(n)), p));
 }
 TLK_INLINE f64v load_n(const double* p, int n, f64v fill) {
-  return bitcast<f64v>(_mm512_mask_loadu_pd(bitcast<__m512d>(fill), __mmask8(first(n)), p));
+  return bitcast<f64v>(_mm512_mask_loadu_pd(bitcast<__m512d>(fill), __mmask8(first_lanes(n)), p));
 }
 TLK_INLINE u16h load_bits_n(const void* p, int n) {
-  return bitcast<u16h>(_mm256_maskz_loadu_epi16(__mmask16(first(n)), p));
+  return bitcast<u16h>(_mm256_maskz_loadu_epi16(__mmask16(first_lanes(n)), p));
 }
 TLK_INLINE f32v load_n(const bf16* p, int n, f32v fill) {
   return iota<float>() < n ? widen_bf16(load_bits_n(p, n)) : fill;
@@ -231,13 +233,17 @@ TLK_INLINE f32v load_n(const bf16* p, int n, f32v fill) {
 TLK_INLINE f32v load_n(const f16* p, int n, f32v fill) {
   return iota<float>() < n ? widen_f16(load_bits_n(p, n)) : fill;
 }
-TLK_INLINE void store_n(float* p, int n, f32v v) { _mm512_mask_storeu_ps(p, __mmask16(first(n)), bitcast<__m512>(v)); }
-TLK_INLINE void store_n(double* p, int n, f64v v) { _mm512_mask_storeu_pd(p, __mmask8(first(n)), bitcast<__m512d>(v)); }
+TLK_INLINE void store_n(float* p, int n, f32v v) {
+  _mm512_mask_storeu_ps(p, __mmask16(first_lanes(n)), bitcast<__m512>(v));
+}
+TLK_INLINE void store_n(double* p, int n, f64v v) {
+  _mm512_mask_storeu_pd(p, __mmask8(first_lanes(n)), bitcast<__m512d>(v));
+}
 TLK_INLINE void store_n(bf16* p, int n, f32v v) {
-  _mm256_mask_storeu_epi16(p, __mmask16(first(n)), bitcast<__m256i>(narrow_bf16(v)));
+  _mm256_mask_storeu_epi16(p, __mmask16(first_lanes(n)), bitcast<__m256i>(narrow_bf16(v)));
 }
 TLK_INLINE void store_n(f16* p, int n, f32v v) {
-  _mm256_mask_storeu_epi16(p, __mmask16(first(n)), bitcast<__m256i>(narrow_f16(v)));
+  _mm256_mask_storeu_epi16(p, __mmask16(first_lanes(n)), bitcast<__m256i>(narrow_f16(v)));
 }
 #endif
 
@@ -251,7 +257,7 @@ TLK_INLINE void store1(T* p, typename Compute<T>::type x) {
   store_n(p, 1, set1(x));
 }
 
-// ---- functions: each is within 2 units in the last place over the range that it says, and keeps NaN ----
+// ---- functions: accurate to 2 units in the last place over the stated range; NaN gives NaN ----
 
 TLK_INLINE f32v polynomial_exp2(f32v r) {
   f32v p = r * 0.000154614446986f + 0.00134004281776f;
@@ -276,21 +282,21 @@ TLK_INLINE f64v polynomial_exp2(f64v r) {
 }
 
 // 2^t for t up to the largest exponent; results below the smallest normal number are 0. Adding 1.5 * 2^mantissa_bits
-// rounds t to an integer in the low bits of the sum, and the bias added with it makes those bits an exponent field.
+// rounds t to an integer in the low bits of the sum; the bias, added too, makes those bits an exponent field.
 template <class A>
 TLK_INLINE Vec<A> exp2(Vec<A> t) {
   using S = Simd<A>;
   constexpr A magic = A(3ull << (S::mantissa_bits - 1)) + S::exponent_bias;
   Vec<A> lowest = Vec<A>{} - A(S::exponent_bias);
-  t = vmax(lowest, t);  // in this order a NaN stays
+  t = vmax(lowest, t);  // in this order NaN stays NaN
   Vec<A> shifted = t + magic;
   Vec<A> r = t - (shifted - magic);
   Vec<A> scale = bitcast<Vec<A>>(bitcast<typename S::U>(shifted) << S::mantissa_bits);
   return polynomial_exp2(r) * scale;
 }
 
-// 2^(d * factor) of d up to 0, where the product is not rounded before its integer part is taken off (if the machine
-// has a fused multiply-add); results below the smallest normal number are 0.
+// 2^(d * factor) for d up to 0; results below the smallest normal number are 0. With a fused multiply-add, the product
+// is not rounded before its integer part is subtracted.
 template <class A>
 struct ScaledExp2 {
   A factor, rest, lowest;
@@ -300,7 +306,7 @@ struct ScaledExp2 {
   TLK_INLINE Vec<A> operator()(Vec<A> d) const {
     using S = Simd<A>;
     constexpr A magic = A(3ull << (S::mantissa_bits - 1)) + S::exponent_bias;  // as in exp2
-    d = vmax(set1(lowest), d);                                                 // in this order a NaN stays
+    d = vmax(set1(lowest), d);                                                 // in this order NaN stays NaN
     Vec<A> shifted = d * factor + magic;
     Vec<A> r = d * factor - (shifted - magic) + d * rest;
     Vec<A> scale = bitcast<Vec<A>>(bitcast<typename S::U>(shifted) << S::mantissa_bits);
@@ -308,10 +314,10 @@ struct ScaledExp2 {
   }
 };
 
-// Natural logarithm of normal numbers from 1 up.
+// Natural logarithm of numbers from 1 on.
 TLK_INLINE f32v log_from_one(f32v x) {
   u32v bits = bitcast<u32v>(x);
-  u32v shifted = bits - 0x3f3504f3u;  // sqrt(1/2): the mantissa lies in [sqrt(1/2), sqrt(2))
+  u32v shifted = bits - 0x3f3504f3u;  // of sqrt(1/2): the mantissa is in [sqrt(1/2), sqrt(2))
   i32v exponent = bitcast<i32v>(shifted) >> 23;
   f32v m = bitcast<f32v>((shifted & 0x007fffffu) + 0x3f3504f3u);
   f32v s = (m - 1.0f) / (m + 1.0f), t = s * s;
@@ -327,10 +333,10 @@ TLK_INLINE f64v log_from_one(f64v x) {
   return x;
 }
 
-// Natural logarithm of positive normal numbers, without a division: for every element rather than for every row. Of 0
-// and of subnormal numbers it is negative, of NaN it may be anything.
+// Natural logarithm of positive normal numbers, without a division: for every element, where log_from_one is for every
+// row. 0 and subnormal numbers give a negative number, NaN may give any.
 TLK_INLINE f32v log_normal(f32v x) {
-  u32v shifted = bitcast<u32v>(x) - 0x3f3504f3u;  // sqrt(1/2): the mantissa lies in [sqrt(1/2), sqrt(2))
+  u32v shifted = bitcast<u32v>(x) - 0x3f3504f3u;  // as in log_from_one
   f32v e = __builtin_convertvector(bitcast<i32v>(shifted) >> 23, f32v);
   f32v r = bitcast<f32v>((shifted & 0x007fffffu) + 0x3f3504f3u) - 1.0f, t = r * r;
   f32v p = r * 0.08700359612703323f - 0.1426747590303421f;

@@ -1,5 +1,5 @@
-// The device and how kernels are launched on it. No torch header; tests/cuda_host has a cuda_runtime.h of its own, with
-// which g++ compiles kernels for the host.
+// The device and kernel launches, without torch. With the cuda_runtime.h of tests/cuda_host, g++ compiles the kernels
+// for the host.
 #pragma once
 #include <cuda_runtime.h>
 #include <stdint.h>
@@ -11,7 +11,7 @@ namespace tlk {
 struct Device {
   int sm = 0;  // 90 for compute capability 9.0
   int multiprocessors = 0;
-  int64_t shared_bytes = 0;  // that a block may have
+  int64_t shared_bytes = 0;  // the most that a block may have
 };
 
 inline cudaError_t current_device(Device& device) {
@@ -37,11 +37,11 @@ struct Grid {
   int cluster = 1;     // blocks along x that share memory; sm_90 and later
 };
 
-// Launches kernel(args...).
+// Launches kernel(args...) on the stream.
 template <class... Params, class... Args>
 cudaError_t launch(const Grid& grid, cudaStream_t stream, void (*kernel)(Params...), const Args&... args) {
-  constexpr int64_t kWithoutAsking = 48 << 10;
-  if (grid.shared > kWithoutAsking) {
+  constexpr int64_t kWithoutOptIn = 48 << 10;
+  if (grid.shared > kWithoutOptIn) {
     const auto size = cudaFuncAttributeMaxDynamicSharedMemorySize;
     if (const auto error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), size, int(grid.shared)))
       return error;

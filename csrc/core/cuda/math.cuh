@@ -1,30 +1,30 @@
-// What float and double have in common under one name, for kernels of both.
+// Constants, and functions of float and double under one name.
 #pragma once
 #include "vector.cuh"
 
 namespace tlk {
 
+constexpr double kLog2E = 1.4426950408889634074;
+constexpr double kLn2 = 0.693147180559945309417;
+
 template <class A>
 TLK_DEVICE A infinity() {
   return A(INFINITY);
 }
-// The other one where one is NaN.
-TLK_DEVICE float larger(float a, float b) { return fmaxf(a, b); }
-TLK_DEVICE double larger(double a, double b) { return fmax(a, b); }
 
-TLK_DEVICE float exp2_of(float x) { return exp2_approximate(x); }
-TLK_DEVICE double exp2_of(double x) { return exp2(x); }
+// 2^x; that of a float is in ptx.cuh.
+TLK_DEVICE double fast_exp2(double x) { return exp2(x); }
 
-// A product that is not fused with a sum.
+// A product that the compiler does not fuse with a sum.
 TLK_DEVICE float rounded_product(float a, float b) { return __fmul_rn(a, b); }
 TLK_DEVICE double rounded_product(double a, double b) { return __dmul_rn(a, b); }
 
-// What similarities are multiplied by to be logits in base 2.
+// A logit in base 2 is a similarity times this factor.
 template <class A>
 TLK_DEVICE A logit_factor(const double* scale) {
-  return A(*scale) * A(1.44269504088896340736);
+  return A(*scale) * A(kLog2E);
 }
-// What to subtract from logits of which none is above `peak`.
+// What exponentials subtract from logits up to `peak`: 0 if they are all -inf, so that exp(-inf - 0) is 0 and not NaN.
 template <class A>
 TLK_DEVICE A finite_or_zero(A peak) {
   return peak == -infinity<A>() ? A(0) : peak;

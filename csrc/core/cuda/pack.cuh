@@ -1,11 +1,11 @@
-// A row's numbers in packs of 16 bytes: pack k holds numbers k * kLanes<T> and so on, wherever the row starts. So its
-// numbers meet in the same thread whatever the alignment, those of other rows and tensors too, and sums have one order.
+// Loads and stores of a row in packs of 16 bytes, at any alignment. Pack k holds the numbers from k * kLanes<T> on,
+// wherever the row starts in memory: a thread gets the same numbers at every alignment, so sums have one order.
 #pragma once
 #include "vector.cuh"
 
 namespace tlk {
 
-// Bytes `from` to `from + 16` of the 32 in a and b; `from` is even and below 16.
+// Bytes `from` to `from + 15` of the 32 in a and b; `from` is even and below 16.
 TLK_DEVICE uint4 join(uint4 a, uint4 b, unsigned from) {
   unsigned w[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
   if (from & 8) {
@@ -23,12 +23,13 @@ TLK_DEVICE uint4 join(uint4 a, uint4 b, unsigned from) {
   return make_uint4(w[0], w[1], w[2], w[3]);
 }
 
+// Bytes from the last multiple of 16 to p.
 template <class T>
 TLK_DEVICE unsigned misaligned(const T* p) {
   return unsigned(reinterpret_cast<uintptr_t>(p) % 16);
 }
 
-// Halves of a pack, number by number. Only next to the ends of rows: these loops are short code, not fast.
+// The unsigned integer of T's size.
 template <class T>
 struct Bits {
   using type = unsigned short;
@@ -41,6 +42,9 @@ template <>
 struct Bits<double> {
   using type = unsigned long long;
 };
+
+// The pack that starts at number `first`, loaded number by number, `fill` past the row's end. Like store_numbers only
+// used next to the ends of rows: the loops are short code, not fast.
 template <class T>
 TLK_DEVICE uint4 load_numbers(const T* row, int64_t n, int64_t first, T fill) {
   unsigned long long half[2];
@@ -50,8 +54,8 @@ TLK_DEVICE uint4 load_numbers(const T* row, int64_t n, int64_t first, T fill) {
     half[h] = 0;
 #pragma unroll 1
     for (int i = 0; i < kEach; ++i) {
-      const int64_t at = first + h * kEach + i;
-      const T value = at < n ? row[at] : fill;
+      const int64_t index = first + h * kEach + i;
+      const T value = index < n ? row[index] : fill;
       typename Bits<T>::type bits;
       memcpy(&bits, &value, sizeof bits);
       half[h] |= static_cast<unsigned long long>(bits) << (8 * int(sizeof(T)) * i);
@@ -59,7 +63,7 @@ TLK_DEVICE uint4 load_numbers(const T* row, int64_t n, int64_t first, T fill) {
   }
   return make_uint4(unsigned(half[0]), unsigned(half[0] >> 32), unsigned(half[1]), unsigned(half[1] >> 32));
 }
-// Numbers `from` to `to` of the pack, as far as they are in the row.
+// Stores the lanes `from` to `to - 1` of the pack that starts at number `first`, as far as the row goes.
 template <class T>
 TLK_DEVICE void store_numbers(T* row, int64_t n, int64_t first, int from, int to, uint4 v) {
   const unsigned long long half[2] = {v.x | static_cast<unsigned long long>(v.y) << 32,
@@ -76,9 +80,9 @@ TLK_DEVICE void store_numbers(T* row, int64_t n, int64_t first, int from, int to
   }
 }
 
-// Pack k of a row of n numbers, `fill` past its end. Of an unaligned row two aligned loads are joined, which neighbours
-// share in the first-level cache; only what lies next to its ends is read number by number, so that nothing beyond them
-// is.
+// Pack k of a row of n numbers, `fill` past its end. In an unaligned row it joins two aligned loads, which neighbouring
+// threads share in the first-level cache. Packs next to the row's ends are read number by number: nothing outside the
+// row is read.
 template <class T>
 TLK_DEVICE Pack<T> load_pack(const T* row, int64_t n, int64_t k, T fill) {
   const int64_t first = k * kLanes<T>;
@@ -92,8 +96,8 @@ TLK_DEVICE Pack<T> load_pack(const T* row, int64_t n, int64_t k, T fill) {
   return Pack<T>(load_numbers(row, n, first, fill));
 }
 
-// Stores pack k of a row of n numbers, as far as it is in the row. All lanes of a warp call this, each with the pack
-// that follows its neighbour's: of an unaligned row a lane stores the end of that one with the start of its own.
+// Stores pack k of a row of n numbers, as far as the row goes. All lanes of a warp call this, with consecutive packs:
+// in an unaligned row a lane stores the end of the previous lane's pack and the start of its own, as 16 aligned bytes.
 template <class T>
 TLK_DEVICE void store_pack(T* row, int64_t n, int64_t k, Pack<T> pack) {
   const int64_t first = k * kLanes<T>, bytes = n * int64_t(sizeof(T));
@@ -106,16 +110,16 @@ TLK_DEVICE void store_pack(T* row, int64_t n, int64_t k, Pack<T> pack) {
     return;
   }
   const unsigned lane = threadIdx.x % kWarp;
-  uint4 before;
-  before.x = __shfl_up_sync(0xffffffffu, pack.bits.x, 1);
-  before.y = __shfl_up_sync(0xffffffffu, pack.bits.y, 1);
-  before.z = __shfl_up_sync(0xffffffffu, pack.bits.z, 1);
-  before.w = __shfl_up_sync(0xffffffffu, pack.bits.w, 1);
-  // The 16 bytes at an aligned address in which this pack begins, and those in which it ends.
+  uint4 previous;
+  previous.x = __shfl_up_sync(0xffffffffu, pack.bits.x, 1);
+  previous.y = __shfl_up_sync(0xffffffffu, pack.bits.y, 1);
+  previous.z = __shfl_up_sync(0xffffffffu, pack.bits.z, 1);
+  previous.w = __shfl_up_sync(0xffffffffu, pack.bits.w, 1);
+  // Whether the row has all of the 16 aligned bytes in which this pack begins, and of those in which it ends.
   const bool begins = lane > 0 && 16 * k - off + 16 <= bytes, ends = lane + 1 < kWarp && 16 * k - off + 32 <= bytes;
   if (begins)
     store_streaming(reinterpret_cast<uint4*>(reinterpret_cast<char*>(row + first) - off),
-                    join(before, pack.bits, 16 - off));
+                    join(previous, pack.bits, 16 - off));
   const int split = int((16 - off) / sizeof(T));  // numbers before the next aligned address
   const int from = begins ? split : 0, to = ends ? split : kLanes<T>;
   if (from < to) store_numbers(row, n, first, from, to, pack.bits);

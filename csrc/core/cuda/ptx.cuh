@@ -1,5 +1,5 @@
-// Everything that is not plain C++ or a documented intrinsic: inline PTX, shared memory of a size known at launch,
-// clusters. Nothing else has asm. The host run has these functions in C++, in tests/cuda_host/ptx_host.h.
+// The only file with inline PTX: dynamic shared memory, asynchronous copies, clusters, tensor cores. The host run has
+// these functions in C++, in tests/cuda_host/ptx_host.h.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -12,14 +12,14 @@
 
 namespace tlk {
 
-// The block's shared memory, aligned to 128 bytes. All shared memory is asked for at launch.
+// The block's shared memory, aligned to 128 bytes. All shared memory is requested at launch.
 template <class T>
 TLK_DEVICE T* shared_memory() {
   extern __shared__ __align__(128) unsigned char tlk_shared[];
   return reinterpret_cast<T*>(tlk_shared);
 }
 
-// 16 bytes at an aligned address, which the next read does not want in the first-level cache.
+// Loads or stores 16 bytes at an aligned address, without keeping them in the first-level cache.
 TLK_DEVICE uint4 load_streaming(const uint4* p) {
   uint4 v;
   asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -33,11 +33,11 @@ TLK_DEVICE void store_streaming(uint4* p, uint4 v) {
                : "memory");
 }
 
-// Copies 16 bytes to shared memory, zeros where they are not `there`, while the thread goes on. Those that were asked
-// for before the commit are one group; a wait is for all groups but the last kPending.
-TLK_DEVICE void cp_async_16(void* shared, const void* global, bool there = true) {
+// Starts a copy of 16 bytes to shared memory, of zeros if not `valid`. A commit makes the copies started since the last
+// one a group; cp_async_wait waits for all groups but the last kPending.
+TLK_DEVICE void cp_async_16(void* shared, const void* global, bool valid = true) {
   const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(there ? 16 : 0) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(valid ? 16 : 0) : "memory");
 }
 TLK_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>
@@ -45,14 +45,14 @@ TLK_DEVICE void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// 2^x within 2^-22 of it; numbers below 2^-126 are 0.
-TLK_DEVICE float exp2_approximate(float x) {
+// 2^x with a relative error below 2^-22; results below 2^-126 are 0.
+TLK_DEVICE float fast_exp2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
-// A block's number in its cluster.
+// The block's index in its cluster.
 TLK_DEVICE unsigned cluster_rank() {
 #if __CUDA_ARCH__ >= 900
   unsigned rank;
@@ -63,8 +63,8 @@ TLK_DEVICE unsigned cluster_rank() {
 #endif
 }
 
-// A barrier of all threads of the cluster in two halves: what they read and wrote before they arrived comes before what
-// they do after they have waited, in global memory too. So arriving takes as long as the stores that are under way.
+// The two halves of a barrier of all threads of the cluster. Reads and writes before arriving, in global memory too,
+// come before those after waiting. Arriving therefore takes until the thread's pending stores are done.
 TLK_DEVICE void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.release;" ::: "memory");
@@ -76,22 +76,22 @@ TLK_DEVICE void cluster_wait() {
 #endif
 }
 
-// The number at the same place in the shared memory of another block of the cluster.
+// The value at p's offset in the shared memory of block `rank` of the cluster.
 template <class T>
 TLK_DEVICE T load_from(const T* p, unsigned rank) {
 #if __CUDA_ARCH__ >= 900
   static_assert(sizeof(T) == 4 || sizeof(T) == 8);
-  const unsigned here = static_cast<unsigned>(__cvta_generic_to_shared(p));
-  unsigned there;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));
+  const unsigned own_address = static_cast<unsigned>(__cvta_generic_to_shared(p));
+  unsigned address;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(own_address), "r"(rank));
   T value;
   if constexpr (sizeof(T) == 4) {
     unsigned bits;
-    asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(bits) : "r"(there) : "memory");
+    asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(bits) : "r"(address) : "memory");
     memcpy(&value, &bits, sizeof value);
   } else {
     unsigned long long bits;
-    asm volatile("ld.shared::cluster.u64 %0, [%1];" : "=l"(bits) : "r"(there) : "memory");
+    asm volatile("ld.shared::cluster.u64 %0, [%1];" : "=l"(bits) : "r"(address) : "memory");
     memcpy(&value, &bits, sizeof value);
   }
   return value;
@@ -100,18 +100,18 @@ TLK_DEVICE T load_from(const T* p, unsigned rank) {
 #endif
 }
 
-// Four matrices of 8 x 8 numbers of 16 bits. Lane l gives the address, in shared memory, of row l % 8 of matrix l / 8,
-// and gets numbers 2 * (l % 4) and the next one of row l / 4 of each.
+// Loads four 8 x 8 matrices of 16-bit numbers from shared memory. Lane l passes the address of row l % 8 of matrix l /
+// 8 and receives columns 2 * (l % 4) and 2 * (l % 4) + 1 of row l / 4 of each matrix.
 TLK_DEVICE void ldmatrix_x4(unsigned (&matrices)[4], const void* row) {
-  const unsigned from = static_cast<unsigned>(__cvta_generic_to_shared(row));
+  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(row));
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
-               : "r"(from)
+               : "r"(address)
                : "memory");
 }
 
-// c += a b on tensor cores, for a 16 x 16 and b 16 x 8 of 16-bit numbers T, spread over the warp's lanes as
-// mma.m16n8k16 has them: lane l has of c the columns 2 * (l % 4) and the next one of rows l / 4 and l / 4 + 8.
+// c += a b on tensor cores, with a 16 x 16 and b 16 x 8 of the 16-bit type T, distributed over the warp as mma.m16n8k16
+// defines: lane l holds columns 2 * (l % 4) and 2 * (l % 4) + 1 of rows l / 4 and l / 4 + 8 of c.
 template <class T>
 TLK_DEVICE void mma_16x8x16(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1);
 #define TLK_MMA(T, name)                                                                            \

@@ -1,5 +1,5 @@
-// Sums and the like over the threads of a warp, or of all that share a row, in a fixed order. All of them take part and
-// all get the result.
+// Reductions over some lanes of a warp, or over all threads that share a row. The order is fixed, every thread takes
+// part and every thread gets the result.
 #pragma once
 #include "ptx.cuh"
 
@@ -15,10 +15,12 @@ struct Sum {
     return A(0);
   }
 };
-// Of a NaN and a number it is the number.
+// Ignores NaN, as fmax does.
 struct Max {
-  static TLK_DEVICE float join(float a, float b) { return fmaxf(a, b); }
-  static TLK_DEVICE double join(double a, double b) { return fmax(a, b); }
+  template <class A>
+  static TLK_DEVICE A join(A a, A b) {
+    return fmax(a, b);
+  }
   template <class A>
   static TLK_DEVICE A none() {
     return -A(INFINITY);
@@ -32,38 +34,39 @@ struct Min {
   }
 };
 
-// Over `lanes` neighbouring lanes, a power of two.
+// Reduces over groups of `lanes` consecutive lanes; `lanes` is a power of two.
 template <class Op, class A>
 TLK_DEVICE A reduce_warp(A value, int lanes = kWarp) {
-  for (int with = lanes / 2; with > 0; with /= 2) value = Op::join(value, __shfl_xor_sync(0xffffffffu, value, with));
+  for (int distance = lanes / 2; distance > 0; distance /= 2)
+    value = Op::join(value, __shfl_xor_sync(0xffffffffu, value, distance));
   return value;
 }
 
-// The threads that share a row: some lanes of a warp, or a block of whole warps, or a cluster of such blocks.
+// The threads that share a row: some lanes of a warp, or a block of whole warps, or a cluster of blocks.
 class Team {
  public:
-  static constexpr int kMost = 5;  // numbers that are reduced at once
-  // Bytes of shared memory that a team of more than one warp needs.
+  static constexpr int kMost = 5;  // the most numbers that are reduced at once
+  // Bytes of shared memory that a team of more than one warp needs: two sets of partial results.
   static constexpr int kScratch = 2 * kMost * (kWarp + 1) * int(sizeof(double));
 
-  // `scratch` is null where the team is `lanes` of one warp.
+  // `lanes` of a warp if `scratch` is null; else `blocks` whole blocks, each with kScratch bytes of shared memory.
   TLK_DEVICE Team(int lanes, int blocks, void* scratch)
       : blocks_(blocks), lanes_(lanes), scratch_(static_cast<char*>(scratch)) {}
 
-  TLK_DEVICE int thread() const { return scratch_ ? int(threadIdx.x) : int(threadIdx.x) % lanes_; }  // in the block
+  TLK_DEVICE int thread() const { return scratch_ ? int(threadIdx.x) : int(threadIdx.x) % lanes_; }  // in its block
   TLK_DEVICE int threads() const { return scratch_ ? int(blockDim.x) : lanes_; }
   TLK_DEVICE int blocks() const { return blocks_; }
   TLK_DEVICE unsigned rank() const { return blocks_ > 1 ? cluster_rank() : 0; }
   TLK_DEVICE bool leads() const { return thread() == 0 && rank() == 0; }
 
-  // Each of `value` on its own.
+  // Reduces each of N numbers.
   template <class Op, int N, class A>
   TLK_DEVICE void reduce(A (&value)[N]) {
     static_assert(N <= kMost && sizeof(A) <= sizeof(double));
 #pragma unroll
     for (int i = 0; i < N; ++i) value[i] = reduce_warp<Op>(value[i], lanes_);
-    if (!scratch_) return __syncwarp();  // what was read before may be overwritten after, as by the barrier of a block
-    // Of two parts in turn: when one is written again, all threads have passed the barrier of the other.
+    if (!scratch_) return __syncwarp();  // a barrier, as in a block: what was read before may be overwritten after
+    // Two sets in turn: before one is written again, all threads have passed the other's barrier.
     A* const part = reinterpret_cast<A*>(scratch_ + turn_ * (kScratch / 2));
     turn_ = 1 - turn_;
     const int warps = int(blockDim.x) / kWarp, lane = int(threadIdx.x) % kWarp;
@@ -79,8 +82,8 @@ class Team {
     cluster_arrive(), cluster_wait();
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      const A* const of_block = part + i * (kWarp + 1) + kWarp;
-      value[i] = reduce_warp<Op>(lane < blocks_ ? load_from(of_block, unsigned(lane)) : Op::template none<A>());
+      const A* const block_result = part + i * (kWarp + 1) + kWarp;
+      value[i] = reduce_warp<Op>(lane < blocks_ ? load_from(block_result, unsigned(lane)) : Op::template none<A>());
     }
   }
   template <class Op, class A>
@@ -90,7 +93,7 @@ class Team {
     return values[0];
   }
 
-  // Orders what the team's threads read and write.
+  // A barrier of the team's threads.
   TLK_DEVICE void sync() const {
     if (blocks_ > 1)
       cluster_arrive(), cluster_wait();
@@ -100,8 +103,8 @@ class Team {
       __syncwarp();
   }
 
-  // A block may not end while another reads its sums. Every thread of the team calls the first once, after the last
-  // reduction and before it stores much, since arriving waits for stores; and the second at its end.
+  // A block must not end while another block reads its sums. Every thread calls has_read() once, after the last
+  // reduction and before it stores much (arriving waits for its stores), and wait_for_readers() at its end.
   TLK_DEVICE void has_read() const {
     if (blocks_ > 1) cluster_arrive();
   }

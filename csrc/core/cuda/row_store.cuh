@@ -1,17 +1,18 @@
-// Where a row is between the sweeps over it. Each thread has its own part of the row and sees no other; with `out` a
-// sweep writes what the body has put in the place of the numbers. Bodies are called with the class of the first number
-// and an array of some neighbouring ones, of which those past the row's end are -inf: body(int k, A (&v)[N]).
+// Where a row is kept between sweeps. load() reads the row. each(body, out) calls body(int k, A (&v)[N]) for every
+// group of N consecutive numbers that the thread holds: k is the class of the first, and numbers past the row's end are
+// -inf. With `out`, each() stores what the body leaves in v. A store has two flags: kRereads if each sweep reads memory
+// again, kAlone if one thread has the whole row.
 #pragma once
 #include "pack.cuh"
 #include "reduce.cuh"
 
 namespace tlk {
 
-// The packs of a row of n numbers that one of `blocks` blocks has, as a row of their own.
+// The part of a row that belongs to one of the team's blocks.
 template <class T>
 struct Slice {
   const T* x = nullptr;
-  int n = 0, packs = 0, first = 0;  // numbers; packs; the row's number that is the first here
+  int n = 0, packs = 0, first = 0;  // numbers; packs; class of the first number
 
   TLK_DEVICE Slice() {}
   TLK_DEVICE Slice(const T* row, int row_n, const Team& team) {
@@ -23,12 +24,13 @@ struct Slice {
   }
 };
 
+// The number past a row's end.
 template <class T>
 TLK_DEVICE T nothing() {
   return narrow<T>(-Compute<T>(INFINITY));
 }
 
-// The body with pack j, if the slice has it; whole warps call this.
+// Calls the body with pack j if the slice has it. All lanes of a warp call this, with consecutive packs.
 template <class T, class Body>
 TLK_DEVICE void visit(const Slice<T>& slice, int j, const Pack<T>& pack, Body& body, T* out) {
   Compute<T> v[kLanes<T>];
@@ -39,7 +41,7 @@ TLK_DEVICE void visit(const Slice<T>& slice, int j, const Pack<T>& pack, Body& b
   store_pack(out + slice.first, slice.n, j, narrow_pack<T>(v));
 }
 
-// A few numbers for each lane of some lanes of a warp, one by one: rows of so few that packs would leave lanes idle.
+// Short rows, for which packs would leave lanes idle: single numbers, up to 8 per lane of some lanes of a warp.
 template <class T>
 class InLanes {
  public:
@@ -69,7 +71,7 @@ class InLanes {
   T x_[kElements];
 };
 
-// 64 bytes of registers for each thread.
+// Up to 64 bytes of the row in each thread's registers.
 template <class T>
 class InRegisters {
  public:
@@ -96,13 +98,13 @@ class InRegisters {
   Pack<T> pack_[kPacks];
 };
 
-// Copied without passing through registers, so that all of it is on its way at once, and lying there as it does in
-// memory. For whole blocks.
+// The block's part of the row in shared memory, at the same alignment as in global memory. It is copied without passing
+// through registers, so that all of it is in flight at once. For whole blocks.
 template <class T>
 class InShared {
  public:
   static constexpr bool kRereads = false, kAlone = false;
-  // Of the block that has `packs` packs.
+  // Shared memory for a part of `packs` packs.
   static constexpr int64_t bytes(int64_t packs) { return 16 * (packs + 2); }
 
   TLK_DEVICE void load(const T* x, int n, const Team& team, void* memory) {
@@ -122,7 +124,8 @@ class InShared {
   }
   template <class Body>
   TLK_DEVICE void each(Body body, T* out = nullptr) const {
-    for (int at = 0; at < slice_.packs; at += threads_) visit(slice_, at + thread_, pack(at + thread_), body, out);
+    for (int first = 0; first < slice_.packs; first += threads_)
+      visit(slice_, first + thread_, pack(first + thread_), body, out);
   }
 
  private:
@@ -143,7 +146,7 @@ class InShared {
   }
 };
 
-// Read again by each sweep.
+// Nothing is kept: each sweep reads memory again.
 template <class T>
 class InMemory {
  public:
@@ -156,12 +159,12 @@ class InMemory {
   template <class Body>
   TLK_DEVICE void each(Body body, T* out = nullptr) const {
     constexpr int kAtOnce = 2;  // loads in flight
-    for (int at = thread_; at - thread_ < slice_.packs; at += kAtOnce * threads_) {
+    for (int j = thread_; j - thread_ < slice_.packs; j += kAtOnce * threads_) {
       Pack<T> pack[kAtOnce];
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) pack[i] = load_pack(slice_.x, slice_.n, at + i * threads_, nothing<T>());
+      for (int i = 0; i < kAtOnce; ++i) pack[i] = load_pack(slice_.x, slice_.n, j + i * threads_, nothing<T>());
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) visit(slice_, at + i * threads_, pack[i], body, out);
+      for (int i = 0; i < kAtOnce; ++i) visit(slice_, j + i * threads_, pack[i], body, out);
     }
   }
 
@@ -170,8 +173,8 @@ class InMemory {
   int thread_, threads_;
 };
 
-// A row whose numbers lie `stride` apart, those of neighbouring rows beside each other, by one thread for each row: in
-// shared memory, numbers of a row as many apart as the block has threads; or read again by each sweep.
+// Classes that are not contiguous: one thread per row, with the numbers of a row `stride` apart and neighbouring rows
+// next to each other. Shared memory keeps the rows of a block as (classes, threads), or each sweep reads memory again.
 template <class T, bool kShared>
 class InColumn {
  public:
@@ -184,10 +187,10 @@ class InColumn {
   TLK_DEVICE void load(const T* x, int n, const Team&, void* memory) {
     x_ = x, n_ = n;
     if (!kShared) return;
-    T* const mine = static_cast<T*>(memory) + threadIdx.x;
+    T* const column = static_cast<T*>(memory) + threadIdx.x;
 #pragma unroll kAtOnce
-    for (int k = 0; k < n; ++k) mine[k * int(blockDim.x)] = x[k * stride_];
-    x_ = mine, stride_ = blockDim.x;
+    for (int k = 0; k < n; ++k) column[k * int(blockDim.x)] = x[k * stride_];
+    x_ = column, stride_ = blockDim.x;
   }
   template <class Body>
   TLK_DEVICE void each(Body body, T* out = nullptr) const {

@@ -1,54 +1,52 @@
-// A loss over rows of classes: how many threads a row gets and where it is kept between the sweeps over it, so that
-// each number is read from memory once. Decided by the number of classes alone, so that a row's bits do not depend on
-// how many there are.
+// How many threads work on a row of classes, and where they keep it between their sweeps so that each number is read
+// from memory once. The number of classes alone decides: a row's result does not depend on the number of rows.
 #pragma once
 #include "reduce.cuh"
 
 namespace tlk {
 
-constexpr int kRowThreads = 512;    // of a block at the most
-constexpr int kSweepThreads = 256;  // of one whose row is not in registers
-// Packs of a tensor's row that a thread holds at a time, at the most. Of float64 fewer, whose exponentials take
-// registers themselves.
+constexpr int kRowThreads = 512;    // the most threads of a block
+constexpr int kSweepThreads = 256;  // threads of a block whose row is not in registers
+// The most packs of each tensor's row in a thread's registers. Fewer in float64, whose exponentials need registers.
 template <class T>
 constexpr int kRowPacks = sizeof(T) == 8 ? 2 : 4;
 
-enum class Keep { registers, shared, nothing };
+enum class Keep { registers, shared, nothing };  // where a row is kept
 
 struct RowPlan {
   static constexpr int64_t kScratch = (Team::kScratch + 15) / 16 * 16;  // bytes of the reductions
 
   Keep keep = Keep::registers;
-  int threads = kRowThreads;  // of a row in a block: one warp, or the whole block
-  int rows = 1;               // of a block
-  int cluster = 1;            // blocks of a row
-  int64_t packs = 0;          // of each tensor's row in a block
-  int64_t shared = 0;         // bytes of a block
+  int threads = kRowThreads;  // threads of a block that share a row: one warp, or the whole block
+  int rows = 1;               // rows per block
+  int cluster = 1;            // blocks per row
+  int64_t packs = 0;          // packs of each tensor's row per block
+  int64_t shared = 0;         // bytes of shared memory per block
 };
 
-// Bytes of the rows that are read and kept, one of each of `tensors`. By reasoning on 2026-11-21, no GPU at hand:
+// The plan for rows of `tensors` tensors, of which a thread's registers hold `thread_packs` packs each. By size of the
+// row, by reasoning on 2026-11-21, without a GPU:
 //
-//   2 KB of a tensor   a warp in registers, 4 rows in a block, no barrier; with fewer than 4 packs a thread less
-//   32 KB of a tensor  a block of up to 512 threads in registers; as above
-//   shared memory      a block of 256 threads: at 128 registers each two fit on a multiprocessor. With clusters up to
-//   half of what a block may have (113 KB on sm_90), so that one row
-//                      loads while another is computed; without, up to all of it (99 KB on sm_86, 163 on sm_80)
-//   8 times as much    sm_90 and later: a cluster of 2, 4 or 8 blocks, each with its part in shared memory; up to all
-//                      of it where 8 blocks at half are too few
-//   above              nothing is kept: each further sweep reads the row again, from the second-level cache where all
-//                      rows in work fit there
-// A thread holds `held` packs of each tensor.
+//   2 KB of a tensor   One warp, in registers; 4 rows per block, no barrier. Less if thread_packs is below 4.
+//   32 KB of a tensor  One block of up to 512 threads, in registers. Less if thread_packs is below 4.
+//   shared memory      One block of 256 threads: at 128 registers each, two fit on a multiprocessor. Up to half of a
+//                      block's limit with clusters (113 KB on sm_90), so that one row loads while another is computed;
+//                      up to all of it without (99 KB on sm_86, 163 KB on sm_80).
+//   8 times as much    sm_90 and later: a cluster of 2, 4 or 8 blocks, each with a part of the row in shared memory; up
+//                      to all of a block's limit if 8 blocks at half are too few.
+//   above              Nothing is kept: each sweep reads the row again, from the second-level cache if all rows in
+//                      flight fit there.
 template <class T>
-RowPlan plan_rows(const Device& device, int64_t classes, int tensors, int held) {
+RowPlan plan_rows(const Device& device, int64_t classes, int tensors, int thread_packs) {
   constexpr int64_t kBlockRows = 4;
   RowPlan plan;
   const int64_t packs = (classes * int64_t(sizeof(T)) + 15) / 16;
   plan.packs = packs;
   plan.shared = RowPlan::kScratch;
-  if (packs <= kWarp * held) {
+  if (packs <= kWarp * thread_packs) {
     plan.threads = kWarp, plan.rows = kBlockRows, plan.shared = 0;
-  } else if (packs <= kRowThreads * held) {
-    while (plan.threads / 2 * held >= packs) plan.threads /= 2;
+  } else if (packs <= kRowThreads * thread_packs) {
+    while (plan.threads / 2 * thread_packs >= packs) plan.threads /= 2;
   } else {
     plan.threads = kSweepThreads;
     const auto block = [&](int cluster) {
@@ -77,11 +75,12 @@ inline Grid grid_of(const RowPlan& plan, int64_t rows) {
   return grid;
 }
 
-// The threads of a row in `cluster` blocks, a constant where kernels know it. The reductions' shared memory comes
-// first, then the row's.
+// The threads that share the calling thread's row; `cluster` is plan.cluster, or 1 where the kernel knows it. Shared
+// memory holds the reductions' scratch first, then the row.
 TLK_DEVICE Team team_of(const RowPlan& plan, int cluster) {
   return Team(kWarp, cluster, plan.rows > 1 ? nullptr : shared_memory<char>());
 }
+// The calling thread's row.
 TLK_DEVICE int64_t row_of(const RowPlan& plan) {
   return int64_t(blockIdx.x / unsigned(plan.cluster)) * plan.rows + threadIdx.x / unsigned(plan.threads);
 }

@@ -1,19 +1,19 @@
-// values *= factor, which is in memory: where it is 1, as an upstream gradient mostly is, nothing is read or written.
+// values *= factor, with the factor in device memory. If it is 1, as an upstream gradient mostly is, no value is read.
 #pragma once
 #include "vector.cuh"
 
 namespace tlk {
 
 constexpr int kScaleThreads = 256;
-constexpr int kScalePacks = 2;   // that a thread loads before it stores the first
-constexpr int kScaleBlocks = 8;  // of a multiprocessor, which holds no more: a grid that has nothing to do is small
+constexpr int kScalePacks = 2;   // packs that a thread loads before it stores the first
+constexpr int kScaleBlocks = 8;  // blocks per multiprocessor; no more fit, and a grid with nothing to do is small
 
 struct Factor {
-  const void* data;
-  Scalar type;
+  const void* data;  // one number in device memory
+  Scalar type;       // its type
 };
 
-// As torch's cast gives it, without the launch of one.
+// The factor, rounded to A as torch's cast would, without a launch for the cast.
 template <class A>
 TLK_DEVICE A read(const Factor& factor) {
   switch (factor.type) {
@@ -30,7 +30,9 @@ TLK_DEVICE A read(const Factor& factor) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kScaleThreads) scale_kernel(T* values, Factor factor, int64_t n) {
+__global__ void __launch_bounds__(kScaleThreads) scale_kernel(T* values,      // (n), contiguous
+                                                              Factor factor,  // one number
+                                                              int64_t n) {    // how many values
   const auto by = read<Compute<T>>(factor);
   if (by == 1) return;
   const int64_t head = head_of(values, n), packs = (n - head) / kLanes<T>, tail = head + packs * kLanes<T>;
@@ -57,7 +59,7 @@ __global__ void __launch_bounds__(kScaleThreads) scale_kernel(T* values, Factor 
   }
 }
 
-// n contiguous values.
+// Multiplies n contiguous values by the factor.
 template <class T>
 cudaError_t scale(T* values, Factor factor, int64_t n, cudaStream_t stream) {
   if (n == 0) return cudaSuccess;

@@ -1,23 +1,23 @@
-// Sums over positions, in an order that depends on their number alone: of losses, of what counts in a mean.
+// Sums over positions: of losses, and of a mean's denominator. The order depends on the number of positions alone.
 #pragma once
 #include "reduce.cuh"
 
 namespace tlk {
 
-// Of losses.
+// Sums losses.
 template <class A>
 struct Values {
   const A* data;
   TLK_DEVICE double at(int64_t i) const { return double(data[i]); }
 };
 
-// The number of targets that are not ignored, or the sum of their classes' weights (may be null). An index out of range
-// has no weight; its loss is NaN.
+// Counts targets that are not ignored or, with `weight`, sums the weights of their classes. An index out of range adds
+// 0; its loss is NaN.
 template <class A>
 struct Counted {
-  const int64_t* target;
+  const int64_t* target;  // (n)
   int64_t ignore_index, classes;
-  const A* weight;
+  const A* weight;  // (classes), or null
   TLK_DEVICE double at(int64_t i) const {
     const int64_t y = target[i];
     if (y == ignore_index) return 0;
@@ -27,13 +27,16 @@ struct Counted {
 };
 
 constexpr int kSumThreads = 512;
-constexpr int64_t kSumEach = 16;  // numbers of a thread of a sum in one block
-constexpr int kMostParts = 512;   // blocks of a larger one
+constexpr int64_t kSumEach = 16;  // the most numbers per thread of a sum in one block
+constexpr int kMostParts = 512;   // the most blocks of a larger sum
 
-// A block's part of the sum; of one block, `factor` times the sum over `divisor`, which may be null.
+// Writes factor * (the block's part of the sum) / *divisor.
 template <class Load, class Out>
-__global__ void __launch_bounds__(kSumThreads)
-    sum_kernel(Load load, int64_t n, double factor, const double* divisor, Out* out) {
+__global__ void __launch_bounds__(kSumThreads) sum_kernel(Load load,      // load.at(i): the i-th number, as double
+                                                          int64_t n,      // how many
+                                                          double factor,  // of the sum
+                                                          const double* divisor,  // one number; null: 1
+                                                          Out* out) {             // (blocks)
   double part = 0;
   const int64_t step = int64_t(gridDim.x) * kSumThreads;
   for (int64_t i = int64_t(blockIdx.x) * kSumThreads + threadIdx.x; i < n; i += step) part += load.at(i);
@@ -42,7 +45,7 @@ __global__ void __launch_bounds__(kSumThreads)
   if (team.leads()) out[blockIdx.x] = Out(divisor ? factor * total / *divisor : factor * total);
 }
 
-// Writes factor * sum / *divisor. `parts` has room for kMostParts numbers.
+// Writes factor * sum / *divisor to `out`. `divisor` may be null; `parts` is scratch of kMostParts numbers.
 template <class Load, class Out>
 cudaError_t sum(Load load, int64_t n, double factor, const double* divisor, Out* out, double* parts,
                 cudaStream_t stream) {

@@ -1,4 +1,4 @@
-// Numbers of every type as the type that they are computed in, one by one or 16 bytes at a time.
+// Conversions between the stored types and the types of arithmetic, of single numbers and of 16 bytes.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -11,6 +11,7 @@ namespace tlk {
 using bf16 = __nv_bfloat16;
 using f16 = __half;
 
+// The type of arithmetic on numbers stored as T.
 template <class T>
 struct ComputeOf {
   using type = float;
@@ -58,8 +59,7 @@ union alignas(16) Pack {
   TLK_DEVICE explicit Pack(uint4 v) : bits(v) {}
 };
 
-// Numbers of 16 bits two at a time: one instruction converts both, on a faster pipe than one that converts a single
-// one.
+// Rounds two numbers to 16 bits: one instruction, on a faster pipe than the one that converts a single number.
 template <class T>
 TLK_DEVICE unsigned narrow_pair(float low, float high);
 template <>
@@ -90,7 +90,7 @@ TLK_DEVICE Pack<T> narrow_pack(const Compute<T> (&v)[kLanes<T>]) {
   return pack;
 }
 
-// How many of a row's first n numbers lie before the first multiple of 16 bytes.
+// How many of the n numbers at p come before the first multiple of 16 bytes.
 template <class T>
 TLK_DEVICE int64_t head_of(const T* p, int64_t n) {
   const int64_t head = int64_t((16 - reinterpret_cast<uintptr_t>(p) % 16) % 16 / sizeof(T));

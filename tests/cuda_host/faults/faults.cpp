@@ -1,4 +1,4 @@
-// Kernels with a fault each, of which the host run has to tell. `faults NAME` runs one; NAME none has no fault.
+// Kernels with one fault each, which the host run must report. `faults NAME` runs one; `none` has no fault.
 #include <cstdio>
 #include <cstring>
 #include <stdexcept>
@@ -12,7 +12,7 @@ namespace {
 
 constexpr int kThreads = 96;
 
-// The sum of 0 ... 95 by the real reductions, in two blocks of a cluster.
+// The sum of 0 ... 95 by core/cuda/reduce.cuh, in two blocks of a cluster.
 __global__ void none(float* out) {
   Team team(kWarp, 2, shared_memory<char>());
   out[threadIdx.x] = team.reduce<Sum>(float(threadIdx.x));
@@ -121,7 +121,7 @@ __global__ void waits_without_arriving(float* out) {
   out[threadIdx.x] = 0;
 }
 
-// Only AddressSanitizer sees these.
+// Only AddressSanitizer reports these.
 __global__ void reads_past_the_end(float* out) { out[0] = out[kThreads + int(threadIdx.x)]; }
 __global__ void writes_past_shared_memory(float*) { shared_memory<float>()[1024 + threadIdx.x] = 0; }
 
@@ -155,7 +155,7 @@ const Fault kFaults[] = {
 
 }  // namespace
 
-// Prints "right", "nan", "wrong" or what the host run says.
+// Prints "right", "nan", "wrong" or the host run's error.
 int main(int count, char** names) {
   for (const Fault& fault : kFaults) {
     if (count < 2 || std::strcmp(names[1], fault.name) != 0) continue;

@@ -1,4 +1,4 @@
-// In the place of torch's header.
+// Replaces torch's header.
 #pragma once
 #include <c10/core/Device.h>
 

@@ -1,5 +1,5 @@
-// In the place of torch's header: the tensors of the host run are CPU tensors, and its ops take the place of theirs
-// only while a test wants them to (switch.h).
+// Replaces torch's header. Tensors of the host run are CPU tensors, whose ops it replaces while a test asks for it
+// (switch.h).
 #pragma once
 #include <cuda_runtime.h>
 #include <torch/library.h>
