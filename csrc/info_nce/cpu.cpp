@@ -39,7 +39,7 @@ struct Embeddings {
     });
   }
 
-  void want_gradient() { grad = empty_gradient(x).zero_(); }
+  void make_gradient() { grad = empty_gradient(x).zero_(); }
 
   // The gradient of `given`; without elements where not needed.
   Tensor gradient(const Tensor& like) const {
@@ -117,7 +117,7 @@ struct CpuInfoNceCall : InfoNce {
     mask_has_negatives = given.size(1) > columns_count;
   }
 
-  // Only equality counts, so that the ids can be numbered anew and fit into a vector's lanes.
+  // Ids are only compared, so they are replaced by small integers, which fit into a vector's lanes.
   void use_ids(const Tensor& query_ids, const Tensor& of_keys) {
     const Tensor all = at::cat({query_ids.to(at::kLong), of_keys.to(at::kLong)});
     ids_ = std::get<1>(at::_unique2(all, /*sorted=*/true, /*return_inverse=*/true));
@@ -160,8 +160,8 @@ struct CpuInfoNceCall : InfoNce {
 
   // The softmax of one row, its exponentials relative to `top`. `share_count` includes the positive.
   struct Softmax {
-    double top, others, moment, own, logit, share_count;  // own, logit: the positive's
-    double total() const { return others + own; }
+    double top, others, moment, positive, positive_logit, share_count;
+    double total() const { return others + positive; }
   };
   Softmax softmax(const Direction& d, int64_t i) const {
     if (!target) return {d.peak[i], d.sum[i], d.moment[i], 0, 0, d.set_count[i]};
@@ -174,10 +174,11 @@ struct CpuInfoNceCall : InfoNce {
     const Softmax s = softmax(d, i);
     if (set == Set::label)
       return s.share_count == 0 ? 0 : std::log(s.others) + (s.top - scale * d.set_sum[i] / s.share_count);
-    const double own = s.others <= s.own ? std::log1p(s.others / s.own) : std::log(s.total()) + (s.top - s.logit);
-    if (smoothing == 0) return own;
-    const double mean = (scale * d.set_sum[i] + s.logit) / s.share_count;
-    return own + smoothing * (s.logit - mean);
+    const double loss =
+        s.others <= s.positive ? std::log1p(s.others / s.positive) : std::log(s.total()) + (s.top - s.positive_logit);
+    if (smoothing == 0) return loss;
+    const double mean = (scale * d.set_sum[i] + s.positive_logit) / s.share_count;
+    return loss + smoothing * (s.positive_logit - mean);
   }
 
   // The loss of each row, in float64.
@@ -196,8 +197,8 @@ struct CpuInfoNceCall : InfoNce {
   // The sum or mean of the losses, and its gradient by each of them.
   std::tuple<Tensor, Tensor> reduced(bool mean) const {
     const double denominator = mean ? double(counted()) : 1;
-    return {at::full({}, sum_in_order(wide_losses()) / denominator, query.x.options()),
-            at::full({}, 1 / denominator, state.options())};
+    return {at::scalar_tensor(sum_in_order(wide_losses()) / denominator, query.x.options()),
+            at::scalar_tensor(1 / denominator, state.options())};
   }
 
   // The number of rows in the mean.
@@ -214,19 +215,19 @@ struct CpuInfoNceCall : InfoNce {
     A *top = out, *factor = top + rows_count, *share = factor + rows_count, *positive = share + rows_count;
     for (int64_t i = 0; i < rows_count; ++i) {
       const Softmax s = softmax(d, i);
-      if (set == Set::label && s.share_count == 0) {  // a top above everything: no exponential overflows
+      if (set == Set::label && s.share_count == 0) {  // a top so large that no exponential overflows
         top[i] = A(1e30), factor[i] = share[i] = positive[i] = 0;
         continue;
       }
       const double g = static_cast<const double*>(upstream.data)[i * upstream.stride] / (symmetric ? 2 : 1);
       const double of_set = set == Set::label ? 1 : set == Set::all ? smoothing : 0;
       const double each = of_set == 0 ? 0 : of_set / s.share_count;
-      const double own = target ? smoothing - each - s.others / s.total() : 0;
+      const double of_positive = target ? smoothing - each - s.others / s.total() : 0;
       top[i] = A(s.top);
       factor[i] = A(g / s.total());
       share[i] = A(g * each);
-      positive[i] = A(g * own);
-      by_scale_ += g * (s.moment / s.total() - each * d.set_sum[i] + own * d.positive[i]);
+      positive[i] = A(g * of_positive);
+      by_scale_ += g * (s.moment / s.total() - each * d.set_sum[i] + of_positive * d.positive[i]);
     }
     return {top, factor, share, positive};
   }
@@ -236,9 +237,9 @@ struct CpuInfoNceCall : InfoNce {
     Tensor wide = grad_loss.to(at::kDouble);
     const PerPosition upstream = per_position(wide);
     compute == at::kDouble ? set_slopes<double>(upstream) : set_slopes<float>(upstream);
-    if (needs[0]) query.want_gradient();
-    if (needs[1] && !paired) key.want_gradient();
-    if (needs[2] && negatives.x.defined()) negatives.want_gradient();
+    if (needs[0]) query.make_gradient();
+    if (needs[1] && !paired) key.make_gradient();
+    if (needs[2] && negatives.x.defined()) negatives.make_gradient();
     similarity->rows_grad = query.grad;
     similarity->parts.front().grad = paired ? query.grad : key.grad;
     similarity->parts.back().grad = negatives.x.defined() ? negatives.grad : similarity->parts.front().grad;
@@ -251,7 +252,7 @@ struct CpuInfoNceCall : InfoNce {
       similarity->accumulate(part, tile, scale);
     });
     return {query.gradient(query_given), key.gradient(query_given), negatives.gradient(query_given),
-            at::full({}, by_scale_, logit_scale.options())};
+            at::scalar_tensor(by_scale_, logit_scale.options())};
   }
 
  private:
