@@ -54,10 +54,10 @@ def cross_entropy(
         impl: "auto" (default), "native", "triton" or "reference".
 
     Returns:
-        The loss in the dtype of `input` (float32 under autocast): a scalar, or with `reduction="none"` one loss per
-        position. It is differentiable with respect to `input` and class probabilities, any number of times. Only
-        `impl="reference"` differentiates `weight`. If every position is ignored, the mean is NaN and the gradient 0, as
-        in PyTorch.
+        The loss, in the dtype of `input` (float32 under autocast). It is a scalar, or with `reduction="none"` one loss
+        per position. The loss is differentiable with respect to `input` and class probabilities, any number of times.
+        Only `impl="reference"` differentiates `weight`. If every position is ignored, the mean is NaN and the gradient
+        0, as in PyTorch.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.

@@ -61,9 +61,10 @@ def distillation(
         impl: "auto" (default), "native", "triton" or "reference".
 
     Returns:
-        The loss in the promoted dtype of the logits (float32 under autocast): a scalar, or with `reduction="none"` of
-        shape (...). It is differentiable with respect to both logits, any number of times. Only `impl="reference"`
-        differentiates `row_weight`. If every row is ignored, the mean is NaN and the gradient 0.
+        The loss, in the promoted dtype of the logits (float32 under autocast). It is a scalar, or with
+        `reduction="none"` of shape (...). The loss is differentiable with respect to both logits, any number of times.
+        Only `impl="reference"` differentiates `row_weight`. If every row is ignored, the mean is NaN and the gradient
+        0.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.

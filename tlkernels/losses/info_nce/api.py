@@ -41,9 +41,10 @@ def info_nce(
 
         if normalize:
             query, key, negatives = (F.normalize(x, dim=-1) for x in (query, key, negatives))
-        logits = logit_scale * query @ torch.cat([key, negatives]).T     # negatives of shape (M, D), or
-        logits = logit_scale * torch.cat([query @ key.T, (negatives @ query.unsqueeze(2)).squeeze(2)], 1)  # (N, M, D)
-        mask = F.pad(mask, (0, logits.shape[1] - mask.shape[1]))     # a mask of shape (N, K) keeps the negatives
+        logits = logit_scale * query @ torch.cat([key, negatives]).T  # negatives of shape (M, D)
+        # or, with negatives of shape (N, M, D):
+        logits = logit_scale * torch.cat([query @ key.T, (negatives @ query.unsqueeze(2)).squeeze(2)], 1)
+        mask = F.pad(mask, (0, logits.shape[1] - mask.shape[1]))  # a mask of shape (N, K) keeps all negatives
         logits = logits.masked_fill(mask & ~F.one_hot(target, logits.shape[1]).bool(), -torch.inf)
         loss = F.cross_entropy(logits, target, label_smoothing=label_smoothing, reduction=reduction)
         # symmetric: the mean of this and of the same with query and key exchanged, without negatives
@@ -74,9 +75,9 @@ def info_nce(
         impl: "auto" (default), "native", "triton" or "reference".
 
     Returns:
-        The loss in the dtype of `query` (float32 under autocast): a scalar, or with `reduction="none"` of shape (N,).
-        It is differentiable with respect to `query`, `key`, `negatives`, `temperature` and `logit_scale`, any number of
-        times.
+        The loss, in the dtype of `query` (float32 under autocast). It is a scalar, or with `reduction="none"` of shape
+        (N,). It is differentiable with respect to `query`, `key`, `negatives`, `temperature` and `logit_scale`, any
+        number of times.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.

@@ -32,9 +32,9 @@ def mse(
         impl: "auto" (default), "native", "triton" or "reference".
 
     Returns:
-        The loss in the promoted dtype (float32 under autocast): a scalar, or with `reduction="none"` one loss per
-        element. It is differentiable with respect to `input` and `target`, any number of times; only the gradients that
-        are needed are computed. Gradients of `weight`, `torch.func` and forward mode use "reference".
+        The loss, in the promoted dtype (float32 under autocast). It is a scalar, or with `reduction="none"` one loss
+        per element. It is differentiable with respect to `input` and `target`, any number of times; only the gradients
+        that are needed are computed. Gradients of `weight`, `torch.func` and forward mode use "reference".
 
     Raises:
         TypeError: an argument has the wrong type or dtype.

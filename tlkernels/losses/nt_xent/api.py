@@ -55,9 +55,9 @@ def nt_xent(
         impl: "auto" (default), "native", "triton" or "reference".
 
     Returns:
-        The loss in the dtype of `z1` (float32 under autocast): a scalar, or with `reduction="none"` of shape (2N,),
-        first views first. It is differentiable with respect to `z1`, `z2`, `temperature` and `logit_scale`, any number
-        of times.
+        The loss, in the dtype of `z1` (float32 under autocast). It is a scalar, or with `reduction="none"` of shape
+        (2N,), first views first. The loss is differentiable with respect to `z1`, `z2`, `temperature` and
+        `logit_scale`, any number of times.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.

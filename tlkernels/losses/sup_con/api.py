@@ -62,9 +62,9 @@ def sup_con(
         impl: "auto" (default), "native", "triton" or "reference".
 
     Returns:
-        The loss in the dtype of `features` (float32 under autocast): a scalar, or with `reduction="none"` of shape (N,)
-        or (batch, views). It is differentiable with respect to `features`, `temperature` and `logit_scale`, any number
-        of times.
+        The loss, in the dtype of `features` (float32 under autocast). It is a scalar, or with `reduction="none"` of
+        shape (N,) or (batch, views). The loss is differentiable with respect to `features`, `temperature` and
+        `logit_scale`, any number of times.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
