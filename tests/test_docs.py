@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
 
 import tlkernels
 
@@ -56,6 +58,31 @@ def test_links_resolve(page):
         if not target.exists() or (anchor and anchor not in anchors(target)):
             broken.append(link)
     assert not broken
+
+
+def variables():
+    """Return what the lines in the loss pages' diffs use."""
+    torch.manual_seed(0)
+    rows, classes, features = 6, 5, 4
+    labels = torch.tensor([0, 1, 0, 2, 1, 3])
+    named = {name: torch.randn(rows, features) for name in ("z1", "z2", "query", "key", "image", "text", "features")}
+    named |= {name: torch.randn(rows, classes) for name in ("logits", "student", "teacher", "prediction", "value")}
+    named |= {name: torch.randn(rows, features) for name in ("hidden", "student_hidden", "teacher_hidden")}
+    named |= {name: torch.nn.Linear(features, classes) for name in ("head", "student_head", "teacher_head")}
+    named.update(target=labels, labels=labels, scale=3.0, bias=-1.0, temperature=0.5, T=2.0, N=rows)
+    return named
+
+
+@pytest.mark.parametrize("page", sorted(ROOT.glob("docs/losses/*.md")), ids=lambda page: page.stem)
+def test_both_sides_of_a_swap_are_equal(page):
+    diff = re.search(r"^```diff\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)[1]
+    swaps = [swap.splitlines() for swap in diff.split("\n\n") if "loss = " in swap]  # others make a module
+    assert swaps
+    for swap in swaps:
+        before, after = ({"torch": torch, "F": F, "tlkernels": tlkernels, **variables()} for _ in range(2))
+        exec("\n".join(line[1:] for line in swap if line.startswith("-")), before)
+        exec("\n".join(line[1:] for line in swap if line.startswith("+")), after)
+        torch.testing.assert_close(after["loss"], before["loss"])
 
 
 def test_environment_variables_are_those_that_the_code_reads():
