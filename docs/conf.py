@@ -21,7 +21,7 @@ myst_enable_extensions = ["dollarmath", "html_image"]
 myst_fence_as_directive = ["math"]  # GitHub renders ```math too
 myst_heading_anchors = 4
 
-smartquotes = False  # "none" is a value
+smartquotes_action = "De"  # dashes and ellipses; quotation marks stay, since "none" is a value
 default_role = "code"  # docstrings put code between single backticks
 autodoc_typehints = "none"  # the signature would be longer than the page is wide; Args: names what is accepted
 autodoc_member_order = "bysource"
