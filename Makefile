@@ -13,7 +13,7 @@ BENCH_ARGS ?=
 COMPILE_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full test-sixth lint bench readme sanitize cuda-compile wheel gpu-kit gpu-run clean FORCE
+.PHONY: help setup demo test test-full test-sixth lint docs bench readme sanitize cuda-compile wheel gpu-kit gpu-run clean FORCE
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*##/\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -48,6 +48,10 @@ lint: setup  ## ruff, mypy, clang-format; changes nothing
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p tlkernels -p bench -p scripts
 	$(BIN)/clang-format --dry-run --Werror $(filter %.h %.inl %.cpp %.cu %.cuh,$(CSRC))
+
+# Source files are the README, docs, bench/*.md and the docstrings: docs/conf.py.
+docs: $(VENV)/docs  ## the documentation site, in build/docs
+	$(PY) -m sphinx -qW -c docs -d build/doctrees . build/docs
 
 bench: setup  ## speed-up and memory of every loss, written to bench/results (BENCH_ARGS=--quick)
 	$(PY) -m pytest bench --benchmark-quiet $(BENCH_ARGS)
@@ -122,15 +126,19 @@ $(VENV)/settings: FORCE | $(VENV)/created
 	@cmp -s $@.new $@ || cp $@.new $@
 
 # The extension is compiled while the other packages are installed: each keeps less than two cores busy.
-INSTALL = TLKERNELS_BUILD=0 $(PIP) install --no-build-isolation -c constraints.txt -e '.[$(EXTRAS)]'
+INSTALL = TLKERNELS_BUILD=0 $(PIP) install --no-build-isolation -c constraints.txt -e '.[$(1)]'
 $(VENV)/built: $(VENV)/base $(VENV)/settings pyproject.toml setup.py $(CSRC)
 ifeq ($(TLKERNELS_BUILD),0)
 	rm -f tlkernels/_C*.so
-	$(INSTALL)
+	$(call INSTALL,$(EXTRAS))
 else
 	@$(PY) -m csrc.prerequisites
 	@mkdir -p build; $(PY) setup.py -q build_ext --inplace >build/extension.log 2>&1 & built=$$!; \
-		$(INSTALL); installed=$$?; \
+		$(call INSTALL,$(EXTRAS)); installed=$$?; \
 		wait $$built || { cat build/extension.log >&2; exit 1; }; exit $$installed
 endif
+	@touch $@
+
+$(VENV)/docs: $(VENV)/built
+	$(call INSTALL,docs)
 	@touch $@

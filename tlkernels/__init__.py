@@ -1,6 +1,6 @@
-"""tlkernels: the loss layer of fine-tuning.
+"""PyTorch losses as hand-written kernels.
 
-PyTorch losses as hand-written kernels. Each function and module replaces the PyTorch lines that its docstring shows.
+Each function and module replaces the PyTorch lines in its docstring. `explain` says which implementation a call uses.
 """
 
 from tlkernels._core.dispatch import explain

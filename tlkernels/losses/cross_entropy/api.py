@@ -1,4 +1,4 @@
-"""Cross entropy: the public function, its form with statistics, and the module."""
+"""Cross entropy: the function, the function with statistics, and the module."""
 
 import torch
 from torch import Tensor
@@ -24,49 +24,50 @@ def cross_entropy(
     inplace_grad: bool = False,
     impl: str = "auto",
 ) -> Tensor:
-    """Cross entropy between logits and class indices or class probabilities.
+    """Compute the cross entropy between logits and class indices or class probabilities.
 
     Replaces::
 
-        x = softcap * torch.tanh(input / softcap)      # where softcap is given
+        x = softcap * torch.tanh(input / softcap)      # if softcap is given
         x = x / temperature
         loss = F.cross_entropy(x, target, weight, ignore_index=ignore_index, reduction=reduction,
                                label_smoothing=label_smoothing)
         loss = loss + z_loss * torch.logsumexp(x, 1).square()  # per position, before the reduction; 0 where ignored
 
-    Options are given by name only. Numbers may be numpy scalars or 0-d tensors, as in PyTorch.
+    Options are keyword-only. As in PyTorch, a number may also be a numpy scalar or a 0-d tensor.
 
     Args:
-        input: logits of shape (C,), (N, C) or (N, C, d1, ...), any strides; float64, float32, bfloat16 or float16.
-        target: class indices of an integer dtype and the input's shape without C, each in [0, C) or `ignore_index`; or
-            probabilities of a floating dtype and the input's shape.
-        weight: a factor for each class, shape (C,).
-        ignore_index: the class index whose positions count neither in the loss nor in the mean. Their gradient is 0
-            whatever the logits are; in PyTorch it is NaN where they are not finite.
-        reduction: "mean" divides the sum by the number of positions that count, or with `weight` and class indices by
-            the weights of their targets; "sum"; "none" keeps a loss per position.
-        label_smoothing: in [0, 1], the share of the uniform distribution in the target.
+        input: logits of shape (C,), (N, C) or (N, C, d1, ...), with any strides; float64, float32, bfloat16 or float16.
+        target: class indices of any integer dtype, of the shape of `input` without C, each in [0, C) or equal to
+            `ignore_index`; or class probabilities of a floating dtype and the shape of `input`.
+        weight: a factor for each class, of shape (C,).
+        ignore_index: the class index to ignore. Ignored positions count neither in the loss nor in the mean. Their
+            gradient is 0 even if their logits are not finite, where PyTorch gives NaN.
+        reduction: "none", "mean" or "sum". "mean" divides by the number of positions that are not ignored; with
+            `weight` and class indices, by the sum of their weights.
+        label_smoothing: in [0, 1]; the share of the uniform distribution in the target.
         temperature: above 0; divides the logits.
-        softcap: above 0; bounds the logits to (-softcap, softcap) smoothly, before the temperature (Gemma 2, 2024).
-        z_loss: at least 0; factor of the squared log-partition, which keeps it near 0 (PaLM, 2022, section 5).
-        inplace_grad: let the backward write the gradient over `input`, which saves the memory of a gradient. `input`
-            must not be a leaf. After the backward it cannot be read any more: that raises, and so does a second
-            backward.
-        impl: "auto", or "native", "triton", "reference".
+        softcap: above 0; bounds the logits smoothly to (-softcap, softcap), before `temperature` (Gemma 2, 2024).
+        z_loss: at least 0; the factor of the squared log-sum-exp, which this term keeps near 0 (PaLM, 2022, section 5).
+        inplace_grad: whether the backward writes the gradient over `input`, with only O(N) extra memory. `input` must
+            not be a leaf. After the backward, reading `input` raises, and so does a second backward.
+        impl: "auto" (default), "native", "triton" or "reference".
 
     Returns:
-        The loss in the input's dtype (under autocast float32): 0-d, or with "none" of the input's shape without C. It
-        is differentiable by `input` and by probabilities, twice and more. With no position that counts, the mean is NaN
-        and the gradient 0, as in PyTorch. A gradient of `weight` is PyTorch's business (`impl="reference"`).
+        The loss, in the dtype of `input` (float32 under autocast). It is a scalar, or with `reduction="none"` one loss
+        per position. The loss is differentiable with respect to `input` and class probabilities, any number of times.
+        Only `impl="reference"` differentiates `weight`. If every position is ignored, the mean is NaN and the gradient
+        0, as in PyTorch.
 
     Raises:
-        TypeError, ValueError: an argument of a wrong kind, shape or value.
-        IndexError: a class index out of range.
-        NotImplementedError: `impl` cannot serve this call; the message has every reason.
-        RuntimeError: misuse of a tensor that `inplace_grad` has overwritten.
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: an argument has the wrong shape, or a value out of its range.
+        IndexError: a class index is out of range; on a GPU only with `TLKERNELS_CHECK=1`, otherwise its row is NaN.
+        NotImplementedError: `impl` cannot serve this call; the message gives the reasons.
+        RuntimeError: a tensor that `inplace_grad` has overwritten is used.
 
-    Source: Szegedy et al. 2016 (arXiv 1512.00567) for label smoothing; `tlkernels/losses/cross_entropy/second_order.py`
-    has the formulas of the gradients.
+    Source: Szegedy et al. 2016 (arXiv 1512.00567) for label smoothing. The formulas of the gradients are in
+    `tlkernels/losses/cross_entropy/second_order.py`.
     """
     options = plain_options(weight, ignore_index, label_smoothing, temperature, softcap, z_loss)
     call = check(Call(input, target, options, reduction, flag("inplace_grad", inplace_grad), stats=False))
@@ -88,13 +89,21 @@ def cross_entropy_stats(
     inplace_grad: bool = False,
     impl: str = "auto",
 ) -> CrossEntropyOutput:
-    """Cross entropy with what training watches, from the same sweep over the logits.
+    """Compute the cross entropy and, in the same pass over the logits, statistics for monitoring.
 
-    Arguments, loss and errors are those of `cross_entropy`. The statistics, one per position:
+    Arguments, loss and errors are those of `cross_entropy`.
 
-        lse = torch.logsumexp(x, 1)                                              # differentiable
-        entropy = torch.distributions.Categorical(logits=x).entropy()           # classes along axis 1
-        correct = (input.argmax(1) == target) & (target != ignore_index)         # or == target.argmax(1)
+    Replaces::
+
+        loss = tlkernels.cross_entropy(input, target, ...)
+        x = ...                                                           # the logits after softcap and temperature
+        lse = torch.logsumexp(x, 1)
+        entropy = torch.distributions.Categorical(logits=x).entropy()     # with the classes in the last dimension
+        correct = (input.argmax(1) == target) & (target != ignore_index)  # class probabilities: == target.argmax(1)
+
+    Returns:
+        A `CrossEntropyOutput` (loss, lse, entropy, correct). The statistics have one value per position, and `lse` is
+        differentiable.
     """
     options = plain_options(weight, ignore_index, label_smoothing, temperature, softcap, z_loss)
     call = check(Call(input, target, options, reduction, flag("inplace_grad", inplace_grad), stats=True))
@@ -103,11 +112,13 @@ def cross_entropy_stats(
 
 
 class CrossEntropyLoss(LossModule, torch.nn.CrossEntropyLoss, function=cross_entropy):
-    """`cross_entropy` as a module: takes the place of `torch.nn.CrossEntropyLoss`, of which it is an instance.
+    """`cross_entropy` as a module. It replaces, and is an instance of, `torch.nn.CrossEntropyLoss`.
 
-    The arguments are those of `cross_entropy`, by position in PyTorch's order. Each is an attribute of that name, which
-    can be set at any time; `weight` is a buffer, as in PyTorch. The deprecated `size_average` and `reduce` must be
-    None; a value raises TypeError.
+    The arguments are those of `cross_entropy`, at PyTorch's positions. Each is an attribute that can be set at any
+    time; `weight` is a buffer, as in PyTorch. The deprecated `size_average` and `reduce` must be None.
+
+    Shape:
+        As in `cross_entropy`: `input` (C,), (N, C) or (N, C, d1, ...); `target` without C, or as `input`.
     """
 
     def __init__(

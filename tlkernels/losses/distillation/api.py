@@ -1,4 +1,4 @@
-"""Distillation: the public function and the module."""
+"""Distillation: the function and the module."""
 
 from torch import Tensor
 from torch.nn.modules.loss import _Loss
@@ -24,7 +24,7 @@ def distillation(
     reduction: str = "mean",
     impl: str = "auto",
 ) -> Tensor:
-    """Divergence between a teacher's and a student's softmax, and cross entropy with class indices, row by row.
+    """Compute the divergence between a teacher's and a student's softmax, plus a share of cross entropy.
 
     Replaces::
 
@@ -41,37 +41,39 @@ def distillation(
                                ignore_index=ignore_index, label_smoothing=label_smoothing).view(target.shape)
         rows = (1 - hard_weight) * temperature**2 * divergence + hard_weight * hard
         rows = (rows * row_weight).masked_fill(target == ignore_index, 0)
-        loss = rows.sum() / (target != ignore_index).sum()             # or over all rows, without target
+        loss = rows.sum() / (target != ignore_index).sum()             # without target: over all rows
 
     Args:
-        student_logits: shape (C,) or (..., C), any strides; float64, float32, bfloat16 or float16.
-        teacher_logits: of the student's shape; where its dtype differs, torch's promotion is what they share.
-        target: class indices of an integer dtype and shape (...), each in [0, C) or `ignore_index`. Without
-            `hard_weight` it only says which rows count.
+        student_logits: shape (C,) or (..., C), with any strides; float64, float32, bfloat16 or float16.
+        teacher_logits: the shape of `student_logits`. Different dtypes are promoted as in PyTorch.
+        target: class indices of any integer dtype and shape (...), each in [0, C) or equal to `ignore_index`. If
+            `hard_weight` is 0, it only says which rows are ignored.
         temperature: above 0; divides the logits of the divergence, not those of the cross entropy.
         divergence: "forward_kl", "reverse_kl", "js" (Jensen-Shannon, generalised by `beta`) or "tv" (total variation).
-        beta: above 0 and below 1, the teacher's share in the mixture of "js".
-        hard_weight: in [0, 1], the share of the cross entropy.
-        ignore_index: the class index whose rows count in no part of the loss and not in the mean. Their gradient is 0
-            whatever the logits are.
-        row_weight: a factor for each row, shape (...); the mean divides by the number of rows all the same.
-        label_smoothing: in [0, 1], the share of the uniform distribution in the cross entropy's target.
-        reduction: "mean", or "batchmean" for the same, divides the sum by the number of rows that count; "sum"; "none"
-            keeps a loss per row.
-        impl: "auto", or "native", "triton", "reference".
+        beta: above 0 and below 1; the teacher's share in the mixture of "js".
+        hard_weight: in [0, 1]; the share of the cross entropy. Above 0 it requires `target`.
+        ignore_index: the class index to ignore. Ignored rows count neither in the loss nor in the mean. Their gradient
+            is 0 even if their logits are not finite.
+        row_weight: a factor for each row, of shape (...). The mean still divides by the number of rows.
+        label_smoothing: in [0, 1]; the share of the uniform distribution in the target of the cross entropy.
+        reduction: "none", "mean", "batchmean" or "sum". "mean" and "batchmean" are the same: both divide by the number
+            of rows that are not ignored.
+        impl: "auto" (default), "native", "triton" or "reference".
 
     Returns:
-        The loss in the dtype to which torch promotes the logits' (under autocast float32): 0-d, or with "none" of shape
-        (...). It is differentiable by both logits, twice and more. With no row that counts, the mean is NaN and the
-        gradient 0. A gradient of `row_weight` is the reference's business.
+        The loss, in the promoted dtype of the logits (float32 under autocast). It is a scalar, or with
+        `reduction="none"` of shape (...). The loss is differentiable with respect to both logits, any number of times.
+        Only `impl="reference"` differentiates `row_weight`. If every row is ignored, the mean is NaN and the gradient
+        0.
 
     Raises:
-        TypeError, ValueError: an argument of a wrong kind, shape or value.
-        IndexError: a class index out of range.
-        NotImplementedError: `impl` cannot serve this call; the message has every reason.
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: an argument has the wrong shape, or a value out of its range.
+        IndexError: a class index is out of range; on a GPU only with `TLKERNELS_CHECK=1`, otherwise its row is NaN.
+        NotImplementedError: `impl` cannot serve this call; the message gives the reasons.
 
-    Source: Hinton et al. 2015 (arXiv 1503.02531) for the temperature and its square; Agarwal et al. 2024
-    (arXiv 2306.13649) for the generalised Jensen-Shannon divergence.
+    Source: Hinton et al. 2015 (arXiv 1503.02531) for the temperature and its square; Agarwal et al. 2024 (arXiv
+    2306.13649) for the generalised Jensen-Shannon divergence.
     """
     options = plain_options(
         target, row_weight, temperature, divergence, beta, hard_weight, ignore_index, label_smoothing
@@ -82,9 +84,12 @@ def distillation(
 
 
 class DistillationLoss(LossModule, _Loss, function=distillation):
-    """`distillation` as a module: the options are the constructor's, the tensors `forward`'s.
+    """`distillation` as a module: the constructor takes the options, `forward` the tensors.
 
-    Each option is an attribute, which can be set at any time.
+    Each option is an attribute that can be set at any time.
+
+    Shape:
+        Logits (C,) or (..., C); `target` and `row_weight` (...).
     """
 
     def __init__(

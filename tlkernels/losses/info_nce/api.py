@@ -1,4 +1,4 @@
-"""InfoNCE: the public function and the module."""
+"""InfoNCE: the function and the module."""
 
 import math
 from typing import Any
@@ -35,50 +35,55 @@ def info_nce(
     group: Any = None,
     impl: str = "auto",
 ) -> Tensor:
-    """Cross entropy of a query's similarities to the keys, one of which is its own; no N x K matrix is held.
+    """Compute the cross entropy of each query's similarities to all keys, without storing the N x K matrix.
 
     Replaces::
 
         if normalize:
             query, key, negatives = (F.normalize(x, dim=-1) for x in (query, key, negatives))
-        logits = logit_scale * query @ torch.cat([key, negatives]).T     # negatives of shape (M, D), or
-        logits = logit_scale * torch.cat([query @ key.T, (negatives @ query.unsqueeze(2)).squeeze(2)], 1)  # (N, M, D)
-        mask = F.pad(mask, (0, logits.shape[1] - mask.shape[1]))     # (N, K) leaves negatives in
+        logits = logit_scale * query @ torch.cat([key, negatives]).T  # negatives of shape (M, D)
+        # or, with negatives of shape (N, M, D):
+        logits = logit_scale * torch.cat([query @ key.T, (negatives @ query.unsqueeze(2)).squeeze(2)], 1)
+        mask = F.pad(mask, (0, logits.shape[1] - mask.shape[1]))  # a mask of shape (N, K) keeps all negatives
         logits = logits.masked_fill(mask & ~F.one_hot(target, logits.shape[1]).bool(), -torch.inf)
         loss = F.cross_entropy(logits, target, label_smoothing=label_smoothing, reduction=reduction)
-        # symmetric: the mean of this and of the same with the roles of query and key exchanged, without negatives
+        # symmetric: the mean of this and of the same with query and key exchanged, without negatives
 
     Args:
-        query: shape (N, D), any strides; float64, float32, bfloat16 or float16.
-        key: shape (K, D), of the query's dtype.
-        target: the positive of each query, integers of shape (N,): columns of `logits`. By default 0 ... N - 1.
-        temperature: above 0; divides the similarities. A number, or a tensor of shape () or (1,), which gets its
+        query: shape (N, D), with any strides; float64, float32, bfloat16 or float16.
+        key: shape (K, D) and the dtype of `query`.
+        target: the positive of each query: a column of `logits`, of any integer dtype and shape (N,). The default is
+            `arange(N)`.
+        temperature: above 0; divides the similarities. A number, or a tensor of shape () or (1,) that may require a
             gradient.
-        logit_scale: multiplies them; 1 / temperature, so that only one of the two can be given, or none for 1.
-        negatives: more keys, shape (M, D), or (N, M, D) where each query has its own.
-        mask: False negatives to leave out of the softmax: bool, True where out, of shape (N, K), or (N, K + M) to cover
-            `negatives` too; or integer ids (query_ids, key_ids) of shapes (N,) and (K,), out where equal, which cover
-            `key` alone. The positive is never out.
-        symmetric: also classify each key among the queries, and take the mean of both losses row by row (CLIP). Needs
-            K = N and the default target; `negatives` and their part in label smoothing are in query -> key alone.
-        normalize: divide all embeddings by their 2-norm, as `F.normalize` does.
-        label_smoothing: in [0, 1], the share of the uniform distribution over the classes that `mask` leaves.
-        reduction: "mean" and "sum" over the queries; "none".
-        group: a torch.distributed process group, every rank of which calls this with tensors of equal shapes. `key` and
-            negatives of shape (M, D) of all ranks take part, in the order of ranks; `target` and the columns of a bool
-            `mask` count them all, first the keys and then the negatives. The mean over ranks of the loss is the loss of
-            the whole batch on one process (`reduction="sum"`: this rank's sum times the number of ranks), and so is the
-            mean of every parameter's gradient, which data-parallel training takes (tlkernels/_core/group.py).
-        impl: "auto", or "native", "triton", "reference".
+        logit_scale: 1 / temperature; multiplies the similarities. Give at most one of the two; the default is 1.
+        negatives: more keys: of shape (M, D) for all queries, or of shape (N, M, D) with M keys for each query.
+        mask: keys to leave out of the softmax, known false negatives: a bool tensor (True = leave out) of shape (N, K),
+            or (N, K + M) to cover `negatives` too; or integer ids (query_ids, key_ids) of shapes (N,) and (K,), which
+            leave out the keys whose id is the query's. The positive is never left out.
+        symmetric: whether to classify each key among the queries as well, and take the mean of both losses row by row
+            (CLIP). It requires K = N and the default target; `negatives` take part in query -> key only.
+        normalize: whether to divide all embeddings by their 2-norm, as `F.normalize` does.
+        label_smoothing: in [0, 1]; the share of the uniform distribution in the target, over the keys that are not
+            masked.
+        reduction: "none", "mean" or "sum", over the queries.
+        group: a torch.distributed process group over which the batch is split; every rank must pass tensors of equal
+            shapes. `key` and `negatives` of shape (M, D) of all ranks take part, in the order of ranks; `target` and
+            the columns of a bool `mask` count all keys first and then all negatives. Averaged over the ranks, the loss
+            and the gradients of the parameters (as data-parallel training averages them) are those of the whole batch
+            on one process. For this, `reduction="sum"` multiplies by the number of ranks.
+        impl: "auto" (default), "native", "triton" or "reference".
 
     Returns:
-        The loss in the query's dtype (under autocast float32): 0-d, or with "none" of shape (N,). Differentiable by
-        `query`, `key`, `negatives` and the temperature or scale, twice and more.
+        The loss, in the dtype of `query` (float32 under autocast). It is a scalar, or with `reduction="none"` of shape
+        (N,). It is differentiable with respect to `query`, `key`, `negatives`, `temperature` and `logit_scale`, any
+        number of times.
 
     Raises:
-        TypeError, ValueError: an argument of a wrong kind, shape or value.
-        IndexError: a target out of range.
-        NotImplementedError: `impl` cannot serve this call; the message has every reason.
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: an argument has the wrong shape, or a value out of its range.
+        IndexError: a target is out of range; on a GPU only with `TLKERNELS_CHECK=1`, otherwise its row is NaN.
+        NotImplementedError: `impl` cannot serve this call; the message gives the reasons.
 
     Source: van den Oord et al. 2018 (arXiv 1807.03748), equation 4; Radford et al. 2021 (arXiv 2103.00020), figure 3,
     for the symmetric form.
@@ -130,17 +135,20 @@ def _over_ranks(implementation: Implementation, call: Call, group: Any) -> Tenso
 
 
 class InfoNCELoss(LossModule, _Loss, function=info_nce):
-    """`info_nce` as a module, if wanted with a learnable scale.
+    """`info_nce` as a module, optionally with a learnable scale.
 
     Args:
-        learnable: own a parameter `log_logit_scale`, whose exponential is the logit scale; then neither `temperature`
-            nor `logit_scale` can be given. It cannot be set afterwards.
-        init_temperature: the parameter starts at log(1 / init_temperature); `reset_parameters()` sets it back.
-        max_scale: each forward first brings a parameter above log(max_scale) back to it, as CLIP does.
+        learnable: whether the module has a parameter `log_logit_scale`, the logarithm of the scale. Then neither
+            `temperature` nor `logit_scale` can be given. It cannot be changed later.
+        init_temperature: the parameter starts at log(1 / init_temperature); `reset_parameters()` restores it.
+        max_scale: each forward first clamps the parameter to at most log(max_scale), as CLIP does.
 
-    The others are those of `info_nce`. All are attributes; all except `learnable` can be set at any time. A
-    `Parameter` given as `temperature` or `logit_scale` becomes the module's own and is trained. A copy of the module
-    shares `group`; a pickle finds the group of the same ranks where it is loaded.
+    The other arguments are those of `info_nce`. Each is an attribute; all but `learnable` can be set at any time. A
+    `Parameter` given as `temperature` or `logit_scale` becomes a parameter of the module. A copy of the module shares
+    `group`; a pickled module looks for the group of the same ranks when it is loaded.
+
+    Shape:
+        `query` (N, D); `key` (K, D); `target` (N,); `negatives` (M, D) or (N, M, D).
     """
 
     def __init__(
@@ -203,7 +211,7 @@ class InfoNCELoss(LossModule, _Loss, function=info_nce):
             TypeError, ValueError: `max_scale` is not a number above 0, or the scale is given in another way as well.
         """
         if self.temperature is not None or self.logit_scale is not None:
-            raise ValueError("learnable: expected neither temperature nor logit_scale beside it; see init_temperature")
+            raise ValueError("learnable: expected neither temperature nor logit_scale with it; use init_temperature")
         return _log("max_scale", self.max_scale)
 
 

@@ -1,4 +1,4 @@
-"""Linear cross entropy: the public function, its form with statistics, and the module."""
+"""Linear cross entropy: the function, the function with statistics, and the module."""
 
 from typing import Any
 
@@ -28,47 +28,49 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     impl: str = "auto",
 ) -> Tensor:
-    """Cross entropy between a linear layer's output and class indices or probabilities, without holding the logits.
+    """Compute the cross entropy of a linear layer's output, without storing all logits.
 
-    Replaces, for an input of rows::
+    Replaces::
 
         logits = F.linear(input, linear_weight, linear_bias)
-        loss = tlk.cross_entropy(logits, target, weight, ...)     # or F.cross_entropy; the same options
+        loss = tlkernels.cross_entropy(logits, target, weight, ...)     # the same options
 
-    The logits exist in chunks of rows (about 128 MB on a CPU; on a GPU 256 MiB, or in the memory that the gradient of
-    `linear_weight` is going to take), and so do their gradients; or on a GPU with small hidden sizes never.
+    The logits and their gradients exist for a chunk of rows at a time. A chunk has about 128 MB on a CPU and 256 MiB on
+    a GPU; on a GPU it may also use the memory of the gradient of `linear_weight`. With small hidden sizes a GPU stores
+    no logits at all.
 
     Args:
-        input: shape (D,), or (..., D) of rows; float64, float32, bfloat16 or float16.
-        linear_weight: shape (C, D), in the input's dtype; `torch.nn.Linear.weight`.
-        target: class indices of an integer dtype and the input's shape without D, each in [0, C) or `ignore_index`; or
-            probabilities of a floating dtype and shape (C,) or (..., C).
-        linear_bias: shape (C,), in the input's dtype.
-        weight: a factor for each class, shape (C,).
-        ignore_index: the class index whose rows count neither in the loss nor in the mean. They have no part in any
-            gradient whatever `input` is there; in PyTorch gradients are NaN where it is not finite.
-        reduction: "mean" divides the sum by the number of rows that count, or with `weight` and class indices by the
-            weights of their targets; "sum"; "none" keeps a loss per row.
-        label_smoothing: in [0, 1], the share of the uniform distribution in the target.
+        input: features of shape (D,) or (..., D); float64, float32, bfloat16 or float16.
+        linear_weight: shape (C, D) and the dtype of `input`, as `torch.nn.Linear.weight`.
+        target: class indices of any integer dtype, of the shape of `input` without D, each in [0, C) or equal to
+            `ignore_index`; or class probabilities of a floating dtype and shape (C,) or (..., C).
+        linear_bias: shape (C,) and the dtype of `input`.
+        weight: a factor for each class, of shape (C,).
+        ignore_index: the class index to ignore. Ignored rows count neither in the loss nor in the mean. They add
+            nothing to any gradient even if their features are not finite, where PyTorch gives NaN.
+        reduction: "none", "mean" or "sum". "mean" divides by the number of rows that are not ignored; with `weight` and
+            class indices, by the sum of their weights.
+        label_smoothing: in [0, 1]; the share of the uniform distribution in the target.
         temperature: above 0; divides the logits.
-        softcap: above 0; bounds the logits to (-softcap, softcap) smoothly, before the temperature (Gemma 2, 2024).
-        z_loss: at least 0; factor of the squared log-partition, which keeps it near 0 (PaLM, 2022, section 5).
-        impl: "auto", or "native", "triton", "reference".
+        softcap: above 0; bounds the logits smoothly to (-softcap, softcap), before `temperature` (Gemma 2, 2024).
+        z_loss: at least 0; the factor of the squared log-sum-exp, which this term keeps near 0 (PaLM, 2022, section 5).
+        impl: "auto" (default), "native", "triton" or "reference".
 
     Returns:
-        The loss in the input's dtype (under autocast float32): 0-d, or with "none" of the input's shape without D. It
-        is differentiable by `input`, `linear_weight` and `linear_bias`, twice and more; only the gradients that are
-        needed are computed. Native computes a reduced loss's gradients along with it; for "none" and float16 it makes
-        the logits again in the backward. Second derivatives, torch.func, forward mode and gradients of `weight` and of
-        probabilities go through the reference, which holds all logits. With no row that counts, the mean is NaN and the
-        gradients are 0, as in PyTorch.
+        The loss, in the dtype of `input` (float32 under autocast). It is a scalar, or with `reduction="none"` one loss
+        per row. The loss is differentiable with respect to `input`, `linear_weight` and `linear_bias`, any number of
+        times; only the gradients that are needed are computed. "native" computes the gradients of a reduced loss
+        together with the loss; for "none" and float16 it computes the logits again in the backward. Second derivatives,
+        `torch.func`, forward mode and gradients of `weight` and of class probabilities use "reference", which stores
+        all logits. If every row is ignored, the mean is NaN and the gradients are 0, as in PyTorch.
 
     Raises:
-        TypeError, ValueError: an argument of a wrong kind, shape or value.
-        IndexError: a class index out of range.
-        NotImplementedError: `impl` cannot serve this call; the message has every reason.
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: an argument has the wrong shape, or a value out of its range.
+        IndexError: a class index is out of range; on a GPU only with `TLKERNELS_CHECK=1`, otherwise its row is NaN.
+        NotImplementedError: `impl` cannot serve this call; the message gives the reasons.
 
-    Source: as of `tlkernels.cross_entropy`; the gradients of the layer are those of its three matrix products.
+    Source: see `cross_entropy`; the gradients of the layer are those of its matrix products.
     """
     options = plain_options(weight, ignore_index, label_smoothing, temperature, softcap, z_loss)
     call = check(Call(input, linear_weight, linear_bias, target, options, reduction, stats=False))
@@ -91,11 +93,18 @@ def linear_cross_entropy_stats(
     z_loss: float = 0.0,
     impl: str = "auto",
 ) -> CrossEntropyOutput:
-    """Linear cross entropy with what training watches, from the same sweep.
+    """Compute the linear cross entropy and, in the same pass, statistics for monitoring.
 
-    Arguments, loss and errors are those of `linear_cross_entropy`. The statistics are those of `cross_entropy_stats`
-    for the logits, one per row: `lse`, which is differentiable, `entropy` and `correct`. The backward makes the logits
-    again.
+    Arguments, loss and errors are those of `linear_cross_entropy`.
+
+    Replaces::
+
+        logits = F.linear(input, linear_weight, linear_bias)
+        output = tlkernels.cross_entropy_stats(logits, target, weight, ...)     # the same options
+
+    Returns:
+        A `CrossEntropyOutput` (loss, lse, entropy, correct). The statistics have one value per row, and `lse` is
+        differentiable. The backward computes the logits again.
     """
     options = plain_options(weight, ignore_index, label_smoothing, temperature, softcap, z_loss)
     call = check(Call(input, linear_weight, linear_bias, target, options, reduction, stats=True))
@@ -107,12 +116,22 @@ _TorchLinearCrossEntropyLoss: Any = getattr(torch.nn, "LinearCrossEntropyLoss", 
 
 
 class LinearCrossEntropyLoss(LossModule, _TorchLinearCrossEntropyLoss, function=linear_cross_entropy):  # type: ignore[misc]
-    """`linear_cross_entropy` as a module, which owns the layer: takes the place of `torch.nn.LinearCrossEntropyLoss`.
+    """`linear_cross_entropy` as a module that owns the layer. It replaces `torch.nn.LinearCrossEntropyLoss`.
 
-    It is an instance of that class where PyTorch has it. The arguments are `in_features`, `num_classes`, `bias`,
-    `device` and `dtype` of the layer, `linear`, and those of `linear_cross_entropy`, which are attributes that can be
-    set at any time; `weight` is a buffer, as in PyTorch. Of PyTorch's arguments `out_features` (a loss for each of
-    several layers) and `options` (how to make chunks) are not taken.
+    It is an instance of that class if PyTorch has it. The layer is the submodule `linear`.
+
+    Args:
+        in_features: size of the features, D.
+        num_classes: number of classes, C.
+        bias: whether the layer has a bias.
+        device: the device of the layer's parameters.
+        dtype: the dtype of the layer's parameters.
+
+    The other arguments are those of `linear_cross_entropy`. Each is an attribute that can be set at any time; `weight`
+    is a buffer, as in PyTorch. PyTorch's `out_features` and `options` are not supported.
+
+    Shape:
+        `input` (D,) or (..., D); `target` without D, or class probabilities of shape (C,) or (..., C).
     """
 
     def __init__(

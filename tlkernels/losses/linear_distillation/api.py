@@ -1,4 +1,4 @@
-"""Linear distillation: the public function and the module."""
+"""Linear distillation: the function and the module."""
 
 from torch import Tensor
 from torch.nn.modules.loss import _Loss
@@ -29,44 +29,48 @@ def linear_distillation(
     reduction: str = "mean",
     impl: str = "auto",
 ) -> Tensor:
-    """Distillation from features: neither logits tensor is held whole.
+    """Compute the distillation loss of two linear layers' outputs, without storing all logits.
 
     Replaces::
 
         student_logits = F.linear(student_input, student_weight, student_bias)
         teacher_logits = F.linear(teacher_input, teacher_weight, teacher_bias)
-        loss = distillation(student_logits, teacher_logits, target, ...)         # the same options
+        loss = tlkernels.distillation(student_logits, teacher_logits, target, ...)     # the same options
 
     Args:
         student_input: features of shape (H,) or (..., H); float64, float32, bfloat16 or float16.
-        student_weight: shape (C, H), in the dtype of `student_input`.
-        teacher_input: shape (H',) or (..., H'), of as many rows; the hidden sizes and the dtypes of the two layers may
-            differ.
-        teacher_weight: shape (C, H'), in the dtype of `teacher_input`.
-        target: as in `distillation`, like the options that follow.
+        student_weight: shape (C, H) and the dtype of `student_input`.
+        teacher_input: features of shape (H',) or (..., H'), with the same leading dimensions. The hidden sizes and the
+            dtypes of the two layers may differ.
+        teacher_weight: shape (C, H') and the dtype of `teacher_input`.
+        target: class indices of any integer dtype and shape (...), each in [0, C) or equal to `ignore_index`. If
+            `hard_weight` is 0, it only says which rows are ignored.
         student_bias: shape (C,).
         teacher_bias: shape (C,).
-        temperature: above 0.
-        divergence: "forward_kl", "reverse_kl", "js" or "tv".
-        beta: above 0 and below 1.
-        hard_weight: in [0, 1].
-        ignore_index: the class index whose rows do not count. They have no part in any gradient whatever the inputs are
-            there.
-        row_weight: a factor for each row, shape (...).
-        label_smoothing: in [0, 1].
-        reduction: "mean", "batchmean", "sum" or "none".
-        impl: "auto", or "native", "triton", "reference". `reference` holds the logits.
+        temperature: above 0; divides the logits of the divergence, not those of the cross entropy.
+        divergence: "forward_kl", "reverse_kl", "js" (Jensen-Shannon, generalised by `beta`) or "tv" (total variation).
+        beta: above 0 and below 1; the teacher's share in the mixture of "js".
+        hard_weight: in [0, 1]; the share of the cross entropy. Above 0 it requires `target`.
+        ignore_index: the class index to ignore. Ignored rows count neither in the loss nor in the mean. They add
+            nothing to any gradient even if their features are not finite.
+        row_weight: a factor for each row, of shape (...). The mean still divides by the number of rows.
+        label_smoothing: in [0, 1]; the share of the uniform distribution in the target of the cross entropy.
+        reduction: "none", "mean", "batchmean" or "sum". "mean" and "batchmean" are the same: both divide by the number
+            of rows that are not ignored.
+        impl: "auto" (default), "native", "triton" or "reference". "reference" stores all logits.
 
     Returns:
-        The loss as of `distillation`. It is differentiable by all six tensors of the layers, twice and more; the
-        gradients that nobody needs are not computed. Sums over rows of a 16-bit weight's gradient are in float32.
+        The loss as in `distillation`. It is differentiable with respect to the six tensors of the layers, any number of
+        times; only the gradients that are needed are computed. The gradient of a 16-bit weight is summed over rows in
+        float32. Only `impl="reference"` differentiates `row_weight`.
 
     Raises:
-        TypeError, ValueError: an argument of a wrong kind, shape or value.
-        IndexError: a class index out of range.
-        NotImplementedError: `impl` cannot serve this call; the message has every reason.
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: an argument has the wrong shape, or a value out of its range.
+        IndexError: a class index is out of range; on a GPU only with `TLKERNELS_CHECK=1`, otherwise its row is NaN.
+        NotImplementedError: `impl` cannot serve this call; the message gives the reasons.
 
-    Source: as `distillation`.
+    Source: see `distillation`.
     """
     layers = Layers(student_input, student_weight, student_bias, teacher_input, teacher_weight, teacher_bias)
     options = plain_options(
@@ -78,9 +82,12 @@ def linear_distillation(
 
 
 class LinearDistillationLoss(LossModule, _Loss, function=linear_distillation):
-    """`linear_distillation` as a module: the options are the constructor's, the tensors `forward`'s.
+    """`linear_distillation` as a module: the constructor takes the options, `forward` the tensors.
 
-    Each option is an attribute, which can be set at any time.
+    Each option is an attribute that can be set at any time.
+
+    Shape:
+        Features (..., H) and (..., H'); weights (C, H) and (C, H'); `target` and `row_weight` (...).
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Mean squared error and its root: the public functions and the modules."""
+"""Mean squared error and its root: the functions and the modules."""
 
 import torch
 from torch import Tensor
@@ -14,31 +14,32 @@ from tlkernels.losses.mse.ops import IMPLEMENTATIONS
 def mse(
     input: Tensor, target: Tensor, *, weight: Tensor | None = None, reduction: str = "mean", impl: str = "auto"
 ) -> Tensor:
-    """Mean squared error, optionally weighted.
+    """Compute the mean squared error, optionally weighted.
 
     Replaces::
 
         loss = F.mse_loss(input, target, reduction=reduction, weight=weight)
 
-    Options are given by name only.
+    Options are keyword-only.
 
     Args:
-        input: any shape and strides; float64, float32, bfloat16 or float16 (or integers, beside a floating target).
-        target: the same shape, or one that broadcasts with it, which warns as PyTorch does. Different dtypes are
+        input: any shape and strides; float64, float32, bfloat16 or float16, or an integer dtype if `target` is
+            floating.
+        target: the shape of `input`, or one that broadcasts with it, which warns as in PyTorch. Different dtypes are
             promoted.
-        weight: a factor for each squared error, of the input's shape.
-        reduction: "mean" divides the sum by the number of squared errors, or by the sum of the weights; "sum"; "none"
-            keeps them all.
-        impl: "auto", or "native", "triton", "reference".
+        weight: a factor for each squared error, of the shape of `input`.
+        reduction: "none", "mean" or "sum". "mean" divides by the number of squared errors, or by the sum of `weight`.
+        impl: "auto" (default), "native", "triton" or "reference".
 
     Returns:
-        The loss in the common dtype (under autocast float32). It is differentiable by `input` and `target`, twice and
-        more; only the gradients that are needed are computed. A gradient of `weight`, torch.func and forward mode go
-        through the reference.
+        The loss, in the promoted dtype (float32 under autocast). It is a scalar, or with `reduction="none"` one loss
+        per element. It is differentiable with respect to `input` and `target`, any number of times; only the gradients
+        that are needed are computed. Gradients of `weight`, `torch.func` and forward mode use "reference".
 
     Raises:
-        TypeError, ValueError: an argument of a wrong kind, shape or value.
-        NotImplementedError: `impl` cannot serve this call; the message has every reason.
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: an argument has the wrong shape, or a value out of its range.
+        NotImplementedError: `impl` cannot serve this call; the message gives the reasons.
     """
     call = check(Call(input, target, weight, reduction, None))
     loss: Tensor = resolve("mse", IMPLEMENTATIONS, call, impl).run(call)
@@ -54,18 +55,28 @@ def rmse(
     eps: float = 0.0,
     impl: str = "auto",
 ) -> Tensor:
-    """Root of the mean squared error.
+    """Compute the root of the mean squared error, optionally weighted.
 
     Replaces::
 
         loss = torch.sqrt(F.mse_loss(input, target, reduction=reduction, weight=weight) + eps)
 
     Args:
-        input, target, weight, reduction, impl: as of `mse`; the root is taken after the reduction.
-        eps: at least 0. Where the error is 0, the gradient is 0 with an eps above 0, and NaN (infinity times 0) with an
-            eps of 0, as of the PyTorch line.
+        input: as in `mse`.
+        target: as in `mse`.
+        weight: as in `mse`.
+        reduction: as in `mse`. The root is taken after the reduction.
+        eps: at least 0; added under the root. Where the error is 0, the gradient is 0 if `eps` is above 0, and NaN
+            (infinity times 0) if it is 0, as in PyTorch.
+        impl: "auto" (default), "native", "triton" or "reference".
 
-    Returns, Raises: as `mse`.
+    Returns:
+        The loss, as in `mse`.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: an argument has the wrong shape, or a value out of its range.
+        NotImplementedError: `impl` cannot serve this call; the message gives the reasons.
     """
     call = check(Call(input, target, weight, reduction, number("eps", eps)))
     loss: Tensor = resolve("rmse", IMPLEMENTATIONS, call, impl).run(call)
@@ -73,10 +84,12 @@ def rmse(
 
 
 class MSELoss(LossModule, torch.nn.MSELoss, function=mse):
-    """`mse` as a module: takes the place of `torch.nn.MSELoss`, of which it is an instance.
+    """`mse` as a module. It replaces, and is an instance of, `torch.nn.MSELoss`.
 
-    The options are attributes, which can be set at any time. The deprecated `size_average` and `reduce` must be None;
-    a value raises TypeError.
+    Each option is an attribute that can be set at any time. The deprecated `size_average` and `reduce` must be None.
+
+    Shape:
+        `input` and `target` of any shape, `weight` of the shape of `input`.
     """
 
     def __init__(
@@ -92,7 +105,11 @@ class MSELoss(LossModule, torch.nn.MSELoss, function=mse):
 
 
 class RMSELoss(LossModule, _Loss, function=rmse):
-    """`rmse` as a module; the options are attributes, which can be set at any time."""
+    """`rmse` as a module. Each option is an attribute that can be set at any time.
+
+    Shape:
+        `input` and `target` of any shape, `weight` of the shape of `input`.
+    """
 
     def __init__(self, *, reduction: str = "mean", eps: float = 0.0, impl: str = "auto") -> None:
         super().__init__(reduction=reduction)

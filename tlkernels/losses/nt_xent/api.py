@@ -1,4 +1,4 @@
-"""NT-Xent: the public function and the module. The computation is InfoNCE's (tlkernels/losses/info_nce)."""
+"""NT-Xent: the function and the module. The computation is InfoNCE's (tlkernels/losses/info_nce)."""
 
 from typing import Any
 
@@ -28,7 +28,9 @@ def nt_xent(
     group: Any = None,
     impl: str = "auto",
 ) -> Tensor:
-    """Cross entropy of each view's similarities to the other 2N - 1, of which one is the same example's other view.
+    """Compute the normalised temperature-scaled cross entropy (NT-Xent) of SimCLR, without storing the 2N x 2N matrix.
+
+    Each of the 2N views is classified among the other 2N - 1; the correct class is the other view of the same example.
 
     Replaces::
 
@@ -39,26 +41,28 @@ def nt_xent(
         loss = F.cross_entropy(logits, torch.arange(2 * N).roll(N), reduction=reduction)
 
     Args:
-        z1: the first views, shape (N, D), any strides; float64, float32, bfloat16 or float16.
-        z2: the second views, of the same shape and dtype; row i is the same example as in `z1`.
-        temperature: above 0; divides the similarities. A number, or a tensor of shape () or (1,), which gets its
+        z1: the first views, of shape (N, D), with any strides; float64, float32, bfloat16 or float16.
+        z2: the second views, of the shape and dtype of `z1`; row i is the other view of row i of `z1`.
+        temperature: above 0; divides the similarities. A number, or a tensor of shape () or (1,) that may require a
             gradient.
-        logit_scale: multiplies them; 1 / temperature, so that only one of the two can be given, or none for 1.
-        normalize: divide the embeddings by their 2-norm, as `F.normalize` does.
-        reduction: "mean" and "sum" over the 2N views; "none".
-        group: a torch.distributed process group, every rank of which calls this with tensors of equal shapes. The views
-            of all ranks take part. The mean over ranks of the loss is the loss of the whole batch on one process
-            (`reduction="sum"`: this rank's sum times the number of ranks), and so is the mean of every parameter's
-            gradient, which data-parallel training takes (tlkernels/_core/group.py).
-        impl: "auto", or "native", "triton", "reference".
+        logit_scale: 1 / temperature; multiplies the similarities. Give at most one of the two; the default is 1.
+        normalize: whether to divide the embeddings by their 2-norm, as `F.normalize` does.
+        reduction: "none", "mean" or "sum", over the 2N views.
+        group: a torch.distributed process group over which the batch is split; every rank must pass tensors of equal
+            shapes. The views of all ranks take part. Averaged over the ranks, the loss and the gradients of the
+            parameters (as data-parallel training averages them) are those of the whole batch on one process. For this,
+            `reduction="sum"` multiplies by the number of ranks.
+        impl: "auto" (default), "native", "triton" or "reference".
 
     Returns:
-        The loss in the views' dtype (under autocast float32): 0-d, or with "none" of shape (2N,), first views first.
-        Differentiable by both views and the temperature or scale, twice and more.
+        The loss, in the dtype of `z1` (float32 under autocast). It is a scalar, or with `reduction="none"` of shape
+        (2N,), first views first. The loss is differentiable with respect to `z1`, `z2`, `temperature` and
+        `logit_scale`, any number of times.
 
     Raises:
-        TypeError, ValueError: an argument of a wrong kind, shape or value.
-        NotImplementedError: `impl` cannot serve this call; the message has every reason.
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: an argument has the wrong shape, or a value out of its range.
+        NotImplementedError: `impl` cannot serve this call; the message gives the reasons.
 
     Source: Chen et al. 2020 (arXiv 2002.05709), equation 1.
     """
@@ -84,10 +88,14 @@ def nt_xent(
 
 
 class NTXentLoss(LossModule, _Loss, function=nt_xent):
-    """`nt_xent` as a module; the arguments are its options, and attributes that can be set at any time.
+    """`nt_xent` as a module: the constructor takes the options, `forward` the tensors.
 
-    A `Parameter` given as `temperature` or `logit_scale` becomes the module's own and is trained. A copy of the module
-    shares `group`; a pickle finds the group of the same ranks where it is loaded.
+    Each option is an attribute that can be set at any time. A `Parameter` given as `temperature` or `logit_scale`
+    becomes a parameter of the module. A copy of the module shares `group`; a pickled module looks for the group of the
+    same ranks when it is loaded.
+
+    Shape:
+        `z1` and `z2` (N, D).
     """
 
     def __init__(

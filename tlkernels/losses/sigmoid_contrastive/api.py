@@ -1,4 +1,4 @@
-"""The sigmoid contrastive loss of SigLIP: the public function and the module."""
+"""The sigmoid contrastive loss (SigLIP): the function and the module."""
 
 from typing import Any
 
@@ -23,7 +23,10 @@ def sigmoid_contrastive(
     group: Any = None,
     impl: str = "auto",
 ) -> Tensor:
-    """Binary cross entropy of every pair of query and key; the pairs of equal number are positive, all others negative.
+    """Compute the sigmoid contrastive loss of SigLIP, without storing the N x N matrix.
+
+    It is the binary cross entropy of every pair of a query and a key. A pair with equal row numbers is positive, all
+    others are negative.
 
     Replaces::
 
@@ -32,21 +35,24 @@ def sigmoid_contrastive(
         loss = -F.logsigmoid(sign * logits).sum() / N
 
     Args:
-        query: shape (N, D), any strides; float64, float32, bfloat16 or float16. Usually of norm 1.
-        key: of the same shape and dtype.
-        logit_scale: multiplies the similarities. A number, or a tensor of shape () or (1,), which gets its gradient.
-        logit_bias: added to the logits; the same kinds. SigLIP starts at a scale of 10 and a bias of -10.
-        group: a torch.distributed process group, every rank of which calls this with tensors of equal shapes. The keys
-            of all ranks take part. The mean over ranks of the loss is the loss of the whole batch on one process, and
-            so is the mean of every parameter's gradient, which data-parallel training takes (tlkernels/_core/group.py).
-        impl: "auto", or "native", "triton", "reference".
+        query: shape (N, D), with any strides; float64, float32, bfloat16 or float16. Usually normalised to length 1.
+        key: the shape and dtype of `query`.
+        logit_scale: multiplies the similarities. A number, or a tensor of shape () or (1,) that may require a gradient.
+        logit_bias: added to the logits; a number or a tensor as `logit_scale`. SigLIP starts with a scale of 10 and a
+            bias of -10.
+        group: a torch.distributed process group over which the batch is split; every rank must pass tensors of equal
+            shapes. The keys of all ranks take part. Averaged over the ranks, the loss and the gradients of the
+            parameters (as data-parallel training averages them) are those of the whole batch on one process.
+        impl: "auto" (default), "native", "triton" or "reference".
 
     Returns:
-        The loss, 0-d, in the query's dtype (under autocast float32). Differentiable by all four, twice and more.
+        The loss, a scalar in the dtype of `query` (float32 under autocast). It is differentiable with respect to
+        `query`, `key`, `logit_scale` and `logit_bias`, any number of times.
 
     Raises:
-        TypeError, ValueError: an argument of a wrong kind, shape or value.
-        NotImplementedError: `impl` cannot serve this call; the message has every reason.
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: an argument has the wrong shape, or a value out of its range.
+        NotImplementedError: `impl` cannot serve this call; the message gives the reasons.
 
     Source: Zhai et al. 2023 (arXiv 2303.15343), equation 2.
     """
@@ -67,10 +73,14 @@ def sigmoid_contrastive(
 
 
 class SigmoidContrastiveLoss(LossModule, function=sigmoid_contrastive):
-    """`sigmoid_contrastive` as a module; the arguments are its options, and attributes that can be set at any time.
+    """`sigmoid_contrastive` as a module: the constructor takes the options, `forward` the tensors.
 
-    A `Parameter` given as `logit_scale` or `logit_bias` becomes the module's own and is trained. A copy of the module
-    shares `group`; a pickle finds the group of the same ranks where it is loaded.
+    Each option is an attribute that can be set at any time. A `Parameter` given as `logit_scale` or `logit_bias`
+    becomes a parameter of the module. A copy of the module shares `group`; a pickled module looks for the group of the
+    same ranks when it is loaded.
+
+    Shape:
+        `query` and `key` (N, D).
     """
 
     def __init__(

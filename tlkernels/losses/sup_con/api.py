@@ -1,4 +1,4 @@
-"""SupCon: the public function and the module. The computation is InfoNCE's (tlkernels/losses/info_nce)."""
+"""SupCon: the function and the module. The computation is InfoNCE's (tlkernels/losses/info_nce)."""
 
 from typing import Any
 
@@ -28,7 +28,10 @@ def sup_con(
     group: Any = None,
     impl: str = "auto",
 ) -> Tensor:
-    """Mean over a row's positives, the other rows of its label, of minus their log-probability among all other rows.
+    """Compute the supervised contrastive loss (SupCon), without storing the N x N matrix.
+
+    The positives of a row are the other rows with its label. A row's loss is the mean, over its positives, of minus
+    their log-probability among all other rows.
 
     Replaces::
 
@@ -41,31 +44,35 @@ def sup_con(
         loss = losses.sum() / positive.any(1).sum()                            # reduction="mean"
 
     Args:
-        features: shape (N, D), any strides; float64, float32, bfloat16 or float16. Views of an example are rows. Or
-            shape (batch, views, D), one label for all views of a sample: the loss is that of the rows
-            `features.flatten(0, 1)` with the labels `labels.repeat_interleave(views)`.
-        labels: of any integer dtype, shape (N,), or (batch,). Without labels (SimCLR) give each sample its own number.
-        temperature: above 0; divides the similarities. A number, or a tensor of shape () or (1,), which gets its
+        features: shape (N, D), with any strides; float64, float32, bfloat16 or float16. Several views of an example are
+            several rows. Or shape (batch, views, D) with one label for all views of an example, which is the same as
+            `features.flatten(0, 1)` with `labels.repeat_interleave(views)`.
+        labels: any integer dtype and shape (N,), or (batch,). Without labels (SimCLR), give each example a label of its
+            own.
+        temperature: above 0; divides the similarities. A number, or a tensor of shape () or (1,) that may require a
             gradient.
-        logit_scale: multiplies them; 1 / temperature, so that only one of the two can be given, or none for 1.
-        normalize: divide the features by their 2-norm, as `F.normalize` does.
-        reduction: "mean" over the rows that have a positive, NaN with zero gradients where none has; "sum"; "none".
-        group: a torch.distributed process group, every rank of which calls this with tensors of equal shapes. The
-            features of all ranks take part. The mean over ranks of the loss is the loss of the whole batch on one
-            process (for "mean" and "sum" this rank's sum is scaled to that end), and so is the mean of every
-            parameter's gradient, which data-parallel training takes (tlkernels/_core/group.py).
-        impl: "auto", or "native", "triton", "reference".
+        logit_scale: 1 / temperature; multiplies the similarities. Give at most one of the two; the default is 1.
+        normalize: whether to divide the features by their 2-norm, as `F.normalize` does.
+        reduction: "none", "mean" or "sum". "mean" is over the rows that have a positive; if none has one, it is NaN
+            with zero gradients.
+        group: a torch.distributed process group over which the batch is split; every rank must pass tensors of equal
+            shapes. The features of all ranks take part. Averaged over the ranks, the loss and the gradients of the
+            parameters (as data-parallel training averages them) are those of the whole batch on one process. For this,
+            "mean" and "sum" scale the sum of this rank.
+        impl: "auto" (default), "native", "triton" or "reference".
 
     Returns:
-        The loss in the features' dtype (under autocast float32): 0-d, or with "none" of shape (N,) or (batch, views).
-        Differentiable by the features and the temperature or scale, twice and more.
+        The loss, in the dtype of `features` (float32 under autocast). It is a scalar, or with `reduction="none"` of
+        shape (N,) or (batch, views). The loss is differentiable with respect to `features`, `temperature` and
+        `logit_scale`, any number of times.
 
     Raises:
-        TypeError, ValueError: an argument of a wrong kind, shape or value.
-        NotImplementedError: `impl` cannot serve this call; the message has every reason.
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: an argument has the wrong shape, or a value out of its range.
+        NotImplementedError: `impl` cannot serve this call; the message gives the reasons.
 
     Source: Khosla et al. 2020 (arXiv 2004.11362), equation 2 (L_out). The authors' code also multiplies the loss by
-    temperature / base_temperature; this has no such factor.
+    temperature / base_temperature; this function does not.
     """
     check_embeddings("features", features, shape="(N, D) or (batch, views, D)")
     check_integers("labels", labels, features.shape[:1], features.device)
@@ -107,10 +114,14 @@ def _over_ranks(implementation: Implementation, call: Call, group: Any) -> Tenso
 
 
 class SupConLoss(LossModule, _Loss, function=sup_con):
-    """`sup_con` as a module; the arguments are its options, and attributes that can be set at any time.
+    """`sup_con` as a module: the constructor takes the options, `forward` the tensors.
 
-    A `Parameter` given as `temperature` or `logit_scale` becomes the module's own and is trained. A copy of the module
-    shares `group`; a pickle finds the group of the same ranks where it is loaded.
+    Each option is an attribute that can be set at any time. A `Parameter` given as `temperature` or `logit_scale`
+    becomes a parameter of the module. A copy of the module shares `group`; a pickled module looks for the group of the
+    same ranks when it is loaded.
+
+    Shape:
+        `features` (N, D) or (batch, views, D); `labels` (N,) or (batch,).
     """
 
     def __init__(
