@@ -1,4 +1,4 @@
-"""Cases of linear distillation: those of distillation, their logits made of features and weights."""
+"""Cases of linear distillation, and the PyTorch lines that it replaces, which in float64 are the oracle."""
 
 import harness
 import torch
@@ -14,7 +14,7 @@ LAYERS = ("student_input", "student_weight", "student_bias", "teacher_input", "t
 
 def pytorch(student_input, student_weight, teacher_input, teacher_weight, target=None, *, student_bias=None,
             teacher_bias=None, **options):  # fmt: skip
-    """The lines of the docstring."""
+    """The PyTorch lines of the docstring."""
     student = F.linear(student_input, student_weight, student_bias)
     return distillation(student, F.linear(teacher_input, teacher_weight, teacher_bias), target, **options)
 
@@ -26,13 +26,13 @@ def make(rows, classes, dtype, teacher_dtype=None, bias=True, layout="contiguous
     def arguments(seed):
         generator = harness.generator(seed)
         given = {}
-        for side, depth, own in (("student", depths[0], dtype), ("teacher", depths[1], teacher_dtype or dtype)):
+        for side, depth, kind in (("student", depths[0], dtype), ("teacher", depths[1], teacher_dtype or dtype)):
             input = torch.randn(*rows, depth, generator=generator, dtype=F64)
             weight = torch.randn(classes, depth, generator=generator, dtype=F64) / depth**0.5
-            given[f"{side}_input"] = harness.lay_out(input.to(own), layout)
-            given[f"{side}_weight"] = harness.lay_out(weight.to(own), layout)
+            given[f"{side}_input"] = harness.lay_out(input.to(kind), layout)
+            given[f"{side}_weight"] = harness.lay_out(weight.to(kind), layout)
             if bias:
-                given[f"{side}_bias"] = torch.randn(classes, generator=generator, dtype=F64).to(own)
+                given[f"{side}_bias"] = torch.randn(classes, generator=generator, dtype=F64).to(kind)
         if target:
             chosen = torch.randint(0, classes, rows, generator=generator)
             ignored = torch.rand(rows, generator=generator) < 0.2

@@ -9,7 +9,7 @@ import tlkernels as tlk
 
 
 def pytorch(z1, z2, *, temperature=None, logit_scale=None, normalize=True, reduction="mean"):
-    """The lines of the docstring, in the dtype of the views."""
+    """The PyTorch lines of the docstring, in the dtype of the views."""
     z = torch.cat([z1, z2])
     z = F.normalize(z, dim=-1) if normalize else z
     logits = z @ z.T

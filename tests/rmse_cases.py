@@ -10,7 +10,7 @@ import tlkernels as tlk
 
 
 def pytorch(input, target, *, weight=None, reduction="mean", eps=0.0):
-    """The line of the docstring."""
+    """The PyTorch line of the docstring."""
     return torch.sqrt(mse_cases.pytorch(input, target, weight=weight, reduction=reduction) + eps)
 
 

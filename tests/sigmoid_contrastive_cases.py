@@ -10,7 +10,7 @@ from tlkernels.losses.sigmoid_contrastive import ops
 
 
 def pytorch(query, key, *, logit_scale, logit_bias):
-    """The lines of the docstring, in the dtype of the query."""
+    """The PyTorch lines of the docstring, in the dtype of the query."""
     logits = query @ key.T * logit_scale + logit_bias
     sign = 2 * torch.eye(len(query), dtype=logits.dtype) - 1
     return -F.logsigmoid(sign * logits).sum() / len(query)

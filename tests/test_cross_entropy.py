@@ -1,6 +1,7 @@
-"""Cross entropy against float64 over every combination of its options, PyTorch's samples, and what hypothesis finds."""
+"""Cross entropy against float64: every combination of its options, PyTorch's samples, and hypothesis."""
 
 import harness
+import helpers
 import pytest
 import torch
 from cross_entropy_cases import BF16, F16, F32, F64, MIXED, OPTIONS, Case, pytorch
@@ -86,7 +87,7 @@ def test_gradcheck(case, target):
         def lse(x, t=classes):
             return tlk.cross_entropy_stats(x, t, weight, impl=impl, **options).lse
 
-        fast = impl == "triton" and triton.INTERPRETED  # along random directions: it takes its time
+        fast = impl == "triton" and triton.INTERPRETED  # random directions: the interpreter is slow
         for function, by in ((loss, inputs), (lse, inputs[:1])):
             assert torch.autograd.gradcheck(function, by, fast_mode=fast)
             assert torch.autograd.gradgradcheck(function, by, fast_mode=fast)
@@ -95,11 +96,7 @@ def test_gradcheck(case, target):
 @pytest.mark.parametrize("target", TARGETS, ids=str)
 @pytest.mark.parametrize("dtype", [F32, BF16, *(pytest.param(d, marks=pytest.mark.full) for d in (F64, F16))], ids=str)
 def test_pytorch_samples(dtype, target):
-    """PyTorch's own samples of the function."""
-    from torch.testing._internal.common_methods_invocations import op_db
-
-    (op,) = (op for op in op_db if op.name == "nn.functional.cross_entropy")
-    samples = list(op.sample_inputs("cpu", dtype, requires_grad=True))
+    samples = helpers.pytorch_samples("nn.functional.cross_entropy", dtype, requires_grad=True)
     assert len(samples) > 20
     for sample in samples:
         classes, *rest = sample.args
@@ -110,7 +107,7 @@ def check_sample(input, classes, kwargs, target):
     def wide(value):
         return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
-    def run(loss, input, classes, kwargs):  # a sum, so that one upstream value serves every reduction
+    def run(loss, input, classes, kwargs):  # summed, so that one upstream value fits every reduction
         return harness.gradients(lambda x: loss(x, classes, **kwargs).sum(), input, torch.tensor(1.5))
 
     with harness.forced(target) as impl:
@@ -147,5 +144,5 @@ def test_any_options_and_shapes(target, data):
             tuple(options.items()),
         ),
         target,
-        most=60,  # a small case has few values for eager to be wrong in
+        most=60,  # of a small case's few values, eager may be lucky in all
     )

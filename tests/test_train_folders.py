@@ -33,7 +33,7 @@ def picture(path, color=(200, 30, 30)):
         ("TRAIN.CSV", "Val.csv.gz", "Test-set.csv"),
         ("my_training.csv", "my-dev.csv", "my.eval.csv"),
         ("train-00000-of-00001.csv", "validation-00000-of-00001.csv", "test-00000-of-00001.csv"),
-        ("data/train.csv", "data/valid.csv", "data/harness.csv"),
+        ("data/train.csv", "data/valid.csv", "data/testing.csv"),
         ("train/0000.csv", "validation/part.csv", "test/rows.csv"),
         ("train.csv", ".hidden/x.csv", "validation.csv", ".test.csv", "__pycache__/a.csv", "test.csv", "README.md"),
     ],
