@@ -55,10 +55,8 @@ class Case(NamedTuple):
         positions = self.shape[:axis] + self.shape[axis + 1 :]
         dense = harness.logits(self.shape, self.dtype, generator)
         if self.target == "indices":
-            target = torch.randint(0, self.shape[axis], positions, generator=generator)
-            ignored = torch.rand(positions, generator=generator) < 0.2
-            if target.numel() > 2 and not ignored.all():
-                target = target.masked_fill(ignored, dict(self.options).get("ignore_index", -100))
+            index = dict(self.options).get("ignore_index", -100)
+            target = harness.class_indices(positions, self.shape[axis], generator, index)
         else:
             dtype = torch.float32 if self.target == "probabilities32" else self.dtype
             target = torch.randn(self.shape, generator=generator, dtype=torch.float64).mul(2).softmax(axis).to(dtype)
@@ -74,6 +72,23 @@ class Case(NamedTuple):
             lambda x: pytorch(x, target, weight, **options),
             lambda x: pytorch(x, target, wide, **options),
         )
+
+    def check(self, target, most=30, first=3, place=lambda input: input):
+        """Check loss and gradient against float64; `place(input)` returns the same logits in other memory."""
+
+        def draw(seed):
+            input, classes, weight, options = self.make(seed)
+            with harness.forced(target) as impl:
+                ours, eager, oracle = self.functions(classes, weight, options, impl)
+                value = oracle(input.double())
+                upstream = 0.5 + torch.rand(value.shape, generator=harness.generator(seed))
+                result, grad = harness.gradients(ours, place(input), upstream)
+            assert result.dtype == grad.dtype == input.dtype
+            eager_result, eager_grad = harness.gradients(eager, input, upstream)
+            right, right_grad = harness.gradients(oracle, input.double(), upstream.to(result.dtype).double())
+            return [("loss", result, eager_result, right), ("gradient", grad, eager_grad, right_grad)]
+
+        harness.check_budgets(self.dtype, draw, most, first)
 
     def for_battery(self, small=False):
         def make(seed):
@@ -152,12 +167,6 @@ STRATEGY_CASES = [
 ]
 
 
-def module(arguments):
-    options = dict(arguments)
-    inputs = options.pop("input"), options.pop("target")
-    return tlk.CrossEntropyLoss(**options), inputs
-
-
 def ops():
     from tlkernels.losses.cross_entropy import ops
 
@@ -181,6 +190,6 @@ LOSS = harness.Loss(
     tlk.cross_entropy,
     pytorch,
     [*(case.for_battery() for case in (*GRID, *LAID_OUT)), *(case.for_battery(small=True) for case in SMALL)],
-    module,
+    tlk.CrossEntropyLoss,
     ops,
 )

@@ -64,11 +64,7 @@ def make(shape, dtype, teacher_dtype=None, layout="contiguous", target=False, we
         given = {"student_logits": harness.lay_out(student, layout), "teacher_logits": harness.lay_out(teacher, layout)}
         rows = shape[:-1]
         if target:
-            classes = torch.randint(0, shape[-1], rows, generator=generator)
-            ignored = torch.rand(rows, generator=generator) < 0.2
-            if classes.numel() > 2 and not ignored.all():
-                classes = classes.masked_fill(ignored, options.get("ignore_index", -100))
-            given["target"] = classes
+            given["target"] = harness.class_indices(rows, shape[-1], generator, options.get("ignore_index", -100))
         if weighted:
             given["row_weight"] = torch.rand(rows, generator=generator).to(dtype)
         return {**given, **options}
@@ -140,23 +136,6 @@ SMALL = [
 ]
 
 
-def module(*, student_logits, teacher_logits, target=None, row_weight=None, **options):
-    forward = tlk.DistillationLoss(**options)
-    tensors = (student_logits, teacher_logits, target)
-    return (forward, tensors) if row_weight is None else (_Weighted(forward), (*tensors, row_weight))
-
-
-class _Weighted(torch.nn.Module):
-    """Takes the keyword-only `row_weight` by position."""
-
-    def __init__(self, loss):
-        super().__init__()
-        self.loss = loss
-
-    def forward(self, student, teacher, target, row_weight):
-        return self.loss(student, teacher, target, row_weight=row_weight)
-
-
 def registered():
     student, teacher = torch.randn(2, 3, 5), torch.randn(2, 3, 5, dtype=BF16)
     target, rows = torch.tensor([[0, 1, -100], [2, 3, 4]]), torch.rand(2, 3)
@@ -182,6 +161,6 @@ LOSS = harness.Loss(
     tlk.distillation,
     pytorch,
     [*OPTIONS, *GRID, *LAID_OUT, *MIXED, *SMALL],
-    module=lambda arguments: module(**arguments),
-    ops=registered,
+    tlk.DistillationLoss,
+    registered,
 )

@@ -199,8 +199,8 @@ class Loss:
     pytorch: Callable[..., Tensor]
     """The PyTorch lines that it replaces; the same arguments without `impl`. In float64 they are the oracle."""
     cases: Sequence[LossCase]
-    module: Callable[[dict[str, Any]], tuple[torch.nn.Module, tuple[Any, ...]]]
-    """The arguments by name -> a module and the arguments of its `forward` that make the same call."""
+    module: type[torch.nn.Module]
+    """Its module class. The constructor takes the arguments that `forward` does not take."""
     ops: Callable[[], Sequence[tuple[Any, tuple[Any, ...]]]] = tuple
     """The registered ops, each with arguments for opcheck."""
     rowwise: bool = True
@@ -224,6 +224,13 @@ def widened(arguments: dict[str, Any]) -> dict[str, Any]:
         name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
         for name, value in arguments.items()
     }
+
+
+def class_indices(rows: tuple[int, ...], classes: int, generator: torch.Generator, ignore_index: int = -100) -> Tensor:
+    """Return class indices; a fifth of the rows is ignored, unless there are few rows."""
+    target = torch.randint(0, classes, rows, generator=generator)
+    ignored = torch.rand(rows, generator=generator) < 0.2
+    return target.masked_fill(ignored, ignore_index) if target.numel() > 2 and not ignored.all() else target
 
 
 def words(options: dict[str, Any]) -> str:
@@ -329,6 +336,14 @@ def check_budgets(
         if all(budget.holds() for budget in budgets.values()):
             return
     for name, budget in budgets.items():
+        budget.check(name)
+
+
+def check_results(dtype: torch.dtype, results: Iterable[tuple[str, Tensor, Tensor, Tensor]]) -> None:
+    """Raise AssertionError unless every result of one draw keeps its budget; see `check_budgets`."""
+    for name, *values in results:
+        budget = Budget(dtype)
+        budget.add(*values)
         budget.check(name)
 
 

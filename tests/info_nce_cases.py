@@ -170,16 +170,6 @@ CASES = [
 ]  # fmt: skip
 
 
-def module(arguments):
-    arguments = dict(arguments)
-    tensors = [arguments.pop(name) for name in ("query", "key")] + [arguments.pop("target", None)]
-    at_call = {name: arguments.pop(name, None) for name in ("negatives", "mask")}
-    built = tlk.InfoNCELoss(**arguments)
-    if any(value is not None for value in at_call.values()):
-        built.forward = lambda *t, forward=built.forward: forward(*t, **at_call)
-    return built, tuple(tensors)
-
-
 def registered():
     generator = harness.generator(0)
     query, key, negatives = (embeddings((5, 4), generator, F32).requires_grad_() for _ in range(3))
@@ -199,4 +189,4 @@ def registered():
                 yield made.step, (*detached, True, [True, arguments is not paired, arguments is not paired, True])
 
 
-LOSS = harness.Loss(tlk.info_nce, pytorch, CASES, module, lambda: list(registered()), rowwise=False)
+LOSS = harness.Loss(tlk.info_nce, pytorch, CASES, tlk.InfoNCELoss, lambda: list(registered()), rowwise=False)

@@ -121,18 +121,16 @@ CASES = [
 ]
 
 
-def module(arguments):
-    """Return the module that makes the same call, and its arguments."""
-    arguments = dict(arguments)
-    input, linear_weight, linear_bias, target = (arguments.pop(name) for name in (*LAYER, "target"))
-    made = tlk.LinearCrossEntropyLoss(
-        linear_weight.shape[1], linear_weight.shape[0], bias=linear_bias is not None, dtype=input.dtype, **arguments
-    )
-    with torch.no_grad():
-        made.linear.weight.copy_(linear_weight)
-        if linear_bias is not None:
-            made.linear.bias.copy_(linear_bias)
-    return made, (input, target)
+class Module(tlk.LinearCrossEntropyLoss):
+    """The module, with a given layer."""
+
+    def __init__(self, linear_weight, linear_bias=None, **options):
+        classes, features = linear_weight.shape
+        super().__init__(features, classes, bias=linear_bias is not None, dtype=linear_weight.dtype, **options)
+        with torch.no_grad():
+            self.linear.weight.copy_(linear_weight)
+            if linear_bias is not None:
+                self.linear.bias.copy_(linear_bias)
 
 
 def op_calls():
@@ -153,4 +151,4 @@ def op_calls():
     return calls
 
 
-LOSS = harness.Loss(tlk.linear_cross_entropy, pytorch, CASES, module, op_calls, rowwise=False)
+LOSS = harness.Loss(tlk.linear_cross_entropy, pytorch, CASES, Module, op_calls, rowwise=False)

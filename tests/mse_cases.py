@@ -64,26 +64,6 @@ def cases(shapes, **options):
     ]
 
 
-def module(made, arguments):
-    """Return the module that makes the same call, and its arguments."""
-    arguments = dict(arguments)
-    tensors = arguments.pop("input"), arguments.pop("target")
-    weight = arguments.pop("weight", None)
-    loss = made(**arguments)
-    return (loss, tensors) if weight is None else (Weighted(loss, weight), tensors)
-
-
-class Weighted(torch.nn.Module):
-    """Passes on a weight, which the modules' forward takes by keyword."""
-
-    def __init__(self, loss, weight):
-        super().__init__()
-        self.loss, self.weight = loss, weight
-
-    def forward(self, input, target):
-        return self.loss(input, target, weight=self.weight)
-
-
 def op_calls():
     """Return each op with arguments, for opcheck."""
     calls = []
@@ -100,4 +80,4 @@ def op_calls():
     return calls
 
 
-LOSS = harness.Loss(tlk.mse, pytorch, cases(SHAPES), partial(module, tlk.MSELoss), op_calls)
+LOSS = harness.Loss(tlk.mse, pytorch, cases(SHAPES), tlk.MSELoss, op_calls)

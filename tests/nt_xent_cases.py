@@ -47,10 +47,4 @@ CASES = [
 ]  # fmt: skip
 
 
-def module(arguments):
-    arguments = dict(arguments)
-    views = arguments.pop("z1"), arguments.pop("z2")
-    return tlk.NTXentLoss(**arguments), views
-
-
-LOSS = harness.Loss(tlk.nt_xent, pytorch, CASES, module, rowwise=False, cuda="info_nce")
+LOSS = harness.Loss(tlk.nt_xent, pytorch, CASES, tlk.NTXentLoss, rowwise=False, cuda="info_nce")

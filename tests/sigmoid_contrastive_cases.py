@@ -41,12 +41,6 @@ CASES = [
 ]  # fmt: skip
 
 
-def module(arguments):
-    arguments = dict(arguments)
-    tensors = arguments.pop("query"), arguments.pop("key")
-    return tlk.SigmoidContrastiveLoss(**arguments), tensors
-
-
 def registered():
     generator = harness.generator(0)
     query, key = (embeddings((5, 4), generator, F32).requires_grad_() for _ in range(2))
@@ -64,4 +58,4 @@ def registered():
     ]
 
 
-LOSS = harness.Loss(tlk.sigmoid_contrastive, pytorch, CASES, module, registered, rowwise=False)
+LOSS = harness.Loss(tlk.sigmoid_contrastive, pytorch, CASES, tlk.SigmoidContrastiveLoss, registered, rowwise=False)

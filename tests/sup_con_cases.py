@@ -56,10 +56,4 @@ CASES = [
 ]  # fmt: skip
 
 
-def module(arguments):
-    arguments = dict(arguments)
-    tensors = arguments.pop("features"), arguments.pop("labels")
-    return tlk.SupConLoss(**arguments), tensors
-
-
-LOSS = harness.Loss(tlk.sup_con, pytorch, CASES, module, rowwise=False, cuda="info_nce")
+LOSS = harness.Loss(tlk.sup_con, pytorch, CASES, tlk.SupConLoss, rowwise=False, cuda="info_nce")

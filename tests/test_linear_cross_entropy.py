@@ -115,7 +115,6 @@ def test_bfloat16_products_of_either_kind(monkeypatch, gemm, rows, target):
     classes = 70001 if rows > 1000 else 3001  # in several chunks, and both in several tiles
     if target == "probabilities" and rows > 1000:
         rows = 400
-    budgets = {}
     arguments = call((rows,), 1000 if classes == 3001 else 16, classes, BF16, target)
 
     def run(function, arguments):
@@ -126,10 +125,7 @@ def test_bfloat16_products_of_either_kind(monkeypatch, gemm, rows, target):
     eager = run(pytorch, arguments)
     wide = harness.widened(arguments)
     wide |= {name: wide[name].detach().requires_grad_() for name in LAYER}
-    for name, *values in zip(("loss", *LAYER), ours, eager, run(pytorch, wide), strict=True):
-        budgets[name] = harness.Budget(BF16)
-        budgets[name].add(*values)
-        budgets[name].check(name)
+    harness.check_results(BF16, zip(("loss", *LAYER), ours, eager, run(pytorch, wide), strict=True))
 
 
 def test_every_row_ignored(impl):

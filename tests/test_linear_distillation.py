@@ -82,14 +82,11 @@ def test_many_chunks(target, dtype, monkeypatch):
     if harness.too_large(target.impl, *arguments.values()):
         pytest.skip("left out by the size rule of the interpreter")
     names = [name for name in LAYERS if name.startswith("student")]
-    budgets = [harness.Budget(dtype) for _ in range(4)]
     with harness.forced(target) as impl:
         ours = gradients(lambda **a: tlk.linear_distillation(**a, impl=impl), arguments, names)
     eager = gradients(pytorch, arguments, names)
     right = gradients(pytorch, harness.widened(arguments), names)
-    for budget, *values in zip(budgets, ours, eager, right, strict=True):
-        budget.add(*values)
-        budget.check("loss or gradient")
+    harness.check_results(dtype, zip(("loss", *names), ours, eager, right, strict=True))
 
 
 def test_only_the_gradients_that_are_needed(impl):

@@ -43,10 +43,8 @@ def test_pytorch_samples(impl, dtype):
         tensors = (sample.input, *sample.args)
         results = (run(lambda *t, **options: tlk.mse(*t, impl=impl, **options), *tensors), run(F.mse_loss, *tensors),
                    run(F.mse_loss, *(tensor.double() for tensor in tensors)))  # fmt: skip
-        for triple in zip(*results, strict=True):
-            budget = harness.Budget(dtype)
-            budget.add(*triple)
-            budget.check(f"{tuple(sample.input.shape)} {sample.kwargs}")
+        names = [f"{name} of {tuple(sample.input.shape)} {sample.kwargs}" for name in ("loss", "input", "target")]
+        harness.check_results(dtype, zip(names, *results, strict=True))
 
 
 @both
