@@ -41,12 +41,12 @@ class Target(NamedTuple):
 
 def targets(loss: str = "") -> list[Target]:
     """Return the targets of this machine; with `loss` also its CUDA kernels, on the host and on a GPU."""
-    found = [Target("reference"), *(Target("native", isa) for isa in native.isas())]
+    every = [Target("reference"), *(Target("native", isa) for isa in native.isas())]
     if on_cuda_host(loss):
-        found.append(Target("native", CUDA_HOST))
+        every.append(Target("native", CUDA_HOST))
     if loss in CUDA_LOSSES and native.build_info().get("cuda") and torch.cuda.is_available():
-        found.append(Target("native", "cuda"))
-    return [*found, *([Target("triton")] if triton.available() else [])]
+        every.append(Target("native", "cuda"))
+    return [*every, *([Target("triton")] if triton.available() else [])]
 
 
 def device(target: Any) -> str:

@@ -56,8 +56,8 @@ def embeddings(shape, generator, dtype):
     return x.to(dtype)
 
 
-def case(id, n, k, d, dtype, *, m=None, kind="none", scale=None, small=False, target=False, **options):
-    """Return one call; `kind` is that of the mask, `scale` the argument that gives the scale, and its kind."""
+def case(id, n, k, d, dtype, *, m=None, per_query=False, kind="none", scale=None, small=False, target=False, **options):
+    """Return one call with `m` negatives; `kind` is that of the mask, `scale` an argument and its kind."""
 
     def make(seed):
         generator = harness.generator(seed)
@@ -66,7 +66,7 @@ def case(id, n, k, d, dtype, *, m=None, kind="none", scale=None, small=False, ta
         key = (near + embeddings((k, d), generator, F64)).to(dtype)
         arguments = {"query": query, "key": key, **options}
         if m is not None:
-            arguments["negatives"] = embeddings((n, m, d) if options_of["own_negatives"] else (m, d), generator, dtype)
+            arguments["negatives"] = embeddings((n, m, d) if per_query else (m, d), generator, dtype)
         if scale is not None:
             name, kind_of = scale
             value = torch.tensor(0.0625 if name == "temperature" else 8.5)
@@ -80,7 +80,6 @@ def case(id, n, k, d, dtype, *, m=None, kind="none", scale=None, small=False, ta
             arguments["mask"] = tuple(torch.randint(-3, 9, (size,), generator=generator) for size in (n, k))
         return arguments
 
-    options_of = {"own_negatives": options.pop("own_negatives", False)}
     wants = ["query", "key"]
     wants += ["negatives"] * (m is not None) + [scale[0]] * (scale is not None and scale[1] == "tensor")
     return harness.LossCase(f"{id}-{str(dtype).removeprefix('torch.')}", dtype, make, tuple(wants), small)
@@ -123,14 +122,14 @@ CASES = [
     case("symmetric-600x600x20", 600, 600, 20, F32, symmetric=True, scale=TENSOR, label_smoothing=0.1),
     case("symmetric-ids-600x600x20", 600, 600, 20, F32, symmetric=True, scale=TENSOR, kind="ids", normalize=True),
     case("negatives-530x530x9", 530, 530, 9, F32, symmetric=True, m=515, scale=TENSOR, kind="wide"),
-    case("own-negatives-530x530x9", 530, 530, 9, F32, m=515, own_negatives=True, scale=TENSOR, normalize=True,
+    case("own-negatives-530x530x9", 530, 530, 9, F32, m=515, per_query=True, scale=TENSOR, normalize=True,
          kind="wide"),
     # small enough for Triton's interpreter; there they are several panels of several tiles
     *(
-        case(f"{kind}-negatives-70x70x9-{own}", 70, 70, 9, F32, symmetric=not own, m=37, own_negatives=own, kind=kind,
-             scale=TENSOR, normalize=own, label_smoothing=0.1)
+        case(f"{kind}-negatives-70x70x9-{per_query}", 70, 70, 9, F32, symmetric=not per_query, m=37,
+             per_query=per_query, kind=kind, scale=TENSOR, normalize=per_query, label_smoothing=0.1)
         for kind in ("bool", "wide", "ids")
-        for own in (False, True)
+        for per_query in (False, True)
     ),
     # large tiles of tensor cores: one row more than a tile, several panels
     case("target-129x700x8", 129, 700, 8, F16, target=True, kind="bool", label_smoothing=0.1, scale=NUMBER),
@@ -140,23 +139,23 @@ CASES = [
     # options together
     *(
         case(
-            f"{kind}-symmetric={symmetric}-normalize={normalize}-smoothing={smoothing}-negatives={m}-own={own}",
+            f"{kind}-symmetric={symmetric}-normalize={normalize}-smoothing={smoothing}-negatives={m}-own={per_query}",
             9, 9, 20, dtype, kind=kind, symmetric=symmetric, normalize=normalize, label_smoothing=smoothing, m=m,
-            own_negatives=own, scale=TENSOR if dtype == F64 else NUMBER,
+            per_query=per_query, scale=TENSOR if dtype == F64 else NUMBER,
         )
         for dtype in (F64, F32, BF16)
-        for kind, symmetric, normalize, smoothing, (m, own) in itertools.product(
+        for kind, symmetric, normalize, smoothing, (m, per_query) in itertools.product(
             ("none", "bool", "wide", "ids"), (False, True), (False, True), (0.0, 0.1),
             ((None, False), (5, False), (5, True)),
         )
         if m or kind != "wide"
     ),
     *(
-        case(f"target-{reduction}-{m}-{own}", 12, 17, 20, dtype, target=True, m=m, own_negatives=own, kind="wide",
-             reduction=reduction, scale=("temperature", "tensor"), normalize=True)
+        case(f"target-{reduction}-{m}-{per_query}", 12, 17, 20, dtype, target=True, m=m, per_query=per_query,
+             kind="wide", reduction=reduction, scale=("temperature", "tensor"), normalize=True)
         for dtype in DTYPES
         for reduction in ("mean", "sum", "none")
-        for m, own in ((None, False), (5, False), (5, True))
+        for m, per_query in ((None, False), (5, False), (5, True))
     ),
     *(
         case(f"symmetric-{reduction}", 12, 12, 20, dtype, symmetric=True, reduction=reduction, scale=NUMBER)

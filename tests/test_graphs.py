@@ -230,15 +230,13 @@ def test_batches_of_upstreams(make):
     upstreams = torch.randn(3, *value.shape, dtype=value.dtype)
     expected = [torch.autograd.grad(value, inputs, upstream, retain_graph=True) for upstream in upstreams]
     expected = [torch.stack(grads) for grads in zip(*expected, strict=True)]
-    for state in ("stored gradients are gone", "stored gradients are there"):
-        if state.endswith("there"):
-            value = case.value()
+    for state, value in (("stored gradients are used up", value), ("stored gradients are left", case.value())):
         for _ in range(2):
-            found = torch.autograd.grad(value, inputs, upstreams, is_grads_batched=True, retain_graph=True)
-            torch.testing.assert_close(list(found), expected, msg=lambda m, state=state: f"{state}: {m}")
+            grads = torch.autograd.grad(value, inputs, upstreams, is_grads_batched=True, retain_graph=True)
+            torch.testing.assert_close(list(grads), expected, msg=lambda m, state=state: f"{state}: {m}")
     (one,) = torch.autograd.grad(value, inputs[:1], torch.ones_like(value))
-    (again,) = torch.autograd.grad(case.value(), inputs[:1], torch.ones_like(value))
-    torch.testing.assert_close(one, again)  # a batch has not used them up
+    (other,) = torch.autograd.grad(case.value(), inputs[:1], torch.ones_like(value))
+    torch.testing.assert_close(one, other)  # a batch does not use them up
 
     def function(*tensors):
         return case.loss.function(**case.tensors | dict(zip(case.wanted, tensors, strict=True)), **case.options)

@@ -119,7 +119,7 @@ class TestModule:
         assert "learnable=True" in repr(loss)
 
     def test_scale_is_bounded_and_comes_back(self):
-        """A zero gradient above the bound would keep the scale there for ever."""
+        """A zero gradient above the bound would never let the scale return."""
         query, key = pairs(6, 4)
         loss = tlk.InfoNCELoss(learnable=True, max_scale=50.0)
         with torch.no_grad():

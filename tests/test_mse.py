@@ -79,7 +79,7 @@ def test_dtypes_are_promoted(impl, ours, pytorch, dtypes):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("eps", [0.0, 1e-8])
 def test_rmse_where_there_is_no_error(impl, eps, reduction):
-    """Without eps the gradient is infinity times 0, NaN, as of torch.sqrt."""
+    """Without eps the gradient is infinity times 0, NaN, as torch.sqrt's."""
     input = torch.ones(3, requires_grad=True)
     loss = tlk.rmse(input, torch.ones(3), eps=eps, reduction=reduction, impl=impl)
     same(loss, torch.full(loss.shape, math.sqrt(eps)), rtol=1e-6)

@@ -94,7 +94,7 @@ def test_integer_labels_and_missing_ones(tmp_path):
     ids=" ".join,
 )
 def test_the_classes_are_the_labels_that_occur(names, tmp_path):
-    """Ratings from 1 to 5 are five classes; numbers stand in their order."""
+    """Ratings from 1 to 5 are five classes; numbers are sorted as numbers."""
     rows = [{"text": f"text {i}", "label": name} for i, name in enumerate(reversed(names * 8))]
     config = DataConfig(path=write_csv(tmp_path / "rows.csv", rows))
     assert load_data(config, seed=0).classes == names

@@ -128,12 +128,12 @@ def test_long_texts_are_cut_to_the_models_positions(believes, asked, tmp_path, c
 
 
 def test_random_weights_are_others_under_the_same_head(tiny):
-    pretrained, drawn, again = (new_classifier(tiny, 3, random, seed=5) for random in (False, True, True))
+    pretrained, drawn, same = (new_classifier(tiny, 3, random, seed=5) for random in (False, True, True))
     saved = weights_of(tiny)
     assert torch.equal(pretrained.encoder.embeddings.word_embeddings.weight, saved["embeddings.word_embeddings.weight"])
     assert not torch.equal(drawn.encoder.embeddings.word_embeddings.weight, saved["embeddings.word_embeddings.weight"])
     assert torch.equal(drawn.head.weight, pretrained.head.weight)
-    assert all(torch.equal(left, right) for left, right in zip(drawn.parameters(), again.parameters(), strict=True))
+    assert all(torch.equal(left, right) for left, right in zip(drawn.parameters(), same.parameters(), strict=True))
 
 
 def weights_of(folder):

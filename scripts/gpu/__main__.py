@@ -85,7 +85,7 @@ def build(session: Session) -> None:
     variables = {**kit.build_variables(card()), "MAX_JOBS": str(os.cpu_count() or 1)}
     command = session.python("setup.py", "build_ext", "--inplace")
     status = session.call(command, min(240.0, session.left()), session.out / "build.log", variables)
-    session.note(f"extension: built here, status {status}")
+    session.note(f"extension: built on this machine, status {status}")
 
 
 def planned(session: Session) -> dict[str, Any] | None:
@@ -148,7 +148,7 @@ def figures_command(session: Session, file: Path, seconds: float, *options: str)
 
 def measure(session: Session, until: float) -> None:
     """Measure; nothing else runs on the card."""
-    session.note("figures: alone on the card from here")
+    session.note("figures: nothing else runs on the card from now on")
     log = session.parts / "figures.log"
     status = None
     for _ in range(MOST_DEATHS):  # after a crash it continues with the next measurement

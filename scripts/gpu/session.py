@@ -12,7 +12,7 @@ from pathlib import Path
 from scripts.gpu.kit import ROOT
 
 TIMED_OUT = 124
-"""The status of a command that ran too long, as of `timeout`."""
+"""The status of a command that ran too long, as `timeout` returns it."""
 RESERVE = 5.0
 """Seconds kept for the summary."""
 
