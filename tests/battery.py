@@ -1,6 +1,6 @@
-"""The battery that every loss goes through, without pytest: the losses, a call of a case, and checks that a GPU needs.
+"""The battery that every loss goes through, without pytest: the losses, the call of a case, and checks for a GPU.
 
-A loss takes part by a `LOSS` in tests/<loss>_cases.py. The tests and scripts/gpu share what is here.
+A loss joins by a `LOSS` in tests/<loss>_cases.py. The tests and scripts/gpu share this module.
 """
 
 import importlib
@@ -18,12 +18,12 @@ LOSSES = {name: importlib.import_module(f"{name}_cases").LOSS for name in _NAMES
 
 
 def targets(name):
-    """Return what can run the loss of that name here."""
+    """Return the targets of this machine for the loss of that name."""
     return harness.targets(loss=LOSSES[name].cuda or name)
 
 
 class Call:
-    """A case with numbers: `ours`, `eager` and `right` are functions of the tensors that get a gradient."""
+    """A case with its random numbers; `ours`, `eager` and `right` are functions of the tensors that get a gradient."""
 
     def __init__(self, loss, case, impl, seed=0):
         self.arguments = case.make(seed)
@@ -41,7 +41,7 @@ def leaves(tensors):
 
 
 def upstream_of(value, seed=0):
-    """Not 1, and the same number in every dtype."""
+    """Return upstream values that are not 1 and that every dtype represents exactly."""
     upstream = 0.5 + torch.rand(value.shape, generator=harness.generator(seed))
     return upstream.to(torch.bfloat16).to(value)
 
@@ -53,7 +53,7 @@ def gradients(function, tensors, seed=0):
 
 
 def draw(loss, case, target, seed):
-    """Return for `harness.check_budgets` what the target, eager and the oracle give for a case."""
+    """Return a case's results from the target, eager and the oracle, for `harness.check_budgets`."""
     with harness.forced(target) as impl:
         call = Call(loss, case, impl, seed)
         before = [tensor.clone() for tensor in call.tensors]
@@ -69,11 +69,11 @@ def draw(loss, case, target, seed):
     return triples
 
 
-# What only a GPU shows. TLKERNELS_CHECK must not be set: the host would wait for what it looks at.
+# Checks for a GPU. TLKERNELS_CHECK must not be set: with it the host waits for the device to read the class indices.
 
 
 def _step(loss, case, impl):
-    """Return loss and gradients as a function of the tensors that get one, and the tensors."""
+    """Return a function from tensors to loss and gradients, and its tensors."""
     tensors, put = harness.split(case.make(0), case.wants_grad)
 
     def run(*tensors):
@@ -102,16 +102,16 @@ def check_no_wait(loss, case, impl):
 
 
 def check_graph(loss, case, impl):
-    """Another stream gives the same bits; a graph is captured with one batch and replayed with another."""
+    """Another stream gives the same bits; a CUDA graph is captured with one batch and replayed with another."""
     run, tensors = _step(loss, case, impl)
     expected = run(*tensors)
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
         for _ in range(3):
-            found = run(*tensors)
-    torch.cuda.current_stream().wait_stream(aside)
-    assert all(map(torch.equal, expected, found)), "another stream gives other bits"
+            results = run(*tensors)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert all(map(torch.equal, expected, results)), "another stream gives other bits"
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = run(*tensors)
@@ -126,7 +126,7 @@ CHECKS = {"same bits": check_same_bits, "no wait": check_no_wait, "graph": check
 
 
 def check_2_31_logits(loss, impl):
-    """More than 2**31 logits: the last rows, whose offsets do not fit 32 bits, are right."""
+    """With more than 2**31 logits, the last rows, whose offsets do not fit 32 bits, are right."""
     rows, classes = 17000, 131072
     last = slice(-8, None)
     input = torch.randn(rows, classes, dtype=torch.bfloat16).requires_grad_()
@@ -147,7 +147,7 @@ def check_2_31_logits(loss, impl):
 
 
 def check_2_31_similarities(loss, impl):
-    """More than 2**31 similarities, in the memory of their operands."""
+    """More than 2**31 similarities are right, and take no memory of their own."""
     rows, features = 65536, 64
     query, key = (F.normalize(torch.randn(rows, features), dim=1).bfloat16().requires_grad_() for _ in range(2))
     torch.cuda.reset_peak_memory_stats()
@@ -167,4 +167,4 @@ LARGE = {
     "distillation": check_2_31_logits,
     "info_nce": check_2_31_similarities,
 }
-"""Losses -> a check at a size whose offsets do not fit 32 bits; it takes 20 GB of a GPU's memory."""
+"""Loss -> a check at a size whose offsets do not fit 32 bits; it takes 20 GB of GPU memory."""

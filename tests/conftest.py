@@ -1,4 +1,8 @@
-"""Fixtures of all tests, and which tests make up the quick part."""
+"""Fixtures of all tests, and the choice of the quick part.
+
+Environment, set here unless the caller has set it: on a machine with a GPU TLKERNELS_CHECK=1, with which a class index
+out of range raises on a GPU too; on any other machine TRITON_INTERPRET=1, with which Triton's kernels run on the CPU.
+"""
 
 import os
 import time
@@ -9,14 +13,14 @@ import pytest
 import torch
 from covering import covering
 
-# Before triton and tlkernels are imported, which ask for these once. With the check, class indices out of range raise
-# on a GPU too.
+# triton and tlkernels read these once, when they are imported.
 if torch.cuda.is_available():
     os.environ.setdefault("TLKERNELS_CHECK", "1")
 else:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import harness
+from helpers import IMPLEMENTATIONS
 
 from tlkernels._core import native, triton
 
@@ -25,18 +29,19 @@ if triton.INTERPRETED and triton.available():
 
 
 FEW = 8
-"""A test with no more parameter sets than that is in the quick part with all of them."""
+"""A test with at most so many parameter sets is in the quick part with all of them."""
 SIXTHS = range(1, 7)
 
 
 def pytest_addoption(parser):
-    parser.addoption("--sixth", type=int, choices=SIXTHS, help="of the tests chosen otherwise, run one sixth")
+    parser.addoption("--sixth", type=int, choices=SIXTHS, help="run one sixth of the selected tests")
 
 
 def quick_part(ids):
-    """Return which of a test's parameter sets, given by their ids, `make test` runs: all pairs of words are in it.
+    """Return the indices of the parameter sets that `make test` runs; together they have all pairs of words.
 
-    Of an option, a word such as "softcap=5.0", its default is a word too.
+    `ids` are the test ids of the parameter sets, words joined by "-". For an option, a word such as "softcap=5.0", the
+    default counts as a word too.
     """
     if len(ids) <= FEW:
         return range(len(ids))
@@ -50,9 +55,9 @@ def quick_part(ids):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection_modifyitems(config, items):
-    """Mark what runs on a GPU, and what is not in the quick part.
+    """Mark the tests that run on a GPU and those that are not in the quick part; keep one sixth if asked for.
 
-    A test runs on a GPU if a parameter is an implementation or a target of one.
+    A test runs on a GPU if one of its parameters is an implementation or a target that does.
     """
     grids = defaultdict(list)
     for item in items:
@@ -71,7 +76,7 @@ def pytest_collection_modifyitems(config, items):
     result = yield
     sixth = config.getoption("sixth")
     if sixth is not None:
-        # By its name, so that a test stays in its sixth whatever others come and go.
+        # By a hash of its name: a test stays in its sixth when others are added or removed.
         chosen = [item for item in items if crc32(item.nodeid.encode()) % len(SIXTHS) == sixth - 1]
         config.hook.pytest_deselected(items=list(set(items) - set(chosen)))
         items[:] = chosen
@@ -89,7 +94,7 @@ def _device_and_seed(request):
 
 @pytest.fixture
 def poisoned_memory():
-    """Fill what torch allocates without initialising it with NaN, so that an unwritten result is seen."""
+    """Fill uninitialised memory with NaN, so that a test sees a result that was not written."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -97,8 +102,14 @@ def poisoned_memory():
 
 @pytest.fixture
 def impatient(monkeypatch):
-    """Do not wait between the tries to reach a model hub, which take 23 s where there is no network."""
+    """Do not wait between attempts to reach a model hub; without a network they take 23 s."""
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def any_impl(request):
+    """Each implementation; `native` with the instruction set that is in use."""
+    return request.param
 
 
 @pytest.fixture

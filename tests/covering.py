@@ -1,4 +1,4 @@
-"""Pairwise covering arrays: few cases in which every pair of parameter values that occurs anywhere occurs."""
+"""Pairwise covering arrays: few cases that together contain every pair of parameter values."""
 
 import heapq
 from collections.abc import Collection, Sequence
@@ -6,13 +6,13 @@ from itertools import combinations
 
 
 def covering(cases: Sequence[Collection[str]]) -> list[int]:
-    """Return which of the cases, given by their parameter values, cover all pairs of values.
+    """Return the indices of cases that cover all pairs of values; a case is the collection of its parameter values.
 
-    Greedy: the case with the most pairs that are not covered yet comes next; of several the first.
+    Greedy: it takes the case with the most pairs that are not covered yet, the first one of equals.
     """
     pairs = [_pairs(values) for values in cases]
     missing = set().union(*pairs)
-    queue = [(-len(some), k) for k, some in enumerate(pairs)]
+    queue = [(-len(new), k) for k, new in enumerate(pairs)]
     heapq.heapify(queue)
     chosen = []
     while missing:

@@ -12,7 +12,7 @@ import tlkernels as tlk
 
 def pytorch(input, target, weight=None, *, ignore_index=-100, reduction="mean", label_smoothing=0.0,
             temperature=1.0, softcap=None, z_loss=0.0):  # fmt: skip
-    """The lines of the docstring, in the dtype of the input."""
+    """The PyTorch lines of the docstring, in the dtype of the input."""
     axis = min(input.dim() - 1, 1)
     if target.is_floating_point():
         target = target.to(input.dtype)
@@ -34,7 +34,7 @@ def pytorch(input, target, weight=None, *, ignore_index=-100, reduction="mean", 
 
 
 class Case(NamedTuple):
-    """One call, but for its random numbers."""
+    """One call; a seed gives its random numbers."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
@@ -55,10 +55,8 @@ class Case(NamedTuple):
         positions = self.shape[:axis] + self.shape[axis + 1 :]
         dense = harness.logits(self.shape, self.dtype, generator)
         if self.target == "indices":
-            target = torch.randint(0, self.shape[axis], positions, generator=generator)
-            ignored = torch.rand(positions, generator=generator) < 0.2
-            if target.numel() > 2 and not ignored.all():
-                target = target.masked_fill(ignored, dict(self.options).get("ignore_index", -100))
+            index = dict(self.options).get("ignore_index", -100)
+            target = harness.class_indices(positions, self.shape[axis], generator, index)
         else:
             dtype = torch.float32 if self.target == "probabilities32" else self.dtype
             target = torch.randn(self.shape, generator=generator, dtype=torch.float64).mul(2).softmax(axis).to(dtype)
@@ -67,14 +65,30 @@ class Case(NamedTuple):
         return harness.lay_out(dense, self.layout), target, weight, dict(self.options)
 
     def functions(self, target, weight, options, impl):
-        """Return the loss as a function of the input: ours, eager's, the oracle's."""
-
+        """Return three losses as functions of the input: ours, eager's, the oracle's."""
         wide = weight if weight is None else weight.double()
         return (
             lambda x: tlk.cross_entropy(x, target, weight, impl=impl, **options),
             lambda x: pytorch(x, target, weight, **options),
             lambda x: pytorch(x, target, wide, **options),
         )
+
+    def check(self, target, most=30, first=3, place=lambda input: input):
+        """Check loss and gradient against float64; `place(input)` returns the same logits in other memory."""
+
+        def draw(seed):
+            input, classes, weight, options = self.make(seed)
+            with harness.forced(target) as impl:
+                ours, eager, oracle = self.functions(classes, weight, options, impl)
+                value = oracle(input.double())
+                upstream = 0.5 + torch.rand(value.shape, generator=harness.generator(seed))
+                result, grad = harness.gradients(ours, place(input), upstream)
+            assert result.dtype == grad.dtype == input.dtype
+            eager_result, eager_grad = harness.gradients(eager, input, upstream)
+            right, right_grad = harness.gradients(oracle, input.double(), upstream.to(result.dtype).double())
+            return [("loss", result, eager_result, right), ("gradient", grad, eager_grad, right_grad)]
+
+        harness.check_budgets(self.dtype, draw, most, first)
 
     def for_battery(self, small=False):
         def make(seed):
@@ -88,30 +102,18 @@ class Case(NamedTuple):
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 
-# Every combination of options, on a shape with a full vector, a tail, and both row kernels' neighbours.
+# Every combination of options, on rows with whole vectors and a tail.
+SETTINGS = (("label_smoothing", 0.1), ("temperature", 2.5), ("softcap", 5.0), ("z_loss", 0.01), ("reduction", "none"))
 OPTIONS = [
-    Case((6, 37), dtype, target, weighted, "contiguous", tuple(options.items()))
+    Case((6, 37), dtype, target, weighted, "contiguous", tuple(itertools.compress(SETTINGS, chosen)))
     for dtype in (F64, F32)
     for target in ("indices", "probabilities")
     for weighted in (False, True)
-    for values in itertools.product((0.0, 0.1), (1.0, 2.5), (None, 5.0), (0.0, 0.01), ("mean", "none"))
-    if (
-        options := {
-            name: value
-            for name, value, default in zip(
-                ("label_smoothing", "temperature", "softcap", "z_loss", "reduction"),
-                values,
-                (0.0, 1.0, None, 0.0, "mean"),
-                strict=True,
-            )
-            if value != default
-        }
-    )
-    is not None
+    for chosen in itertools.product((False, True), repeat=len(SETTINGS))
 ]
 
-# One class; fewer than a vector; whole vectors; the end of the in-register rows and one past it; odd; prime; a block of
-# the long-row kernel and one past it; several blocks. Then positions behind the classes: one vector, less, odd lines,
+# One class; fewer than a vector; whole vectors; the longest row in registers and one more; odd; prime; a block of the
+# long-row kernel and one more; several blocks. Then positions after the class axis: one vector, less, odd lines,
 # several tiles, a class axis longer than a partial sum, more than two merged axes.
 SHAPES = [
     (5,), (1, 1), (7, 1), (3, 2), (5, 16), (4, 64), (4, 65), (9, 129), (3, 4096), (3, 4097), (2, 12289), (300, 45),
@@ -142,8 +144,8 @@ SMALL = [
     Case((3, 4), F64, "probabilities", True, options=MIXED[:4]),
 ]  # fmt: skip
 
-# For every way in which CUDA kernels keep a row (csrc/cross_entropy/cuda_table.h) the numbers of classes to test: one,
-# fewer than a pack, the end of a thread's part and one past it, odd, several packs a thread.
+# For every row strategy of the CUDA kernels (csrc/cross_entropy/cuda_table.h) the numbers of classes to test: one,
+# fewer than a pack, the end of a thread's part and one more, odd, several packs a thread.
 ROW_STRATEGIES = {
     "lanes": (1, 17, 45, 256),
     "warp": (1, 33, 97, 128),
@@ -163,12 +165,6 @@ STRATEGY_CASES = [
     for dtype in (F64, F32, BF16, F16)
     for options in (STRATEGY_OPTIONS[:2] if shape[1] == 1 else STRATEGY_OPTIONS)
 ]
-
-
-def module(arguments):
-    options = dict(arguments)
-    inputs = options.pop("input"), options.pop("target")
-    return tlk.CrossEntropyLoss(**options), inputs
 
 
 def ops():
@@ -194,6 +190,6 @@ LOSS = harness.Loss(
     tlk.cross_entropy,
     pytorch,
     [*(case.for_battery() for case in (*GRID, *LAID_OUT)), *(case.for_battery(small=True) for case in SMALL)],
-    module,
+    tlk.CrossEntropyLoss,
     ops,
 )

@@ -16,14 +16,14 @@ DIVERGENCES = ("forward_kl", "reverse_kl", "js", "tv")
 
 def pytorch(student_logits, teacher_logits, target=None, *, temperature=1.0, divergence="forward_kl", beta=0.5,
             hard_weight=0.0, ignore_index=-100, row_weight=None, label_smoothing=0.0, reduction="mean"):  # fmt: skip
-    """The lines of the docstring, in the dtype of the logits."""
+    """The PyTorch lines of the docstring, in the dtype of the logits."""
     log_q = (teacher_logits / temperature).log_softmax(-1)
     log_p = (student_logits / temperature).log_softmax(-1)
 
     def kl(log_a, log_b):
-        nothing = log_a.exp() == 0  # filled before as well as after, so that no NaN comes back through the product
-        log_a, log_b = log_a.masked_fill(nothing, 0), log_b.masked_fill(nothing, 0)
-        return (log_a.exp() * (log_a - log_b)).masked_fill(nothing, 0).sum(-1)
+        zero = log_a.exp() == 0  # filled before the product too: its backward would turn the fill into NaN
+        log_a, log_b = log_a.masked_fill(zero, 0), log_b.masked_fill(zero, 0)
+        return (log_a.exp() * (log_a - log_b)).masked_fill(zero, 0).sum(-1)
 
     if divergence == "forward_kl":
         rows = kl(log_q, log_p)
@@ -32,8 +32,8 @@ def pytorch(student_logits, teacher_logits, target=None, *, temperature=1.0, div
     elif divergence == "tv":
         rows = (log_p.exp() - log_q.exp()).abs().sum(-1) / 2
     else:
-        nothing = (log_q == -math.inf) & (log_p == -math.inf)
-        parts = (log_q + math.log(beta)).masked_fill(nothing, 0), (log_p + math.log(1 - beta)).masked_fill(nothing, 0)
+        zero = (log_q == -math.inf) & (log_p == -math.inf)
+        parts = (log_q + math.log(beta)).masked_fill(zero, 0), (log_p + math.log(1 - beta)).masked_fill(zero, 0)
         log_m = torch.logaddexp(*parts)
         rows = beta * kl(log_q, log_m) + (1 - beta) * kl(log_p, log_m)
     rows = (1 - hard_weight) * temperature**2 * rows
@@ -64,11 +64,7 @@ def make(shape, dtype, teacher_dtype=None, layout="contiguous", target=False, we
         given = {"student_logits": harness.lay_out(student, layout), "teacher_logits": harness.lay_out(teacher, layout)}
         rows = shape[:-1]
         if target:
-            classes = torch.randint(0, shape[-1], rows, generator=generator)
-            ignored = torch.rand(rows, generator=generator) < 0.2
-            if classes.numel() > 2 and not ignored.all():
-                classes = classes.masked_fill(ignored, options.get("ignore_index", -100))
-            given["target"] = classes
+            given["target"] = harness.class_indices(rows, shape[-1], generator, options.get("ignore_index", -100))
         if weighted:
             given["row_weight"] = torch.rand(rows, generator=generator).to(dtype)
         return {**given, **options}
@@ -84,17 +80,36 @@ def case(shape, dtype=F32, wants_grad=("student_logits",), small=False, **option
     return harness.LossCase("-".join(words), promoted, make(shape, dtype, **options), wants_grad, small)
 
 
+def both(impl, student, teacher, upstream=1.0, **options):
+    """Return loss and gradients: ours in the logits' dtype, and PyTorch's in float64."""
+
+    def run(loss, *logits):
+        leaves = [x.detach().clone().requires_grad_() for x in logits]
+        value = loss(*leaves)
+        return value.detach(), *torch.autograd.grad(value, leaves, torch.full_like(value, upstream))
+
+    return (
+        run(lambda s, t: tlk.distillation(s, t, impl=impl, **options), student, teacher),
+        run(lambda s, t: pytorch(s, t, **options), student.double(), teacher.double()),
+    )
+
+
+def same(result, expected, rtol=1e-5, atol=1e-6):
+    for ours, right in zip(result, expected, strict=True):
+        torch.testing.assert_close(ours.double(), right.double(), rtol=rtol, atol=atol, equal_nan=True)
+
+
 BOTH = ("student_logits", "teacher_logits")
 HARD = {"target": True, "weighted": True, "hard_weight": 0.3, "label_smoothing": 0.1, "temperature": 2.0}
 
-# Every combination of what meets in the kernel.
+# Every combination of options that the kernel combines.
 OPTIONS = [
     case((6, 37), dtype, wants, **{**dict(HARD if hard else {}), "divergence": divergence, "reduction": reduction})
     for divergence, dtype, wants, hard, reduction in itertools.product(
         DIVERGENCES, (F64, F32), (BOTH[:1], BOTH[1:], BOTH), (False, True), ("mean", "none")
     )
 ]
-# One class; less than a vector; whole vectors; odd; a block and one past it; several blocks; many.
+# One class; less than a vector; whole vectors; odd; a block and one more; several blocks; many.
 SHAPES = [(5,), (1, 1), (7, 1), (3, 2), (5, 16), (4, 65), (9, 129), (3, 2048), (3, 2049), (2, 6151), (2, 3, 5, 7),
           (2, 65537)]  # fmt: skip
 GRID = [
@@ -119,23 +134,6 @@ SMALL = [
     for divergence in DIVERGENCES
     for options in ({"temperature": 2.0}, {**HARD, "reduction": "none"}, {**HARD, "ignore_index": 1})
 ]
-
-
-def module(*, student_logits, teacher_logits, target=None, row_weight=None, **options):
-    forward = tlk.DistillationLoss(**options)
-    tensors = (student_logits, teacher_logits, target)
-    return (forward, tensors) if row_weight is None else (_Weighted(forward), (*tensors, row_weight))
-
-
-class _Weighted(torch.nn.Module):
-    """Takes `row_weight`, which is keyword-only, by position."""
-
-    def __init__(self, loss):
-        super().__init__()
-        self.loss = loss
-
-    def forward(self, student, teacher, target, row_weight):
-        return self.loss(student, teacher, target, row_weight=row_weight)
 
 
 def registered():
@@ -163,6 +161,6 @@ LOSS = harness.Loss(
     tlk.distillation,
     pytorch,
     [*OPTIONS, *GRID, *LAID_OUT, *MIXED, *SMALL],
-    module=lambda arguments: module(**arguments),
-    ops=registered,
+    tlk.DistillationLoss,
+    registered,
 )

@@ -1,10 +1,12 @@
-"""For tests of losses: implementations and ISAs of this machine, inputs that are able to fail, error budget.
+"""What the tests of all losses use: the implementations of this machine, inputs, the error budget.
 
-A new loss takes part by giving its eager PyTorch lines, which, run in float64, are also its oracle.
+The oracle of a loss is its PyTorch lines, run in float64. `scripts/gpu` and `bench/gpu.py` import this module too, so
+it needs no pytest.
+
+Environment: CXX is the compiler of the host run of the CUDA kernels. tests/conftest.py says what TLKERNELS_CHECK does.
 """
 
 import ctypes
-import importlib.util
 import os
 import shutil
 import sys
@@ -12,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -20,14 +23,14 @@ from torch import Tensor
 from tlkernels._core import native, triton
 
 CUDA_HOST = "cuda_host"
-"""The CUDA kernels, run on the host in the place of the CPU's (tests/cuda_host of a checkout)."""
+"""The `isa` of the host run: the CUDA kernels, compiled for the host, serve CPU tensors (tests/cuda_host)."""
 
-_ROOT = Path(__file__).parents[1]
-_CUDA_HOST = _ROOT / "tests" / "cuda_host" / "build.py"
+CUDA_LOSSES = {path.parent.name for path in Path(__file__).parents[1].glob("csrc/*/cuda.cu")}
+"""The losses that have CUDA kernels of their own."""
 
 
 class Target(NamedTuple):
-    """An implementation to test, and for `native` the instruction set of the CPU, CUDA_HOST, or "cuda"."""
+    """An implementation to test; for `native` also an instruction set of the CPU, CUDA_HOST, or "cuda" for a GPU."""
 
     impl: str
     isa: str = ""
@@ -37,19 +40,19 @@ class Target(NamedTuple):
 
 
 def targets(loss: str = "") -> list[Target]:
-    """Return what can run here; with `loss` the kernels of csrc/<loss>/cuda.cu too, on a GPU and on the host."""
-    here = [Target("reference"), *(Target("native", isa) for isa in native.isas())]
+    """Return the targets of this machine; with `loss` also its CUDA kernels, on the host and on a GPU."""
+    every = [Target("reference"), *(Target("native", isa) for isa in native.isas())]
     if on_cuda_host(loss):
-        here.append(Target("native", CUDA_HOST))
-    if _has_kernels(loss) and native.build_info().get("cuda") and torch.cuda.is_available():
-        here.append(Target("native", "cuda"))
-    return [*here, *([Target("triton")] if triton.available() else [])]
+        every.append(Target("native", CUDA_HOST))
+    if loss in CUDA_LOSSES and native.build_info().get("cuda") and torch.cuda.is_available():
+        every.append(Target("native", "cuda"))
+    return [*every, *([Target("triton")] if triton.available() else [])]
 
 
 def device(target: Any) -> str:
-    """Return the type of device that tests of a target, or of the implementation of that name, make their tensors on.
+    """Return the device type for the tensors of a target, or of the implementation of that name.
 
-    tests/conftest.py makes it the default device of a test with such a parameter.
+    tests/conftest.py makes it the default device of a test that has such a parameter.
     """
     if getattr(target, "isa", "") == "cuda":
         return "cuda"
@@ -57,40 +60,30 @@ def device(target: Any) -> str:
 
 
 def generator(seed: int) -> torch.Generator:
-    """Return a source of random numbers on the default device."""
+    """Return a seeded random number generator on the default device."""
     return torch.Generator(torch.get_default_device()).manual_seed(seed)
 
 
 def on_cuda_host(loss: str) -> bool:
-    """Return whether the loss has CUDA kernels and they can run on this host."""
+    """Return whether the loss has CUDA kernels and this host can compile and run them."""
     compiler = shutil.which(os.environ.get("CXX", "c++"))
-    here = native.available() and sys.platform == "linux" and compiler is not None and _CUDA_HOST.exists()
-    return here and _has_kernels(loss)
+    return loss in CUDA_LOSSES and native.available() and sys.platform == "linux" and compiler is not None
 
 
-def _has_kernels(loss: str) -> bool:
-    return (_ROOT / "csrc" / loss / "cuda.cu").exists()
+def cuda_host() -> ModuleType:
+    """Import and return tests/cuda_host/build.py."""
+    from cuda_host import build
 
-
-def cuda_host() -> Any:
-    """Return tests/cuda_host/build.py as a module."""
-    name = "tlkernels_cuda_host"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, _CUDA_HOST)
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
+    return build
 
 
 INTERPRETED_ELEMENTS = 40_000
-"""The size rule of Triton's interpreter: calls with a larger tensor are left out for it. It takes some 5 ms for a
-program, and two blocks of a kernel on the way to the next behave as two hundred do."""
+"""The size rule of Triton's interpreter: it skips calls with a larger tensor. One program takes it about 5 ms, and two
+blocks of a kernel show what two hundred would."""
 
 
 def too_large(impl: str, *arguments: Any) -> bool:
-    """Return whether the size rule leaves out a call with these arguments."""
+    """Return whether the size rule skips a call with these arguments."""
     sizes = [argument.numel() for argument in arguments if isinstance(argument, Tensor)]
     return impl == "triton" and triton.INTERPRETED and max(sizes, default=0) > INTERPRETED_ELEMENTS
 
@@ -113,9 +106,9 @@ def mend_interpreter() -> None:
         rounded = (bits + (((bits >> 16) & 1) + 0x7FFF)) >> 16
         return np.where(np.isnan(input), 0x7FC0, rounded).astype(np.uint16)
 
-    interpreter._convert_float = convert  # the original cuts off
+    interpreter._convert_float = convert  # the original truncates
 
-    # Each call of a function of a kernel replaces all of triton.language again, which its kernel has done already.
+    # Every function that a kernel calls would patch all of triton.language again; its kernel has done so already.
     replace, replaced = interpreter._patch_lang, set[str]()
 
     def replace_once(function: Any) -> Any:
@@ -141,7 +134,7 @@ def mend_interpreter() -> None:
 
 @contextmanager
 def forced(target: Target) -> Iterator[str]:
-    """Force the target's instruction set meanwhile, or the CUDA kernels; gives the name for `impl=`."""
+    """Use the target's instruction set, or the CUDA kernels, within the block; yields the name for `impl=`."""
     if target.isa == CUDA_HOST:
         with cuda_host().ops_on_cpu_tensors():
             yield target.impl
@@ -159,9 +152,9 @@ def forced(target: Target) -> Iterator[str]:
 
 @contextmanager
 def cross_entropy_strategy(name: str, library: Any = None) -> Iterator[None]:
-    """Let cross entropy's CUDA kernels keep rows in one way of csrc/cross_entropy/cuda_table.h alone.
+    """Restrict cross entropy's CUDA kernels to one row strategy of csrc/cross_entropy/cuda_table.h within the block.
 
-    `library` has the kernels as a ctypes library; the extension's, unless the host run's is given.
+    `library` is the ctypes library with the kernels: the extension by default, or the host run's.
     """
     library = library or ctypes.CDLL(native.file())
     force = library.tlk_force_cross_entropy_strategy
@@ -173,51 +166,51 @@ def cross_entropy_strategy(name: str, library: Any = None) -> Iterator[None]:
 
 
 CONTEXT_LOST = 77
-"""The status of a process that ends itself, since after a CUDA error nothing can run in it."""
+"""The exit status of a process that ends itself because a CUDA error has made its context unusable."""
 
 
 def context_lost(message: str) -> bool:
-    """Return whether an error's message is of one after which the process cannot use its GPU."""
+    """Return whether the process can no longer use its GPU after an error with this message."""
     words = ("CUDA error", "AcceleratorError", "illegal memory access", "device-side assert")
     return "out of memory" not in message and any(word in message for word in words)
 
 
 @dataclass(frozen=True)
 class LossCase:
-    """One call of a loss, but for its random numbers."""
+    """One call of a loss; a seed gives its random numbers."""
 
     id: str
     dtype: torch.dtype
     make: Callable[[int], dict[str, Any]]
-    """Seed -> the arguments by name, options among them, tensors in the dtypes of the call."""
+    """Seed -> the arguments by name, including the options; tensors have the dtypes of the call."""
     wants_grad: tuple[str, ...]
     """The arguments that get a gradient."""
     small: bool = False
-    """Small and smooth enough for gradcheck, Hessians and vmap; in float64."""
+    """float64, and small and smooth enough for gradcheck, Hessians and vmap."""
     large: bool = False
-    """Millions of logits, too many for CUDA kernels on the host."""
+    """Millions of logits: too many for the CUDA kernels on the host."""
 
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss as the battery of tests/test_every_loss.py takes it."""
+    """A loss and its cases, for the battery of tests/test_every_loss.py."""
 
     function: Callable[..., Tensor]
     pytorch: Callable[..., Tensor]
-    """The PyTorch lines that it replaces, of the same arguments without `impl`. In float64 they are the oracle."""
+    """The PyTorch lines that it replaces; the same arguments without `impl`. In float64 they are the oracle."""
     cases: Sequence[LossCase]
-    module: Callable[[dict[str, Any]], tuple[torch.nn.Module, tuple[Any, ...]]]
-    """The arguments by name -> the module, and the arguments of its forward, that make the same call."""
+    module: type[torch.nn.Module]
+    """Its module class. The constructor takes the arguments that `forward` does not take."""
     ops: Callable[[], Sequence[tuple[Any, tuple[Any, ...]]]] = tuple
     """The registered ops, each with arguments for opcheck."""
     rowwise: bool = True
-    """Whether the bits do not depend on the number of threads."""
+    """Whether the result is the same, bit for bit, for any number of threads."""
     cuda: str = ""
-    """The name of its file in csrc/cuda, without: the loss's own."""
+    """The loss whose CUDA kernels it uses; empty: its own."""
 
 
 def split(arguments: dict[str, Any], names: Sequence[str]) -> tuple[tuple[Tensor, ...], Callable[..., dict[str, Any]]]:
-    """Return the named arguments, and a function that puts others in their place."""
+    """Return the named arguments, and a function that replaces them in `arguments`."""
 
     def put(*tensors: Tensor) -> dict[str, Any]:
         return {**arguments, **dict(zip(names, tensors, strict=True))}
@@ -233,8 +226,15 @@ def widened(arguments: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def class_indices(rows: tuple[int, ...], classes: int, generator: torch.Generator, ignore_index: int = -100) -> Tensor:
+    """Return class indices; a fifth of the rows is ignored, unless there are few rows."""
+    target = torch.randint(0, classes, rows, generator=generator)
+    ignored = torch.rand(rows, generator=generator) < 0.2
+    return target.masked_fill(ignored, ignore_index) if target.numel() > 2 and not ignored.all() else target
+
+
 def words(options: dict[str, Any]) -> str:
-    """Return options as an id of a test, a word for each."""
+    """Return the options as a test id, one word for each."""
     return "-".join(f"{name}={value}" for name, value in options.items())
 
 
@@ -255,7 +255,7 @@ def lay_out(dense: Tensor, layout: str) -> Tensor:
 
 
 def logits(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator, class_axis: int = 1) -> Tensor:
-    """Return logits with rows of every kind: plain, nearly equal, one far ahead, one far behind, large offset."""
+    """Return logits with several kinds of rows: plain, nearly equal, one far ahead, one far behind, large offset."""
     axis = min(class_axis, len(shape) - 1)
     rows = torch.randn(shape, generator=generator, dtype=torch.float64).movedim(axis, -1)
     flat = rows.reshape(-1, shape[axis]).clone()
@@ -269,22 +269,23 @@ def logits(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generato
 class Budget:
     """The error that an implementation may have: twice eager's in the same dtype, plus one rounding of the result.
 
-    Errors are the largest difference from the oracle over all values of all draws, so that no lucky value of eager's
-    decides. In float64, where eager is the oracle itself, a difference may be 1e-13 of the largest value, or of 1.
+    An error is the largest difference from the oracle over all values of all draws, so that one lucky value of eager
+    does not decide. In float64 eager is the oracle itself: there a difference of 1e-13 times the largest value is
+    allowed, or 1e-13 if that is larger.
     """
 
     def __init__(self, dtype: torch.dtype):
-        """For results of `dtype`."""
+        """Start without draws, for results of `dtype`."""
         self.dtype = dtype
         self.ours: list[Tensor] = []
         self.eager: list[Tensor] = []
         self.oracle: list[Tensor] = []
 
     def add(self, ours: Tensor, eager: Tensor, oracle: Tensor) -> None:
-        """Add a draw: what the implementation and eager give for the oracle's float64 values.
+        """Add a draw: the results of the implementation, of eager, and of the oracle in float64.
 
         Raises:
-            AssertionError: a NaN or an infinity where the oracle has none, or the reverse; a wrong shape.
+            AssertionError: the shape is wrong, or NaN and infinity are not where the oracle has them.
         """
         assert ours.shape == oracle.shape, f"shape {tuple(ours.shape)}, expected {tuple(oracle.shape)}"
         ours, eager, oracle = ours.detach().double(), eager.detach().double(), oracle.detach()
@@ -322,8 +323,8 @@ def check_budgets(
 ) -> None:
     """Raise AssertionError unless every result of a call keeps its budget.
 
-    `draw(seed)` gives a result's name and what the implementation, eager and the oracle have for it. The `first` draws
-    may happen to be eager's luckiest; where they are over the budget, six decide, and then `most`, those among them.
+    `draw(seed)` yields, for each result, its name and the values of the implementation, eager and the oracle. Eager may
+    be lucky in the `first` draws: if they are over the budget, six draws decide, and after them `most`.
     """
     budgets: dict[str, Budget] = {}
     drawn = 0
@@ -338,8 +339,16 @@ def check_budgets(
         budget.check(name)
 
 
+def check_results(dtype: torch.dtype, results: Iterable[tuple[str, Tensor, Tensor, Tensor]]) -> None:
+    """Raise AssertionError unless every result of one draw keeps its budget; see `check_budgets`."""
+    for name, *values in results:
+        budget = Budget(dtype)
+        budget.add(*values)
+        budget.check(name)
+
+
 def gradients(loss: Callable[[Tensor], Tensor], input: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the loss and the input's gradient for `upstream`, of the loss's shape."""
+    """Return the loss and the input's gradient; `upstream` has the loss's shape."""
     leaf = input.detach().requires_grad_()
     value = loss(leaf)
     (grad,) = torch.autograd.grad(value, leaf, upstream.to(value.dtype))
@@ -349,7 +358,7 @@ def gradients(loss: Callable[[Tensor], Tensor], input: Tensor, upstream: Tensor)
 def second_gradients(
     loss: Callable[[Tensor], Tensor], input: Tensor, upstream: Tensor, direction: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the derivatives of <direction, gradient> by the input and by the upstream value."""
+    """Return the derivatives of <direction, gradient> with respect to the input and the upstream value."""
     leaf = input.detach().requires_grad_()
     value = loss(leaf)
     factor = upstream.to(value.dtype).requires_grad_()

@@ -14,7 +14,7 @@ F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float1
 
 def pytorch(query, key, target=None, *, temperature=None, logit_scale=None, negatives=None, mask=None,
             symmetric=False, normalize=False, label_smoothing=0.0, reduction="mean"):  # fmt: skip
-    """The lines of the docstring, in the dtype of the query."""
+    """The PyTorch lines of the docstring, in the dtype of the query."""
     if normalize:
         query, key = F.normalize(query, dim=-1), F.normalize(key, dim=-1)
         negatives = None if negatives is None else F.normalize(negatives, dim=-1)
@@ -50,14 +50,14 @@ def pytorch(query, key, target=None, *, temperature=None, logit_scale=None, nega
 
 
 def embeddings(shape, generator, dtype):
-    """Rows of different lengths, some nearly equal to others, so that some rows' positive is far ahead."""
+    """Return rows; every third one is three times as long, so that some positives are far ahead."""
     x = torch.randn(shape, generator=generator, dtype=F64) / shape[-1] ** 0.5
     x[..., 1::3, :] *= 3
     return x.to(dtype)
 
 
-def case(id, n, k, d, dtype, *, m=None, kind="none", scale=None, small=False, target=False, **options):
-    """One call; `kind` of mask, `scale` by which argument and as what."""
+def case(id, n, k, d, dtype, *, m=None, per_query=False, kind="none", scale=None, small=False, target=False, **options):
+    """Return one call with `m` negatives; `kind` is that of the mask, `scale` an argument and its kind."""
 
     def make(seed):
         generator = harness.generator(seed)
@@ -66,30 +66,52 @@ def case(id, n, k, d, dtype, *, m=None, kind="none", scale=None, small=False, ta
         key = (near + embeddings((k, d), generator, F64)).to(dtype)
         arguments = {"query": query, "key": key, **options}
         if m is not None:
-            arguments["negatives"] = embeddings((n, m, d) if options_of["own_negatives"] else (m, d), generator, dtype)
+            arguments["negatives"] = embeddings((n, m, d) if per_query else (m, d), generator, dtype)
         if scale is not None:
             name, kind_of = scale
             value = torch.tensor(0.0625 if name == "temperature" else 8.5)
             arguments[name] = value.to(dtype) if kind_of == "tensor" else value.item()
         if target:
             arguments["target"] = torch.randint(0, k + (m or 0), (n,), generator=generator)
-        if kind in ("bool", "wide"):  # wide: of the negatives too
+        if kind in ("bool", "wide"):  # "wide" covers the negatives too
             columns = k + (m or 0) * (kind == "wide")
             arguments["mask"] = torch.rand(n, columns, generator=generator) < 0.3
         if kind == "ids":
             arguments["mask"] = tuple(torch.randint(-3, 9, (size,), generator=generator) for size in (n, k))
         return arguments
 
-    options_of = {"own_negatives": options.pop("own_negatives", False)}
     wants = ["query", "key"]
     wants += ["negatives"] * (m is not None) + [scale[0]] * (scale is not None and scale[1] == "tensor")
     return harness.LossCase(f"{id}-{str(dtype).removeprefix('torch.')}", dtype, make, tuple(wants), small)
 
 
+def both(impl, tensors, upstream=None, **options):
+    """Return loss and gradients: ours, and PyTorch's in float64."""
+
+    def run(loss, tensors):
+        leaves = [t.detach().clone().requires_grad_() for t in tensors]
+        value = loss(*leaves)
+        return [value.detach(), *torch.autograd.grad(value, leaves, upstream)]
+
+    wide = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in options.items()}
+    ours = run(lambda *t: tlk.info_nce(*t, impl=impl, **options), tensors)
+    return ours, run(lambda *t: pytorch(*t, **wide), [t.double() for t in tensors])
+
+
+def same(ours, right, rtol=1e-5, atol=1e-6):
+    for a, b in zip(ours, right, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=rtol, atol=atol, equal_nan=True)
+
+
+def pairs(n, d, k=None):
+    query = F.normalize(torch.randn(n, d), dim=1)
+    return query, F.normalize(torch.randn(k or n, d), dim=1)
+
+
 TENSOR, NUMBER = ("logit_scale", "tensor"), ("temperature", "number")
 DTYPES = (F64, F32, BF16, F16)
 CASES = [
-    # sizes: one; fewer features than a vector; off the vector; a whole tile and one past it; several; K > N
+    # sizes: one; fewer features than a vector; no multiple of it; a whole tile and one more; several; K > N
     *(
         case(f"{n}x{k}x{d}", n, k, d, dtype, scale=TENSOR)
         for dtype in DTYPES
@@ -100,16 +122,16 @@ CASES = [
     case("symmetric-600x600x20", 600, 600, 20, F32, symmetric=True, scale=TENSOR, label_smoothing=0.1),
     case("symmetric-ids-600x600x20", 600, 600, 20, F32, symmetric=True, scale=TENSOR, kind="ids", normalize=True),
     case("negatives-530x530x9", 530, 530, 9, F32, symmetric=True, m=515, scale=TENSOR, kind="wide"),
-    case("own-negatives-530x530x9", 530, 530, 9, F32, m=515, own_negatives=True, scale=TENSOR, normalize=True,
+    case("own-negatives-530x530x9", 530, 530, 9, F32, m=515, per_query=True, scale=TENSOR, normalize=True,
          kind="wide"),
-    # small enough for Triton's interpreter, which has several panels of several tiles of them
+    # small enough for Triton's interpreter; there they are several panels of several tiles
     *(
-        case(f"{kind}-negatives-70x70x9-{own}", 70, 70, 9, F32, symmetric=not own, m=37, own_negatives=own, kind=kind,
-             scale=TENSOR, normalize=own, label_smoothing=0.1)
+        case(f"{kind}-negatives-70x70x9-{per_query}", 70, 70, 9, F32, symmetric=not per_query, m=37,
+             per_query=per_query, kind=kind, scale=TENSOR, normalize=per_query, label_smoothing=0.1)
         for kind in ("bool", "wide", "ids")
-        for own in (False, True)
+        for per_query in (False, True)
     ),
-    # tensor cores' large tiles, where there are many: one past them, several panels
+    # large tiles of tensor cores: one row more than a tile, several panels
     case("target-129x700x8", 129, 700, 8, F16, target=True, kind="bool", label_smoothing=0.1, scale=NUMBER),
     case("symmetric-260x260x40", 260, 260, 40, BF16, symmetric=True, m=200, kind="wide", normalize=True, scale=TENSOR),
     case("symmetric-ids-260x260x160", 260, 260, 160, F16, symmetric=True, kind="ids", label_smoothing=0.1,
@@ -117,23 +139,23 @@ CASES = [
     # options together
     *(
         case(
-            f"{kind}-symmetric={symmetric}-normalize={normalize}-smoothing={smoothing}-negatives={m}-own={own}",
+            f"{kind}-symmetric={symmetric}-normalize={normalize}-smoothing={smoothing}-negatives={m}-own={per_query}",
             9, 9, 20, dtype, kind=kind, symmetric=symmetric, normalize=normalize, label_smoothing=smoothing, m=m,
-            own_negatives=own, scale=TENSOR if dtype == F64 else NUMBER,
+            per_query=per_query, scale=TENSOR if dtype == F64 else NUMBER,
         )
         for dtype in (F64, F32, BF16)
-        for kind, symmetric, normalize, smoothing, (m, own) in itertools.product(
+        for kind, symmetric, normalize, smoothing, (m, per_query) in itertools.product(
             ("none", "bool", "wide", "ids"), (False, True), (False, True), (0.0, 0.1),
             ((None, False), (5, False), (5, True)),
         )
         if m or kind != "wide"
     ),
     *(
-        case(f"target-{reduction}-{m}-{own}", 12, 17, 20, dtype, target=True, m=m, own_negatives=own, kind="wide",
-             reduction=reduction, scale=("temperature", "tensor"), normalize=True)
+        case(f"target-{reduction}-{m}-{per_query}", 12, 17, 20, dtype, target=True, m=m, per_query=per_query,
+             kind="wide", reduction=reduction, scale=("temperature", "tensor"), normalize=True)
         for dtype in DTYPES
         for reduction in ("mean", "sum", "none")
-        for m, own in ((None, False), (5, False), (5, True))
+        for m, per_query in ((None, False), (5, False), (5, True))
     ),
     *(
         case(f"symmetric-{reduction}", 12, 12, 20, dtype, symmetric=True, reduction=reduction, scale=NUMBER)
@@ -145,16 +167,6 @@ CASES = [
     case("small-negatives", 3, 4, 2, F64, small=True, m=2, scale=("temperature", "tensor")),
     case("small-wide", 3, 3, 2, F64, small=True, symmetric=True, m=4, kind="wide", scale=TENSOR),
 ]  # fmt: skip
-
-
-def module(arguments):
-    arguments = dict(arguments)
-    tensors = [arguments.pop(name) for name in ("query", "key")] + [arguments.pop("target", None)]
-    at_call = {name: arguments.pop(name, None) for name in ("negatives", "mask")}
-    built = tlk.InfoNCELoss(**arguments)
-    if any(value is not None for value in at_call.values()):
-        built.forward = lambda *t, forward=built.forward: forward(*t, **at_call)
-    return built, tuple(tensors)
 
 
 def registered():
@@ -176,4 +188,4 @@ def registered():
                 yield made.step, (*detached, True, [True, arguments is not paired, arguments is not paired, True])
 
 
-LOSS = harness.Loss(tlk.info_nce, pytorch, CASES, module, lambda: list(registered()), rowwise=False)
+LOSS = harness.Loss(tlk.info_nce, pytorch, CASES, tlk.InfoNCELoss, lambda: list(registered()), rowwise=False)

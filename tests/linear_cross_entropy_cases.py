@@ -16,7 +16,7 @@ LAYER = ("input", "linear_weight", "linear_bias")
 
 
 def pytorch(input, linear_weight, target, *, linear_bias=None, weight=None, **options):
-    """The lines of the docstring, in the dtype of the input."""
+    """The PyTorch lines of the docstring, in the dtype of the input."""
     rows, classes = input.shape[:-1], linear_weight.shape[0]
     logits = F.linear(input, linear_weight, linear_bias).reshape(-1, classes)
     if target.is_floating_point():
@@ -27,7 +27,7 @@ def pytorch(input, linear_weight, target, *, linear_bias=None, weight=None, **op
 
 
 def make(rows, features, classes, dtype, target, biased, weighted, options, seed):
-    """Return the arguments: an input of shape (*rows, features), and logits of the size that a trained layer gives."""
+    """Return the arguments: an input of shape (*rows, features), and a layer with logits of a trained one's size."""
     generator = harness.generator(seed)
     draw = partial(torch.randn, generator=generator, dtype=torch.float64)
     arguments = {
@@ -72,9 +72,31 @@ def case(
     )
 
 
+def same(result, expected, **tolerance):
+    torch.testing.assert_close(result, expected, **{"rtol": 1e-10, "atol": 1e-12, "equal_nan": True} | tolerance)
+
+
+def call(rows=(6,), features=5, classes=37, dtype=F64, target="indices", weighted=False, seed=0, **options):
+    """Return the arguments of a call with a bias; input, weight and bias are leaves."""
+    arguments = make(rows, features, classes, dtype, target, True, weighted, options, seed)
+    return arguments | {name: arguments[name].requires_grad_() for name in LAYER}
+
+
+def layer(arguments):
+    return tuple(arguments[name] for name in LAYER)
+
+
+def dense(function, arguments, **more):
+    """Make the same call of a loss that takes logits."""
+    options = dict(arguments)
+    input, linear_weight, linear_bias, target = (options.pop(name) for name in (*LAYER, "target"))
+    weight = options.pop("weight", None)
+    return function(F.linear(input, linear_weight, linear_bias), target, weight, **options, **more)
+
+
 MIXED = {"label_smoothing": 0.1, "softcap": 8.0, "temperature": 1.5, "z_loss": 1e-3}
 CASES = [
-    # Of a single row 17 features: the few values of 5 would leave to luck how wrong eager is in 16 bits.
+    # A single row has 17 features: with 5, eager's error in 16 bits would be a matter of luck.
     *(
         case(rows, features, classes, dtype, target, biased, weighted, **options)
         for rows, features, classes in (((), 17, 9), ((1,), 3, 1), ((7,), 1, 2), ((2, 5), 16, 37), ((300,), 48, 257))
@@ -99,22 +121,20 @@ CASES = [
 ]
 
 
-def module(arguments):
-    """The module that makes the same call, and its arguments."""
-    arguments = dict(arguments)
-    input, linear_weight, linear_bias, target = (arguments.pop(name) for name in (*LAYER, "target"))
-    made = tlk.LinearCrossEntropyLoss(
-        linear_weight.shape[1], linear_weight.shape[0], bias=linear_bias is not None, dtype=input.dtype, **arguments
-    )
-    with torch.no_grad():
-        made.linear.weight.copy_(linear_weight)
-        if linear_bias is not None:
-            made.linear.bias.copy_(linear_bias)
-    return made, (input, target)
+class Module(tlk.LinearCrossEntropyLoss):
+    """The module, with a given layer."""
+
+    def __init__(self, linear_weight, linear_bias=None, **options):
+        classes, features = linear_weight.shape
+        super().__init__(features, classes, bias=linear_bias is not None, dtype=linear_weight.dtype, **options)
+        with torch.no_grad():
+            self.linear.weight.copy_(linear_weight)
+            if linear_bias is not None:
+                self.linear.bias.copy_(linear_bias)
 
 
 def op_calls():
-    """Each op with arguments, for opcheck."""
+    """Return each op with arguments, for opcheck."""
     calls = []
     for target in (torch.tensor([0, -100, 4]), torch.randn(3, 5).softmax(1)):
         call = (torch.randn(3, 2), torch.randn(5, 2), torch.randn(5), target, torch.rand(5), -100, 0.1, 2.0, 3.0, 0.01)
@@ -131,4 +151,4 @@ def op_calls():
     return calls
 
 
-LOSS = harness.Loss(tlk.linear_cross_entropy, pytorch, CASES, module, op_calls, rowwise=False)
+LOSS = harness.Loss(tlk.linear_cross_entropy, pytorch, CASES, Module, op_calls, rowwise=False)

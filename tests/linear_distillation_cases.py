@@ -1,4 +1,4 @@
-"""Cases of linear distillation: those of distillation, their logits made of features and weights."""
+"""Cases of linear distillation, and the PyTorch lines that it replaces, which in float64 are the oracle."""
 
 import harness
 import torch
@@ -14,7 +14,7 @@ LAYERS = ("student_input", "student_weight", "student_bias", "teacher_input", "t
 
 def pytorch(student_input, student_weight, teacher_input, teacher_weight, target=None, *, student_bias=None,
             teacher_bias=None, **options):  # fmt: skip
-    """The lines of the docstring."""
+    """The PyTorch lines of the docstring."""
     student = F.linear(student_input, student_weight, student_bias)
     return distillation(student, F.linear(teacher_input, teacher_weight, teacher_bias), target, **options)
 
@@ -26,19 +26,15 @@ def make(rows, classes, dtype, teacher_dtype=None, bias=True, layout="contiguous
     def arguments(seed):
         generator = harness.generator(seed)
         given = {}
-        for side, depth, own in (("student", depths[0], dtype), ("teacher", depths[1], teacher_dtype or dtype)):
+        for side, depth, kind in (("student", depths[0], dtype), ("teacher", depths[1], teacher_dtype or dtype)):
             input = torch.randn(*rows, depth, generator=generator, dtype=F64)
             weight = torch.randn(classes, depth, generator=generator, dtype=F64) / depth**0.5
-            given[f"{side}_input"] = harness.lay_out(input.to(own), layout)
-            given[f"{side}_weight"] = harness.lay_out(weight.to(own), layout)
+            given[f"{side}_input"] = harness.lay_out(input.to(kind), layout)
+            given[f"{side}_weight"] = harness.lay_out(weight.to(kind), layout)
             if bias:
-                given[f"{side}_bias"] = torch.randn(classes, generator=generator, dtype=F64).to(own)
+                given[f"{side}_bias"] = torch.randn(classes, generator=generator, dtype=F64).to(kind)
         if target:
-            chosen = torch.randint(0, classes, rows, generator=generator)
-            ignored = torch.rand(rows, generator=generator) < 0.2
-            if chosen.numel() > 2 and not ignored.all():
-                chosen = chosen.masked_fill(ignored, options.get("ignore_index", -100))
-            given["target"] = chosen
+            given["target"] = harness.class_indices(rows, classes, generator, options.get("ignore_index", -100))
         if weighted:
             given["row_weight"] = torch.rand(rows, generator=generator).to(dtype)
         return {**given, **options}
@@ -71,24 +67,6 @@ CASES = [
 ]  # fmt: skip
 
 
-def module(*, row_weight=None, student_bias=None, teacher_bias=None, target=None, **arguments):
-    tensors = {name: arguments.pop(name) for name in WITHOUT_BIAS}
-    loss = tlk.LinearDistillationLoss(**arguments)
-    keywords = {"student_bias": student_bias, "teacher_bias": teacher_bias, "row_weight": row_weight}
-    return _ByPosition(loss, [*keywords]), (*tensors.values(), target, *keywords.values())
-
-
-class _ByPosition(torch.nn.Module):
-    """Takes the keyword-only tensors by position."""
-
-    def __init__(self, loss, keywords):
-        super().__init__()
-        self.loss, self.keywords = loss, keywords
-
-    def forward(self, *tensors):
-        return self.loss(*tensors[:5], **dict(zip(self.keywords, tensors[5:], strict=True)))
-
-
 def registered():
     given = make((2, 3), 5, F32, BF16)(0)
     layers = [given[name] for name in LAYERS]
@@ -106,6 +84,4 @@ def registered():
     ]
 
 
-LOSS = harness.Loss(
-    tlk.linear_distillation, pytorch, CASES, module=lambda arguments: module(**arguments), ops=registered, rowwise=False
-)
+LOSS = harness.Loss(tlk.linear_distillation, pytorch, CASES, tlk.LinearDistillationLoss, registered, rowwise=False)

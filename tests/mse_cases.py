@@ -13,7 +13,7 @@ F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float1
 
 
 def pytorch(input, target, *, weight=None, reduction="mean"):
-    """The line of the docstring."""
+    """The PyTorch line of the docstring."""
     return F.mse_loss(input, target, reduction=reduction, weight=weight)
 
 
@@ -39,12 +39,12 @@ def case(shape, dtype=F32, weighted=False, layout="contiguous", small=False, wan
     )
 
 
-# One element; less than a vector; an odd number; a block of the kernel, one less and one more; several blocks.
+# One element; less than a vector; an odd number; a block of the kernel and one less and more; several blocks.
 SHAPES = [(), (1,), (3,), (7, 37), (1, 4095), (4096,), (4097,), (20, 1001)]
 
 
 def cases(shapes, **options):
-    """The cases of mse or rmse; `options` are rmse's."""
+    """Return the cases of mse, or with rmse's `options` those of rmse."""
     return [
         *(
             case(shape, dtype, weighted, reduction=reduction, **options)
@@ -64,28 +64,8 @@ def cases(shapes, **options):
     ]
 
 
-def module(made, arguments):
-    """The module that makes the same call, and its arguments."""
-    arguments = dict(arguments)
-    tensors = arguments.pop("input"), arguments.pop("target")
-    weight = arguments.pop("weight", None)
-    loss = made(**arguments)
-    return (loss, tensors) if weight is None else (Weighted(loss, weight), tensors)
-
-
-class Weighted(torch.nn.Module):
-    """Passes a weight on, which is a keyword of the modules' forward."""
-
-    def __init__(self, loss, weight):
-        super().__init__()
-        self.loss, self.weight = loss, weight
-
-    def forward(self, input, target):
-        return self.loss(input, target, weight=self.weight)
-
-
 def op_calls():
-    """Each op with arguments, for opcheck."""
+    """Return each op with arguments, for opcheck."""
     calls = []
     for weight in (None, torch.rand(3, 5)):
         tensors = torch.randn(3, 5), torch.randn(3, 5), weight
@@ -100,4 +80,4 @@ def op_calls():
     return calls
 
 
-LOSS = harness.Loss(tlk.mse, pytorch, cases(SHAPES), partial(module, tlk.MSELoss), op_calls)
+LOSS = harness.Loss(tlk.mse, pytorch, cases(SHAPES), tlk.MSELoss, op_calls)

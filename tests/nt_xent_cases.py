@@ -9,7 +9,7 @@ import tlkernels as tlk
 
 
 def pytorch(z1, z2, *, temperature=None, logit_scale=None, normalize=True, reduction="mean"):
-    """The lines of the docstring, in the dtype of the views."""
+    """The PyTorch lines of the docstring, in the dtype of the views."""
     z = torch.cat([z1, z2])
     z = F.normalize(z, dim=-1) if normalize else z
     logits = z @ z.T
@@ -47,10 +47,4 @@ CASES = [
 ]  # fmt: skip
 
 
-def module(arguments):
-    arguments = dict(arguments)
-    views = arguments.pop("z1"), arguments.pop("z2")
-    return tlk.NTXentLoss(**arguments), views
-
-
-LOSS = harness.Loss(tlk.nt_xent, pytorch, CASES, module, rowwise=False, cuda="info_nce")
+LOSS = harness.Loss(tlk.nt_xent, pytorch, CASES, tlk.NTXentLoss, rowwise=False, cuda="info_nce")

@@ -10,7 +10,7 @@ from tlkernels.losses.sigmoid_contrastive import ops
 
 
 def pytorch(query, key, *, logit_scale, logit_bias):
-    """The lines of the docstring, in the dtype of the query."""
+    """The PyTorch lines of the docstring, in the dtype of the query."""
     logits = query @ key.T * logit_scale + logit_bias
     sign = 2 * torch.eye(len(query), dtype=logits.dtype) - 1
     return -F.logsigmoid(sign * logits).sum() / len(query)
@@ -41,12 +41,6 @@ CASES = [
 ]  # fmt: skip
 
 
-def module(arguments):
-    arguments = dict(arguments)
-    tensors = arguments.pop("query"), arguments.pop("key")
-    return tlk.SigmoidContrastiveLoss(**arguments), tensors
-
-
 def registered():
     generator = harness.generator(0)
     query, key = (embeddings((5, 4), generator, F32).requires_grad_() for _ in range(2))
@@ -64,4 +58,4 @@ def registered():
     ]
 
 
-LOSS = harness.Loss(tlk.sigmoid_contrastive, pytorch, CASES, module, registered, rowwise=False)
+LOSS = harness.Loss(tlk.sigmoid_contrastive, pytorch, CASES, tlk.SigmoidContrastiveLoss, registered, rowwise=False)

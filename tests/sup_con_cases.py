@@ -9,16 +9,16 @@ import tlkernels as tlk
 
 
 def pytorch(features, labels, *, temperature=None, logit_scale=None, normalize=True, reduction="mean"):
-    """The lines of the docstring, in the dtype of the features."""
+    """The PyTorch lines of the docstring, in the dtype of the features."""
     z = F.normalize(features, dim=-1) if normalize else features
-    itself = torch.eye(len(z), dtype=torch.bool)
-    positive = (labels[:, None] == labels) & ~itself
+    diagonal = torch.eye(len(z), dtype=torch.bool)
+    positive = (labels[:, None] == labels) & ~diagonal
     logits = z @ z.T
     if logit_scale is not None:
         logits = logits * logit_scale
     if temperature is not None:
         logits = logits / temperature
-    log_p = logits.masked_fill(itself, -torch.inf).log_softmax(1)
+    log_p = logits.masked_fill(diagonal, -torch.inf).log_softmax(1)
     some = positive.any(1)
     losses = torch.where(positive, -log_p, 0).sum(1) / positive.sum(1).clamp(min=1)
     return {"none": lambda: losses, "sum": losses.sum, "mean": lambda: losses.sum() / some.sum()}[reduction]()
@@ -30,7 +30,7 @@ def case(n, d, classes, dtype, *, tensor=True, small=False, labels=torch.int64, 
         of = torch.randint(0, classes, (n,), generator=generator)
         features = embeddings((n, d), generator, F64) + torch.randn(classes, d, generator=generator, dtype=F64)[of] / 4
         if n > 1:
-            of[1] = of[0]  # not a batch without any positive
+            of[1] = of[0]  # at least one positive
         scale = torch.tensor(8.5).to(dtype) if tensor else 8.5
         return {"features": features.to(dtype), "labels": of.to(labels), "logit_scale": scale, **options}
 
@@ -56,10 +56,4 @@ CASES = [
 ]  # fmt: skip
 
 
-def module(arguments):
-    arguments = dict(arguments)
-    tensors = arguments.pop("features"), arguments.pop("labels")
-    return tlk.SupConLoss(**arguments), tensors
-
-
-LOSS = harness.Loss(tlk.sup_con, pytorch, CASES, module, rowwise=False, cuda="info_nce")
+LOSS = harness.Loss(tlk.sup_con, pytorch, CASES, tlk.SupConLoss, rowwise=False, cuda="info_nce")

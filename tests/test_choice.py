@@ -1,4 +1,4 @@
-"""What "auto" takes on a GPU, told of fake tensors: a row of the table decides, and without one it is Triton."""
+"""What "auto" takes on a GPU, with fake tensors: a row of the table decides, and without a row Triton serves."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def _gpu():
 
 @pytest.fixture
 def table(monkeypatch):
-    """Put these rows in the place of the table's."""
+    """Replace the table's rows by these."""
 
     def use(*rows):
         monkeypatch.setattr(choice, "TABLE", rows)
@@ -186,7 +186,7 @@ def test_explain_says_whether_it_was_measured():
 
 
 def test_the_first_tensor_of_every_call_is_found():
-    """A call is a tuple whose first field is a tensor, or a tuple of which that is so."""
+    """The first field of a call is a tensor, or a tuple whose first field is one."""
     fake = logits(2, 3)
     assert choice.on_gpu((fake, None)) is fake
     assert choice.on_gpu(((fake, None), 1)) is fake
@@ -195,7 +195,7 @@ def test_the_first_tensor_of_every_call_is_found():
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_under_compile_and_vmap(monkeypatch, table, dynamic):
-    """The table is looked into there too; the tensors are CPU tensors, since there may be no GPU."""
+    """The table decides there too. The tensors are on the CPU, since there may be no GPU."""
     table(*(Row(CE, "native", BY_MODEL, "", **at) for at in ({"rows": 1, "columns": 1}, {"unaligned": True})))
     asked = []
 

@@ -1,4 +1,4 @@
-"""The commands: what they print, their exit codes, and that every failure is one line."""
+"""The commands: what they print, their exit codes, and that every error is one line."""
 
 import importlib.util
 import json
@@ -15,13 +15,13 @@ from tlkernels import cli
 from tlkernels.train import Config, errors
 from tlkernels.train.errors import RunError, UserError, one_line
 
-HERE = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def python(*arguments, **environment):
     return subprocess.run(
         [sys.executable, *arguments],
-        env=os.environ | {"PYTHONPATH": str(HERE), "HF_HUB_OFFLINE": "1"} | environment,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"} | environment,
         capture_output=True,
         text=True,
     )
@@ -58,7 +58,7 @@ def options(paths, folder, *more):
 
 
 def test_without_a_command(capsys):
-    fails([], 2, "no command; there are: finetune, doctor", capsys=capsys)
+    fails([], 2, "no command; expected one of: finetune, doctor", capsys=capsys)
     fails(["fintune"], 2, "unknown command 'fintune'", capsys=capsys)
     assert cli.main(["--help"]) == 0
     assert "tlkernels finetune --resume RUN_FOLDER" in capsys.readouterr().out
@@ -76,11 +76,11 @@ def test_without_a_command(capsys):
         (["--config=gone.yaml"], ["gone.yaml"]),
         (["--stop_after=0"], ["--stop_after must be 1 or more"]),
         (["--data.path=gone.csv"], ["no such file or folder: gone.csv"]),
-        (["--data.separator=ab"], ["--data.separator must be one character, no quotation mark or line end, got 'ab'"]),
+        (["--data.separator=ab"], ["must be one character other than a quotation mark or a line end, got 'ab'"]),
         (["--data.separator="], ["--data.separator must be one character"]),
-        (["--data.encoding=hex"], ["--data.encoding must be an encoding of text, got hex"]),
-        (["--data.encoding=utf-32"], ["rows.csv: byte 0 (0x74, line 1) is no utf-32"]),
-        (["--data.subset=a"], ["--data.subset is of hub"]),
+        (["--data.encoding=hex"], ["--data.encoding must be a text encoding, got hex"]),
+        (["--data.encoding=utf-32"], ["rows.csv: byte 0 (0x74, line 1) is not valid utf-32"]),
+        (["--data.subset=a"], ["--data.subset applies to hub"]),
         (["--data.text_column=body"], ["no text column 'body'"]),
         (["--model.path=./gone"], ["no such model folder"]),
         (["--resume=gone"], ["takes no others"]),
@@ -93,13 +93,13 @@ def test_bad_options_are_one_line_and_2(arguments, parts, paths, tmp_path, capsy
 
 @pytest.mark.parametrize("part", ["data", "model"])
 def test_a_name_that_the_hub_has_not_is_one_line(part, paths, tmp_path, impatient, capfd):
-    seen = logging.StreamHandler(sys.stderr)  # the library's own was made before stderr was captured
-    logging.getLogger("huggingface_hub").addHandler(seen)
+    handler = logging.StreamHandler(sys.stderr)  # the library's own was made before stderr was captured
+    logging.getLogger("huggingface_hub").addHandler(handler)
     try:
         arguments = options(paths | {part: "nobody/nothing-of-this-name"}, tmp_path / "run")
         fails(arguments, 2, "nobody/nothing-of-this-name", capsys=capfd)
     finally:
-        logging.getLogger("huggingface_hub").removeHandler(seen)
+        logging.getLogger("huggingface_hub").removeHandler(handler)
 
 
 def test_bad_configuration_files(tmp_path, capsys):
@@ -128,7 +128,7 @@ def test_bad_model_folders(paths, tmp_path, capsys):
 
 
 def fails_after_start(arguments, part, capsys):
-    """The weights are read after the run folder was made and described."""
+    """Like `fails`, but the weights are read after the run folder was made and described."""
     assert cli.main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("tlkernels: ") and error.count("\n") == 1, error
@@ -139,7 +139,7 @@ def test_a_run_folder_is_not_written_over(paths, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/precious").write_text("mine")
     fails(options(paths, tmp_path / "run"), 2, "is not empty", "--resume", capsys=capsys)
-    fails(["finetune", "--resume", str(tmp_path / "run")], 2, "is no run folder", capsys=capsys)
+    fails(["finetune", "--resume", str(tmp_path / "run")], 2, "is not a run folder", capsys=capsys)
     assert [place.name for place in (tmp_path / "run").iterdir()] == ["precious"]
 
 
@@ -165,7 +165,7 @@ def test_the_first_line_says_what_is_learned_from(paths, tmp_path, capsys):
 
 
 def test_names_of_links_and_splits_are_kept_for_resume(paths, tmp_path, monkeypatch):
-    """A link's name has the ending; a split may be called as a folder that happens to be there."""
+    """The link's name has the ending, not its target's; a split may have the name of an existing folder."""
     monkeypatch.chdir(tmp_path)
     Path("data/test").mkdir(parents=True)
     write_csv("data/test/rows.csv", made_rows(12, seed=1))
@@ -184,7 +184,7 @@ def test_what_the_exceptions_become(monkeypatch, capsys):
         (UserError("wrong\n  option"), 2, "tlkernels: wrong option\n"),
         (RunError("disk full"), 1, "tlkernels: disk full\n"),
         (OSError(28, "No space left on device"), 1, "tlkernels: OSError: [Errno 28] No space left on device\n"),
-        (KeyboardInterrupt(), 130, "tlkernels: interrupted; go on with: tlkernels finetune --resume RUN_FOLDER\n"),
+        (KeyboardInterrupt(), 130, "tlkernels: interrupted; to continue: tlkernels finetune --resume RUN_FOLDER\n"),
         (ZeroDivisionError("oh"), 1, "tlkernels: ZeroDivisionError: oh (TLKERNELS_TRACEBACK=1 shows where)\n"),
     ):
         monkeypatch.setattr(cli, "_doctor", lambda _, error=error: (_ for _ in ()).throw(error))
@@ -212,16 +212,16 @@ def test_print_config_is_read_again(tmp_path, capsys):
     (tmp_path / "c.yaml").write_text(capsys.readouterr().out)
     with pytest.raises(SystemExit):
         cli.main(["finetune", "--config", str(tmp_path / "c.yaml"), "--run.seed=7", "--print_config"])
-    again = capsys.readouterr().out
-    assert "lr: 0.5" in again and "eval: x.csv" in again and "seed: 7" in again
+    printed = capsys.readouterr().out
+    assert "lr: 0.5" in printed and "eval: x.csv" in printed and "seed: 7" in printed
 
 
 def test_the_examples(tmp_path, capsys):
     with pytest.raises(SystemExit) as done:
-        cli.main(["finetune", "--config", str(HERE / "examples/finetune_csv.yaml"), "--print_config"])
+        cli.main(["finetune", "--config", str(ROOT / "examples/finetune_csv.yaml"), "--print_config"])
     assert done.value.code == 0
     assert "text_column: message" in capsys.readouterr().out
-    script = python(str(HERE / "examples/one_line_swap.py"))
+    script = python(str(ROOT / "examples/one_line_swap.py"))
     assert script.returncode == 0, script.stderr
     assert float(script.stdout.split()[-1]) < 1e-4
 
@@ -233,7 +233,7 @@ def test_every_option_has_its_help(capsys):
     for part, values in vars(Config()).items():
         for name in vars(values):
             after = lines.split(f"--{part}.{name} ")[-1]
-            assert not after.lstrip("A-Z{,}_ ").startswith("(type"), f"--{part}.{name} says nothing of itself"
+            assert not after.lstrip("A-Z{,}_ ").startswith("(type"), f"--{part}.{name} has no help"
 
 
 def test_a_run_stopped_and_resumed_from_the_shell(paths, tmp_path, monkeypatch, capsys):
@@ -241,11 +241,11 @@ def test_a_run_stopped_and_resumed_from_the_shell(paths, tmp_path, monkeypatch, 
     Path("c.yaml").write_text("optim: {lr: 0.001}\nrun: {steps: 4, device: cpu, folder: run}\n")
     given = [f"--model.path={paths['model']}", f"--data.path={os.path.relpath(paths['data'], tmp_path)}"]
     assert cli.main(["finetune", "--config", "c.yaml", *given, "--stop_after", "2"]) == 0
-    assert "stopped after step 2; go on with: tlkernels finetune --resume run\n" in capsys.readouterr().out
+    assert "stopped after step 2; to continue: tlkernels finetune --resume run\n" in capsys.readouterr().out
     config = json.loads(Path("run/config.json").read_text())
     assert config["optim"]["lr"] == 0.001 and config["data"]["path"] == str(Path(paths["data"]).resolve())
 
-    # From another folder, and in a process of its own: paths are absolute, and nothing but the result is printed.
+    # From another folder and in a new process: paths are absolute, and only the result is printed.
     done = python("-m", "tlkernels.cli", "finetune", "--resume", str(tmp_path / "run"), OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
@@ -254,7 +254,7 @@ def test_a_run_stopped_and_resumed_from_the_shell(paths, tmp_path, monkeypatch, 
 
 @pytest.mark.parametrize("first", [1, pytest.param(99, marks=pytest.mark.full)], ids=["one loss", "every loss"])
 def test_doctor_needs_torch_alone(first):
-    """The packages of the extras are hidden; nothing but a line that they are not there may change."""
+    """Without the packages of the extras it reports that they are missing, and all else as usual."""
     hidden = ("transformers", "accelerate", "datasets", "jsonargparse", "safetensors", "matplotlib", "tqdm", "yaml")
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({hidden!r}))\n"

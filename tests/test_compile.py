@@ -3,6 +3,7 @@
 import contextlib
 
 import harness
+import helpers
 import pytest
 import torch
 import torch._dynamo.compiled_autograd as compiled_autograd
@@ -11,15 +12,15 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import tlkernels as tlk
 
 # The reference is PyTorch's own operators; test_every_loss.py compiles it.
-IMPLEMENTATIONS = sorted({target.impl for target in harness.targets()} - {"reference"})
+IMPLEMENTATIONS = [impl for impl in helpers.IMPLEMENTATIONS if impl != "reference"]
 
 
 def head(y):
-    """A linear layer's weight, of seven classes."""
+    """Return the weight of a linear layer with seven classes."""
     return torch.outer(torch.arange(7, dtype=y.dtype), y.mean(0)).cos()
 
 
-# Of two matrices with five columns, of which the first gets the gradient.
+# Losses of two matrices with five columns; the first one gets the gradient.
 LOSSES = {
     "cross_entropy": lambda x, y, **how: tlk.cross_entropy(x, y.argmax(1), **how),
     "probabilities": lambda x, y, **how: tlk.cross_entropy(x, y.softmax(1), label_smoothing=0.1, **how),
@@ -55,7 +56,7 @@ def full(value, id):
     return pytest.param(value, id=id, marks=[pytest.mark.full])
 
 
-# opcheck and test_every_loss.py have Triton's ops too.
+# Triton is in the full part alone: opcheck and test_every_loss.py cover its ops too.
 @pytest.fixture(params=[f"impl={i}" if i == "native" else full(f"impl={i}", f"impl={i}") for i in IMPLEMENTATIONS])
 def impl(request):
     return request.param.removeprefix("impl=")
@@ -97,7 +98,7 @@ def test_one_tensor_in_two_places(name, impl):
 @pytest.mark.parametrize("name", [name for name in LOSSES if name != "one_head_for_both"])
 @torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
 def test_as_many_rows_as_a_mask_has(name, impl):
-    """The compiler does not know how many; PyTorch's losses compile there."""
+    """The compiler does not know the number of rows; PyTorch's losses compile then."""
     torch._dynamo.reset()
 
     def picked(x, y):
@@ -128,7 +129,7 @@ class Scaled(torch.nn.Module):
 
 @pytest.mark.parametrize("strict", [pytest.param(False, id="strict=no"), full(True, "strict=yes")])
 def test_export(loss, strict):
-    """The exported program takes other batches, and is differentiable as the module is."""
+    """The exported program takes other batch sizes and is differentiable, as the module is."""
     rows = torch.export.Dim("rows", min=2, max=64)
     module = Scaled(loss)
     program = torch.export.export(module, BATCHES[0], dynamic_shapes=({0: rows}, {0: rows}), strict=strict)
@@ -138,8 +139,8 @@ def test_export(loss, strict):
         expected = module(*batch)
         torch.testing.assert_close(exported(*batch), expected)
         torch.testing.assert_close(decomposed(*batch), expected)
-        found = torch.autograd.grad(exported(*batch).sum(), [*exported.parameters()])
-        torch.testing.assert_close(found, torch.autograd.grad(expected.sum(), [*module.parameters()]))
+        grads = torch.autograd.grad(exported(*batch).sum(), [*exported.parameters()])
+        torch.testing.assert_close(grads, torch.autograd.grad(expected.sum(), [*module.parameters()]))
 
 
 @pytest.mark.parametrize("tracing", [full("real", "real"), full("fake", "fake"), "symbolic"])
@@ -153,7 +154,7 @@ def test_make_fx(loss, tracing):
 @pytest.mark.parametrize("backend", [full("eager", "eager"), "aot_eager"])
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float32, id="float32"), full(torch.float16, "float16")])
 def test_compiled_autograd_over_an_eager_forward(loss, backend, dtype):
-    """pytorch #134514: of each batch its own tensors are in the traced backward, none of the first one's."""
+    """The traced backward reads each batch's own tensors, never the first batch's (pytorch #134514)."""
 
     def compiling(graph):
         return torch.compile(graph, backend=backend, fullgraph=True, dynamic=True)
@@ -171,7 +172,7 @@ def test_compiled_autograd_over_an_eager_forward(loss, backend, dtype):
 
 
 def test_an_option_that_changes():
-    """A number that comes into the compiled function is not the first call's for ever."""
+    """A number passed to the compiled function is not fixed at its first value."""
     torch._dynamo.reset()
     x, y = BATCHES[0]
     loss = lambda x, y, temperature: tlk.distillation(x, y, temperature=temperature)  # noqa: E731

@@ -1,4 +1,4 @@
-"""group=: with the keys of all ranks every gradient, averaged over ranks, is that of the whole batch on one process."""
+"""group=: every gradient, averaged over the ranks, is that of the whole batch on one process."""
 
 import copy
 import pickle
@@ -8,6 +8,7 @@ from datetime import timedelta
 from functools import partial
 
 import harness
+import helpers
 import pytest
 import torch
 import torch.distributed as dist
@@ -16,13 +17,12 @@ from torch.optim.swa_utils import AveragedModel
 
 import tlkernels as tlk
 
-IMPLEMENTATIONS = sorted({target.impl for target in harness.targets()})
 RANKS, ROWS, D = 2, 5, 3
 WHOLE = RANKS * ROWS
 
 
 def inputs():
-    """The whole batch: raw inputs of a linear encoder, whose weight is the parameter."""
+    """Return the whole batch: inputs of a linear encoder, whose weight is the parameter."""
     generator = harness.generator(1)
 
     def normal(*shape):
@@ -63,7 +63,7 @@ def sup_con(batch, **options):
 
 
 def sup_con_views(batch, **options):
-    """Two views of each sample; on one process the ranks' samples one after the other, as their rows are."""
+    """Two views of each sample; on one process the ranks' samples follow one another."""
     views = torch.stack([encode(batch, "x"), encode(batch, "y")], 1)
     return tlk.sup_con(views, batch["labels"], logit_scale=batch["scale"], **options)
 
@@ -100,7 +100,7 @@ def leaves(batch):
 
 
 def share(batch, rank):
-    """What one rank has of the whole batch; everything else is a parameter."""
+    """Return the part of the batch that one rank has; parameters are whole."""
 
     def part(name, value):
         if name in PARAMETERS:
@@ -112,7 +112,7 @@ def share(batch, rank):
 
 
 def derivatives(loss, batch):
-    """Loss, gradients by the parameters, and a second derivative."""
+    """Return the loss and its gradients with respect to the parameters."""
     parameters = [batch[name] for name in PARAMETERS]
     total = loss.mean() if loss.dim() else loss
     grads = torch.autograd.grad(total, parameters, retain_graph=True, allow_unused=True)
@@ -136,7 +136,7 @@ def check_gradients(rank, group, name, impl):
 
 
 def check_double_backward(rank, group, impl):
-    """Of the mean over ranks of the gradient's square, as a whole."""
+    """The derivative of a function of the gradient, averaged over the ranks, is that of the whole batch."""
 
     def second(loss, batch, square):
         (grad,) = torch.autograd.grad(loss, batch["weight"], create_graph=True)
@@ -164,14 +164,14 @@ def check_unequal(rank, group, impl):
 
 
 def check_explain(rank, group, impl):
-    """Nothing is sent: one rank alone may ask."""
+    """Nothing is communicated, so a single rank may ask."""
     if rank == 0:
         x = torch.randn(3, 4)
         assert f"served by {impl}" in tlk.explain(tlk.info_nce, x, x, group=group, impl=impl)
 
 
 def check_distributed_data_parallel(rank, group, impl):
-    """open_clip's ClipLoss gave 1/2 of the whole batch's gradient by default; here it is all of it."""
+    """The gradient is the whole batch's; open_clip's ClipLoss gave half of it by default."""
     torch.manual_seed(0)
     model = torch.nn.Linear(4, D)
     batch = {k: v.float() for k, v in inputs().items() if k in ("x", "y")}
@@ -186,7 +186,7 @@ def check_distributed_data_parallel(rank, group, impl):
 
 
 def check_module_copies(rank, group, name, group_of):
-    """Deep copies share the group, pickles find it: by its ranks, of several such groups the one of its name."""
+    """Deep copies share the group; a pickle finds it by its ranks, or by its name if several groups have them."""
     first, second = dist.new_group([1, 0]), dist.new_group([0, 1])
     group = {"world": group, "first": first, "second": second}[group_of]
     batch = share(inputs(), rank)
@@ -201,7 +201,7 @@ def check_module_copies(rank, group, name, group_of):
 
 
 def check_pickle_of_another_rank(rank, group):
-    """Rank 0's module, of a group that rank 1 is not in, is loaded on rank 1 but does not run there."""
+    """Rank 1 can load rank 0's module, whose group it is not in, but not call it."""
     groups = [dist.new_group([r]) for r in range(RANKS)]
     pickled = [pickle.dumps(tlk.NTXentLoss(group=groups[rank]))]
     dist.broadcast_object_list(pickled, src=0)
@@ -218,7 +218,7 @@ def all_checks():
         for group_of in ("world", "first", "second"):
             yield f"{name}-copies-{group_of}", partial(check_module_copies, name=name, group_of=group_of)
     yield "pickle-of-another-rank", check_pickle_of_another_rank
-    for impl in IMPLEMENTATIONS:
+    for impl in helpers.IMPLEMENTATIONS:
         for name in CASES:
             yield f"{name}-{impl}", partial(check_gradients, name=name, impl=impl)
         for check in (check_double_backward, check_unequal, check_explain, check_distributed_data_parallel):
@@ -226,7 +226,7 @@ def all_checks():
 
 
 def process(rank, path, failures):
-    """One rank: every check in turn; what failed is told to the test."""
+    """Run every check on one rank, and report the failures to the test."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{path}", rank=rank, world_size=RANKS, timeout=timedelta(seconds=60)
@@ -235,7 +235,7 @@ def process(rank, path, failures):
         try:
             check(rank, dist.group.WORLD)
         except BaseException:
-            failures.put((name, rank, traceback.format_exc()[-1500:]))  # the pipe is short
+            failures.put((name, rank, traceback.format_exc()[-1500:]))  # the pipe's buffer is small
         dist.barrier()
     dist.destroy_process_group()
 
@@ -247,11 +247,11 @@ def failures(tmp_path_factory):
     context = mp.get_context("spawn")
     queue = context.SimpleQueue()
     mp.spawn(process, (str(tmp_path_factory.mktemp("group") / "store"), queue), nprocs=RANKS)
-    found = {}
+    failed = {}
     while not queue.empty():
         name, rank, text = queue.get()
-        found.setdefault(name, []).append(f"rank {rank}: {text}")
-    return found
+        failed.setdefault(name, []).append(f"rank {rank}: {text}")
+    return failed
 
 
 @pytest.mark.parametrize("name", [name for name, _ in all_checks()])

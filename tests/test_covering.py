@@ -1,4 +1,4 @@
-"""What make test leaves out: nothing of which a value, or a pair of values, is not in what it runs."""
+"""The quick part, which `make test` runs, has every value and every pair of values of a test's parameters."""
 
 from itertools import combinations, product
 
@@ -15,7 +15,7 @@ def test_every_pair_is_covered_by_a_small_part_of_a_grid():
     chosen = covering(grid)
     pairs = lambda rows: {pair for row in rows for pair in combinations(row, 2)}  # noqa: E731
     assert pairs(grid[k] for k in chosen) == pairs(grid)
-    assert len(chosen) <= 30 < len(grid)  # 20 pairs of the two longest axes are the least
+    assert len(chosen) <= 30 < len(grid)  # the two longest axes alone have 20 pairs
 
 
 def test_single_values_and_no_values():

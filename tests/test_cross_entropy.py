@@ -1,6 +1,7 @@
-"""Cross entropy against float64 over every combination of its options, PyTorch's samples, and what hypothesis finds."""
+"""Cross entropy against float64: every combination of its options, PyTorch's samples, and hypothesis."""
 
 import harness
+import helpers
 import pytest
 import torch
 from cross_entropy_cases import BF16, F16, F32, F64, MIXED, OPTIONS, Case, pytorch
@@ -14,34 +15,17 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 TARGETS = harness.targets(loss="cross_entropy")
 
 
-def check(case, target, most=30):
-    def draw(seed):
-        input, classes, weight, options = case.make(seed)
-        with harness.forced(target) as impl:
-            ours, eager, oracle = case.functions(classes, weight, options, impl)
-            value = oracle(input.double())
-            upstream = 0.5 + torch.rand(value.shape, generator=harness.generator(seed))
-            result, grad = harness.gradients(ours, input, upstream)
-        assert result.dtype == input.dtype
-        assert grad.dtype == input.dtype
-        eager_result, eager_grad = harness.gradients(eager, input, upstream)
-        right, right_grad = harness.gradients(oracle, input.double(), upstream.to(result.dtype).double())
-        return [("loss", result, eager_result, right), ("gradient", grad, eager_grad, right_grad)]
-
-    harness.check_budgets(case.dtype, draw, most)
-
-
 @pytest.mark.core
 @pytest.mark.parametrize("target", TARGETS, ids=str)
 @pytest.mark.parametrize("case", OPTIONS, ids=str)
 def test_every_combination_of_options(case, target):
-    check(case, target)
+    case.check(target)
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=str)
 @pytest.mark.parametrize("case", [case._replace(shape=(2, 5, 19)) for case in OPTIONS], ids=str)
 def test_every_combination_of_options_on_tiles(case, target):
-    check(case, target)
+    case.check(target)
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=str)
@@ -86,7 +70,7 @@ def test_gradcheck(case, target):
         def lse(x, t=classes):
             return tlk.cross_entropy_stats(x, t, weight, impl=impl, **options).lse
 
-        fast = impl == "triton" and triton.INTERPRETED  # along random directions: it takes its time
+        fast = impl == "triton" and triton.INTERPRETED  # random directions: the interpreter is slow
         for function, by in ((loss, inputs), (lse, inputs[:1])):
             assert torch.autograd.gradcheck(function, by, fast_mode=fast)
             assert torch.autograd.gradgradcheck(function, by, fast_mode=fast)
@@ -95,11 +79,7 @@ def test_gradcheck(case, target):
 @pytest.mark.parametrize("target", TARGETS, ids=str)
 @pytest.mark.parametrize("dtype", [F32, BF16, *(pytest.param(d, marks=pytest.mark.full) for d in (F64, F16))], ids=str)
 def test_pytorch_samples(dtype, target):
-    """PyTorch's own samples of the function."""
-    from torch.testing._internal.common_methods_invocations import op_db
-
-    (op,) = (op for op in op_db if op.name == "nn.functional.cross_entropy")
-    samples = list(op.sample_inputs("cpu", dtype, requires_grad=True))
+    samples = helpers.pytorch_samples("nn.functional.cross_entropy", dtype, requires_grad=True)
     assert len(samples) > 20
     for sample in samples:
         classes, *rest = sample.args
@@ -107,20 +87,16 @@ def test_pytorch_samples(dtype, target):
 
 
 def check_sample(input, classes, kwargs, target):
-    def wide(value):
-        return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+    kwargs["target"] = classes
 
-    def run(loss, input, classes, kwargs):  # a sum, so that one upstream value serves every reduction
-        return harness.gradients(lambda x: loss(x, classes, **kwargs).sum(), input, torch.tensor(1.5))
+    def run(loss, input, kwargs):  # summed, so that one upstream value fits every reduction
+        return harness.gradients(lambda x: loss(x, **kwargs).sum(), input, torch.tensor(1.5))
 
     with harness.forced(target) as impl:
-        ours = run(tlk.cross_entropy, input, classes, {**kwargs, "impl": impl})
-    eager = run(pytorch, input, classes, kwargs)
-    right = run(pytorch, input.double(), wide(classes), {name: wide(value) for name, value in kwargs.items()})
-    for values in zip(ours, eager, right, strict=True):
-        budget = harness.Budget(input.dtype)
-        budget.add(*values)
-        budget.check(f"{tuple(input.shape)} {kwargs}")
+        ours = run(tlk.cross_entropy, input, {**kwargs, "impl": impl})
+    results = ours, run(pytorch, input, kwargs), run(pytorch, input.double(), harness.widened(kwargs))
+    names = [f"{name} of {tuple(input.shape)} {kwargs}" for name in ("loss", "gradient")]
+    harness.check_results(input.dtype, zip(names, *results, strict=True))
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
@@ -137,15 +113,12 @@ def test_any_options_and_shapes(target, data):
         "softcap": st.sampled_from([1.0, 30.0]), "z_loss": st.sampled_from([1e-4, 0.1]),
         "reduction": st.sampled_from(["mean", "sum", "none"]), "ignore_index": st.sampled_from([-1, -100]),
     }))  # fmt: skip
-    check(
-        Case(
-            shape,
-            data.draw(st.sampled_from([F64, F32])),
-            data.draw(st.sampled_from(["indices", "probabilities"])),
-            data.draw(st.booleans()),
-            data.draw(st.sampled_from(harness.LAYOUTS)),
-            tuple(options.items()),
-        ),
-        target,
-        most=60,  # a small case has few values for eager to be wrong in
+    case = Case(
+        shape,
+        data.draw(st.sampled_from([F64, F32])),
+        data.draw(st.sampled_from(["indices", "probabilities"])),
+        data.draw(st.booleans()),
+        data.draw(st.sampled_from(harness.LAYOUTS)),
+        tuple(options.items()),
     )
+    case.check(target, most=60)  # of a small case's few values, eager may be lucky in all

@@ -1,20 +1,16 @@
-"""Cross entropy under torch.func, torch.compile, checkpointing, and with inplace_grad."""
+"""Cross entropy under torch.func, torch.compile and checkpointing, and with inplace_grad."""
 
-import subprocess
-import sys
-
-import harness
+import helpers
 import pytest
 import torch
 import torch.nn.functional as F
 
 import tlkernels as tlk
 
-IMPLEMENTATIONS = sorted({target.impl for target in harness.targets()})
 OPTIONS = {"label_smoothing": 0.1, "temperature": 1.5}
 
 
-@pytest.fixture(params=IMPLEMENTATIONS)
+@pytest.fixture(params=helpers.IMPLEMENTATIONS)
 def impl(request):
     return request.param
 
@@ -34,7 +30,7 @@ def same(result, expected):
 @pytest.mark.parametrize("probabilities", [False, True])
 @pytest.mark.parametrize("shape", [(4, 5), (3, 5, 2), (5,)], ids=str)
 class TestFunc:
-    """torch.func gives PyTorch's values (a Function registered with custom_op fails, or gives zeros under jvp)."""
+    """torch.func gives PyTorch's values (a Function registered with custom_op would fail, or give zeros under jvp)."""
 
     def make(self, shape, probabilities, *batch):
         axis = min(len(shape) - 1, 1)
@@ -44,13 +40,11 @@ class TestFunc:
         return x, torch.randint(0, 5, (*batch, *shape[:axis], *shape[axis + 1 :]))
 
     @pytest.mark.parametrize("transform", [
-        lambda f: torch.func.grad(f), lambda f: torch.func.grad_and_value(f), lambda f: torch.func.jacrev(f),
-        lambda f: torch.func.jacfwd(f), lambda f: torch.func.hessian(f),
-        lambda f: torch.func.jacrev(torch.func.grad(f)),
-        lambda f: torch.func.jacrev(torch.func.jacfwd(f)),
+        torch.func.grad, torch.func.grad_and_value, torch.func.jacrev, torch.func.jacfwd, torch.func.hessian,
+        lambda f: torch.func.jacrev(torch.func.grad(f)), lambda f: torch.func.jacrev(torch.func.jacfwd(f)),
         lambda f: lambda x, y: torch.func.vjp(lambda x: f(x, y), x)[1](torch.tensor(2.0, dtype=x.dtype)),
     ], ids=["grad", "grad_and_value", "jacrev", "jacfwd", "hessian",
-    "jacrev(grad)", "jacrev(jacfwd)", "vjp"])  # fmt: skip
+            "jacrev(grad)", "jacrev(jacfwd)", "vjp"])  # fmt: skip
     def test_transforms(self, impl, shape, probabilities, transform):
         x, y = self.make(shape, probabilities)
         result = transform(lambda x, y: ours(x, y, impl))(x, y)
@@ -81,7 +75,7 @@ class TestFunc:
         same(tangent, torch.func.jvp(lambda x: right(x, y), (x,), (v,))[1])
 
     def test_jvp_of_jvp(self, impl, shape, probabilities):
-        """Forward over forward gives an autograd.Function zeros: kernels refuse, auto takes the reference."""
+        """An autograd.Function would get zeros from forward over forward: kernels raise, auto takes the reference."""
         x, y = self.make(shape, probabilities)
         twice = lambda f: torch.func.jacfwd(torch.func.jacfwd(f))(x, y)  # noqa: E731
         if impl in ("native", "triton"):
@@ -97,27 +91,18 @@ class TestFunc:
         for transform in (torch.func.grad, torch.func.hessian, torch.func.jacfwd):
             try:
                 result = transform(lambda x, y: ours(x, y, impl), argnums=1)(x, y)
-            except NotImplementedError:  # may raise, may not be wrong
+            except NotImplementedError:  # allowed; a wrong result is not
                 assert impl != "reference"
                 continue
             same(result, transform(right, argnums=1)(x, y))
 
 
 def test_vmap_over_weights(impl):
-    x, y, w = (
-        torch.randn(3, 4, 5, dtype=torch.float64),
-        torch.randint(0, 5, (3, 4)),
-        torch.rand(3, 5, dtype=torch.float64),
-    )
-    same(
-        torch.func.vmap(lambda x, y, w: tlk.cross_entropy(x, y, w, impl=impl))(x, y, w),
-        torch.func.vmap(F.cross_entropy)(x, y, w),
-    )
-    grad = torch.func.grad
-    same(
-        torch.func.vmap(grad(lambda x, y, w: tlk.cross_entropy(x, y, w, impl=impl)))(x, y, w),
-        torch.func.vmap(grad(F.cross_entropy))(x, y, w),
-    )
+    x, y = torch.randn(3, 4, 5, dtype=torch.float64), torch.randint(0, 5, (3, 4))
+    w = torch.rand(3, 5, dtype=torch.float64)
+    loss = lambda x, y, w: tlk.cross_entropy(x, y, w, impl=impl)  # noqa: E731
+    for of in (lambda f: f, torch.func.grad):
+        same(torch.func.vmap(of(loss))(x, y, w), torch.func.vmap(of(F.cross_entropy))(x, y, w))
 
 
 def test_third_derivative(impl):
@@ -128,7 +113,7 @@ def test_third_derivative(impl):
 
 
 def test_mixed_second_gradient_of_probabilities(impl):
-    """create_graph=True silently partial (Liger, CCE, QuACK, flash-attn)."""
+    """In others create_graph=True silently gives a part (Liger, CCE, QuACK, flash-attn)."""
     results = []
     x0, y0 = torch.randn(4, 5, dtype=torch.float64), torch.randn(4, 5, dtype=torch.float64).softmax(1)
     for loss in (lambda x, y: ours(x, y, impl), right):
@@ -151,7 +136,7 @@ def test_maml_step(impl):
 
 
 def test_gradient_of_weight_is_never_silent(impl):
-    """PyTorch has it for probabilities; native refuses, auto goes to the reference."""
+    """PyTorch has it for probabilities; native raises, auto takes the reference."""
     x, y = torch.randn(4, 5, dtype=torch.float64), torch.randn(4, 5, dtype=torch.float64).softmax(1)
     w = torch.rand(5, dtype=torch.float64, requires_grad=True)
     if impl == "native":
@@ -232,7 +217,7 @@ class TestInplaceGrad:
         torch.testing.assert_close(grad, expected)
 
     def test_any_later_use_raises(self):
-        """In-place gradients corrupt an upstream tensor silently (Liger #343, #272; unsloth #5002)."""
+        """In others in-place gradients corrupt an upstream tensor silently (Liger #343, #272; unsloth #5002)."""
         leaf = torch.randn(4, 50, requires_grad=True)
         input = leaf * 1
         view = input.view(2, 2, 50)
@@ -305,16 +290,9 @@ inplace, dtype = sys.argv[1] == "True", getattr(torch, sys.argv[2])
 logits = torch.zeros(512, 100_000, dtype=dtype).requires_grad_()
 y = torch.zeros(512, dtype=torch.long)
 small = torch.zeros(2, 10, requires_grad=True) * 1
-tlk.cross_entropy(small, y[:2], inplace_grad=inplace).backward()   # what a first call loads
+tlk.cross_entropy(small, y[:2], inplace_grad=inplace).backward()  # loads what a first call loads
 x = logits.view_as(logits)
-
-def status(key):
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
-
-open("/proc/self/clear_refs", "w").write("5")  # the peak starts from here
-before = status("VmRSS")
-tlk.cross_entropy(x, y, inplace_grad=inplace).backward()
-print((status("VmHWM") - before) / (logits.numel() * logits.element_size()))
+print(peak(lambda: tlk.cross_entropy(x, y, inplace_grad=inplace).backward()) / logits.nbytes)
 """
 
 
@@ -322,7 +300,6 @@ print((status("VmHWM") - before) / (logits.numel() * logits.element_size()))
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("inplace", "buffers"), [(False, 1), (True, 0)])
 def test_peak_memory(inplace, buffers, dtype):
-    """One gradient buffer above the input; with inplace_grad none."""
-    command = [sys.executable, "-c", MEMORY, str(inplace), dtype]
-    used = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    """One gradient on top of the input; with inplace_grad none."""
+    (used,) = helpers.peak_memory(MEMORY, inplace, dtype)
     assert buffers - 0.02 < used < buffers + 0.05

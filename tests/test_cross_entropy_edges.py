@@ -1,8 +1,9 @@
-"""Edge cases of cross entropy, among them every known fault of its peers (named where it was found)."""
+"""Edge cases of cross entropy, and the known faults of its peers (each named where it was found)."""
 
 import math
 
 import harness
+import helpers
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,16 +13,11 @@ import tlkernels as tlk
 
 pytestmark = [pytest.mark.core, pytest.mark.usefixtures("poisoned_memory")]
 NAN, INF = math.nan, math.inf
-
-
-@pytest.fixture(params=harness.targets(loss="cross_entropy"), ids=str)
-def impl(request):
-    with harness.forced(request.param) as name:
-        yield name
+impl = helpers.impl_fixture("cross_entropy")
 
 
 def both(impl, input, target, upstream=1.0, **options):
-    """Loss and gradient, ours in the input's dtype and PyTorch's in float64."""
+    """Return loss and gradient in the input's dtype, then PyTorch's in float64."""
 
     def run(loss, x):
         value = loss(x)
@@ -43,7 +39,7 @@ LINES = [(4, 9), (4, 4100), (4, 3, 5)]  # rows in registers, long rows, tiles
 @pytest.mark.parametrize("shape", LINES, ids=str)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_every_position_ignored(impl, shape, smoothing):
-    """Inf or NaN gradients (aiter #5165): PyTorch gives a NaN mean and gradient 0."""
+    """As in PyTorch the mean is NaN and the gradient is 0, not infinite or NaN (aiter #5165)."""
     target = torch.full(shape[:1] + shape[2:], 3)
     loss, grad, *_ = both(impl, torch.randn(shape), target, ignore_index=3, label_smoothing=smoothing, z_loss=0.1)
     assert loss.isnan()
@@ -55,7 +51,7 @@ def test_every_position_ignored(impl, shape, smoothing):
 
 @pytest.mark.parametrize("shape", LINES, ids=str)
 def test_ignored_positions_are_not_looked_at(impl, shape):
-    """An ignored row of NaN leaves the others alone."""
+    """An ignored row of NaN does not change the others."""
     input = torch.randn(shape)
     input[0] = NAN
     target = torch.ones(shape[:1] + shape[2:], dtype=torch.long)
@@ -71,7 +67,7 @@ def test_minus_infinity_is_probability_zero(impl, shape, smoothing):
     input[:, 1:3] = -INF
     target = torch.zeros(shape[:1] + shape[2:], dtype=torch.long)
     same_all(both(impl, input, target, label_smoothing=smoothing, reduction="none"))
-    target[2] = 1  # at probability 0: infinite loss there, in that row alone
+    target[2] = 1  # a class of probability 0: the loss is infinite in that row alone
     result = both(impl, input, target, label_smoothing=smoothing, reduction="none")
     assert result[0][2].isinf().all()
     same_all(result)
@@ -96,7 +92,7 @@ def test_row_of_minus_infinity_is_nan_alone(impl, shape):
 
 @pytest.mark.parametrize("block", [slice(0, 4096), slice(4096, 8192), slice(1, None)], ids=str)
 def test_a_whole_block_of_minus_infinity(impl, block):
-    """NaN when a whole block is -inf (flash-attn #1930)."""
+    """Must not be NaN when a whole block is -inf (flash-attn #1930)."""
     input = torch.randn(2, 9001)
     input[:, block] = -INF
     target = torch.tensor([8999, 8998]) if block.start == 0 else torch.tensor([0, 0])
@@ -106,7 +102,7 @@ def test_a_whole_block_of_minus_infinity(impl, block):
 
 
 def test_a_low_peak_after_a_block_of_minus_infinity(impl):
-    """The block's exponentials stay 0, though from its own peak to the row's is further than an exponent reaches."""
+    """The block's exponentials stay 0, though the step from its peak to the row's exceeds the exponent's range."""
     input = torch.full((2, 9001), -443.6)
     input[:, :4096] = -INF
     same_all(both(impl, input, torch.tensor([5000, 9000])))
@@ -124,8 +120,8 @@ def test_nan_and_infinity_stay_in_their_row(impl, shape, value):
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.2}, {"temperature": 0.5}], ids=str)
 @pytest.mark.parametrize("shape", LINES, ids=str)
 def test_logits_of_ten_thousand(impl, shape, options):
-    """They do not overflow, and a common offset costs no accuracy."""
-    input = torch.randn(shape).mul(4).round().div(4)  # exact beside the offset
+    """No overflow, and a common offset costs no accuracy."""
+    input = torch.randn(shape).mul(4).round().div(4)  # still exact with the offset added
     target = torch.zeros(shape[:1] + shape[2:], dtype=torch.long)
     for offset in (1e4, -1e4):
         same_all(both(impl, input + offset, target, reduction="none", **options))
@@ -166,7 +162,7 @@ def test_integer_dtypes_of_targets(impl, dtype):
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("upstream", [1.0, 0.25, -3.0, 1e-4])
 def test_upstream_gradient(impl, reduction, upstream):
-    """Wrong unless it is 1 (TransformerEngine #2139); wrong or zero for reduction="none" (Liger #968, #678)."""
+    """In others wrong unless it is 1 (TransformerEngine #2139), or for reduction="none" (Liger #968, #678)."""
     target = torch.randint(0, 7, (5,))
     loss, grad, right, right_grad = both(impl, torch.randn(5, 7), target, upstream, reduction=reduction)
     same(loss, right, rtol=1e-5, atol=1e-6)
@@ -183,7 +179,7 @@ def test_loss_scale_in_half_precision(impl):
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_two_backwards(impl, reduction):
-    """A second backward fails or doubles (QuACK #209); a gradient changed by its owner does not change the next."""
+    """A second backward must neither fail nor double (QuACK #209), nor see that the first gradient was changed."""
     input = torch.randn(6, 50, requires_grad=True)
     loss = tlk.cross_entropy(input, torch.arange(6), reduction=reduction, impl=impl).sum() * 3
     (first,) = torch.autograd.grad(loss, input, retain_graph=True)
@@ -198,7 +194,7 @@ def test_two_backwards(impl, reduction):
 
 
 def test_input_may_change_after_the_loss(impl):
-    """As in PyTorch, whose backward does not need the logits either."""
+    """As in PyTorch, whose backward does not read the logits either."""
     values = torch.randn(6, 50)
     leaf = values.clone().requires_grad_()
     input = leaf * 1
@@ -220,7 +216,7 @@ def test_inputs_are_not_changed(impl):
 
 @pytest.mark.parametrize("classes", [3, 255, 257, 4095, 4097, 50257])
 def test_class_counts_off_the_vector_width(impl, classes):
-    """Wrong where V % 256 != 0 (verl #2899); padded lanes in the lse under softcap (unsloth #10616)."""
+    """In others wrong where V % 256 != 0 (verl #2899), or padding gets into the lse with softcap (unsloth #10616)."""
     result = both(impl, torch.full((2, classes), -5.0), torch.tensor([0, classes - 1]), softcap=3.0)
     assert result[0].item() == pytest.approx(math.log(classes), rel=1e-6)
     same_all(result)
@@ -229,22 +225,18 @@ def test_class_counts_off_the_vector_width(impl, classes):
 @pytest.mark.usefixtures("needs_native")
 @pytest.mark.parametrize("shape", [(2000, 45), (70, 1000), (5, 9000), (2, 21, 64, 64)], ids=str)
 def test_same_bits_at_any_number_of_threads(shape):
-    """And from run to run; gradients by atomics differ (CCE)."""
-    input, target = torch.randn(shape), torch.randint(0, shape[1], shape[:1] + shape[2:])
-    results = []
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 3, 1):
-            torch.set_num_threads(count)
-            for options in ({}, {"reduction": "none"}, {"softcap": 3.0, "reduction": "sum"}):
-                x = input.clone().requires_grad_()
-                loss = tlk.cross_entropy(x, target, label_smoothing=0.1, impl="native", **options)
-                results.append((loss.detach(), torch.autograd.grad(loss.sum(), x)[0]))
-            results.append((tlk.cross_entropy(input, target, impl="native"), torch.zeros(())))
-    finally:
-        torch.set_num_threads(threads)
-    for k in range(4, len(results)):
-        assert all(map(torch.equal, results[k], results[k % 4]))
+    """And in every run; gradients summed by atomics differ (CCE)."""
+    input, target = torch.randn(shape, requires_grad=True), torch.randint(0, shape[1], shape[:1] + shape[2:])
+
+    def run():
+        results = [tlk.cross_entropy(input.detach(), target, impl="native")]
+        for options in ({}, {"reduction": "none"}, {"softcap": 3.0, "reduction": "sum"}):
+            loss = tlk.cross_entropy(input, target, label_smoothing=0.1, impl="native", **options)
+            results += [loss.detach(), *torch.autograd.grad(loss.sum(), input)]
+        return results
+
+    first, *others = helpers.at_thread_counts((1, 2, 3, 1), run)
+    assert all(all(map(torch.equal, first, other)) for other in others)
 
 
 @pytest.mark.usefixtures("needs_native")
@@ -266,7 +258,7 @@ def test_a_row_does_not_depend_on_the_others(shape):
 
 @pytest.mark.usefixtures("needs_native")
 def test_more_than_two_to_the_31_logits():
-    """Illegal access at N * V > 2**31 (CCE #37)."""
+    """In others an illegal access at N * V > 2**31 (CCE #37)."""
     rows, classes = 33000, 65537
     input = torch.zeros(rows, classes, dtype=torch.bfloat16)
     input[-1, -1] = 20
@@ -296,24 +288,15 @@ def test_stats(impl, shape, probabilities, dtype):
     lse = torch.logsumexp(x, axis)
     assert output.loss.dtype == dtype
     assert output.lse.dtype == output.entropy.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    same(
-        output.loss,
-        tlk.cross_entropy(input, target, impl=impl, **options),
-        rtol=1e-2 if dtype == torch.bfloat16 else 1e-6,
-        atol=0,
-    )
+    loss = tlk.cross_entropy(input, target, impl=impl, **options)
+    same(output.loss, loss, rtol=1e-2 if dtype == torch.bfloat16 else 1e-6, atol=0)
     same(output.lse.detach(), lse.detach(), rtol=1e-6, atol=1e-6)
-    same(
-        output.entropy,
-        torch.distributions.Categorical(logits=x.detach().movedim(axis, -1)).entropy(),
-        rtol=1e-5,
-        atol=1e-5,
-    )
+    entropy = torch.distributions.Categorical(logits=x.detach().movedim(axis, -1)).entropy()
+    same(output.entropy, entropy, rtol=1e-5, atol=1e-5)
     assert not output.entropy.requires_grad
     best = input.argmax(axis)
-    assert torch.equal(
-        output.correct, best == target.argmax(axis) if probabilities else (best == target) & (target != -100)
-    )
+    correct = best == target.argmax(axis) if probabilities else (best == target) & (target != -100)
+    assert torch.equal(output.correct, correct)
     upstream = torch.randn(positions)
     (grad,) = torch.autograd.grad(output.lse, input, upstream.to(output.lse.dtype))
     (right,) = torch.autograd.grad(lse, wide, upstream.double())
@@ -329,24 +312,20 @@ def test_stats_with_minus_infinity_and_ties(impl):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_autocast_gives_float32(impl, dtype):
-    """And does so from the unrounded sum."""
+    """The loss is not rounded to the input's dtype on the way."""
     input, target = torch.randn(64, 50).to(dtype).requires_grad_(), torch.randint(0, 50, (64,))
     with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
         for reduction in ("mean", "none"):
             loss = tlk.cross_entropy(input, target, reduction=reduction, impl=impl)
             assert loss.dtype == torch.float32
-            same(
-                loss.detach(),
-                F.cross_entropy(input.detach().double(), target, reduction=reduction),
-                rtol=1e-5,
-                atol=1e-6,
-            )
+            right = F.cross_entropy(input.detach().double(), target, reduction=reduction)
+            same(loss.detach(), right, rtol=1e-5, atol=1e-6)
     (grad,) = torch.autograd.grad(loss.sum(), input)
     assert grad.dtype == dtype
 
 
 def test_the_harness_sees_a_wrong_result():
-    """A test that compared an output with itself (TransformerEngine #2476) could not."""
+    """As a test that compares an output with itself would not (TransformerEngine #2476)."""
     budget = harness.Budget(torch.float32)
     oracle = torch.randn(50, dtype=torch.float64)
     budget.add((oracle * (1 + 1e-5)).float(), oracle.float(), oracle)

@@ -1,4 +1,4 @@
-"""The build of the CUDA kernels: what decides on it, its commands, the report on their resources. Needs no GPU."""
+"""The build of the CUDA kernels: when they are built, the commands, the report on their resources. Needs no GPU."""
 
 import functools
 import importlib.util
@@ -115,12 +115,12 @@ def test_every_binding_has_a_command_that_fits_torch(setup, tmp_path):
     for built, command in commands.items():
         assert command[0] == nvcc.compiler()
         assert command[-2:] == ["-o", str(built)]
-        assert f'-DTLK_BUILD_TORCH="{torch.__version__}"' in command  # compiled again for another torch
+        assert f'-DTLK_BUILD_TORCH="{torch.__version__}"' in command  # another torch compiles them again
 
 
 @needs_nvcc
 def test_the_toolkit_is_found_behind_a_script_that_calls_nvcc(monkeypatch, tmp_path):
-    """torch would take the folder above the script, which has neither headers nor libcudart."""
+    """torch would take the folder above the script, which has no headers and no libcudart."""
     toolkit = nvcc.home()
     script = tmp_path / "bin" / "nvcc"
     script.parent.mkdir()
@@ -155,7 +155,7 @@ def test_libcudart_is_found_under_the_name_that_packages_give_it(monkeypatch, tm
         assert nvcc.runtime([tmp_path / "torch"]) == str(tmp_path / folder / name)
 
 
-# What torch was built with; its own header is missing in a CPU build.
+# A header that a CPU build of torch lacks.
 STAND_IN = "#pragma once\n"
 
 
@@ -189,7 +189,7 @@ def test_what_bindings_share_compiles_against_torch(tmp_path):
     "source", sorted((ROOT / "csrc").rglob("*.cu")), ids=lambda path: f"{path.parent.name}-{path.stem}"
 )
 def test_binding_compiles(setup, source, tmp_path, monkeypatch):
-    """Whole, by nvcc, with the very command of setup.py; a minute or two each."""
+    """nvcc compiles it with the command of setup.py; one or two minutes each."""
     stand_in = tmp_path / "c10/cuda/impl/cuda_cmake_macros.h"
     stand_in.parent.mkdir(parents=True)
     stand_in.write_text(STAND_IN)

@@ -1,6 +1,6 @@
-"""The CUDA kernels run on the host: that the run sees faults, and what is particular to these kernels.
+"""The CUDA kernels on the host: the run detects faults, and these kernels have properties of their own.
 
-The rest of their tests are those of their losses, whose targets "native-cuda_host" is among.
+The other tests of the CUDA kernels are those of their losses, with the target "native-cuda_host".
 """
 
 import os
@@ -78,26 +78,12 @@ def test_accesses_out_of_range_are_seen(sanitized_faults, name):
 
 
 def strategy(name):
-    """Take no other strategy of cross entropy's table."""
+    """Restrict cross entropy to one strategy of its table."""
     return harness.cross_entropy_strategy(name, harness.cuda_host().load())
 
 
-def check(case, input=None):
-    """Loss and gradient against float64."""
-
-    def draw(seed):
-        made, target, weight, options = case.make(seed)
-        given = made if input is None else input(made)
-        ours, eager, oracle = case.functions(target, weight, options, "native")
-        value = oracle(made.double())
-        upstream = 0.5 + torch.rand(value.shape, generator=torch.Generator().manual_seed(seed))
-        with harness.forced(TARGET):
-            result, grad = harness.gradients(ours, given, upstream)
-        eager_result, eager_grad = harness.gradients(eager, made, upstream)
-        right, right_grad = harness.gradients(oracle, made.double(), upstream.to(result.dtype).double())
-        return [("loss", result, eager_result, right), ("gradient", grad, eager_grad, right_grad)]
-
-    harness.check_budgets(case.dtype, draw, first=1)
+def check(case, place=lambda input: input):
+    case.check(TARGET, first=1, place=place)
 
 
 @pytest.mark.core
@@ -130,7 +116,7 @@ def test_every_strategy_for_columns(name, classes, dtype):
 @pytest.mark.parametrize("name", ROW_STRATEGIES)
 @pytest.mark.parametrize("dtype", [F64, F32, BF16, F16], ids=str)
 def test_rows_at_any_address(name, dtype):
-    """Logits that begin at every place in 16 bytes; their gradient, elsewhere, is written by whole packs too."""
+    """Logits that begin at any offset within 16 bytes; the gradient, which is aligned, is still written in packs."""
     size = torch.empty((), dtype=dtype).element_size()
     for start in range(16 // size):
 
@@ -153,15 +139,15 @@ def test_statistics_and_gradient_in_place(name):
         for target in (y, torch.randn(shape).softmax(1)):
             expected = tlk.cross_entropy_stats(x, target, impl="reference")
             with harness.forced(TARGET), strategy(name):
-                found = tlk.cross_entropy_stats(x, target, impl="native")
+                stats = tlk.cross_entropy_stats(x, target, impl="native")
                 right = tlk.cross_entropy_stats(x, x.argmax(1), impl="native")
                 leaf = x.clone().requires_grad_()
                 loss = tlk.cross_entropy(leaf * 1, target, inplace_grad=True, impl="native")
                 (grad,) = torch.autograd.grad(loss, leaf)
-            assert torch.equal(found.correct, expected.correct)
+            assert torch.equal(stats.correct, expected.correct)
             assert right.correct.all()
-            torch.testing.assert_close(found.lse, expected.lse, rtol=1e-5, atol=1e-5)
-            torch.testing.assert_close(found.entropy, expected.entropy, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(stats.lse, expected.lse, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(stats.entropy, expected.entropy, rtol=1e-4, atol=1e-5)
             leaf = x.clone().requires_grad_()
             (right_grad,) = torch.autograd.grad(tlk.cross_entropy(leaf, target, impl="reference"), leaf)
             torch.testing.assert_close(grad, right_grad)
@@ -186,7 +172,7 @@ def test_class_index_out_of_range_is_nan_in_its_row(name):
 
 @pytest.mark.parametrize("name", [*ROW_STRATEGIES, *COLUMN_STRATEGIES])
 def test_bits_of_a_row(name):
-    """They do not depend on the other rows, nor on where it lies."""
+    """They depend neither on the other rows nor on the row's address."""
     shape = (5, 21, 30) if name.startswith("column") else (5, 101)
     x = harness.logits(shape, F32, torch.Generator().manual_seed(0)).contiguous()
     y = torch.randint(0, shape[1], shape[:1] + shape[2:])
@@ -214,7 +200,7 @@ def test_a_device_without_clusters(monkeypatch):
 @pytest.mark.parametrize("factor_dtype", [F64, F32, BF16, F16], ids=str)
 @pytest.mark.parametrize("dtype", [F64, F32, BF16, F16], ids=str)
 def test_scale(dtype, factor_dtype):
-    """And with it every bit pattern of the 16-bit types through the conversions of the host run."""
+    """Includes every bit pattern of the 16-bit types, which tests the conversions of the host run."""
     values = (
         torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
         if dtype in (BF16, F16)
@@ -236,7 +222,7 @@ def test_scale(dtype, factor_dtype):
 
 @pytest.mark.parametrize("dtype", [F64, BF16], ids=str)
 def test_scale_of_more_than_a_sweep_of_the_grid(dtype):
-    """The pretended device has 4 multiprocessors, so at most 32 blocks, which here sweep twice and a bit."""
+    """The host run's device has 4 multiprocessors, so at most 32 blocks; they sweep more than twice."""
     n = 2 * 32 * 256 * 2 * (16 // dtype.itemsize) + 777
     values = torch.randn(n).to(dtype)
     result, by = values.clone(), torch.tensor(0.3, dtype=dtype)
@@ -266,7 +252,7 @@ def test_what_multiplies_gradients(served, monkeypatch):
 
 
 class Seen(TorchDispatchMode):
-    """The names of the ops that run."""
+    """Records the names of the ops that run."""
 
     def __init__(self):
         super().__init__()
@@ -288,7 +274,7 @@ ATTACHED = {
 @pytest.mark.parametrize("dtype", [F64, F32, BF16], ids=str)
 @pytest.mark.parametrize("name", ATTACHED)
 def test_the_backward_on_a_gpu(name, dtype, monkeypatch):
-    """The extension's node multiplies by the op that reads the upstream, in its own dtype, where the tensors are."""
+    """The extension's node multiplies by an op that reads the upstream value on the device, in its own dtype."""
     loss, generator = ATTACHED[name], torch.Generator().manual_seed(0)
     inputs = [torch.randn(3, 8, generator=generator).to(dtype) for _ in range(loss.__code__.co_argcount)]
     for needs in ([True] * len(inputs), [False] * (len(inputs) - 1) + [True]):
@@ -308,7 +294,7 @@ def test_the_backward_on_a_gpu(name, dtype, monkeypatch):
                 second = torch.autograd.grad(value, wanted, upstream, retain_graph=True)
             assert seen.names.count("tlkernels::scale_") == len(wanted)
             assert "aten::_local_scalar_dense" not in seen.names
-            again = torch.autograd.grad(value, wanted, upstream, create_graph=True)
+            graph = torch.autograd.grad(value, wanted, upstream, create_graph=True)
             torch.autograd.grad(value, wanted)
             with pytest.raises(RuntimeError, match="backward through the graph a second time"):
                 torch.autograd.grad(value, wanted)
@@ -318,7 +304,7 @@ def test_the_backward_on_a_gpu(name, dtype, monkeypatch):
             for grad, whole in zip(grads, unscaled, strict=True):
                 wide = F64 if dtype == F64 else F32
                 assert torch.equal(grad, (whole.to(wide) * upstream.to(wide)).to(dtype))
-        for grad, one, whole in zip(again, ones, unscaled, strict=True):
+        for grad, one, whole in zip(graph, ones, unscaled, strict=True):
             assert grad.requires_grad
             assert torch.equal(one, whole)
             tolerance = 2e-2 if dtype == BF16 else 1e-4
@@ -330,7 +316,7 @@ def test_the_backward_on_a_gpu(name, dtype, monkeypatch):
 @pytest.mark.parametrize("options", [{}, {"target": "probabilities", "reduction": "none", **MIXED}], ids=str)
 @pytest.mark.usefixtures("poisoned_memory")
 def test_linear_cross_entropy_in_chunks(dtype, options, monkeypatch):
-    """Two chunks of rows, whose gradients of weight and bias are added up."""
+    """The gradients of weight and bias are summed over two chunks of rows."""
     rows, classes = 300, 37
     monkeypatch.setenv("TLKERNELS_CHUNK_BYTES", str(rows // 2 * classes * dtype.itemsize))
     made = linear_cross_entropy_cases.case((rows,), 5, classes, dtype, biased=True, weighted=True, **options)
@@ -358,7 +344,7 @@ def test_linear_cross_entropy_in_chunks(dtype, options, monkeypatch):
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_linear_cross_entropy_of_no_rows(dtype):
-    """There is no chunk that writes the gradients of weight and bias."""
+    """Then no chunk writes the gradients of weight and bias."""
     x, y = torch.empty(0, 5, dtype=dtype, requires_grad=True), torch.empty(0, dtype=torch.long)
     w, b = (torch.randn(7, *features).to(dtype).requires_grad_() for features in ((5,), ()))
     with harness.forced(TARGET):

@@ -1,4 +1,4 @@
-"""Tensors of kinds that have operators of their own, such as DTensor, get PyTorch's results from `auto`."""
+"""With `auto`, tensor subclasses that have operators of their own, such as DTensor, get PyTorch's results."""
 
 import pytest
 import torch
@@ -69,7 +69,7 @@ def whole(tensor):
 @pytest.mark.parametrize("kind", ["DTensor", "TwoTensor"])
 @pytest.mark.parametrize("name", PAIRS)
 def test_auto_gives_pytorchs_result(mesh, name, kind):
-    """`auto` raised "no sharding strategy" where F.cross_entropy works (pytorch #119877)."""
+    """Once `auto` raised "no sharding strategy" where F.cross_entropy works (pytorch #119877)."""
 
     def put(tensor):
         return distribute_tensor(tensor, mesh, [Replicate()]) if kind == "DTensor" else TwoTensor(tensor, tensor)
@@ -89,7 +89,7 @@ def test_auto_gives_pytorchs_result(mesh, name, kind):
 
 
 def test_a_subclass_without_operators_of_its_own():
-    """One that changes nothing but Python's side, as torchvision's do, takes the kernels."""
+    """A subclass without operators, such as torchvision's, takes the kernels."""
 
     class Labelled(torch.Tensor):
         pass

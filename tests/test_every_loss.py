@@ -1,8 +1,10 @@
-"""The battery that every loss goes through: it takes part by a `LOSS` in tests/<loss>_cases.py."""
+"""The battery that every loss goes through; a loss joins by a `LOSS` in tests/<loss>_cases.py."""
 
+import inspect
 from functools import partial
 
 import harness
+import helpers
 import pytest
 import torch
 from battery import LOSSES, Call, draw, gradients, leaves, targets, upstream_of
@@ -10,11 +12,9 @@ from battery import LOSSES, Call, draw, gradients, leaves, targets, upstream_of
 import tlkernels as tlk
 from tlkernels._core import triton
 
-IMPLEMENTATIONS = sorted({target.impl for target in harness.targets()})
-
 
 def over(which=lambda loss, case: True, quick=lambda loss, case: True):
-    """Parametrise by the cases that `which` lets through; those that `quick` does not are marked full."""
+    """Parametrise by the cases for which `which` is true; mark those full for which `quick` is false."""
     chosen = [
         pytest.param(loss, case, id=f"{name}-{case.id}", marks=[] if quick(loss, case) else [pytest.mark.full])
         for name, loss in LOSSES.items()
@@ -25,7 +25,7 @@ def over(which=lambda loss, case: True, quick=lambda loss, case: True):
 
 
 def over_targets():
-    """Parametrise by all cases and what can run them."""
+    """Parametrise by all cases and their targets."""
     chosen = [
         pytest.param(
             loss, case, target, id=f"{name}-{case.id}-{target}", marks=[pytest.mark.full] if case.large else []
@@ -50,7 +50,7 @@ def first_small(loss, case):
     return case is next(filter(partial(small, loss), loss.cases))
 
 
-@pytest.fixture(params=IMPLEMENTATIONS)
+@pytest.fixture(params=helpers.IMPLEMENTATIONS)
 def impl(request):
     return request.param
 
@@ -63,7 +63,7 @@ def same(result, expected):
 @pytest.mark.usefixtures("poisoned_memory")
 @over_targets()
 def test_value_and_gradients(loss, case, target):
-    interpreted = target.impl == "triton" and triton.INTERPRETED  # which takes its time
+    interpreted = target.impl == "triton" and triton.INTERPRETED  # slow
     harness.check_budgets(case.dtype, partial(draw, loss, case, target), first=1 if interpreted else 3)
 
 
@@ -72,18 +72,18 @@ def test_value_and_gradients(loss, case, target):
 @over(lambda loss, case: case.small or case is loss.cases[0])
 def test_only_the_gradients_that_are_asked_for(loss, case, impl):
     call = Call(loss, case, impl)
-    _, all_of_them = gradients(call.ours, call.tensors)
-    for k, whole in enumerate(all_of_them):
+    _, expected = gradients(call.ours, call.tensors)
+    for k, right in enumerate(expected):
         inputs = [tensor.detach().requires_grad_(i == k) for i, tensor in enumerate(call.tensors)]
         value = call.ours(*inputs)
         (grad,) = torch.autograd.grad(value, inputs[k], upstream_of(value))
-        torch.testing.assert_close(grad, whole)
+        torch.testing.assert_close(grad, right)
     assert not call.ours(*(tensor.detach() for tensor in call.tensors)).requires_grad
 
 
 @over(lambda loss, case: case.small or case is loss.cases[0])
 def test_two_backwards_and_a_third_that_is_too_much(loss, case, impl):
-    """A second backward fails or doubles (QuACK #209); one's owner changing it does not change the next."""
+    """A second backward must neither fail nor double (QuACK #209), nor see that the first gradients were changed."""
     call = Call(loss, case, impl)
     inputs = leaves(call.tensors)
     value = call.ours(*inputs)
@@ -98,33 +98,28 @@ def test_two_backwards_and_a_third_that_is_too_much(loss, case, impl):
 
 @over(one_each)
 def test_same_bits_run_after_run(loss, case, impl):
+    def run():
+        call = Call(loss, case, impl)
+        value, grads = gradients(call.ours, call.tensors)
+        return value, *grads
+
     threads = torch.get_num_threads()
-    results = []
-    try:
-        for count in (threads, threads, 1) if loss.rowwise else (threads, threads):
-            torch.set_num_threads(count)
-            call = Call(loss, case, impl)
-            value, grads = gradients(call.ours, call.tensors)
-            results.append((value, *grads))
-    finally:
-        torch.set_num_threads(threads)
-    if impl == "reference":  # eager's own sums depend on the number of threads
-        results = results[:2]
-    for result in results[1:]:
-        assert all(map(torch.equal, results[0], result))
+    independent = loss.rowwise and impl != "reference"  # eager's sums depend on the number of threads
+    first, *others = helpers.at_thread_counts((threads, threads, *[1] * independent), run)
+    assert all(all(map(torch.equal, first, other)) for other in others)
 
 
 @over(small, quick=first_small)
 def test_gradcheck(loss, case, impl):
     call = Call(loss, case, impl)
-    fast = impl == "triton" and triton.INTERPRETED  # along random directions: it takes its time
+    fast = impl == "triton" and triton.INTERPRETED  # random directions: the interpreter is slow
     assert torch.autograd.gradcheck(call.ours, leaves(call.tensors), fast_mode=fast)
     assert torch.autograd.gradgradcheck(call.ours, leaves(call.tensors), fast_mode=fast)
 
 
 @over(small)
 def test_second_gradient(loss, case, impl):
-    """create_graph=True silently partial (Liger, CCE, QuACK, flash-attn): by every input and by the upstream."""
+    """By every input and the upstream; in others create_graph=True silently gives a part (Liger, CCE, QuACK, ...)."""
     results = []
     call = Call(loss, case, impl)
     for function in (call.ours, call.right):
@@ -137,10 +132,10 @@ def test_second_gradient(loss, case, impl):
     same(*results)
 
 
-@pytest.mark.parametrize("impl", [*IMPLEMENTATIONS, "auto"])
+@pytest.mark.parametrize("impl", [*helpers.IMPLEMENTATIONS, "auto"])
 @over(small)
 class TestFunc:
-    """torch.func gives PyTorch's values, or raises; `auto` gives them."""
+    """torch.func gives PyTorch's values or raises; with `auto` it never raises."""
 
     def compare(self, impl, run, call):
         try:
@@ -176,7 +171,7 @@ class TestFunc:
 
         try:
             expected = run(call.right)
-        except RuntimeError:  # PyTorch's own lines do not vmap
+        except RuntimeError:
             pytest.skip("the PyTorch lines cannot be vmapped")
         try:
             same(run(call.ours), expected)
@@ -213,16 +208,17 @@ def test_autocast_gives_float32(loss, case, impl):
 @over(lambda loss, case: True)
 def test_module_is_the_function(loss, case):
     arguments = case.make(0)
-    module, inputs = loss.module(arguments)
+    names = arguments.keys() & inspect.signature(loss.module.forward).parameters.keys()
+    tensors = {name: arguments[name] for name in names}
+    module = loss.module(**{name: value for name, value in arguments.items() if name not in names})
     expected = loss.function(**arguments)
-    result = module(*inputs)
-    torch.testing.assert_close(result.detach(), expected.detach())
+    torch.testing.assert_close(module(**tensors).detach(), expected.detach())
     assert repr(module)
     assert {name for name, _ in module.named_parameters()} <= {"linear.weight", "linear.bias", "log_logit_scale"}
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("impl", sorted({*IMPLEMENTATIONS} - {"reference"}))
+@pytest.mark.parametrize("impl", sorted({*helpers.IMPLEMENTATIONS} - {"reference"}))
 @pytest.mark.parametrize("name", LOSSES)
 def test_opcheck(name, impl):
     for op, arguments in LOSSES[name].ops():

@@ -1,4 +1,4 @@
-"""What only a GPU shows: no host synchronisation, other streams, CUDA graphs, offsets beyond 2**31, memory."""
+"""Tests that need a GPU: no host synchronisation, other streams, CUDA graphs, offsets beyond 2**31, memory."""
 
 import harness
 import pytest
@@ -11,7 +11,7 @@ ON_GPU = [(name, target) for name in LOSSES for target in targets(name) if harne
 
 @pytest.fixture(autouse=True)
 def _unchecked(monkeypatch):
-    """Class indices are not looked at, as by default: the host would wait for them."""
+    """Unset TLKERNELS_CHECK, with which the host waits for the device to check the class indices."""
     monkeypatch.setattr(triton, "CHECK", False)
     monkeypatch.delenv("TLKERNELS_CHECK", raising=False)
 

@@ -1,4 +1,4 @@
-"""The script of a run on a lent GPU machine (scripts/gpu): its plan, its kit, its summary, and a dry run on a CPU."""
+"""The run on a lent GPU machine (scripts/gpu): its plan, its kit, its summary, and a dry run on a CPU."""
 
 import json
 import os
@@ -10,6 +10,7 @@ import sysconfig
 from pathlib import Path
 
 import battery as cases
+import harness
 import pytest
 import torch
 from cross_entropy_cases import COLUMN_STRATEGIES, ROW_STRATEGIES
@@ -27,7 +28,7 @@ KIT_PYTHON = ROOT / "build" / "gpu-kit" / "venv" / "bin" / "python"
 
 @pytest.fixture
 def on_a_gpu(monkeypatch):
-    """As on a GPU machine, as far as a plan goes."""
+    """Make a plan think that it is on a GPU machine."""
     monkeypatch.setattr(battery, "FAKE", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(triton, "DEVICE", "cuda")
@@ -41,13 +42,13 @@ def plan(on_a_gpu):
 
 
 def test_every_loss_is_planned_by_every_implementation(plan):
-    """Those of the package: a loss whose kernels are another's file is not left out."""
+    """A loss that uses another loss's kernels is planned too."""
     planned = {(unit.loss, unit.impl) for unit in plan}
     for kind in ("smoke", "battery"):
         assert {(unit.loss, unit.impl) for unit in plan if unit.kind == kind} == planned
     assert {loss for loss, impl in planned if impl == "triton"} == set(cases.LOSSES)
-    own = {path.parent.name for path in (ROOT / "csrc").glob("*/cuda.cu")} & set(cases.LOSSES)
-    assert {loss for loss, impl in planned if impl == "native"} == own | {"nt_xent", "sup_con"}
+    with_cuda = harness.CUDA_LOSSES & set(cases.LOSSES)
+    assert {loss for loss, impl in planned if impl == "native"} == with_cuda | {"nt_xent", "sup_con"}
 
 
 def test_units_have_every_case_once(plan):
@@ -100,7 +101,7 @@ def test_a_job_that_fails_is_told_from_one_that_loses_the_gpu(monkeypatch):
     assert battery.attempt(lambda: None) == (units.PASSED, "")
 
 
-# A battery of four jobs, of which the second ends the process, and the third says that the GPU is lost.
+# A battery of four jobs: the second one ends the process, and the third one reports that the GPU is lost.
 SCRIPT = """
 import json, os, sys
 unit = json.loads(sys.argv[1])
@@ -208,7 +209,7 @@ def test_a_wrong_figure_fails_the_run(tmp_path):
 
 
 def test_rows_for_choice_can_be_taken_over(monkeypatch, request):
-    """What is proposed is Python, and decides as it was measured."""
+    """The proposed rows are Python code, and decide as the measurements do."""
     text = "\n".join(summary.measured_rows(FIGURES))
     rows = eval(f"[{text}]", {"Row": choice.Row, "MEASURED": choice.MEASURED, "torch": torch})
     assert rows[0].figures == "2026-01-02, NVIDIA H200: 32 x 1000 takes 1.1 ms, Triton 1.3 ms"
@@ -227,7 +228,7 @@ def test_rows_for_choice_can_be_taken_over(monkeypatch, request):
 
 @pytest.fixture
 def tree(tmp_path):
-    """A checkout with sources and a built extension of this Python."""
+    """A checkout with sources and an extension built for this Python."""
     (tmp_path / "csrc").mkdir()
     (tmp_path / "tlkernels").mkdir()
     (tmp_path / "setup.py").write_text("")
@@ -259,12 +260,12 @@ def test_the_kit_for_another_machine_is_not_taken(tree):
     with pytest.raises(kit.KitError, match="expected an extension for this Python"):
         kit.unpack(root=tree)
     information.unlink()
-    with pytest.raises(kit.KitError, match=r"kit.json: not there; `make gpu-kit` makes it"):
+    with pytest.raises(kit.KitError, match=r"kit.json: not found; `make gpu-kit` makes it"):
         kit.unpack(root=tree)
 
 
 def travelling(folder):
-    """Copy what goes to a lent machine: tracked files, those that git does not ignore, and what is carried."""
+    """Copy the files that go to a lent machine: tracked ones, untracked ones that git does not ignore, and the kit."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
     carried = [path.relative_to(ROOT) for name in (kit.KIT, kit.WHEELS) for path in (ROOT / name).glob("*")]
@@ -277,7 +278,7 @@ def travelling(folder):
 
 
 def dry_run(python, checkout, out):
-    """Run the script in a copy, with a case that ends its process; return its output."""
+    """Run the script in a copy of the checkout, with a case that ends its process; return its output."""
     variables = {"GPU_BUDGET": "1200", "GPU_FAKE": "1", "GPU_FAKE_CRASH": "nt_xent-native-0"}
     variables["GPU_COMMIT"] = "0123456789"  # a copy has no repository
     kept = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "PYTHONPATH")}
@@ -292,7 +293,7 @@ def dry_run(python, checkout, out):
 @pytest.mark.full
 @pytest.mark.parametrize("which", ["this Python", "the kit's"])
 def test_dry_run(which, tmp_path):
-    """All of it on a CPU: in a copy of what travels, from a packed extension."""
+    """The whole run on a CPU: in a copy of the files that go to a lent machine, from a packed extension."""
     checkout, out = tmp_path / "checkout", tmp_path / "out"
     python = sys.executable
     assert travelling(checkout) < 64 << 20
@@ -320,7 +321,7 @@ def test_dry_run(which, tmp_path):
     assert ran == {(loss, impl) for loss in cases.LOSSES for impl in ("native", "reference")}
     at_crash = [line for line in lines if (line["kind"], line["loss"], line["impl"]) == ("smoke", "nt_xent", "native")]
     statuses = [line["status"] for line in sorted(at_crash, key=lambda line: line["job"])]
-    assert statuses[:2] == ["died", "passed"]  # named, and what comes behind it runs
+    assert statuses[:2] == ["died", "passed"]  # the crash is reported, and the next job runs
     assert {line["status"] for line in lines} <= {"passed", "died", "begun"}
 
     head, *figures = units.read_lines(out / "figures.jsonl")
@@ -334,7 +335,7 @@ def test_dry_run(which, tmp_path):
 
 @pytest.mark.full
 def test_the_packed_extension_loads():
-    """Under the Python of the lent machine, with the CUDA ops registered."""
+    """It loads in the lent machine's Python and registers the CUDA ops."""
     if not KIT_PYTHON.exists() or not list((ROOT / kit.KIT).glob("_C*.so.xz")):
         pytest.skip("no kit: `make gpu-kit` makes one")
     code = (
@@ -358,7 +359,7 @@ def test_the_packed_extension_loads():
 
 
 def test_figures_go_on_behind_what_has_ended_their_process(tmp_path):
-    """What has a line is not measured again, nor what was running then."""
+    """Neither a contestant with a line nor the one that was running is measured again."""
     path = tmp_path / "figures.jsonl"
     case = gpu._tiny(next(case for case in gpu.CASES if case.loss == "mse"))
     path.write_text(json.dumps({"case": case.id, "who": "floor", "ms": [1.0, 2.0, 3.0]}) + "\n")

@@ -1,4 +1,4 @@
-"""What a loss keeps in autograd's graph, and what else asks for derivatives: hooks, batches of upstreams, threads."""
+"""What a loss saves in autograd's graph, saved-tensor hooks, batches of upstream values, and threads."""
 
 import ctypes
 import gc
@@ -8,25 +8,24 @@ import threading
 import weakref
 from functools import partial
 
-import harness
 import pytest
 import torch
 from battery import LOSSES
+from helpers import IMPLEMENTATIONS
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 import tlkernels as tlk
 from tlkernels._core import triton
 
-IMPLEMENTATIONS = sorted({target.impl for target in harness.targets()})
 REDUCTIONS = ("none", "mean", "sum")
 
 
 def over(dtypes=("float32", "float16")):
-    """Parametrise by losses, their small cases, reductions, dtypes (each with ways of its own) and implementations."""
+    """Parametrise by losses, their small cases, reductions, dtypes (the code differs by them) and implementations."""
     chosen = []
     for name, loss in LOSSES.items():
-        # One divergence, since all have the same graph.
+        # One divergence: all have the same graph.
         others = ("divergence=reverse_kl", "divergence=js", "divergence=tv")
         small = [case for case in loss.cases if case.small and not any(word in case.id for word in others)]
         reduced = "reduction" in inspect.signature(loss.function).parameters
@@ -42,7 +41,7 @@ def over(dtypes=("float32", "float16")):
 
 
 class Case:
-    """A small call: `tensors` by name, of which `wanted` get a gradient, and the loss as a function of them."""
+    """A small call with its tensors by name; those named in `wanted` get a gradient."""
 
     def __init__(self, loss, case, options, dtype, impl):
         arguments = case.make(0) | options | {"impl": impl}
@@ -84,23 +83,23 @@ def differentiated(case):
 
 
 def left(case):
-    case.gradients(case.value(), create_graph=True)  # and the graph of the gradients dropped
+    case.gradients(case.value(), create_graph=True)  # drops the graph of the gradients
 
 
 @pytest.mark.parametrize("use", [evaluated, once, twice, differentiated, left])
 @over()
 def test_nothing_is_kept(make, use):
-    """A closure over the output is a cycle that the garbage collector cannot see (axolotl #2790 is like it)."""
+    """A closure over the output would be a cycle that the garbage collector cannot see (as in axolotl #2790)."""
     case = make()
-    use(case)  # what is made once and for all
+    use(case)  # fills caches
     case = make()
-    # In Python and as memory; without the collector, since a training step does not wait for it either.
+    # As Python objects and as memory. The collector is off: a training step does not wait for it either.
     gc.disable()
     try:
         objects = [weakref.ref(tensor) for tensor in case.tensors.values()]
         memory = [StorageWeakRef(tensor.untyped_storage()) for tensor in case.tensors.values()]
         use(case)
-        interpreted = case.options["impl"] == "triton" and triton.INTERPRETED  # it has cycles of its own
+        interpreted = case.options["impl"] == "triton" and triton.INTERPRETED  # the interpreter makes cycles
         del case
         if interpreted:
             gc.collect()
@@ -114,7 +113,7 @@ def test_nothing_is_kept(make, use):
 @pytest.mark.parametrize("reduction", ["none", *(pytest.param(r, marks=pytest.mark.full) for r in ("mean", "sum"))])
 @pytest.mark.parametrize("name", [name for name in LOSSES if "sigmoid" not in name])
 def test_resident_memory_does_not_grow(name, reduction):
-    """What a loss makes for itself, such as the log-sums of rows, is gone with its graph too."""
+    """Internal tensors of a loss, such as the rows' log-sums, are freed with its graph too."""
     rows, times, width = (128, 1000, 8) if name in ("info_nce", "nt_xent", "sup_con") else (20000, 100, 8)
 
     def argument(parameter):
@@ -132,12 +131,12 @@ def test_resident_memory_does_not_grow(name, reduction):
 
     use(times // 5)
     before = resident()
-    use(times)  # each makes at least 6 or 80 kB for its rows
+    use(times)  # each call allocates at least 6 or 80 kB for its rows
     assert resident() - before < 4 << 20
 
 
 def resident():
-    ctypes.CDLL(None).malloc_trim(0)  # what is free and could take up what leaks
+    ctypes.CDLL(None).malloc_trim(0)  # free memory could hide a leak
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * 4096
 
@@ -155,7 +154,7 @@ def changed(tensor):
 @pytest.mark.parametrize("when", ["first", "second", "differentiable"])
 @over()
 def test_a_tensor_that_was_changed_raises_or_does_not_matter(make, when):
-    """A backward of changed targets is silently another loss's (PyTorch counts versions)."""
+    """PyTorch counts versions; else a backward after a change of the targets would silently be another loss's."""
     for name in make().tensors:
         case = make()
         value = case.value()
@@ -168,15 +167,15 @@ def test_a_tensor_that_was_changed_raises_or_does_not_matter(make, when):
         changed(case.tensors[name])
         assert case.tensors[name]._version > version
         try:
-            found = case.gradients(value, **how)
+            grads = case.gradients(value, **how)
         except RuntimeError as error:
             assert "modified by an inplace operation" in str(error)
             continue
-        assert all(map(torch.equal, found, expected)), name
+        assert all(map(torch.equal, grads, expected)), name
 
 
 class Once:
-    """A packed tensor that can be unpacked once, as under activation checkpointing."""
+    """A packed tensor that can be unpacked only once, as under activation checkpointing."""
 
     def __init__(self, tensor):
         self.tensor = tensor
@@ -203,7 +202,7 @@ def test_saved_tensors_are_read_once(make):
 
 @over()
 def test_what_needs_no_gradient_may_be_an_inference_tensor(make):
-    """A teacher run under inference_mode (torchdistill #199)."""
+    """Such as the output of a teacher under inference_mode (torchdistill #199)."""
     case = make()
     expected = dict(zip(case.wanted, case.gradients(case.value()), strict=True))
     for wanted in (name for name in case.wanted if expected[name] is not None):
@@ -214,7 +213,7 @@ def test_what_needs_no_gradient_may_be_an_inference_tensor(make):
                     case.tensors[name] = tensor.detach().clone()
         case.wanted = (wanted,)
         value = case.value()
-        for _ in range(2):  # the second is computed anew
+        for _ in range(2):  # the second one recomputes
             (grad,) = case.gradients(value, retain_graph=True)
             torch.testing.assert_close(grad, expected[wanted])
         (grad,) = case.gradients(value, create_graph=True)
@@ -224,22 +223,21 @@ def test_what_needs_no_gradient_may_be_an_inference_tensor(make):
 
 @over(dtypes=("float64",))
 def test_batches_of_upstreams(make):
-    """jacobian(vectorize=True), is_grads_batched and check_batched_grad, first and second (pytorch #65564)."""
+    """jacobian(vectorize=True), is_grads_batched and check_batched_grad, of both orders (pytorch #65564)."""
     case = make()
     inputs = [case.tensors[name] for name in case.wanted]
     value = case.value()
     upstreams = torch.randn(3, *value.shape, dtype=value.dtype)
     expected = [torch.autograd.grad(value, inputs, upstream, retain_graph=True) for upstream in upstreams]
     expected = [torch.stack(grads) for grads in zip(*expected, strict=True)]
-    for state in ("stored gradients are gone", "stored gradients are there"):
-        if state.endswith("there"):
-            value = case.value()
+    for state in ("stored gradients are used up", "stored gradients are left"):
+        value = value if state.endswith("up") else case.value()
         for _ in range(2):
-            found = torch.autograd.grad(value, inputs, upstreams, is_grads_batched=True, retain_graph=True)
-            torch.testing.assert_close(list(found), expected, msg=lambda m, state=state: f"{state}: {m}")
+            grads = torch.autograd.grad(value, inputs, upstreams, is_grads_batched=True, retain_graph=True)
+            torch.testing.assert_close(list(grads), expected, msg=lambda m, state=state: f"{state}: {m}")
     (one,) = torch.autograd.grad(value, inputs[:1], torch.ones_like(value))
-    (again,) = torch.autograd.grad(case.value(), inputs[:1], torch.ones_like(value))
-    torch.testing.assert_close(one, again)  # a batch has not used them up
+    (other,) = torch.autograd.grad(case.value(), inputs[:1], torch.ones_like(value))
+    torch.testing.assert_close(one, other)  # a batch does not use them up
 
     def function(*tensors):
         return case.loss.function(**case.tensors | dict(zip(case.wanted, tensors, strict=True)), **case.options)
@@ -253,14 +251,14 @@ def test_batches_of_upstreams(make):
 @over(dtypes=("float64",))
 @pytest.mark.filterwarnings("error:There is a performance drop")
 def test_vmap_over_upstreams(make):
-    """torch.func.vmap of a backward: the loop over the batch is ours, and PyTorch has no reason to warn."""
+    """torch.func.vmap of a backward loops over the batch itself, so PyTorch does not warn."""
     case = make()
     inputs = [case.tensors[name] for name in case.wanted]
     value = case.value()
     upstreams = torch.randn(3, *value.shape, dtype=value.dtype)
-    found = torch.func.vmap(lambda upstream: torch.autograd.grad(value, inputs, upstream, retain_graph=True))(upstreams)
+    grads = torch.func.vmap(lambda upstream: torch.autograd.grad(value, inputs, upstream, retain_graph=True))(upstreams)
     expected = [torch.autograd.grad(value, inputs, upstream, retain_graph=True) for upstream in upstreams]
-    torch.testing.assert_close(list(found), [torch.stack(grads) for grads in zip(*expected, strict=True)])
+    torch.testing.assert_close(list(grads), [torch.stack(each) for each in zip(*expected, strict=True)])
 
 
 PAIRS = {
@@ -278,7 +276,7 @@ PAIRS = {
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", PAIRS)
 def test_one_tensor_in_two_places(name, impl):
-    """Its gradient, and the gradient's, are the sums of both places'."""
+    """Its first and second derivatives are the sums over both places."""
     x = torch.randn(6, 5, dtype=torch.float64).requires_grad_()
     function = partial(PAIRS[name], impl=impl)
     assert torch.autograd.gradcheck(function, x, fast_mode=True)
@@ -286,7 +284,7 @@ def test_one_tensor_in_two_places(name, impl):
 
 
 def test_explain_is_a_matter_of_its_thread():
-    """A loss in another thread, such as one of DataParallel's, meanwhile computes."""
+    """A loss in another thread, such as one of DataParallel's, computes as usual."""
     x, y = torch.randn(4, 5), torch.tensor([0, 1, 2, 3])
     inside, done = threading.Event(), threading.Event()
 

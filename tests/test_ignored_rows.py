@@ -1,6 +1,6 @@
-"""A row whose target is ignored has gradient 0, whatever is in it, in every loss that ignores rows.
+"""A row whose target is ignored has gradient 0, whatever it holds, in every loss with `ignore_index`.
 
-PyTorch gives NaN where its logits are not finite (pytorch/pytorch#11551), so the oracle is PyTorch with zeros there.
+PyTorch gives NaN if its logits are not finite (pytorch/pytorch#11551), so the oracle is PyTorch with zeros there.
 """
 
 import math
@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from battery import LOSSES, Call, gradients, leaves, targets, upstream_of
+from helpers import IMPLEMENTATIONS
 
 import tlkernels as tlk
 from tlkernels._core import native
@@ -21,17 +22,16 @@ pytestmark = [pytest.mark.core, pytest.mark.usefixtures("poisoned_memory")]
 LOST = (math.nan, math.inf, -math.inf)
 FILLS = pytest.mark.parametrize("fill", LOST)
 ROWS = ("input", "student_logits", "teacher_logits", "student_input", "teacher_input")
-IMPLEMENTATIONS = sorted({target.impl for target in harness.targets()})
 
 
 def fill_ignored(loss, arguments, *fills):
-    """Return the arguments with the first row ignored too, and in those that are the fills in turn."""
+    """Return the arguments with the first row ignored too, and the ignored rows filled with the fills in turn."""
     index = arguments.get("ignore_index", -100)
     target = arguments["target"].clone()
     target.view(-1)[0] = index
     made = {**arguments, "target": target}
     for name in made.keys() & set(ROWS):
-        made[name] = made[name].clone()  # as it lies in memory
+        made[name] = made[name].clone()  # keeps the strides
         axis = 1 if loss is LOSSES["cross_entropy"] and made[name].dim() > 1 else -1
         values = torch.tensor(fills, dtype=made[name].dtype).repeat(target.numel())[: int((target == index).sum())]
         made[name].movedim(axis, -1)[target == index] = values.unsqueeze(-1)
@@ -43,7 +43,7 @@ def filled(loss, case, *fills):
 
 
 def ignores(case):
-    """Whether a case has class indices, and is quick."""
+    """Return whether a case has class indices and is small enough for the interpreter."""
     arguments = case.make(0)
     target = arguments.get("target")
     indices = target is not None and not target.is_floating_point()
@@ -52,7 +52,7 @@ def ignores(case):
 
 
 def over(which, each):
-    """Parametrise by the cases with class indices, and what runs a loss."""
+    """Parametrise by the cases with class indices, and by `each(name)`: targets or implementations of the loss."""
     chosen = [
         pytest.param(loss, case, impl, id=f"{name}-{case.id}-{impl}")
         for name, loss in LOSSES.items()
@@ -65,7 +65,7 @@ def over(which, each):
 
 
 def runs(name):
-    """Return what can run a loss here, of the instruction sets the widest."""
+    """Return the targets of a loss, of the instruction sets only the widest."""
     return [target for target in targets(name) if target.isa not in native.isas()[1:]]
 
 
@@ -87,7 +87,7 @@ def draw(loss, case, target, seed):
     yield from zip(case.wants_grad, grads, eager_grads, right_grads, strict=True)
 
 
-# Gradients in float16 wait for their upstream; the small cases are in float64.
+# float16 gradients are computed in the backward, since they depend on the upstream; the small cases are float64.
 @over(lambda case: case.dtype in (torch.float32, torch.float16), kernels)
 def test_value_and_gradients(loss, case, impl):
     harness.check_budgets(case.dtype, partial(draw, loss, case, impl), first=2)
@@ -137,7 +137,7 @@ SHAPES = pytest.mark.parametrize("shape", [(4, 5), (4, 40), (4, 4100), (4, 5, 3)
 
 
 def logits_and_target(shape, fill):
-    """Logits of which all positions of the first entry and one more are ignored."""
+    """Return logits and a target that ignores all positions of the first entry and one more."""
     input = torch.randn(shape, dtype=torch.float64)
     target = torch.zeros(shape[:1] + shape[2:], dtype=torch.long)
     target[0] = target.view(-1)[-2] = -100
@@ -160,7 +160,7 @@ STATISTICS = {
 @pytest.mark.parametrize("name", STATISTICS)
 @pytest.mark.parametrize("options", [{}, {"z_loss": 0.1, "label_smoothing": 0.1}], ids=str)
 def test_statistics(impl, fill, shape, name, options):
-    """The gradient of loss and lse together, where ignored rows have no part in either."""
+    """The gradient of loss and lse together; ignored rows count in neither."""
     linear = name == "linear_cross_entropy"
     input, target = logits_and_target((shape[0], 6) if linear else shape, fill)
     tensors = [input, torch.randn(shape[1], 6, dtype=torch.float64)] if linear else [input]
@@ -201,7 +201,7 @@ def test_in_place_and_upstream_of_nan(impl, fill, shape):
 @pytest.mark.parametrize("impl", runs("linear_cross_entropy"), ids=str)
 @pytest.mark.parametrize("name", ["linear_cross_entropy", "linear_distillation"])
 def test_weights_that_are_not_finite(impl, name):
-    """An ignored row's features have gradient 0, though all others are NaN as in PyTorch."""
+    """An ignored row's features have gradient 0; all others have NaN, as in PyTorch."""
     loss = LOSSES[name]
     case = next(case for case in loss.cases if ignores(case) and case.make(0)["target"].numel() > 2)
     arguments = fill_ignored(loss, case.make(0), 1.0)
@@ -226,7 +226,7 @@ def test_weights_that_are_not_finite(impl, name):
     ids=lambda value: {False: "dense", True: "linear"}.get(value, str(value)),
 )
 def test_all_targets_of_weight_0(impl, linear, reduction, dtype, shape):
-    """With smoothing the sum is not 0: a mean over nothing is NaN in PyTorch, and so is the gradient of what counts."""
+    """With smoothing the sum is not 0, so in PyTorch the mean is NaN, and so are the gradients of the other rows."""
     weight = torch.rand(shape[1])
     weight[:2] = 0
     input, target = torch.randn(shape), torch.randint(2, shape[:1] + shape[2:])
@@ -250,7 +250,7 @@ def test_all_targets_of_weight_0(impl, linear, reduction, dtype, shape):
 
 @pytest.mark.usefixtures("needs_native")
 def test_rows_of_a_later_chunk():
-    """On CPU the logits of 500 x 70001 are two chunks."""
+    """On a CPU 500 x 70001 logits are two chunks."""
     input, weight = torch.randn(500, 3), torch.randn(70001, 3)
     target = torch.randint(70001, (500,))
     target[[0, 249, 250, 499]] = -100

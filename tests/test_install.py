@@ -1,4 +1,4 @@
-"""Installing the package: what a build needs, which torch it is for, and what comes out of it."""
+"""Installation: what a build needs, which torch it is for, and what it produces."""
 
 import os
 import re
@@ -23,14 +23,14 @@ HOOK = "from csrc import backend; backend.get_requires_for_build_wheel()"
 
 
 def run(command, **options):
-    """Run a command without what pytest's own process has in its environment for Python."""
+    """Run a command without the Python variables of pytest's environment."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     environment |= options.pop("environment", {})
     return subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, **options)
 
 
 def one_line(text):
-    """Return the text, which has to be one line."""
+    """Assert that the text is one line, and return it."""
     assert text.endswith("\n"), text
     assert text.count("\n") == 1, text
     return text
@@ -38,7 +38,7 @@ def one_line(text):
 
 @pytest.fixture
 def environment(tmp_path):
-    """A virtual environment without any package: its Python, and the folder for its packages."""
+    """An empty virtual environment: its Python, and the folder of its packages."""
     venv.create(tmp_path / "environment", symlinks=True)
     (site,) = (tmp_path / "environment").glob("lib/python*/site-packages")
     return tmp_path / "environment/bin/python", site
@@ -46,7 +46,7 @@ def environment(tmp_path):
 
 @pytest.fixture
 def isolated(tmp_path):
-    """What pip's build isolation installs: setuptools alone."""
+    """A folder with setuptools alone, as pip's build isolation installs it."""
     folder = tmp_path / "isolated"
     folder.mkdir()
     for path in [SITE / "setuptools", SITE / "_distutils_hack", *SITE.glob("setuptools-*.dist-info")]:
@@ -55,17 +55,17 @@ def isolated(tmp_path):
 
 
 class TestWhatIsMissing:
-    @pytest.mark.parametrize("found", ["none", "65.5.0"])
-    def test_setuptools(self, environment, found):
+    @pytest.mark.parametrize("version", ["none", "65.5.0"])
+    def test_setuptools(self, environment, version):
         python, site = environment
-        if found != "none":
+        if version != "none":
             (site / "setuptools-65.5.0.dist-info").mkdir()
             (site / "setuptools-65.5.0.dist-info/METADATA").write_text("Name: setuptools\nVersion: 65.5.0\n")
         built = run([python, "-c", HOOK], cwd=ROOT)
         assert built.returncode == 1
         says = one_line(built.stderr)
         assert re.search(
-            rf"expected setuptools>=77, got {found} in .*environment; run: pip install 'setuptools>=77'", says
+            rf"expected setuptools>=77, got {version} in .*environment; run: pip install 'setuptools>=77'", says
         )
 
     def test_torch(self, environment, isolated):
@@ -121,7 +121,7 @@ print(torch.__version__, setuptools.__file__, sep="\\n")
 
 
 class TestImport:
-    """What `import tlkernels` makes of an extension: of a copy of the package."""
+    """What `import tlkernels` says of its extension, in a copy of the package."""
 
     CODE = """
 import sys, torch, tlkernels as tlk
@@ -165,7 +165,7 @@ except NotImplementedError as error:
         assert "built for torch of unknown version, this is" in one_line(self.imported(tmp_path, b"").stderr)
 
     def test_without_one(self, tmp_path):
-        """As TLKERNELS_BUILD=0 was asked for, nothing is said until native is."""
+        """As after TLKERNELS_BUILD=0: nothing is said unless `native` is asked for."""
         done = self.imported(tmp_path)
         assert done.stderr == ""
         assert "does not load (none is installed for this Python); run `pip install" in done.stdout
@@ -196,7 +196,7 @@ def test_the_source_archive_has_what_a_build_needs(archive):
 
 @pytest.fixture(scope="module")
 def source(archive, tmp_path_factory):
-    """The source archive unpacked, with the objects of the checkout, which are not compiled again if they fit."""
+    """The source archive, unpacked, with the objects of the checkout: those that fit are not compiled again."""
     unpacked = tmp_path_factory.mktemp("source")
     shutil.unpack_archive(archive, unpacked)
     (folder,) = unpacked.iterdir()
@@ -206,7 +206,7 @@ def source(archive, tmp_path_factory):
 
 
 def used(python, folder):
-    """Return which native library an environment's tlkernels has, after a loss was computed by it."""
+    """Compute a loss with an environment's tlkernels, and return the path of its native library."""
     code = """
 import torch, tlkernels as tlk
 from tlkernels._core import native
@@ -224,7 +224,7 @@ print(native.file())
 
 @pytest.mark.full
 class TestInstalled:
-    """Into an environment that has torch and nothing of ours. One compiles if no objects are here: 3 minutes."""
+    """Into an environment with torch alone. One of them compiles if the checkout has no objects: 3 minutes."""
 
     def pip(self, python, *arguments):
         done = run([sys.executable, "-m", "pip", "--python", python, *arguments, "--no-deps", "--no-cache-dir"])

@@ -1,11 +1,10 @@
-"""Linear distillation: the same as the dense form, over chunks; memory; only what is needed; errors."""
+"""Linear distillation: the dense form, chunks, matrix products, memory, errors, the module."""
 
 import itertools
 import re
-import subprocess
-import sys
 
 import harness
+import helpers
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,17 +15,7 @@ import tlkernels as tlk
 from tlkernels._core import native
 
 pytestmark = [pytest.mark.core, pytest.mark.usefixtures("poisoned_memory")]
-
-
-@pytest.fixture(params=harness.targets(loss="linear_distillation"), ids=str)
-def target(request):
-    return request.param
-
-
-@pytest.fixture
-def impl(target):
-    with harness.forced(target) as name:
-        yield name
+impl = helpers.impl_fixture("linear_distillation")
 
 
 def gradients(loss, arguments, names):
@@ -61,7 +50,7 @@ def test_as_the_dense_form(impl, options):
 
 
 def test_strides(impl):
-    """Transposed matrices, and biases that are every second element of something."""
+    """Transposed matrices, and biases that are every second element of a larger tensor."""
     arguments = make((6,), 37, F64)(0)
     layouts = {"input": "transposed", "weight": "transposed", "bias": "sliced"}
     strided = {
@@ -70,36 +59,34 @@ def test_strides(impl):
     value = tlk.linear_distillation(**{**arguments, **strided}, impl=impl)
     right, *expected = gradients(pytorch, arguments, LAYERS)
     torch.testing.assert_close(value, right)
-    found = torch.autograd.grad(value, list(strided.values()), torch.full_like(value, 0.5))
-    torch.testing.assert_close(list(found), expected)
+    grads = torch.autograd.grad(value, list(strided.values()), torch.full_like(value, 0.5))
+    torch.testing.assert_close(list(grads), expected)
 
 
-# Gigabytes of logits, and chunks are the same on every instruction set.
+# The logits take gigabytes, and the chunks are the same for every instruction set: one is enough in the quick part.
 MANY_CHUNKS = [
     pytest.param(target, marks=[] if target.isa in (native.isa(), harness.CUDA_HOST) else [pytest.mark.full])
     for target in harness.targets(loss="linear_distillation")
 ]
 
 
-@pytest.mark.parametrize("target", MANY_CHUNKS, ids=str, indirect=True)
+@pytest.mark.parametrize("target", MANY_CHUNKS, ids=str)
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-def test_many_chunks(impl, target, dtype, monkeypatch):
+def test_many_chunks(target, dtype, monkeypatch):
     """Gradients of weights and biases add up over chunks, in float32 (in bf16: axolotl #1601)."""
-    rows, classes = 900 if dtype == BF16 else 600, 60_013  # in float32 279 rows fit
+    rows, classes = 900 if dtype == BF16 else 600, 60_013  # a chunk has 279 rows in float32
     if target.isa == harness.CUDA_HOST:
         classes = 13
         monkeypatch.setenv("TLKERNELS_CHUNK_BYTES", str(200 * classes * dtype.itemsize))
     arguments = make((rows,), classes, dtype, depths=(3, 2), temperature=2.0)(0)
-    if harness.too_large(impl, *arguments.values()):
+    if harness.too_large(target.impl, *arguments.values()):
         pytest.skip("left out by the size rule of the interpreter")
     names = [name for name in LAYERS if name.startswith("student")]
-    budgets = [harness.Budget(dtype) for _ in range(4)]
-    ours = gradients(lambda **a: tlk.linear_distillation(**a, impl=impl), arguments, names)
+    with harness.forced(target) as impl:
+        ours = gradients(lambda **a: tlk.linear_distillation(**a, impl=impl), arguments, names)
     eager = gradients(pytorch, arguments, names)
     right = gradients(pytorch, harness.widened(arguments), names)
-    for budget, *values in zip(budgets, ours, eager, right, strict=True):
-        budget.add(*values)
-        budget.check("loss or gradient")
+    harness.check_results(dtype, zip(("loss", *names), ours, eager, right, strict=True))
 
 
 def test_only_the_gradients_that_are_needed(impl):
@@ -114,7 +101,7 @@ def test_only_the_gradients_that_are_needed(impl):
 
 @pytest.mark.usefixtures("needs_native")
 def test_no_gemm_that_nobody_needs():
-    """Forward: two; each gradient one more."""
+    """The forward makes two products, each gradient of an input or a weight one more."""
     arguments = make((6,), 37, F32)(0)
     expected = {(): 2, ("student_input",): 3, ("student_weight",): 3, ("student_bias",): 2, LAYERS[:2]: 4, LAYERS: 6}
     for names, count in expected.items():
@@ -170,7 +157,7 @@ def test_every_row_ignored(impl):
 
 
 def test_autocast(impl):
-    """The GEMMs in bfloat16, the loss in float32, the gradients in the parameters' dtype."""
+    """The products are bfloat16, the loss is float32, the gradients have the parameters' dtype."""
     arguments = make((64,), 50, F32)(0)
     with torch.autocast(torch.get_default_device().type, dtype=BF16):
         loss, *grads = gradients(lambda **a: tlk.linear_distillation(**a, impl=impl), arguments, LAYERS)
@@ -182,7 +169,7 @@ def test_autocast(impl):
         torch.testing.assert_close(grad, expected, rtol=5e-2, atol=5e-3)
 
 
-@pytest.mark.parametrize("name", sorted({target.impl for target in harness.targets()}))
+@pytest.mark.parametrize("name", helpers.IMPLEMENTATIONS)
 def test_compile(name):
     arguments = make((6,), 37, F32)(0)
     weight = arguments.pop("student_weight").requires_grad_()
@@ -202,22 +189,15 @@ import torch, tlkernels as tlk
 rows, depth, classes = 2048, 8, 50_000
 layers = [torch.randn(n, depth) for n in (rows, classes, rows, classes)]
 layers = [layer.requires_grad_(i < 2) for i, layer in enumerate(layers)]
-tlk.linear_distillation(*(layer[:10] for layer in layers)).backward()  # what a first call loads
-
-def status(key):
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
-
-open("/proc/self/clear_refs", "w").write("5")  # the peak starts from here
-before = status("VmRSS")
-tlk.linear_distillation(*layers).backward()
-print((status("VmHWM") - before) / (rows * classes * 4))
+tlk.linear_distillation(*(layer[:10] for layer in layers)).backward()  # loads what a first call loads
+print(peak(lambda: tlk.linear_distillation(*layers).backward()) / (rows * classes * 4))
 """
 
 
 @pytest.mark.usefixtures("needs_native")
 def test_neither_logits_tensor_is_held_whole():
-    """128 MiB of logits, of two times 390."""
-    used = float(subprocess.run([sys.executable, "-c", MEMORY], check=True, capture_output=True, text=True).stdout)
+    """128 MiB of logits at a time; both tensors have 390 MiB each."""
+    (used,) = helpers.peak_memory(MEMORY)
     assert used < 0.45
 
 

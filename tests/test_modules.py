@@ -1,4 +1,4 @@
-"""Modules are drop-ins to the attribute: options are read and set, and modules are copied, pickled and averaged."""
+"""Modules replace PyTorch's: their options can be read and set, and they can be copied, pickled and averaged."""
 
 import copy
 import inspect
@@ -34,16 +34,16 @@ class Case(NamedTuple):
     function: object
     tensors: tuple
     options: dict
-    """For each option of the constructor, another value than the default."""
+    """For each option of the constructor, a value other than the default."""
     base: dict = {}  # noqa: RUF012
-    """What the constructor needs, or gets so that each option matters."""
+    """Arguments that the constructor needs, or that make each option matter."""
 
     def build(self, **options):
-        torch.manual_seed(3)  # of a layer's weights
+        torch.manual_seed(3)  # for a layer's weights
         return self.make(**{**self.base, **options})
 
     def expected(self, module, **options):
-        """What the function, which other tests hold against float64, gives with these options."""
+        """Return the function's result with these options; other tests compare the function with float64."""
         options = {**{k: v for k, v in self.base.items() if k in self.options}, **options}
         if self.make is tlk.LinearCrossEntropyLoss:
             return self.function(A, module.linear.weight, Y, **options)
@@ -113,7 +113,7 @@ def test_what_is_set_is_checked_at_the_next_forward(case):
 
 
 def copies(module):
-    """Every way to copy a module."""
+    """Yield copies of a module, made in every way."""
     yield copy.copy(module)
     yield copy.deepcopy(module)
     yield pickle.loads(pickle.dumps(module))
@@ -126,7 +126,7 @@ def copies(module):
 
 @every_module
 def test_copies(case):
-    """They have the options as they were set, and go on alone."""
+    """They have the options that were set, and do not change the original."""
     module = case.build()
     apart = ("logit_scale", "inplace_grad") if "temperature" in case.options else ()  # from temperature, impl
     chosen = {name: value for name, value in case.options.items() if name not in apart}
@@ -176,7 +176,7 @@ class TestInPlaceOfPyTorchs:
         assert all(isinstance(case.build(), _Loss) for name, case in CASES.items() if "reduction" in case.options)
 
     def test_attributes(self):
-        """pytorch/pytorch#129050: label smoothing is switched off for validation."""
+        """Label smoothing can be switched off for validation (pytorch/pytorch#129050)."""
         kwargs = {"weight": torch.rand(5), "ignore_index": 1, "label_smoothing": 0.1, "reduction": "sum"}
         for make in (tlk, torch.nn):
             assert {name: getattr(make.CrossEntropyLoss(**kwargs), name) for name in kwargs} == kwargs
@@ -219,7 +219,7 @@ class TestInPlaceOfPyTorchs:
             make(*args)
 
     def test_functions_take_options_by_name(self):
-        """Never with another meaning than in PyTorch, where size_average comes third or fourth."""
+        """A position never has another meaning than in PyTorch, where size_average is third or fourth."""
         for call in (lambda: tlk.cross_entropy(X, Y, None, None, 1), lambda: tlk.mse(A, B, None, None, "sum"),
                      lambda: tlk.mse(A, B, "sum"), lambda: tlk.cross_entropy(X, Y, size_average=None)):  # fmt: skip
             with pytest.raises(TypeError):
@@ -293,7 +293,7 @@ class TestLearnableScale:
 
 @pytest.fixture
 def world():
-    """A world of one process, which goes down with the test."""
+    """A process group of one process, which the test starts; it ends with the test."""
     if not (dist.is_available() and dist.is_gloo_available()):
         pytest.skip("torch.distributed has no gloo here")
 
@@ -308,7 +308,7 @@ def world():
 
 @pytest.mark.parametrize("name", GROUPED)
 class TestGroup:
-    """A process group can be neither copied nor pickled: a module is all the same."""
+    """A process group can be neither copied nor pickled; a module that has one can."""
 
     def test_copies_have_the_group(self, world, name):
         case, default = CASES[name], world()

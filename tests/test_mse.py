@@ -1,36 +1,24 @@
-"""What is particular to mse and rmse: PyTorch's samples, broadcasting, dtypes, the gradient at 0, errors, modules."""
+"""mse and rmse: PyTorch's samples, broadcasting, dtypes, the gradient at 0, derivatives, memory, errors, modules."""
 
 import math
-import subprocess
-import sys
 import warnings
 
 import harness
+import helpers
 import mse_cases
 import pytest
 import rmse_cases
 import torch
 import torch.nn.functional as F
+from mse_cases import BF16, F16, F32, F64
 
 import tlkernels as tlk
 
-F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
-IMPLEMENTATIONS = sorted({target.impl for target in harness.targets()})
 native = pytest.mark.usefixtures("needs_native")
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 PAIRS = [(tlk.mse, mse_cases.pytorch), (tlk.rmse, rmse_cases.pytorch)]
 both = pytest.mark.parametrize(("ours", "pytorch"), PAIRS, ids=["mse", "rmse"])
-
-
-@pytest.fixture(params=harness.targets(), ids=str)
-def impl(request):
-    with harness.forced(request.param) as name:
-        yield name
-
-
-@pytest.fixture(params=IMPLEMENTATIONS)
-def any_isa(request):
-    return request.param
+impl = helpers.impl_fixture()
 
 
 def same(result, expected, **tolerance):
@@ -43,10 +31,7 @@ def leaves(*shapes, dtype=F64):
 
 @pytest.mark.parametrize("dtype", [F64, F32, BF16, F16], ids=str)
 def test_pytorch_samples(impl, dtype):
-    from torch.testing._internal.common_methods_invocations import op_db
-
-    (op,) = (op for op in op_db if op.name == "nn.functional.mse_loss")
-    samples = list(op.sample_inputs("cpu", dtype))
+    samples = helpers.pytorch_samples("nn.functional.mse_loss", dtype)
     assert len(samples) > 5
     for sample in samples:
 
@@ -58,10 +43,8 @@ def test_pytorch_samples(impl, dtype):
         tensors = (sample.input, *sample.args)
         results = (run(lambda *t, **options: tlk.mse(*t, impl=impl, **options), *tensors), run(F.mse_loss, *tensors),
                    run(F.mse_loss, *(tensor.double() for tensor in tensors)))  # fmt: skip
-        for triple in zip(*results, strict=True):
-            budget = harness.Budget(dtype)
-            budget.add(*triple)
-            budget.check(f"{tuple(sample.input.shape)} {sample.kwargs}")
+        names = [f"{name} of {tuple(sample.input.shape)} {sample.kwargs}" for name in ("loss", "input", "target")]
+        harness.check_results(dtype, zip(names, *results, strict=True))
 
 
 @both
@@ -96,7 +79,7 @@ def test_dtypes_are_promoted(impl, ours, pytorch, dtypes):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("eps", [0.0, 1e-8])
 def test_rmse_where_there_is_no_error(impl, eps, reduction):
-    """Infinity times 0 is NaN, as of PyTorch's root; not with an eps."""
+    """Without eps the gradient is infinity times 0, NaN, as torch.sqrt's."""
     input = torch.ones(3, requires_grad=True)
     loss = tlk.rmse(input, torch.ones(3), eps=eps, reduction=reduction, impl=impl)
     same(loss, torch.full(loss.shape, math.sqrt(eps)), rtol=1e-6)
@@ -152,12 +135,12 @@ def test_two_backwards(impl, ours, pytorch, reduction):
 @both
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_higher_derivatives(any_isa, ours, pytorch, reduction, weighted):
+def test_higher_derivatives(any_impl, ours, pytorch, reduction, weighted):
     weight = torch.rand(3, 4, dtype=F64) if weighted else None
     tensors = leaves((3, 4), (3, 4))
 
     def loss(*tensors):
-        return ours(*tensors, weight=weight, reduction=reduction, impl=any_isa)
+        return ours(*tensors, weight=weight, reduction=reduction, impl=any_impl)
 
     assert torch.autograd.gradcheck(loss, tensors)
     assert torch.autograd.gradgradcheck(loss, tensors)
@@ -170,7 +153,7 @@ def test_higher_derivatives(any_isa, ours, pytorch, reduction, weighted):
     lambda f: torch.func.vmap(torch.func.grad(f)),
 ], ids=["grad", "jacrev", "jacfwd", "hessian", "jvp", "vmap", "vmap(grad)"])  # fmt: skip
 def test_func(ours, pytorch, transform):
-    """`auto` gives PyTorch's values, through the reference; native says why it does not."""
+    """`auto` gives PyTorch's values, through the reference; native raises and says why."""
     input, target = torch.randn(3, 4, dtype=F64), torch.zeros(4, dtype=F64)
     input = input if transform is torch.func.vmap or "vmap" in str(transform.__code__.co_names) else input[0]
     same(transform(lambda x: ours(x, target))(input), transform(lambda x: pytorch(x, target))(input))
@@ -190,11 +173,11 @@ def test_gradient_of_weight_is_never_silent(ours, pytorch):
 @both
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_compile(any_isa, ours, pytorch, reduction, weighted):
+def test_compile(any_impl, ours, pytorch, reduction, weighted):
     tensors, weight = leaves((30, 40), (30, 40), dtype=F32), torch.rand(30, 40) if weighted else None
 
     def loss(x, t):
-        return 3 * ours(x * 2, t, weight=weight, reduction=reduction, impl=any_isa).sum()
+        return 3 * ours(x * 2, t, weight=weight, reduction=reduction, impl=any_impl).sum()
 
     torch._dynamo.reset()
     compiled, plain = torch.compile(loss, fullgraph=True)(*tensors), loss(*tensors)
@@ -215,37 +198,29 @@ def test_autocast_gives_float32(impl, ours, pytorch, dtype):
 
 @native
 def test_same_bits_at_any_number_of_threads():
-    tensors, threads, results = leaves((300, 1001), (300, 1001), dtype=F32), torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            loss = tlk.mse(*tensors, impl="native")
-            results.append((loss.detach(), *torch.autograd.grad(loss, tensors)))
-    finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for result in results[1:] for a, b in zip(results[0], result, strict=True))
+    tensors = leaves((300, 1001), (300, 1001), dtype=F32)
+
+    def run():
+        loss = tlk.mse(*tensors, impl="native")
+        return loss.detach(), *torch.autograd.grad(loss, tensors)
+
+    first, *others = helpers.at_thread_counts((1, 2, 3), run)
+    assert all(all(map(torch.equal, first, other)) for other in others)
 
 
 MEMORY = """
 import torch, tlkernels as tlk
 input, target = torch.ones(1 << 25), torch.ones(1 << 25)
-tlk.mse(input[:9].requires_grad_(), target[:9]).backward()   # what a first call loads
+tlk.mse(input[:9].requires_grad_(), target[:9]).backward()  # loads what a first call loads
 input.requires_grad_()
-
-def status(key):
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
-
-open("/proc/self/clear_refs", "w").write("5")  # the peak starts from here
-before = status("VmRSS")
-tlk.mse(input, target).backward()
-print((status("VmHWM") - before) / input.nbytes)
+print(peak(lambda: tlk.mse(input, target).backward()) / input.nbytes)
 """
 
 
 @native
 def test_peak_memory():
-    """One gradient, and nothing else of that size."""
-    used = float(subprocess.run([sys.executable, "-c", MEMORY], check=True, capture_output=True, text=True).stdout)
+    """One gradient, and nothing else of its size."""
+    (used,) = helpers.peak_memory(MEMORY)
     assert 0.98 < used < 1.05
 
 

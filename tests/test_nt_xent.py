@@ -1,6 +1,6 @@
-"""What is particular to NT-Xent."""
+"""NT-Xent: edge cases, relations to other losses, errors, the module."""
 
-import harness
+import helpers
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,12 +9,7 @@ from nt_xent_cases import pytorch
 import tlkernels as tlk
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
-
-
-@pytest.fixture(params=harness.targets(loss="info_nce"), ids=str)
-def impl(request):
-    with harness.forced(request.param) as name:
-        yield name
+impl = helpers.impl_fixture("info_nce")
 
 
 def test_no_examples(impl):
@@ -33,7 +28,7 @@ def test_one_example_has_no_negative(impl):
 
 
 def test_is_info_nce_without_itself(impl):
-    """Each view against all others, by the other function."""
+    """Each view against all others, as a call of info_nce."""
     z1, z2 = (F.normalize(torch.randn(6, 4), dim=1) for _ in range(2))
     z = torch.cat([z1, z2])
     other = tlk.info_nce(z, z, torch.arange(12).roll(6), mask=torch.eye(12) > 0, temperature=0.2, impl=impl)

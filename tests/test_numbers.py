@@ -1,4 +1,4 @@
-"""Numbers among the options: what PyTorch's functions take as an int or a float, ours take, and nothing else."""
+"""Numeric options take exactly what PyTorch's functions take as an int or a float."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ class Index:
 
 
 def same_as_torch(function, **option):
-    """Check that a function of ours does with an option what PyTorch's does: the same value, or an error."""
+    """Check that a function gives PyTorch's value with an option, or raises as PyTorch does."""
     try:
         right = F.cross_entropy(X, Y, **option)
     except (TypeError, ValueError, RuntimeError):
@@ -75,6 +75,6 @@ def test_flags(name):
 
 
 def test_root_needs_a_number():
-    """None would have meant the error without its root."""
+    """None must not mean the mean squared error without its root."""
     with pytest.raises(TypeError, match="eps: expected a number, got NoneType"):
         tlk.rmse(A, B, eps=None)

@@ -1,4 +1,4 @@
-"""The package itself: what import costs and loads, instruction sets, dispatch."""
+"""The package: the cost of its import, instruction sets, dispatch."""
 
 import os
 import re
@@ -22,9 +22,9 @@ def python(code, **environment):
 
 
 def test_import_loads_nothing_heavy_and_is_quick(tmp_path):
-    """At most 50 ms above torch: of processor time, since what others do on the machine is not its cost.
+    """At most 50 ms on top of torch, in processor time, which other processes do not change.
 
-    The first of the runs compiles to bytecode, which the others find.
+    The first run compiles the bytecode for the others.
     """
     code = """
 import sys, time
@@ -74,7 +74,7 @@ class TestIsa:
         assert all(name in run.stderr for name in native.isas())
 
     def test_only_the_targets_have_wide_instructions(self):
-        """An inline function shared by two targets could be kept in its AVX-512 copy, and crash an older CPU."""
+        """The linker could keep the AVX-512 copy of an inline function that targets share; older CPUs would crash."""
         from tlkernels import _C
 
         listing = subprocess.run(

@@ -1,6 +1,7 @@
 """Temperature, scale and bias of the contrastive losses: numbers, or tensors of shape () or (1,), as FSDP needs."""
 
 import harness
+import helpers
 import info_nce_cases
 import nt_xent_cases
 import pytest
@@ -10,7 +11,6 @@ import torch
 
 import tlkernels as tlk
 
-IMPLEMENTATIONS = sorted({target.impl for target in harness.targets()})
 LOSSES = {
     "info_nce": (tlk.info_nce, tlk.InfoNCELoss, info_nce_cases.pytorch, {"symmetric": True}, {}),
     "nt_xent": (tlk.nt_xent, tlk.NTXentLoss, nt_xent_cases.pytorch, {}, {}),
@@ -30,7 +30,7 @@ def tensors(loss):
     return x, torch.tensor([0, 1, 0, 1, 2, 0]) if loss == "sup_con" else y
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", helpers.IMPLEMENTATIONS)
 @pytest.mark.parametrize("shape", [(), (1,)], ids=str)
 @each_argument
 def test_gradient_has_the_tensors_shape(loss, name, shape, impl):

@@ -1,6 +1,6 @@
-"""What is particular to the sigmoid contrastive loss."""
+"""The sigmoid contrastive loss: edge cases, double backward, errors, the module."""
 
-import harness
+import helpers
 import pytest
 import torch
 from sigmoid_contrastive_cases import pytorch
@@ -8,12 +8,7 @@ from sigmoid_contrastive_cases import pytorch
 import tlkernels as tlk
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
-
-
-@pytest.fixture(params=harness.targets(), ids=str)
-def impl(request):
-    with harness.forced(request.param) as name:
-        yield name
+impl = helpers.impl_fixture()
 
 
 def test_no_rows(impl):
@@ -23,7 +18,7 @@ def test_no_rows(impl):
 
 @pytest.mark.parametrize("bias", [-100.0, -30.0, 0.0, 30.0, 100.0])
 def test_far_logits(impl, bias):
-    """Neither overflow, nor a loss of 0 where it is e^-30 per pair."""
+    """No overflow, and no loss of 0 where it is e^-30 per pair."""
     query, key = torch.randn(20, 4), torch.randn(20, 4)
 
     def run(loss, *tensors):
@@ -39,7 +34,7 @@ def test_far_logits(impl, bias):
 
 
 def test_small_losses_are_relatively_right(impl):
-    """log(1 + e) by the rounded 1 + e would be 0 from -17 on."""
+    """log(1 + exp(x)) with a rounded 1 + exp(x) would be 0 for x below -17."""
     query = torch.zeros(2, 1)
     loss = tlk.sigmoid_contrastive(query, query, logit_scale=1.0, logit_bias=-20.0, impl=impl)
     right = torch.nn.functional.softplus(torch.tensor([20.0, -20.0]).double()).sum()
@@ -56,12 +51,7 @@ def test_nan_and_infinity_are_as_in_pytorch(impl, value):
 
 
 def test_double_backward(impl):
-    tensors = (
-        torch.randn(4, 3).double(),
-        torch.randn(4, 3).double(),
-        torch.tensor(2.0).double(),
-        torch.tensor(-1.0).double(),
-    )
+    tensors = [t.double() for t in (torch.randn(4, 3), torch.randn(4, 3), torch.tensor(2.0), torch.tensor(-1.0))]
     results = []
     for loss in (lambda *t, **o: tlk.sigmoid_contrastive(*t, **o, impl=impl), pytorch):
         leaves = [t.clone().requires_grad_() for t in tensors]

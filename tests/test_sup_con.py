@@ -1,6 +1,7 @@
-"""What is particular to SupCon."""
+"""SupCon: edge cases, several views, relations to other losses, errors, the module."""
 
 import harness
+import helpers
 import pytest
 import torch
 from sup_con_cases import pytorch
@@ -8,17 +9,12 @@ from sup_con_cases import pytorch
 import tlkernels as tlk
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
-
-
-@pytest.fixture(params=harness.targets(loss="info_nce"), ids=str)
-def impl(request):
-    with harness.forced(request.param) as name:
-        yield name
+impl = helpers.impl_fixture("info_nce")
 
 
 @pytest.mark.parametrize("n", [0, 1, 5])
 def test_no_row_with_a_positive(impl, n):
-    """NaN mean and zero gradients, as F.cross_entropy with every row ignored."""
+    """The mean is NaN and the gradients are 0, as F.cross_entropy's if every row is ignored."""
     features = torch.randn(n, 4, requires_grad=True)
     loss = tlk.sup_con(features, torch.arange(n), temperature=0.001, impl=impl)
     loss.backward()
@@ -66,7 +62,7 @@ def test_views_of_each_sample(impl, views, reduction):
     generator = harness.generator(views)
     features = torch.randn(5, views, 4, generator=generator)
     labels = torch.tensor([3, 0, 3, 1, 0], dtype=torch.uint16)
-    rows = torch.cat(features.double().unbind(1)).requires_grad_()  # all first views, then all second ones, ...
+    rows = torch.cat(features.double().unbind(1)).requires_grad_()  # the first views, then the second ones, and so on
     right = pytorch(rows, labels.long().repeat(views), temperature=0.5, reduction=reduction)
     (expected,) = torch.autograd.grad(right.sum(), rows)
     ours = tlk.sup_con(features.requires_grad_(), labels, temperature=0.5, reduction=reduction, impl=impl)

@@ -1,4 +1,4 @@
-"""A full disk or a kill in the middle of a checkpoint: one line, and the checkpoint before it still resumes."""
+"""A full disk or a kill during a checkpoint gives one line, and the previous checkpoint can be resumed."""
 
 import os
 import resource
@@ -26,7 +26,7 @@ def paths(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(paths, tmp_path_factory):
-    """The run that nothing disturbed."""
+    """A run that nothing interrupted."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     pipeline.finetune(tiny_config(folder, *paths))
     return folder / "finetuned"
@@ -36,12 +36,8 @@ def assert_resumes(run, whole):
     pipeline.resume(run)
     assert same_bits(weights(run / "finetuned/last"), weights(whole / "last"))
     assert metrics(run / "finetuned") == metrics(whole)
-    assert sorted(place.name for place in (run / "finetuned").iterdir()) == [
-        "best",
-        "last",
-        "metrics.jsonl",
-        "result.json",
-    ]
+    names = ["best", "last", "metrics.jsonl", "result.json"]
+    assert sorted(place.name for place in (run / "finetuned").iterdir()) == names
 
 
 def test_a_full_disk_half_way_through_a_checkpoint(paths, whole, tmp_path, monkeypatch):
@@ -55,9 +51,8 @@ def test_a_full_disk_half_way_through_a_checkpoint(paths, whole, tmp_path, monke
         real(state, path)
 
     monkeypatch.setattr(checkpoint.torch, "save", full)
-    with pytest.raises(
-        RunError, match=r"cannot write .*last \(OSError: .*No space left on device.*one before it is whole"
-    ):
+    match = r"cannot write .*last \(OSError: .*No space left on device.*previous one is complete"
+    with pytest.raises(RunError, match=match):
         pipeline.finetune(tiny_config(tmp_path / "run", *paths))
     monkeypatch.undo()
     assert not list((tmp_path / "run/finetuned").glob("*.new")), "a full disk is not left full"
@@ -66,7 +61,7 @@ def test_a_full_disk_half_way_through_a_checkpoint(paths, whole, tmp_path, monke
 
 @pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "optimizer.pt"])
 def test_a_write_that_the_operating_system_cuts_short(file, tmp_path, paths):
-    """What safetensors, tokenizers and torch make of it, each in its own way, is a RunError."""
+    """safetensors, tokenizers and torch each raise their own error; all become a RunError."""
     from accelerate import Accelerator
 
     config = tiny_config(tmp_path / "run", *paths)
@@ -85,7 +80,7 @@ def test_a_write_that_the_operating_system_cuts_short(file, tmp_path, paths):
     limit = len(before[file]) - 1 if file != "tokenizer.json" else len(before["model.safetensors"])
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))  # Python ignores the signal: a write raises instead
     try:
-        with pytest.raises(RunError, match=r"cannot write .*last .*one before it is whole"):
+        with pytest.raises(RunError, match=r"cannot write .*last .*previous one is complete"):
             checkpoint.save_checkpoint(tmp_path / "last", *arguments)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -179,8 +174,8 @@ def test_a_checkpoint_that_is_not_whole_is_said_so(paths, whole, tmp_path):
     pipeline.finetune(tiny_config(run, *paths), until=2)
     file = run / "finetuned/last/optimizer.pt"
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(UserError, match="holds no whole checkpoint"):
+    with pytest.raises(UserError, match="has no complete checkpoint"):
         pipeline.resume(run)
     (run / "finetuned/best/model.safetensors").write_bytes(b"no")
-    with pytest.raises(UserError, match=r"cannot load AutoModel|holds no model"):
+    with pytest.raises(UserError, match=r"cannot load AutoModel|has no model"):
         load(run)

@@ -1,4 +1,4 @@
-"""Reading rows: formats, labels, splits, and every way in which a file can be wrong."""
+"""Reading rows: formats, labels, splits, and the errors of bad files."""
 
 import json
 
@@ -44,15 +44,15 @@ def test_formats_give_the_same_rows(kind, tmp_path):
     WRITERS[kind](tmp_path / f"rows.{kind}", ROWS)
     data = load_data(DataConfig(path=str(tmp_path / f"rows.{kind}")), seed=0)
     assert data.classes == ["chess", "oven", "river"]
-    found = rows_of(data.train) + rows_of(data.eval) + rows_of(data.test)
-    assert sorted(found) == sorted((row["text"], data.classes.index(row["label"])) for row in ROWS)
+    rows = rows_of(data.train) + rows_of(data.eval) + rows_of(data.test)
+    assert sorted(rows) == sorted((row["text"], data.classes.index(row["label"])) for row in ROWS)
     assert [len(side.labels) for side in (data.train, data.eval, data.test)] == [23, 3, 4]
 
 
 def test_the_split_follows_from_the_seed(tmp_path):
     path = write_csv(tmp_path / "rows.csv", ROWS)
-    first, again, other = (load_data(DataConfig(path=path), seed=seed) for seed in (1, 1, 2))
-    assert rows_of(first.test) == rows_of(again.test)
+    first, same, other = (load_data(DataConfig(path=path), seed=seed) for seed in (1, 1, 2))
+    assert rows_of(first.test) == rows_of(same.test)
     assert rows_of(first.test) != rows_of(other.test)
 
 
@@ -94,7 +94,7 @@ def test_integer_labels_and_missing_ones(tmp_path):
     ids=" ".join,
 )
 def test_the_classes_are_the_labels_that_occur(names, tmp_path):
-    """Ratings from 1 to 5 are five classes; numbers stand in their order."""
+    """Ratings from 1 to 5 are five classes; numbers are sorted as numbers."""
     rows = [{"text": f"text {i}", "label": name} for i, name in enumerate(reversed(names * 8))]
     config = DataConfig(path=write_csv(tmp_path / "rows.csv", rows))
     assert load_data(config, seed=0).classes == names
@@ -107,7 +107,7 @@ def test_the_classes_are_the_labels_that_occur(names, tmp_path):
 def test_one_class_alone_is_refused(num_labels, tmp_path):
     rows = [{"text": "x", "label": name} for name in [2] * 19 + [""]]
     config = DataConfig(path=write_csv(tmp_path / "rows.csv", rows), num_labels=num_labels)
-    with pytest.raises(UserError, match=r"all 1\d training rows with a label are of one class, '2'; two are needed"):
+    with pytest.raises(UserError, match=r"all 1\d labelled training rows have the class '2'; expected two or more"):
         load_data(config, seed=0)
 
 
@@ -128,7 +128,7 @@ def test_declared_classes_keep_their_order(tmp_path):
         load_data(config, seed=0)
     rows = rows.with_format("arrow")[:].set_column(1, "label", [[7] * 20])
     pq.write_table(rows.replace_schema_metadata(features.arrow_schema.metadata), tmp_path / "rows.parquet")
-    with pytest.raises(UserError, match=r"label 7 in row 0 \(from 0\) of .* is none of the 3 declared classes"):
+    with pytest.raises(UserError, match=r"label 7 in row 0 \(from 0\) of .* is not one of the 3 declared classes"):
         load_data(DataConfig(path=str(tmp_path / "rows.parquet")), seed=0)
 
 
@@ -168,9 +168,9 @@ def csv_of(rows):
         ("rows.csv", binary, {}, "cannot read .*rows.csv"),
         ("rows.parquet", binary, {}, "cannot read .*rows.parquet"),
         ("rows.jsonl", binary, {}, "cannot read .*rows.jsonl"),
-        ("rows.xlsx", binary, {}, "known are .csv .tsv .jsonl .json .parquet"),
-        ("rows.csv", csv_of(ROWS), {"text_column": "body"}, "no text column 'body'; there are text, label"),
-        ("rows.csv", csv_of(ROWS), {"label_column": "y"}, "no label column 'y'; there are text, label"),
+        ("rows.xlsx", binary, {}, "unknown file type; supported: .csv .tsv .jsonl .json .parquet"),
+        ("rows.csv", csv_of(ROWS), {"text_column": "body"}, "no text column 'body'; the columns are text, label"),
+        ("rows.csv", csv_of(ROWS), {"label_column": "y"}, "no label column 'y'; the columns are text, label"),
         ("rows.csv", csv_of(ROWS), {"split": "validation"}, "no split 'validation', only train"),
         ("rows.csv", csv_of(ROWS), {"eval": "gone.csv"}, "no such file or folder: gone.csv"),
         ("rows.csv", csv_of(ROWS[:2]), {}, "too few"),
@@ -178,7 +178,7 @@ def csv_of(rows):
             "rows.csv",
             csv_of([*ROWS0[:5], {"text": "x", "label": -1}, *ROWS0]),
             {"num_labels": 3},
-            "label '-1' in line 7 of .*rows.csv is none of the 3 classes",
+            "label '-1' in line 7 of .*rows.csv is not one of the 3 classes",
         ),
         ("rows.csv", csv_of([{"text": "x", "label": 3}] * 20), {"num_labels": 3}, "label '3' in line 2"),
         ("rows.csv", csv_of(ROWS), {"num_labels": 3}, r"label 'river' in line 2 .* 3 classes \(0, 1, 2\)"),
@@ -194,7 +194,7 @@ def test_bad_files(name, write, options, message, tmp_path):
 def test_a_label_that_training_does_not_know(tmp_path):
     path = write_csv(tmp_path / "rows.csv", ROWS)
     other = write_csv(tmp_path / "eval.csv", [*ROWS[:4], {"text": "x", "label": "piano"}])
-    with pytest.raises(UserError, match=r"label 'piano' in line 6 of .*eval.csv is none of the 3 classes"):
+    with pytest.raises(UserError, match=r"label 'piano' in line 6 of .*eval.csv is not one of the 3 classes"):
         load_data(DataConfig(path=path, eval=other), seed=0)
 
 

@@ -1,4 +1,4 @@
-"""The built-in data set: on planted sources, and on the packages that are installed here."""
+"""The built-in data set: on planted sources, and on the packages of this machine."""
 
 import re
 from collections import Counter
@@ -62,9 +62,9 @@ def test_names_are_masked_wherever_they_occur(planted):
 
 
 def test_a_submodules_name_is_masked_where_it_tells_the_package():
-    def documents(package, own, foreign):
-        texts = [f"about {own} number {i}" for i in range(9)] + [f"{foreign} shared number {i}" for i in range(3)]
-        return [Document(text, package, f"{package}/{own}/m{i}.py") for i, text in enumerate(texts)]
+    def documents(package, submodule, foreign):
+        texts = [f"about {submodule} number {i}" for i in range(9)] + [f"{foreign} shared number {i}" for i in range(3)]
+        return [Document(text, package, f"{package}/{submodule}/m{i}.py") for i, text in enumerate(texts)]
 
     collected = {"zebra": documents("zebra", "stripes", "common"), "okapi": documents("okapi", "common", "other")}
     mask = docstrings._Mask(collected)
@@ -85,14 +85,14 @@ def test_near_duplicates_are_dropped_across_packages():
 
 
 def test_too_few_packages_is_one_clear_error(planted):
-    with pytest.raises(UserError, match=r"needs 4 installed packages with 40 .* here are 3 \(.*zebra \d+"):
+    with pytest.raises(UserError, match=r"needs 4 installed packages with 40 .* got 3 \(.*zebra \d+"):
         build(classes=4, per_class=40)
     with pytest.raises(UserError, match="needs 2 classes and a document on each side"):
         build(classes=2, per_class=3)
 
 
 def test_on_this_machine():
-    """The default: at least 6 classes and 3000 docstrings; checked by other means than those that built it."""
+    """The default has at least 6 classes and 3000 docstrings; the checks do not use the code that built it."""
     split = build()
     rows = [document for side in SIDES for document in split[side]]
     names = {document.package for document in rows}

@@ -1,4 +1,4 @@
-"""What stands in a file is what is learned: its strings as written, all of its rows, or one line that says why not."""
+"""Every row of a file is read, its strings unchanged, or the error says in one line why not."""
 
 import csv
 import gzip
@@ -20,7 +20,7 @@ ROWS = [(f"text number {i}", ("spam", "ham")[i % 2]) for i in range(20)]
 
 
 def named(path, **options):
-    """Every row's text and the name of its class, None where it has none, in the order of the texts."""
+    """Return every row's text and the name of its class or None, sorted by text."""
     data = load_data(DataConfig(path=str(path), **options), seed=0)
     sides = [side for side in (data.train, data.eval, data.test) if side is not None]
     rows = [(t, i) for side in sides for t, i in zip(side.rows[side.column], side.labels, strict=True)]
@@ -45,7 +45,7 @@ def jsonl(path, records):
 
 
 def write(path, rows):
-    """Rows in the format of the path's ending, quoted where that has quotes."""
+    """Write rows in the format of the path's ending, quoted if it has quotes."""
     if path.suffix == ".csv":
         with path.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([("text", "label"), *rows])
@@ -59,23 +59,9 @@ def write(path, rows):
 
 
 WORDS = [
-    "NA",
-    "N/A",
-    "nan",
-    "null",
-    "None",
-    "true",
-    "FALSE",
-    "01",
-    "1.0",
-    "1e5",
-    " x ",
-    '"',
-    "#",
-    "\\N",
-    "日本",
+    "NA", "N/A", "nan", "null", "None", "true", "FALSE", "01", "1.0", "1e5", " x ", '"', "#", "\\N", "日本",
     "2020-01-01",
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet"])
@@ -136,13 +122,14 @@ def test_types_of_parquet(values, kind, names, tmp_path):
 def test_a_list_is_no_label(tmp_path):
     table = pa.table({"text": ["x"] * 20, "label": [["a"]] * 20})
     parquet.write_table(table, tmp_path / "rows.parquet")
-    refused(tmp_path / "rows.parquet", "column 'label' holds list<.*where a string or a number is needed")
+    refused(tmp_path / "rows.parquet", "column 'label': expected strings or numbers, got list<")
     refused(
         jsonl(tmp_path / "rows.jsonl", [{"text": "x", "label": "a"}, {"text": "x", "label": ["a"]}]),
-        "line 2 of .*rows.jsonl has a list in column 'label'",
+        "line 2 of .*rows.jsonl, column 'label': expected a string or a number, got a list",
     )
     refused(
-        jsonl(tmp_path / "rows.jsonl", [{"text": {"en": "x"}, "label": "a"}]), "line 1 .* an object in column 'text'"
+        jsonl(tmp_path / "rows.jsonl", [{"text": {"en": "x"}, "label": "a"}]),
+        "line 1 of .*, column 'text': .* got an object",
     )
 
 
@@ -159,7 +146,7 @@ def test_quotation_marks_of_csv(tmp_path):
         lines(tmp_path / "r.csv", [('"a\nb"', "x"), ('"so" he said', "x")]), "row on line 4, ',' expected after '\"'"
     )
     refused(
-        lines(tmp_path / "r.csv", [*ROWS, ('"never', "x"), *ROWS]), "row on line 22, a quotation mark .*never closed"
+        lines(tmp_path / "r.csv", [*ROWS, ('"never', "x"), *ROWS]), "row on line 22, a quotation mark is never closed"
     )
 
 
@@ -168,7 +155,7 @@ def test_quotation_marks_of_tsv_are_text(tmp_path):
     rows[2], rows[8], rows[9] = ('"Well said he', "ham"), ('and then she left"', "spam"), ('"whole ""field"""', "ham")
     path = lines(tmp_path / "rows.tsv", rows, "\t")
     assert named(path) == sorted(rows)
-    assert len(named(path, quotes=True)) == 14  # as asked for: what is between two quotation marks is one field
+    assert len(named(path, quotes=True)) == 14  # as asked for: the text between two quotation marks is one field
     with path.open("w", newline="") as file:
         csv.writer(file, delimiter="\t").writerows([("text", "label"), *ROWS, ("a\ttab", "ham"), ('"', "ham")])
     refused(path, r"line 22 of .*rows.tsv has 3 fields, the header has 2; .*--data.quotes true")
@@ -197,27 +184,21 @@ def test_characters_that_are_no_line_ends(tmp_path):
     rows = sorted((f"{i:02d} a\u2028b\x85c\x0bd\x0ce\x00f\ufefff", "xy"[i % 2]) for i in range(20))
     for kind in ("csv", "tsv", "jsonl"):
         assert named(write(tmp_path / f"rows.{kind}", rows)) == rows, kind
-    (tmp_path / "raw.jsonl").write_text(
-        "".join(
-            json.dumps(
-                {"text": t.replace("\0", "").replace("\x0b", "").replace("\x0c", ""), "label": y}, ensure_ascii=False
-            )
-            + "\n"
-            for t, y in rows
-        )
-    )
+    allowed = [{"text": t.translate(dict.fromkeys(b"\0\x0b\x0c")), "label": y} for t, y in rows]
+    raw = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in allowed)
+    (tmp_path / "raw.jsonl").write_text(raw)
     assert len(named(tmp_path / "raw.jsonl")) == 20
 
 
 def test_headers(tmp_path):
     path = tmp_path / "rows.csv"
-    refused(lines(path, header=("text", "text")), "column 'text' stands 2 times in the header of .*rows.csv")
+    refused(lines(path, header=("text", "text")), "column 'text' occurs 2 times in the header of .*rows.csv")
     extra = [(t, y, "", "") for t, y in ROWS]
-    assert named(lines(path, extra, header=("text", "label", "", ""))) == sorted(ROWS)  # what is not read may be twice
-    refused(lines(path, separator=";"), r"there are text;label \(--data.label_column, --data.separator\)")
-    refused(lines(path, header=("", "")), "no label column 'label'; there are '', ''")
+    assert named(lines(path, extra, header=("text", "label", "", ""))) == sorted(ROWS)  # unread columns may repeat
+    refused(lines(path, separator=";"), r"the columns are text;label \(--data.label_column, --data.separator\)")
+    refused(lines(path, header=("", "")), "no label column 'label'; the columns are '', ''")
     refused(lines(path, encoding="utf-16-le"), "NUL characters: is it UTF-16")
-    refused(jsonl(path.with_suffix(".jsonl"), [{"a": 1}, {"b": 2}]), "no label column 'label'; there are a, b")
+    refused(jsonl(path.with_suffix(".jsonl"), [{"a": 1}, {"b": 2}]), "no label column 'label'; the columns are a, b")
 
 
 # ---- names, encodings, options -----------------------------------------------------------------------------------
@@ -267,17 +248,8 @@ def test_a_file_that_was_replaced_is_read_anew(tmp_path):
 
 def test_endings(tmp_path):
     csv_text, jsonl_text = (write(tmp_path / name, ROWS).read_bytes() for name in ("rows.csv", "rows.jsonl"))
-    for name in (
-        "a.CSV",
-        "a.Csv.gz",
-        "A.CSV.GZ",
-        "a.ndjson",
-        "a.JSONL",
-        "a.jsonl.gz",
-        "a.json",
-        "a.json.gz",
-        "a.NDJSON.gz",
-    ):
+    names = "a.CSV a.Csv.gz A.CSV.GZ a.ndjson a.JSONL a.jsonl.gz a.json a.json.gz a.NDJSON.gz"
+    for name in names.split():
         text = csv_text if "csv" in name.lower() else jsonl_text
         (tmp_path / name).write_bytes(gzip.compress(text) if name.lower().endswith("gz") else text)
         assert named(tmp_path / name) == sorted(ROWS), name
@@ -296,30 +268,25 @@ def test_encodings(kind, tmp_path):
         text = "".join(json.dumps(json.loads(line), ensure_ascii=False) + "\n" for line in text.splitlines())
     path = tmp_path / f"other.{kind}"
     for written, given in (
-        ("utf-8-sig", None),
-        ("utf-8-sig", "utf-8"),
-        ("utf-16", None),
-        ("utf-16", "utf-16"),
-        ("utf-16-le", "UTF-16LE"),
-        ("utf-16-be", "utf-16-be"),
-        ("cp1252", "cp1252"),
-    ):
+        ("utf-8-sig", None), ("utf-8-sig", "utf-8"), ("utf-16", None), ("utf-16", "utf-16"), ("utf-16-le", "UTF-16LE"),
+        ("utf-16-be", "utf-16-be"), ("cp1252", "cp1252"),
+    ):  # fmt: skip
         path.write_bytes(text.encode(written))
         assert named(path, encoding=given) == rows, (written, given)
     packed = path.with_name(path.name + ".gz")
     packed.write_bytes(gzip.compress(b"\xff\xfe" + text.encode("utf-16-le")))
     assert named(packed) == rows
-    refused(path, r"cannot read .*byte \d+ \(0x96, line \d+\) is no utf-8 \(--data.encoding")
+    refused(path, r"cannot read .*byte \d+ \(0x96, line \d+\) is not valid utf-8 \(--data.encoding")
 
 
 def test_the_byte_that_is_none_of_the_encoding(tmp_path):
-    path = lines(tmp_path / "rows.csv", ROWS * 9_000)  # far behind what is decoded at a time
+    path = lines(tmp_path / "rows.csv", ROWS * 9_000)  # far beyond the first block that is decoded
     data = path.read_bytes()
     at = data.index(b"text number 7,", 400_000)
     path.write_bytes(data[:at] + b"caf\xe9," + data[at:])
-    refused(path, rf"byte {at + 3} \(0xe9, line {data.count(chr(10).encode(), 0, at) + 1}\) is no utf-8")
+    refused(path, rf"byte {at + 3} \(0xe9, line {data.count(chr(10).encode(), 0, at) + 1}\) is not valid utf-8")
     path.write_bytes(data + "é".encode()[:1])
-    refused(path, "ends within a character of utf-8")
+    refused(path, "ends in the middle of a character of utf-8")
     refused(path, "cannot read .*rows.csv as utf-16: UTF-16 stream", encoding="utf-16")
 
 
@@ -334,8 +301,8 @@ def test_separators(tmp_path):
 def test_options_that_nothing_takes(tmp_path):
     path = write(tmp_path / "rows.parquet", ROWS)
     for name, value in (("encoding", "cp1252"), ("separator", ";"), ("quotes", True), ("subset", "a")):
-        refused(path, f"--data.{name} is of .*nothing of that kind is read here", **{name: value})
-    refused(write(tmp_path / "rows.jsonl", ROWS), "--data.separator is of .csv, .tsv", separator=";")
+        refused(path, f"--data.{name} applies to .*the data are of another kind", **{name: value})
+    refused(write(tmp_path / "rows.jsonl", ROWS), "--data.separator applies to .csv, .tsv", separator=";")
     eval_rows = write(tmp_path / "eval.csv", ROWS)
     assert len(named(path, eval=str(eval_rows), encoding="cp1252")) == 40
 
@@ -367,10 +334,13 @@ def test_forms_of_json(tmp_path):
         ('[{"text": "a", "label": "b"},\n]', "line 2, column 1: Expecting value"),
         ('[{"text": "a", "label": "b"}', "column 29: expected a comma or the array's end"),
         ('[{"text": "a", "label": "b"}]\n[]', "expected a comma or the array's end, and no more"),
-        ('[{"text": "a", "label": "b"},\n"text"]', "line 2 holds no object"),
-        ('{"text": ["a"], "label": ["b"]}', "line 1 of .* has a list in column 'text'"),
-        ('{"text": "a", "label": "b"}\n{"text": "a", "label": "b", "text": "c"}', "'text' stands 2 times in line 2"),
-        ('{"text": "a", "label": "b"}\n\n{"text": "\\ud800", "label": "b"}', r"line 3 .* half a character, '\\ud800'"),
+        ('[{"text": "a", "label": "b"},\n"text"]', "line 2 is not an object"),
+        ('{"text": ["a"], "label": ["b"]}', "line 1 of .*, column 'text': .* got a list"),
+        ('{"text": "a", "label": "b"}\n{"text": "a", "label": "b", "text": "c"}', "'text' occurs 2 times in line 2"),
+        (
+            '{"text": "a", "label": "b"}\n\n{"text": "\\ud800", "label": "b"}',
+            r"line 3 .* half a surrogate pair, '.ud800'",
+        ),
         ('{"text": "a", "x": ' + "[" * 100_000, "line 1 is nested too deeply"),
         ("[]", "no rows in 'train'"),
     ],
@@ -385,8 +355,8 @@ def test_lines_of_json_that_are_wrong(tmp_path):
     for bad, match in (
         ('{"text": "a"', "line 4, column 13: Expecting ',' delimiter"),
         ('{"text": "a", "label": "b"} {}', "line 4, column 29: Extra data"),
-        ("7", "line 4 holds no object"),
-        ('{"label": "a", "label": "b"}', "column 'label' stands 2 times in line 4"),
+        ("7", "line 4 is not an object"),
+        ('{"label": "a", "label": "b"}', "column 'label' occurs 2 times in line 4"),
     ):
         (tmp_path / "rows.jsonl").write_text(good * 2 + "\n" + bad + "\n" + good)
         refused(tmp_path / "rows.jsonl", match)

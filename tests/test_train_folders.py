@@ -1,4 +1,4 @@
-"""Folders: which files make which split, images under their classes' names, and what is not decided by chance."""
+"""Folders: the split of each file, images in folders of their classes' names, and what is refused as ambiguous."""
 
 import gzip
 import os
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures(quick.__name__)
 
 
 def sides(path, **options):
-    """The number of rows of each side; the split of training rows is looked at whole."""
+    """Return the number of rows of each side."""
     data = load_data(DataConfig(path=str(path), **options), seed=0)
     return [len(side.labels) for side in (data.train, data.eval, data.test) if side is not None]
 
@@ -33,7 +33,7 @@ def picture(path, color=(200, 30, 30)):
         ("TRAIN.CSV", "Val.csv.gz", "Test-set.csv"),
         ("my_training.csv", "my-dev.csv", "my.eval.csv"),
         ("train-00000-of-00001.csv", "validation-00000-of-00001.csv", "test-00000-of-00001.csv"),
-        ("data/train.csv", "data/valid.csv", "data/harness.csv"),
+        ("data/train.csv", "data/valid.csv", "data/testing.csv"),
         ("train/0000.csv", "validation/part.csv", "test/rows.csv"),
         ("train.csv", ".hidden/x.csv", "validation.csv", ".test.csv", "__pycache__/a.csv", "test.csv", "README.md"),
     ],
@@ -71,18 +71,18 @@ def test_files_that_name_no_split_are_training_rows(tmp_path):
     write(tmp_path / "b.csv", ROWS[10:])
     assert named(tmp_path) == sorted(ROWS)
     write(tmp_path / "test.csv", ROWS)
-    refused(tmp_path, "a.csv is in none of the splits test beside it")
+    refused(tmp_path, "a.csv belongs to no split, while other files belong to test")
 
 
 def test_what_a_folder_leaves_open_is_refused(tmp_path):
-    refused(tmp_path, "holds no images and no files with the endings .csv .tsv")
+    refused(tmp_path, "has no images and no files with the endings .csv .tsv")
     write(tmp_path / "train.csv", ROWS)
     write(tmp_path / "train.jsonl", ROWS)
     refused(tmp_path, r"has train more than once: as .csv and as .jsonl")
     (tmp_path / "train.jsonl").unlink()
     refused(tmp_path, "no split 'validation', only train", split="validation")
     picture(tmp_path / "red/1.png")
-    refused(tmp_path, r"holds images \(red/1.png\) and data files \(train.csv\)")
+    refused(tmp_path, r"has images \(red/1.png\) and data files \(train.csv\)")
     (tmp_path / "dataset_dict.json").write_text("{}")
     refused(tmp_path, "was written by save_to_disk")
 
@@ -97,9 +97,9 @@ def test_the_folders_of_images_are_their_classes(tmp_path):
     assert [len(side.labels) for side in (data.train, data.eval, data.test)] == [23, 3, 4]
     assert data.train.rows[0][data.train.column].size == (8, 8)
     os.rename(tmp_path / "a/red/test_0.PNG", os.fsencode(tmp_path / "a/red") + b"/\xe9.png")
-    refused(tmp_path / "a", r"linked/.*udce9.png' is not in UTF-8")
+    refused(tmp_path / "a", r"linked/.*udce9.png' is not UTF-8")
     picture(tmp_path / "a/loose.png")
-    refused(tmp_path / "a", "loose.png is in no subfolder, and so in no class")
+    refused(tmp_path / "a", "loose.png is not in the subfolder of a class")
 
 
 def test_a_folder_that_may_not_be_read(tmp_path, monkeypatch):
@@ -143,6 +143,6 @@ def test_a_list_of_images(tmp_path):
         for row, label in zip(side.rows, side.labels, strict=True):
             assert row["image"].getpixel((0, 0))[0] % 2 == label
     jsonl(tmp_path / "metadata.jsonl", [*records, {"file_name": "all/x.png", "label": "x"}])
-    refused(tmp_path, "the image 'all/x.png' in line 21 of .*metadata.jsonl is not there")
+    refused(tmp_path, "no such image: 'all/x.png' in line 21 of .*metadata.jsonl")
     jsonl(tmp_path / "metadata.jsonl", [{"file": "a.png", "label": "x"}])
     refused(tmp_path, "has no column 'file_name', only file, label")

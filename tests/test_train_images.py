@@ -1,4 +1,4 @@
-"""An image folder, end to end, on a tiny made vision transformer. PIL is enough; torchvision is not needed."""
+"""An image folder, end to end, with a tiny random vision transformer. Needs PIL but not torchvision."""
 
 import json
 from pathlib import Path
@@ -51,7 +51,7 @@ def test_an_image_folder(vision, pictures, tmp_path):
     assert answers[0][0] == "blue"
 
 
-GREY = np.array([[0, 60], [130, 255]], np.uint8)  # what a viewer shows of each image below
+GREY = np.array([[0, 60], [130, 255]], np.uint8)  # each image below looks like this
 
 
 def palette():
@@ -61,7 +61,7 @@ def palette():
 
 
 def transparent(mode):
-    """Over black, as it would be without its transparency, all of it is black."""
+    """Black with transparency: without its transparency all of it would be black."""
     image = Image.fromarray(np.zeros((2, 2), np.uint8)).convert(mode)
     image.putalpha(Image.fromarray(255 - GREY))
     return image
@@ -69,7 +69,7 @@ def transparent(mode):
 
 def turned():
     image = Image.fromarray(np.rot90(GREY).copy())
-    image.getexif()[274] = 6  # to be turned by a quarter
+    image.getexif()[274] = 6  # display it rotated by 90 degrees
     return image
 
 
@@ -109,7 +109,7 @@ def test_every_mode_keeps_its_contrast(name, tmp_path):
 
 
 def test_what_has_no_range_is_refused():
-    for pixels, match in ((GREY / 255.0, "floating-point"), (GREY.astype(np.int32) * 70_000, "from 0 to 17850000")):
+    for pixels, match in ((GREY / 255.0, "floating-point"), (GREY.astype(np.int32) * 70_000, "got 0 to 17850000")):
         with pytest.raises(ValueError, match=match):
             to_rgb(Image.fromarray(pixels.astype(np.float32 if pixels.dtype.kind == "f" else np.int32)))
 

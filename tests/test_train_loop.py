@@ -1,4 +1,4 @@
-"""The training loop: what a step's gradient is, alone and in two processes; resuming; stopping; optimisers."""
+"""The training loop: the gradient of a step, in one and two processes; resuming; stopping; optimisers."""
 
 import json
 import math
@@ -39,7 +39,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def patchy_data(tmp_path_factory):
-    """Every row of a text longer than 9 words has no label, so micro-batches of like length have uneven numbers."""
+    """Texts longer than 9 words have no label, so micro-batches of similar lengths differ in labelled rows."""
     rows = [row | {"label": "" if len(row["text"].split()) > 9 else row["label"]} for row in made_rows(60)]
     return write_csv(tmp_path_factory.mktemp("patchy") / "rows.csv", rows)
 
@@ -53,7 +53,7 @@ def job_of(config):
 
 
 def one_step(config, folder):
-    """The change that one step of plain SGD with rate 1 makes, which is minus its gradient; in float64."""
+    """Return the gradient of one step, from the change that plain SGD with rate 1 makes; in float64."""
     config.optim = OptimConfig(name="sgd", lr=1.0, weight_decay=0.0, clip_norm=None)
     config.schedule = ScheduleConfig(name="constant", warmup=0.0)
     config.run.steps = config.run.eval_every = 1
@@ -70,7 +70,7 @@ def one_step(config, folder):
 
 
 def whole_gradient(config):
-    """The gradient of the whole batch's mean, and of the mean over micro-batches of their means, in plain PyTorch."""
+    """Return, from plain PyTorch, the gradient of the batch's mean, and of the mean of the micro-batches' means."""
     job, name = job_of(config)
     rows = job.rows["train"]
     batch = whole_batch(0, config.run.batch_size, len(rows), config.run.seed)
@@ -95,7 +95,7 @@ def distance(left, right):
 def test_accumulated_gradient_is_the_whole_batchs(plain_model, patchy_data, tmp_path):
     config = tiny_config(tmp_path, plain_model, patchy_data, batch_size=16, micro_batch=3)
     right, wrong = whole_gradient(config)
-    assert distance(right, wrong) > 1e-2, "the rows do not tell the two ways to normalise apart"
+    assert distance(right, wrong) > 1e-2, "the rows do not distinguish the two ways to normalise"
     assert distance(one_step(config, tmp_path / "run"), right) < 1e-12
 
 
@@ -113,7 +113,7 @@ def test_a_step_without_any_label_changes_nothing(plain_model, patchy_data, tmp_
 
 
 def _in_process(rank, port, config, folder):
-    """What each of two processes does: one float64 step, then a whole job."""
+    """Run, in each of two processes, one float64 step and then a whole job."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     torch.set_num_threads(1)
     change = one_step(replace_run(config), folder / "step")
@@ -167,7 +167,7 @@ def test_a_stopped_and_resumed_run_is_the_unbroken_one(model, data, tmp_path, op
 
 
 def test_dropout_is_on_while_training(model, plain_model, data, tmp_path):
-    """Else the test above could not see whether a resumed run draws the same numbers."""
+    """Otherwise the test above would not see whether a resumed run draws the same numbers."""
     for name, path in (("dropout", model), ("plain", plain_model)):
         pipeline.finetune(tiny_config(tmp_path / name, path, data))
     first = [metrics(tmp_path / name / "finetuned")[0]["loss"] for name in ("dropout", "plain")]
@@ -175,10 +175,10 @@ def test_dropout_is_on_while_training(model, plain_model, data, tmp_path):
 
 
 def test_resuming_with_other_rows_is_refused(model, data, tmp_path):
-    own = write_csv(tmp_path / "rows.csv", made_rows(60))
-    pipeline.finetune(tiny_config(tmp_path / "run", model, own), until=2)
-    write_csv(own, made_rows(60, seed=9))
-    with pytest.raises(UserError, match="no longer those"):
+    rows = write_csv(tmp_path / "rows.csv", made_rows(60))
+    pipeline.finetune(tiny_config(tmp_path / "run", model, rows), until=2)
+    write_csv(rows, made_rows(60, seed=9))
+    with pytest.raises(UserError, match="are not those"):
         pipeline.resume(tmp_path / "run")
 
 
@@ -209,17 +209,11 @@ def test_the_best_model_is_kept_and_patience_ends_the_run(model, data, tmp_path,
     monkeypatch.setattr(loop, "evaluate", lambda *_: Scores(1.0, next(accuracies), 0.5, 10))
     config = tiny_config(tmp_path, model, data, steps=10, eval_every=1, patience=2)
     job, name = job_of(config)
-    seen = {}
-
-    def make():
-        seen["network"] = new_classifier(name, 3, False, 0)
-        return seen["network"]
-
+    make = lambda: new_classifier(name, 3, False, 0)  # noqa: E731
     progress = train(job, tmp_path / "run", make)
     assert (progress.step, progress.best_step, progress.best.accuracy) == (4, 2, 0.6)
     assert not same_bits(weights(tmp_path / "run/best"), weights(tmp_path / "run/last"))
-    again = train(job, tmp_path / "run", make)  # a resumed run does not go on either
-    assert again.step == 4
+    assert train(job, tmp_path / "run", make).step == 4  # a resumed run stops too
 
 
 def test_a_gradient_that_is_no_number_ends_the_run_before_it_reaches_the_weights(model, data, tmp_path):

@@ -1,4 +1,4 @@
-"""The network: pooling, saving, where the default comes from; and the real all-MiniLM-L6-v2."""
+"""The network: pooling, saving, the source of the default; and the real all-MiniLM-L6-v2."""
 
 import json
 from pathlib import Path
@@ -53,9 +53,9 @@ def test_a_saved_model_is_loaded_bit_for_bit(tiny, tmp_path):
     network, tokenizer = new_classifier(tiny, 3, True, 7), load_preprocessor(tiny, images=False)
     (tmp_path / "saved").mkdir()
     save_model(tmp_path / "saved", network, tokenizer, {"classes": ["a", "b", "c"], "images": False, "max_length": 9})
-    again, about = load_model(tmp_path / "saved")
+    loaded, about = load_model(tmp_path / "saved")
     assert about["classes"] == ["a", "b", "c"]
-    states = network.state_dict(), again.state_dict()
+    states = network.state_dict(), loaded.state_dict()
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     texts = ["fish in the water " * 9, "flour"]  # the first one is cut to 9 tokens
@@ -95,7 +95,7 @@ ENCODERS = {
 
 @pytest.mark.parametrize("kind", ENCODERS)
 def test_positions_are_what_the_encoder_takes(kind, tmp_path):
-    """As many tokens as it says go through, and where a table bounds them, not one more."""
+    """It takes exactly so many tokens; one more raises if there is a table of positions."""
     config, expected = ENCODERS[kind]
     config.save_pretrained(tmp_path)
     assert positions(empty_encoder(str(tmp_path))) == expected
@@ -128,12 +128,12 @@ def test_long_texts_are_cut_to_the_models_positions(believes, asked, tmp_path, c
 
 
 def test_random_weights_are_others_under_the_same_head(tiny):
-    pretrained, drawn, again = (new_classifier(tiny, 3, random, seed=5) for random in (False, True, True))
+    pretrained, drawn, same = (new_classifier(tiny, 3, random, seed=5) for random in (False, True, True))
     saved = weights_of(tiny)
     assert torch.equal(pretrained.encoder.embeddings.word_embeddings.weight, saved["embeddings.word_embeddings.weight"])
     assert not torch.equal(drawn.encoder.embeddings.word_embeddings.weight, saved["embeddings.word_embeddings.weight"])
     assert torch.equal(drawn.head.weight, pretrained.head.weight)
-    assert all(torch.equal(left, right) for left, right in zip(drawn.parameters(), again.parameters(), strict=True))
+    assert all(torch.equal(left, right) for left, right in zip(drawn.parameters(), same.parameters(), strict=True))
 
 
 def weights_of(folder):
@@ -162,12 +162,12 @@ def test_what_is_not_an_encoder_or_not_there(tiny, tmp_path, impatient):
         new_classifier(str(tmp_path), 3, True, 0)
     with pytest.raises(UserError, match="cannot load AutoConfig from nobody/nothing"):
         new_classifier("nobody/nothing", 3, False, 0)
-    with pytest.raises(UserError, match="holds no model of tlkernels finetune"):
+    with pytest.raises(UserError, match="has no model of tlkernels finetune"):
         load(tmp_path)
 
 
 def test_code_that_comes_with_a_model_is_not_run(tiny, tmp_path):
-    """A folder whose config names a class of its own is refused, and its Python file is not imported."""
+    """A folder whose config names its own Python class raises, and the Python file is not imported."""
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     settings = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil", "AutoModel": "evil.Evil"}}
     (tmp_path / "config.json").write_text(json.dumps(settings))
@@ -177,7 +177,7 @@ def test_code_that_comes_with_a_model_is_not_run(tiny, tmp_path):
 
 
 def test_the_packaged_minilm_is_the_pretrained_one():
-    """Its pooled features put a paraphrase nearer than another subject, which random weights do not."""
+    """In its pooled features a paraphrase is nearer than another subject; with random weights it is not."""
     name = source(ModelConfig())
     network, tokenizer = new_classifier(name, 3, False, 0).eval(), load_preprocessor(name, images=False)
     texts = ["How do I bake bread at home?", "A recipe for a homemade loaf", "The rook moves along the ranks"]

@@ -19,7 +19,7 @@ def test_scores_are_scikit_learns():
 
     torch.manual_seed(0)
     logits, target = torch.randn(50, 7), torch.randint(0, 5, (50,))
-    logits[:, 6] = -9  # a class that neither occurs nor is predicted; class 5 is predicted alone
+    logits[:, 6] = -9  # class 6 neither occurs nor is predicted; class 5 is only predicted
     target[::7] = -100
     tally = Tally(7)
     for start in range(0, 50, 8):
@@ -87,7 +87,7 @@ def test_three_trainings_end_in_one_table(tmp_path, capsys):
     ]
     assert len(set(losses)) == len(losses) == 6, "both trainings started from the same weights"
 
-    # Everything that is done stays done: resuming a finished run only prints the table again.
+    # Resuming a finished run only prints the table again.
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("*/**/*") if path.is_file()}
     pipeline.resume(tmp_path / "run")
     assert len(before) > 20
@@ -101,7 +101,7 @@ def test_the_probe_learns_what_the_features_tell(tmp_path):
     from tlkernels.train.probe import linear_probe
 
     rows = made_rows(120)
-    rows[5]["label"] = ""  # is left out of the fit, not learned as a class
+    rows[5]["label"] = ""  # left out of the fit, not a class
     paths = tiny_model(tmp_path / "model"), write_csv(tmp_path / "rows.csv", rows)
     job, name = pipeline.prepare(tiny_config(tmp_path / "run", *paths), Accelerator(cpu=True))
     network = pipeline.new_classifier(name, 3, False, 0)

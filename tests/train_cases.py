@@ -1,6 +1,7 @@
-"""A tiny made model, made rows and the smallest configuration: what the trainer's tests share."""
+"""What the trainer's tests share: a tiny random model, made-up rows and a small configuration."""
 
 import csv
+import itertools
 import json
 import random
 from pathlib import Path
@@ -18,7 +19,7 @@ FILLER = ["the", "a", "of", "and", "in", "on", "with", "then", "it", "is", "was"
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
-    """One thread, since a tiny model's time is all in the hand-over; no second spent on timing; a cache of our own."""
+    """One thread, since a tiny model gains nothing from more; no time spent on measuring the loss; a separate cache."""
     import datasets
 
     from tlkernels.train import report
@@ -33,20 +34,12 @@ def quick(tmp_path_factory):
 
 
 def tiny_model(folder, dropout=0.0):
-    """A BERT of 2 layers, 32 wide, with random weights and a tokenizer of the words above; returns the folder."""
+    """Save a BERT with 2 layers of width 32, random weights and a tokenizer of the words above; return the folder."""
     from transformers import BertConfig, BertModel, BertTokenizerFast
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    words = [
-        "[PAD]",
-        "[UNK]",
-        "[CLS]",
-        "[SEP]",
-        "[MASK]",
-        *FILLER,
-        *(word for group in WORDS.values() for word in group),
-    ]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *FILLER, *itertools.chain(*WORDS.values())]
     vocabulary = {word: number for number, word in enumerate(words)}
     torch.manual_seed(1)
     config = BertConfig(
@@ -65,7 +58,7 @@ def tiny_model(folder, dropout=0.0):
 
 
 def made_rows(count, seed=0):
-    """Rows of a text and its class, the classes in turn; texts have 4 to 16 words."""
+    """Return rows of a text and its class, the classes in turn; texts have 4 to 16 words."""
     draw = random.Random(seed)
     names = list(WORDS)
     rows = []
@@ -85,7 +78,7 @@ def write_csv(path, rows):
 
 
 def tiny_config(folder, model, data, **run):
-    """Six steps of 8 rows, evaluated every second one."""
+    """Return a configuration with six steps of 8 rows and an evaluation every two steps."""
     from tlkernels.train import Config
 
     config = Config()
@@ -100,13 +93,13 @@ def tiny_config(folder, model, data, **run):
 
 
 def metrics(folder):
-    """The lines of a training's metrics.jsonl without the times."""
+    """Return the lines of a training's metrics.jsonl without the times."""
     lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
 
 
 def weights(folder):
-    """The saved tensors of a model folder: those of the encoder and the head."""
+    """Return the saved tensors of the encoder and the head in a model folder."""
     from safetensors.torch import load_file
 
     return load_file(Path(folder) / "model.safetensors") | load_file(Path(folder) / "head.safetensors")

@@ -1,7 +1,10 @@
-"""The command `tlkernels`: `finetune` trains, `doctor` says what this machine can do.
+"""The command `tlkernels`: `finetune` trains a classifier, `doctor` reports what this machine can run.
 
-Exit codes: 0; 1 where a run could not go on; 2 where something in the call is wrong; 130 after Ctrl-C.
-An error is one line.
+Exit codes: 0 on success; 1 if a run had to stop; 2 if an argument or the data are wrong; 130 after Ctrl-C. Every error
+is one line.
+
+Environment: TLKERNELS_TRACEBACK=1 shows the traceback of an error. RANK, as set by torchrun and accelerate: only rank 0
+prints errors.
 """
 
 from __future__ import annotations
@@ -29,15 +32,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if not arguments or arguments[0] not in commands:
             got = f"unknown command {arguments[0]!r}" if arguments else "no command"
-            raise UserError(f"{got}; there are: {', '.join(commands)}")
+            raise UserError(f"{got}; expected one of: {', '.join(commands)}")
         return commands[arguments[0]](arguments[1:])
     except KeyboardInterrupt:
-        return _fail("interrupted; go on with: tlkernels finetune --resume RUN_FOLDER", 130)
+        return _fail("interrupted; to continue: tlkernels finetune --resume RUN_FOLDER", 130)
     except Exception as error:
         if os.environ.get("TLKERNELS_TRACEBACK"):
             raise
-        foreseen = isinstance(error, (UserError, RunError, OSError))
-        text = one_line(error) if foreseen else f"{one_line(error)} (TLKERNELS_TRACEBACK=1 shows where)"
+        expected = isinstance(error, (UserError, RunError, OSError))
+        text = one_line(error) if expected else f"{one_line(error)} (TLKERNELS_TRACEBACK=1 shows where)"
         return _fail(text, 2 if isinstance(error, UserError) else 1)
 
 
@@ -52,24 +55,24 @@ def _finetune(arguments: list[str]) -> int:
         description="Fine-tune a pretrained encoder with a linear head. Without options: a demonstration.",
         exit_on_error=False,
     )
-    parser.add_argument("--config", action="config", help="A YAML or JSON file with options; the command line wins.")
+    parser.add_argument("--config", action="config", help="A YAML or JSON file; the command line overrides it.")
     parser.add_argument(
-        "--resume", metavar="RUN_FOLDER", help="Go on with a run that was stopped; takes no other option."
+        "--resume", metavar="RUN_FOLDER", help="Continue a run that was stopped; takes no other option."
     )
     parser.add_argument(
-        "--stop_after", type=int, metavar="STEP", help="Stop the fine-tuning after this step, with a checkpoint."
+        "--stop_after", type=int, metavar="STEP", help="Save a checkpoint after this step of the fine-tuning, and stop."
     )
     default = Config()
     for part in vars(default):
         parser.add_class_arguments(type(getattr(default, part)), part)
     try:
         parsed = parser.parse_args(arguments)
-    except Exception as error:  # argparse.ArgumentError, and what a broken file makes of the parser
+    except Exception as error:  # argparse.ArgumentError, and the parser's own errors from a broken file
         raise UserError(f"{' '.join(str(error).split())} (tlkernels finetune --help)") from error
     given = parser.instantiate(parsed)
     config = Config(**{part: given[part] for part in vars(default)})
     if given.resume is not None and config != default:
-        raise UserError("--resume goes on with the options of its run; it takes no others")
+        raise UserError("--resume uses the options of its run; it takes no others")
     if given.stop_after is not None and given.stop_after < 1:
         raise UserError(f"--stop_after must be 1 or more, got {given.stop_after}")
     config.check()
@@ -93,7 +96,7 @@ def _doctor(arguments: list[str]) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
+    if os.environ.get("RANK", "0") == "0":  # one of several processes prints
         print(f"tlkernels: {message}", file=sys.stderr)
     return code
 

@@ -1,4 +1,7 @@
-"""`tlkernels doctor`: what is installed, which implementation serves which loss, and its speed against eager."""
+"""`tlkernels doctor`: what is installed, which implementation serves each loss, and its speed compared with eager.
+
+Environment: TLKERNELS_ISA, which `tlkernels._core.native` reads, is shown if it is set.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,10 @@ from tlkernels.train.timing import interleaved
 
 @dataclass(frozen=True)
 class Case:
-    """One loss at one size: our call, the PyTorch lines that it replaces, their inputs; the first one is trained."""
+    """One loss at one size: our call, the PyTorch lines that it replaces, and their inputs.
+
+    The gradient is that of the first input.
+    """
 
     name: str
     ours: Callable[..., Tensor]
@@ -29,7 +35,7 @@ class Case:
 
 
 def cases(device: str) -> Iterator[Case]:
-    """Yield each loss at sizes for which a call takes milliseconds on two cores."""
+    """Yield each loss, at sizes where a call takes milliseconds on two cores."""
     for rows, classes, dtype in ((32, 10, torch.float32), (8192, 1000, torch.float32), (8192, 1000, torch.bfloat16)):
         generator = torch.Generator().manual_seed(0)
         logits = torch.randn(rows, classes, generator=generator).to(device, dtype)
@@ -41,7 +47,7 @@ def cases(device: str) -> Iterator[Case]:
         return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
 
     def plain(name: str, loss: Callable[..., Tensor], *inputs: Tensor, **options: Any) -> Case:
-        """A loss whose PyTorch lines are its own reference implementation."""
+        """Return the case of a loss whose reference implementation is the eager contestant."""
         eager = partial(loss, impl="reference", **options)
         return Case(f"{loss.__name__} {name} float32", partial(loss, **options), eager, inputs)
 
@@ -59,25 +65,22 @@ def cases(device: str) -> Iterator[Case]:
 
 
 def doctor(seconds: float = 1.0) -> str:
-    """Return the whole report. `seconds` is about how long each loss is measured at each size."""
-    here = machine()
+    """Return the report. Each case is measured for about `seconds`."""
+    info = machine()
     forced = os.environ.get("TLKERNELS_ISA")
     how = f"forced by TLKERNELS_ISA={forced}" if forced else "TLKERNELS_ISA forces another"
-    lines = ["versions", f"  python {here['python']}"]
-    lines += [f"  {name} {version or 'not installed'}" for name, version in here["packages"].items()]
-    lines += ["", "devices", f"  cpu: {here['processor']}, {here['threads']} threads"]
-    lines += [f"  cuda: {here['cuda'] or 'none that torch can use'}", "", "extension"]
+    lines = ["versions", f"  python {info['python']}"]
+    lines += [f"  {name} {version or 'not installed'}" for name, version in info["packages"].items()]
+    lines += ["", "devices", f"  cpu: {info['processor']}, {info['threads']} threads"]
+    lines += [f"  cuda: {info['cuda'] or 'none that torch can use'}", "", "extension"]
     if native.available():
-        lines += [f"  instruction sets here: {', '.join(here['isas'])}; in use: {here['isa']} ({how})"]
-        lines += [f"  {key}: {value}" for key, value in here["extension"].items() if value]
+        lines += [f"  instruction sets: {', '.join(info['isas'])}; in use: {info['isa']} ({how})"]
+        lines += [f"  {key}: {value}" for key, value in info["extension"].items() if value]
     else:
         lines += [f"  not loaded: {native.why_not()}"]
-    for device in ["cpu", *(["cuda"] if here["cuda"] else [])]:
-        lines += [
-            "",
-            f"losses on {device}: forward and backward, with the gradient's largest error against float64",
-            "",
-        ]
+    for device in ["cpu", *(["cuda"] if info["cuda"] else [])]:
+        title = f"losses on {device}: forward and backward, with the gradient's largest error against float64"
+        lines += ["", title, ""]
         for case in cases(device):
             lines += [f"  {line}" for line in [case.name, *_explained(case), _measured(case, seconds), ""]]
     return "\n".join(lines).rstrip()
@@ -102,7 +105,7 @@ def _leaves(inputs: tuple[Tensor, ...]) -> list[Any]:
 
 
 def _step(loss: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Callable[[], Tensor]:
-    """Forward and backward; returns the gradient of the first input."""
+    """Return a function that runs forward and backward and returns the gradient of the first input."""
     leaves = _leaves(inputs)
 
     def run() -> Tensor:

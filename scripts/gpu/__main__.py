@@ -1,9 +1,12 @@
-"""Everything that needs a GPU, in one command and in the order of its worth: what ends early has told the most.
+"""Everything that needs a GPU, in one command; the most important parts run first, in case the time runs out.
 
-    GPU_BUDGET=555 python3 -m scripts.gpu FOLDER        in the root of the checkout; python3 is the one with torch
+    GPU_BUDGET=555 python3 -m scripts.gpu FOLDER        in the root of the checkout, with the Python that has torch
 
 FOLDER gets at most eight files: summary.txt, env.txt, build.log, battery.jsonl, failures.txt, sanitizer.txt,
-figures.jsonl, ncu.txt. It needs torch, triton and numpy; docs/gpu-run.md says the rest. GPU_FAKE=1 tries it on a CPU.
+figures.jsonl, ncu.txt. Needs torch, triton and numpy; docs/gpu-run.md has the details.
+
+Environment: GPU_BUDGET, the seconds for everything (555); GPU_FAKE=1, a dry run on a CPU; GPU_COMMIT, the commit to
+write into figures.jsonl if the checkout has no repository.
 """
 
 import json
@@ -24,22 +27,22 @@ from scripts.gpu.units import MOST_DEATHS, Pool, Unit
 
 USAGE = "usage: GPU_BUDGET=555 python3 -m scripts.gpu FOLDER"
 
-# Each phase ends at this share of the budget, of 555 s: 60, 290, 510 and 550.
+# The shares of the budget at which the phases end; of 555 s: 60, 290 and 510 s.
 SMOKE, BATTERY, FIGURES = 60 / 555, 290 / 555, 510 / 555
 MOST_SLOTS = 12
-"""Processes of the battery: each has a context of half a gigabyte on the card."""
+"""Processes of the battery; each has a CUDA context of half a gigabyte on the card."""
 SANITIZERS = (
     ("memcheck", "native"), ("racecheck", "native"), ("synccheck", "native"), ("initcheck", "native"),
     ("memcheck", "triton"),
 )  # fmt: skip
-ERRORS_FOUND = 9
+SANITIZER_ERROR = 9
 NCU_SECTIONS = ("SpeedOfLight", "Occupancy", "WarpStateStats", "MemoryWorkloadAnalysis")
 NCU_KERNELS = ("cross_entropy_rows", "distillation_kernel", "of_tiles", "^sweep", "^statistics")
-"""What ncu looks at: parts of the names of CUDA kernels, and whole names of Triton's."""
+"""The kernels for ncu: parts of the names of CUDA kernels, and names of Triton kernels."""
 
 
 def environment(session: Session) -> None:
-    """Write down what is here."""
+    """Record the machine and its tools, and unpack the wheels."""
     commands = (
         "uname -a; nproc; free -g; df -h .; nvidia-smi",
         "which -a nvcc compute-sanitizer ncu c++; nvcc --version; compute-sanitizer --version; ncu --version",
@@ -51,7 +54,7 @@ def environment(session: Session) -> None:
 
 
 def extension(session: Session) -> dict[str, Any] | None:
-    """Unpack the kit's extension, or build one; return the battery's plan, or None where nothing can be run."""
+    """Unpack the kit's extension, or build one; return the battery's plan, or None if nothing can run."""
     try:
         session.note(f"extension: the kit's, of commit {kit.unpack(card())}")
     except kit.KitError as error:
@@ -70,23 +73,23 @@ def extension(session: Session) -> dict[str, Any] | None:
 
 
 def card() -> str:
-    """Return the architecture of the card, such as "sm_90a"; of the lent ones if there is none."""
+    """Return the architecture of the card, such as "sm_90a"; without a card that of the lent ones."""
     return next(filter(None, map(nvcc.for_card, nvcc.cards())), kit.ARCHITECTURE)
 
 
 def build(session: Session) -> None:
-    """Build the extension in place: some 90 s on 16 cores, and little where the one here is of these sources."""
+    """Build the extension in place: about 90 s on 16 cores, and less if it is up to date."""
     if session.fake:
-        session.note("extension: what is here, nothing is built in a dry run")
+        session.note("extension: a dry run builds nothing")
         return
     variables = {**kit.build_variables(card()), "MAX_JOBS": str(os.cpu_count() or 1)}
     command = session.python("setup.py", "build_ext", "--inplace")
     status = session.call(command, min(240.0, session.left()), session.out / "build.log", variables)
-    session.note(f"extension: built here, status {status}")
+    session.note(f"extension: built on this machine, status {status}")
 
 
 def planned(session: Session) -> dict[str, Any] | None:
-    """Import the package in a process of its own, and return what it has and the battery's units."""
+    """Import the package in a new process; return its build info and the battery's units, or None if that fails."""
     path = session.parts / "plan.json"
     command = session.python("-m", "scripts.gpu.battery", "plan", str(path))
     status = session.call(command, session.left(), session.out / "build.log")
@@ -94,12 +97,12 @@ def planned(session: Session) -> dict[str, Any] | None:
 
 
 def sanitize(session: Session, until: float) -> list[threading.Thread]:
-    """Start compute-sanitizer's tools, beside what else runs."""
+    """Start compute-sanitizer's tools in threads, and return the threads."""
     report = session.out / "sanitizer.txt"
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         report.write_text("no compute-sanitizer: NOT RUN\n")
-        session.note("sanitizer: not here, NOT RUN")
+        session.note("sanitizer: not installed, NOT RUN")
         return []
     report.write_text("")
     help_text = subprocess.run([tool, "--help"], capture_output=True, text=True, check=False).stdout
@@ -113,23 +116,23 @@ def sanitize(session: Session, until: float) -> list[threading.Thread]:
 
 
 def _sanitize_with(session: Session, tool: str, help_text: str, name: str, impl: str, until: float) -> None:
-    options = ["--tool", name, "--error-exitcode", str(ERRORS_FOUND), "--print-limit", "20"]
+    options = ["--tool", name, "--error-exitcode", str(SANITIZER_ERROR), "--print-limit", "20"]
     filters = [option for option in ("--kernel-name", "--kernel-regex") if f"{option} " in help_text]
-    # torch's own kernels would take most of the time; but initcheck does not see what they write if it leaves them out.
+    # Only our kernels, since torch's would take most of the time. initcheck has to see the writes of torch's kernels.
     if impl == "native" and name != "initcheck" and filters:
         options += [filters[0], "kns=tlk"]
     log = session.parts / f"{name}-{impl}.txt"
     command = [tool, *options, *session.python("-m", "scripts.gpu.kernels", impl)]
     status = session.call(command, session.left(until), log, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
-    found = status not in (0, TIMED_OUT)
-    session.findings += found
-    session.note(f"sanitizer: {name} on {impl}, status {status}{', SEE sanitizer.txt' if found else ''}")
+    bad = status not in (0, TIMED_OUT)
+    session.findings += bad
+    session.note(f"sanitizer: {name} on {impl}, status {status}{', SEE sanitizer.txt' if bad else ''}")
     with (session.out / "sanitizer.txt").open("a") as file:
         file.write(f"==== {name} on {impl}: status {status}\n{log.read_text()[-6000:]}\n")
 
 
 def warm(session: Session, until: float) -> threading.Thread:
-    """Start the first call of everything that is compiled for the figures; the caches keep it."""
+    """Start a thread that calls every measured function once, which compiles it into the caches."""
     command = figures_command(session, session.out / "figures.jsonl", session.left(until), "--first")
     log = session.parts / "first.log"
     thread = threading.Thread(target=lambda: session.call(command, session.left(until), log))
@@ -138,17 +141,17 @@ def warm(session: Session, until: float) -> threading.Thread:
 
 
 def figures_command(session: Session, file: Path, seconds: float, *options: str) -> list[str]:
-    """Return the command that measures, for so many seconds, into a file."""
+    """Return the command that measures for some seconds and writes to a file."""
     dry = ["--dry"] if session.fake else []
     return session.python("-m", "bench.gpu", str(file), "--seconds", f"{seconds:.0f}", *options, *dry)
 
 
 def measure(session: Session, until: float) -> None:
-    """Measure, alone on the card."""
-    session.note("figures: alone on the card from here")
+    """Measure; nothing else runs on the card."""
+    session.note("figures: nothing else runs on the card from now on")
     log = session.parts / "figures.log"
     status = None
-    for _ in range(MOST_DEATHS):  # it goes on behind what has ended it
+    for _ in range(MOST_DEATHS):  # after a crash it continues with the next measurement
         seconds = session.left(until)
         if status == 0 or seconds < 5:
             break
@@ -158,12 +161,12 @@ def measure(session: Session, until: float) -> None:
 
 
 def profile(session: Session) -> None:
-    """Let ncu look at one launch of the main kernels."""
+    """Profile one launch of each main kernel with ncu."""
     tool = shutil.which("ncu")
     report = session.out / "ncu.txt"
     if tool is None or session.left() < 20:
         report.write_text("NOT RUN\n")
-        session.note(f"ncu: NOT RUN, {'no time left' if tool else 'not here'}")
+        session.note(f"ncu: NOT RUN, {'no time left' if tool else 'not installed'}")
         return
     sections = [word for name in NCU_SECTIONS for word in ("--section", name)]
     names = ["-k", "regex:" + "|".join(NCU_KERNELS), "--launch-count", "8"]
@@ -174,7 +177,7 @@ def profile(session: Session) -> None:
 
 
 def phases(session: Session) -> None:
-    """Run everything."""
+    """Run all phases."""
     environment(session)
     plan = extension(session)
     if plan is None:
@@ -185,14 +188,14 @@ def phases(session: Session) -> None:
     pool = Pool(session, units, max(2, min(MOST_SLOTS, (os.cpu_count() or 1) - 4)), until)
     pool.wait_for("smoke", SMOKE * session.budget)
     session.note("smoke: over")
-    beside = [warm(session, until)]
+    threads = [warm(session, until)]
     if plan["build"].get("cuda"):
-        beside += sanitize(session, until)
+        threads += sanitize(session, until)
     else:
         (session.out / "sanitizer.txt").write_text("no CUDA kernels: NOT RUN\n")
     pool.wait()
     session.note(f"battery: over, {len(pool.waiting)} units not begun")
-    for thread in beside:
+    for thread in threads:
         thread.join()
     summary.write(session.out, session.parts, session.notes)
     measure(session, FIGURES * session.budget)
@@ -200,9 +203,9 @@ def phases(session: Session) -> None:
 
 
 def finish(session: Session) -> bool:
-    """Write the summary, print the end of it, and return whether something ran and nothing went wrong."""
+    """Write the summary, print its end, and return whether something ran and nothing failed."""
     session.end()
-    for path in session.out.glob("figures.*"):  # what a process that was ended has not removed
+    for path in session.out.glob("figures.*"):  # left behind by a killed process
         if path.suffix != ".jsonl":
             path.unlink()
     text, right = summary.write(session.out, session.parts, session.notes)
@@ -211,7 +214,7 @@ def finish(session: Session) -> bool:
 
 
 def main(arguments: list[str]) -> int:
-    """Run all phases within the budget; the summary is written whatever happens."""
+    """Run all phases within the budget; write the summary in any case."""
     if len(arguments) != 1:
         print(USAGE, file=sys.stderr)
         return 2

@@ -1,9 +1,10 @@
-"""One unit of the battery, against the eager lines in float64 on the same card; and the list of all units.
+"""One unit of the battery, checked against the PyTorch lines in float64 on the same card; and the list of all units.
 
-    python -m scripts.gpu.battery plan FILE     what the extension was built with, and the units, as JSON
-    python -m scripts.gpu.battery UNIT          runs one; its lines go to the file that UNIT names
+    python -m scripts.gpu.battery plan FILE     writes the extension's build info and the units as JSON
+    python -m scripts.gpu.battery UNIT          runs a unit, given as JSON, and writes its lines to a file
 
-With GPU_FAKE=1 both work on a CPU, to try the script: the native kernels and the reference, a few cases of each loss.
+Environment: with GPU_FAKE=1 both work on a CPU, for a dry run with a few cases of each loss, native and the reference;
+GPU_FAKE_CRASH=<loss>-<impl>-<number of the job> names a job that then ends its process.
 """
 
 import faulthandler
@@ -33,28 +34,27 @@ Job = tuple[str, Callable[[], None]]
 
 FAKE = os.environ.get("GPU_FAKE") == "1"
 FAKE_CASES = 4
-FAKE_LOSSES = 2  # are more than smoke
+FAKE_LOSSES = 2  # losses for which a dry run does more than smoke
 FAKE_CRASH = os.environ.get("GPU_FAKE_CRASH", "")
-"""Of a dry run: <loss>-<impl>-<number of the job>, which ends its process."""
 DEVICE = "cpu" if FAKE else "cuda"
 CASES_IN_A_UNIT = {"native": 45, "triton": 22, "reference": 150}
-"""Each a unit of 20 to 40 seconds; Triton compiles."""
+"""So a unit takes 20 to 40 seconds; Triton compiles."""
 MOST_SECONDS = 90.0
-"""Of one case; with the first of Triton's it compiles some ten kernels beside eleven other processes."""
+"""Limit for one case. The first one of Triton compiles about ten kernels while eleven other processes run."""
 
 
 def targets(loss: str) -> list[harness.Target]:
-    """Return what runs the loss on the GPU; PyTorch's own lines among them, as the reference."""
-    found = battery.targets(loss)
+    """Return the targets of the loss on the GPU, and the reference."""
+    every = battery.targets(loss)
     reference = harness.Target("reference")
     if FAKE:
-        native_cpu = [target for target in found if target.impl == "native" and target.isa != harness.CUDA_HOST]
+        native_cpu = [target for target in every if target.impl == "native" and target.isa != harness.CUDA_HOST]
         return [*native_cpu[:1], reference]
-    return [*(target for target in found if harness.device(target) == "cuda"), reference]
+    return [*(target for target in every if harness.device(target) == "cuda"), reference]
 
 
 def plan() -> list[Unit]:
-    """Return all units, in the order in which they are to run: every loss has run in part when the time ends."""
+    """Return all units in the order of their runs: if the time runs out, a part of every loss has run."""
     units = []
     for number, (loss, entry) in enumerate(battery.LOSSES.items()):
         for target in targets(loss):
@@ -71,17 +71,17 @@ def _place(unit: Unit) -> tuple[Any, ...]:
 
 
 def jobs(unit: Unit) -> list[Job]:
-    """Return the names of a unit's jobs, and the functions that raise where something is wrong."""
+    """Return a unit's jobs: their names, and functions that raise if a result is wrong."""
     cases = list(battery.LOSSES[unit.loss].cases)[: FAKE_CASES if FAKE else None]
     first_of_dtype = list({case.dtype: case for case in reversed(cases)}.values())
     target = harness.Target(unit.impl, unit.isa)
     if unit.kind == "smoke":
         return [*_values(unit, target, first_of_dtype), *_checks(unit, cases[:1])]
-    found = [*_values(unit, target, cases), *_checks(unit, first_of_dtype)]
+    every = [*_values(unit, target, cases), *_checks(unit, first_of_dtype)]
     if not FAKE:
-        found += _strategies(unit, target)
-        found += _large(unit)
-    return found[unit.shard :: unit.shards]
+        every += _strategies(unit, target)
+        every += _large(unit)
+    return every[unit.shard :: unit.shards]
 
 
 def _values(unit: Unit, target: harness.Target, cases: list[harness.LossCase]) -> Iterator[Job]:
@@ -90,7 +90,7 @@ def _values(unit: Unit, target: harness.Target, cases: list[harness.LossCase]) -
 
 
 def _check_values(unit: Unit, target: harness.Target, case: harness.LossCase) -> None:
-    torch.use_deterministic_algorithms(True, warn_only=True)  # what is allocated and not written is NaN
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills uninitialised memory with NaN
     try:
         draw = partial(battery.draw, battery.LOSSES[unit.loss], case, target)
         harness.check_budgets(case.dtype, draw, most=12, first=2)
@@ -100,7 +100,7 @@ def _check_values(unit: Unit, target: harness.Target, case: harness.LossCase) ->
 
 def _checks(unit: Unit, cases: list[harness.LossCase]) -> Iterator[Job]:
     checks = {"same bits": battery.CHECKS["same bits"]} if FAKE else battery.CHECKS
-    if unit.impl == "reference":  # it is not ours to say what PyTorch waits for
+    if unit.impl == "reference":  # PyTorch may wait for the device
         return
     for case in cases:
         for name, check in checks.items():
@@ -108,7 +108,7 @@ def _checks(unit: Unit, cases: list[harness.LossCase]) -> Iterator[Job]:
 
 
 def _strategies(unit: Unit, target: harness.Target) -> Iterator[Job]:
-    """Every way in which cross entropy's own kernels keep a row; the table takes most of them for large rows alone."""
+    """Cross entropy with each row strategy; without force most of them are used only for long rows."""
     if (unit.loss, unit.impl) == ("cross_entropy", "native"):
         for strategy, case in STRATEGY_CASES:
             yield f"{strategy}: {case.id}", partial(_check_strategy, strategy, unit, target, case)
@@ -125,7 +125,7 @@ def _large(unit: Unit) -> Iterator[Job]:
 
 
 def _check_large(unit: Unit) -> None:
-    """One process at a time: each takes 20 GB."""
+    """Run the check in one process at a time, since it takes 20 GB."""
     with Path(tempfile.gettempdir(), "tlkernels-large").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         battery.LARGE[unit.loss](unit.loss, unit.impl)
@@ -133,7 +133,7 @@ def _check_large(unit: Unit) -> None:
 
 
 def run(unit: Unit, skip: int, lines: Path, seconds: float) -> None:
-    """Run the jobs of a unit from number `skip` on; a line is written before each and after it."""
+    """Run the jobs of a unit, beginning with number `skip`; write a line before and after each."""
     start = time.monotonic()
     with lines.open("a", buffering=1) as file:
         for number, (name, job) in enumerate(jobs(unit)):
@@ -156,7 +156,7 @@ def run(unit: Unit, skip: int, lines: Path, seconds: float) -> None:
 
 
 def attempt(job: Callable[[], None]) -> tuple[str, str]:
-    """Run a job, and return its status and what went wrong."""
+    """Run a job, and return its status and error."""
     torch.manual_seed(0)
     try:
         with torch.device(DEVICE):

@@ -1,13 +1,14 @@
-"""Every kernel once or twice, tiny, for compute-sanitizer: nothing is compared.
+"""Small calls of every kernel, for compute-sanitizer; no result is checked.
 
     python -m scripts.gpu.kernels native|triton
 
-Numbers are made on the CPU, so that few kernels but ours run.
+Random numbers come from the CPU, so that few of torch's kernels run.
 """
 
 import itertools
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import harness
 import torch
@@ -17,12 +18,12 @@ from torch import Tensor
 import tlkernels as tlk
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
-# Rows that begin off 16 bytes are read otherwise; so the logits are a view of wider ones, moved by one number.
+# The logits are a view of wider ones, and begin at this column: unaligned rows take another code path.
 STARTS = (0, 1)
 
 
 def cuda(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
-    """Return random numbers on the GPU, made on the CPU."""
+    """Return random numbers on the GPU, drawn on the CPU."""
     return torch.randn(*shape).to(dtype).cuda()
 
 
@@ -34,7 +35,7 @@ def step(loss: Callable[..., Tensor], *tensors: Tensor) -> None:
 
 
 def cross_entropy_of_rows(impl: str, classes: int) -> None:
-    """Class indices with one that is ignored; plain, and with options a loss for each row."""
+    """Class indices, one of them ignored: without options, and with options and a loss for each row."""
     y = torch.tensor([classes - 1, -100, 0]).cuda()
     for dtype, start in itertools.product((BF16, F32), STARTS):
         x = cuda(3, classes + 3, dtype=dtype)[:, start : start + classes]
@@ -43,13 +44,13 @@ def cross_entropy_of_rows(impl: str, classes: int) -> None:
 
 
 def cross_entropy_of_columns(impl: str, classes: int) -> None:
-    """Classes that are not the last axis."""
+    """The class axis is not the last one."""
     x, y = cuda(2, classes, 35), torch.randint(classes, (2, 35)).cuda()
     step(lambda x: tlk.cross_entropy(x, y, impl=impl), x)
 
 
 def cross_entropy(impl: str) -> None:
-    """Cross entropy, for native in every way in which its kernels keep a row."""
+    """Cross entropy, for native with every row strategy."""
     if impl != "native":
         for classes in (45, 5003):
             cross_entropy_of_rows(impl, classes)
@@ -63,21 +64,16 @@ def cross_entropy(impl: str) -> None:
 
 
 def distillation(impl: str) -> None:
-    """Rows that fit a warp, a block, a block's shared memory, a cluster's, and no memory on chip."""
+    """Rows that fit a warp, a block, the shared memory of a block and of a cluster, and no on-chip memory."""
     target = torch.tensor([0, 5]).cuda()
     for divergence, dtype in itertools.product(("forward_kl", "js", "tv"), (BF16, F32)):
         for classes in (40, 999, 3001, 17001, 66001):
-            step(
-                lambda s, t, divergence=divergence: tlk.distillation(
-                    s, t, target, divergence=divergence, hard_weight=0.3, impl=impl
-                ),
-                cuda(2, classes, dtype=dtype),
-                cuda(2, classes, dtype=dtype),
-            )
+            loss = partial(tlk.distillation, target=target, divergence=divergence, hard_weight=0.3, impl=impl)
+            step(loss, cuda(2, classes, dtype=dtype), cuda(2, classes, dtype=dtype))
 
 
 def info_nce(impl: str) -> None:
-    """InfoNCE and its relatives; features that are no multiple of a tile, and more rows than a block of columns has."""
+    """InfoNCE, NT-Xent and SupCon; features that are no multiple of a tile, and more rows than a block of columns."""
     for rows, features, dtype in ((70, 40, BF16), (2200, 40, BF16), (70, 33, F16), (70, 40, F32)):
         q, k = cuda(rows, features, dtype=dtype), cuda(rows, features, dtype=dtype)
         labels = torch.arange(rows).cuda() % 7
@@ -97,7 +93,7 @@ def linear(impl: str) -> None:
 
 
 def only_triton(impl: str) -> None:
-    """The losses that have no CUDA C++."""
+    """The losses without CUDA C++."""
     if impl == "triton":
         x, y = cuda(33, 40), cuda(33, 40)
         for loss in (tlk.mse, tlk.rmse):

@@ -1,9 +1,9 @@
-"""The kit: the extension for the GPU machine, built in advance, and the packages that are missing there.
+"""The kit: the extension for the GPU machine, built in advance, and packages that the machine lacks.
 
-    python -m scripts.gpu.kit       builds and packs it; run by `make gpu-kit` with the kit's own Python
+    python -m scripts.gpu.kit       builds and packs it; `make gpu-kit` runs it with the kit's own Python
 
-`.gpu/` gets the compressed extension and kit.json, which says what it was built from. On the GPU machine `unpack` puts
-the extension in its place, unless the C++ sources of the checkout are not those of the kit.
+`.gpu/` gets the compressed extension and kit.json, which has a hash of its sources. On the GPU machine `unpack` puts
+the extension into the package, if the checkout has the same C++ sources.
 """
 
 import hashlib
@@ -24,11 +24,11 @@ ARCHITECTURE = "sm_90a"
 
 
 class KitError(Exception):
-    """The kit cannot be used; the message says why."""
+    """The kit cannot be used, for the reason in the message."""
 
 
 def sources(root: Path = ROOT) -> str:
-    """Return a hash of everything that the extension is compiled from."""
+    """Return a hash of all sources of the extension."""
     digest = hashlib.sha256()
     files = [root / "setup.py", *sorted(path for path in (root / "csrc").rglob("*") if _is_source(path))]
     for path in files:
@@ -42,7 +42,7 @@ def _is_source(path: Path) -> bool:
 
 
 def pack(extension: Path, folder: Path, preset: int = 9, root: Path = ROOT) -> Path:
-    """Compress a built extension into `folder`, beside a file that says what it was built from."""
+    """Compress a built extension into `folder`, with a file that describes it."""
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("_C*.so.xz"):
         old.unlink()
@@ -55,14 +55,14 @@ def pack(extension: Path, folder: Path, preset: int = 9, root: Path = ROOT) -> P
 
 
 def unpack(architecture: str = ARCHITECTURE, root: Path = ROOT) -> str:
-    """Put the kit's extension into the checkout's package, and return the commit that it was built from.
+    """Unpack the kit's extension into the checkout's package, and return the commit that it was built from.
 
     Raises:
-        KitError: there is no kit, it is for another Python or card, or it was built from other sources.
+        KitError: there is no kit, or it is for another Python or card, or from other sources.
     """
     folder = root / KIT
     if not (folder / INFO).exists():
-        raise KitError(f"{KIT}/{INFO}: not there; `make gpu-kit` makes it")
+        raise KitError(f"{KIT}/{INFO}: not found; `make gpu-kit` makes it")
     information = json.loads((folder / INFO).read_text())
     name = information["extension"]
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
@@ -77,7 +77,7 @@ def unpack(architecture: str = ARCHITECTURE, root: Path = ROOT) -> str:
 
 
 def unpack_wheels(target: Path, root: Path = ROOT) -> list[str]:
-    """Unpack the wheels of pure Python into `target`, and return their names."""
+    """Unpack the pure Python wheels into `target`, and return their names."""
     wheels = sorted((root / WHEELS).glob("*.whl"))
     for wheel in wheels:
         with zipfile.ZipFile(wheel) as archive:
@@ -86,19 +86,19 @@ def unpack_wheels(target: Path, root: Path = ROOT) -> list[str]:
 
 
 def commit(root: Path = ROOT) -> str:
-    """Return the commit of the checkout, with "-dirty" where tracked files differ from it."""
+    """Return the commit of the checkout, with "-dirty" if tracked files differ from it."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
     run = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     return run.stdout.strip() or "unknown"
 
 
 def build_variables(architecture: str) -> dict[str, str]:
-    """Return the environment variables that ask setup.py for CUDA kernels."""
+    """Return the environment variables with which setup.py builds the CUDA kernels."""
     return {"TLKERNELS_CUDA": "1", "TLKERNELS_CUDA_ARCHS": architecture}
 
 
 def main() -> None:
-    """Build the extension with this Python, in folders of its own, strip it and pack it."""
+    """Build the extension with this Python in separate folders, strip it and pack it."""
     work = Path("build/gpu-kit")
     command = [sys.executable, "setup.py", "-q", "build_ext"]
     command += ["--build-temp", str(work / "temp"), "--build-lib", str(work / "lib")]

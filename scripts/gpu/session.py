@@ -12,13 +12,16 @@ from pathlib import Path
 from scripts.gpu.kit import ROOT
 
 TIMED_OUT = 124
-"""The status of a command that ran too long, as `timeout` has it."""
+"""The status of a command that ran too long, as `timeout` returns it."""
 RESERVE = 5.0
-"""Seconds at the end for the summary."""
+"""Seconds kept for the summary."""
 
 
 class Session:
-    """One run: `out` gets the files that are taken home, `parts` all others."""
+    """One run: `out` gets the files that are returned, `parts` all others.
+
+    Its processes get no TLKERNELS_CHECK and no TRITON_INTERPRET, and find `tests` on PYTHONPATH.
+    """
 
     def __init__(self, out: Path, budget: float, fake: bool) -> None:
         self.start = time.monotonic()
@@ -49,12 +52,12 @@ class Session:
         return time.monotonic() - self.start
 
     def left(self, until: float | None = None) -> float:
-        """Return the seconds until then, or until the summary has to be written."""
+        """Return the seconds until the time `until`, or until the summary has to be written."""
         end = self.budget - RESERVE
         return (end if until is None else min(until, end)) - self.now()
 
     def note(self, text: str) -> None:
-        """Print a line, which the summary repeats."""
+        """Print a line and add it to the summary."""
         line = f"[{self.now():4.0f} s] {text}"
         self.notes.append(line)
         print(line, flush=True)
@@ -66,7 +69,7 @@ class Session:
         log: Path,
         environment: Mapping[str, str] | None = None,
     ) -> int:
-        """Append a command's output to `log`, and return its status; what runs too long is ended, children and all."""
+        """Append a command's output to `log` and return its status; after `seconds` kill it and its children."""
         with log.open("a") as file:
             process = subprocess.Popen(
                 command,
@@ -87,11 +90,11 @@ class Session:
                 self.processes.discard(process)
 
     def end(self) -> None:
-        """End what still runs."""
+        """Kill the processes that still run."""
         for process in list(self.processes):
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
 
     def python(self, *arguments: str) -> list[str]:
-        """Return a command of this Python."""
+        """Return a command that runs this Python."""
         return [sys.executable, *arguments]

@@ -1,4 +1,4 @@
-"""What a run tells: files of lines, and a page that is printed last."""
+"""The results of a run: files of JSON lines, and a summary, whose end is printed last."""
 
 import collections
 import json
@@ -13,14 +13,14 @@ Line = Mapping[str, Any]
 COLUMNS = (PASSED, FAILED, DIED, TIMEOUT, REFUSED, BEGUN)
 WRONG = (FAILED, DIED, TIMEOUT)
 PAGE = 11_500
-"""The characters of the page that are printed: so many come back with the answer of the device tool."""
+"""The number of characters that are printed; the caller sees no more of the output."""
 OURS = ("native", "triton")
 TIES = 0.03
-"""Times that differ by less are no reason to prefer either."""
+"""Times that differ by less are a tie."""
 
 
 def outcomes(parts: Path) -> list[Line]:
-    """Return the last line of every case that was begun."""
+    """Return the last line of every case that has begun."""
     last: dict[tuple[Any, ...], Line] = {}
     for path in sorted(parts.glob("*.jsonl")):
         for line in read_lines(path):
@@ -29,7 +29,7 @@ def outcomes(parts: Path) -> list[Line]:
 
 
 def battery_table(lines: Sequence[Line]) -> list[str]:
-    """Return how many cases of each loss and implementation came to what."""
+    """Return a table: how many cases of each loss and implementation have each status."""
     counts: dict[tuple[str, str], collections.Counter[str]] = collections.defaultdict(collections.Counter)
     for line in lines:
         counts[line["loss"], line["impl"]][line["status"]] += 1
@@ -50,7 +50,7 @@ def _gist(error: str) -> str:
 
 
 def failure_groups(lines: Sequence[Line]) -> list[list[Line]]:
-    """Return what went wrong, cases whose messages differ in numbers alone together, the most frequent first."""
+    """Group the failures by message, ignoring numbers; the largest group is first."""
     groups: dict[tuple[str, ...], list[Line]] = collections.defaultdict(list)
     for line in lines:
         if line["status"] in WRONG:
@@ -60,7 +60,7 @@ def failure_groups(lines: Sequence[Line]) -> list[list[Line]]:
 
 
 def failures_text(groups: Sequence[Sequence[Line]]) -> str:
-    """Return a paragraph for each group, with one whole message."""
+    """Return a paragraph for each group, with one full message."""
     parts = []
     for group in groups:
         first = group[0]
@@ -72,17 +72,17 @@ def failures_text(groups: Sequence[Sequence[Line]]) -> str:
 
 
 def failure_lines(groups: Sequence[Sequence[Line]]) -> list[str]:
-    """Return a line for each group: how many, whose, the first case's name and error."""
-    found = []
+    """Return a line for each group: its size, and the first case with its error."""
+    lines = []
     for group in groups[:25]:
         first = group[0]
         who = f"{first['loss']} {first['impl']} {first['status']}"
-        found.append(f"{len(group)} x {who} {first['case']}: {_gist(first['error'])}")
-    return found or ["none"]
+        lines.append(f"{len(group)} x {who} {first['case']}: {_gist(first['error'])}")
+    return lines or ["none"]
 
 
 def timed(figures: Sequence[Line]) -> dict[str, dict[str, Line]]:
-    """Return case -> contestant -> its line, of those that have a time."""
+    """Return case -> contestant -> its line, for all lines with a time."""
     cases: dict[str, dict[str, Line]] = collections.defaultdict(dict)
     for line in figures:
         if "ms" in line:
@@ -91,8 +91,8 @@ def timed(figures: Sequence[Line]) -> dict[str, dict[str, Line]]:
 
 
 def figure_lines(figures: Sequence[Line]) -> list[str]:
-    """Return a line for each case: ms, and in brackets the share of the floor and for ours the host's µs."""
-    found = []
+    """Return a line for each case: ms, and in brackets the share of the floor and, for ours, the host's µs."""
+    result = []
     for case, lines in timed(figures).items():
         parts = []
         for who, line in lines.items():
@@ -100,19 +100,19 @@ def figure_lines(figures: Sequence[Line]) -> list[str]:
             host = f"{line['host_us']:.0f} us" if who in OURS else ""
             inside = ", ".join(filter(None, (share, host)))
             parts.append(f"{who} {line['ms'][1]:.4g}" + (f" ({inside})" if inside else ""))
-        found.append(f"{case}: {' | '.join(parts)}")
-    return found
+        result.append(f"{case}: {' | '.join(parts)}")
+    return result
 
 
 def trouble_lines(figures: Sequence[Line]) -> list[str]:
-    """Return a line for each result that is wrong, and for each contestant that failed."""
+    """Return a line for each wrong result, and for each contestant that failed."""
     wrong = [f"{line['case']} WRONG {line['wrong']}" for line in figures if "wrong" in line]
     failed = [f"{line['case']} {line['who']}: {line['failed'][-120:]}" for line in figures if "failed" in line]
     return [*wrong, *failed]
 
 
 def first_call_lines(figures: Sequence[Line]) -> list[str]:
-    """Return a line for each case: the ms of the first call of each that compiles."""
+    """Return a line for each case: the ms of the first call of each contestant that compiles."""
     cases: dict[str, list[str]] = collections.defaultdict(list)
     for line in figures:
         if "first_ms" in line:
@@ -121,8 +121,8 @@ def first_call_lines(figures: Sequence[Line]) -> list[str]:
 
 
 def bar_lines(figures: Sequence[Line]) -> list[str]:
-    """Return for each bar how many times as long that contestant takes as the faster of ours, and the bar."""
-    found = []
+    """Return for each bar the contestant's time divided by that of the faster of ours, and the bar."""
+    result = []
     for case, lines in timed(figures).items():
         ours = [lines[name] for name in OURS if name in lines]
         if not ours:
@@ -132,15 +132,15 @@ def bar_lines(figures: Sequence[Line]) -> list[str]:
             if name in lines:
                 ratio = lines[name]["ms"][1] / best["ms"][1]
                 verdict = "met" if ratio >= bar else "missed"
-                found.append(f"{case:44}{best['who']:8} {name:8} {ratio:6.2f}, bar {bar:.2f}: {verdict}")
-    return found
+                result.append(f"{case:44}{best['who']:8} {name:8} {ratio:6.2f}, bar {bar:.2f}: {verdict}")
+    return result
 
 
 def measured_rows(figures: Sequence[Line]) -> list[str]:
-    """Return rows for tlkernels/_core/choice.py: of each loss and dtype the faster implementation by size.
+    """Return rows for tlkernels/_core/choice.py: the faster implementation for each loss, dtype and size.
 
-    A row stands for the sizes up to its own; the largest of a loss for everything above it too. That is a proposal: who
-    takes it over sees whether the sizes measured are enough for it.
+    A row applies to sizes up to its own; the largest one of a loss also to all above. The rows are a proposal: somebody
+    has to judge whether enough sizes were measured.
     """
     head = next((line for line in figures if "date" in line), None)
     origin = f"{head['date'][:10]}, {head['machine']['device']}" if head else ""
@@ -151,27 +151,27 @@ def measured_rows(figures: Sequence[Line]) -> list[str]:
             rows, columns = native["shape"][:2]
             key = native["loss"].partition("[")[0], native["architecture"], native["dtype"]
             by_loss[key].append((columns, rows, native["ms"][1], triton["ms"][1]))
-    found = []
-    for where, sizes in by_loss.items():
+    result = []
+    for key, sizes in by_loss.items():
         sizes.sort()
         following = [*sizes[1:], None]
-        found += [_measured_row(where, *pair, origin) for pair in zip(sizes, following, strict=True)]
-    return found
+        result += [_measured_row(key, *pair, origin) for pair in zip(sizes, following, strict=True)]
+    return result
 
 
-def _measured_row(where: tuple[Any, ...], size: Any, following: Any, origin: str) -> str:
-    loss, architecture, dtype = where
+def _measured_row(key: tuple[Any, ...], size: Any, following: Any, origin: str) -> str:
+    loss, architecture, dtype = key
     columns, rows, native, triton = size
     faster = "native" if native <= triton * (1 + TIES) else "triton"
-    said = f"{origin}: {rows} x {columns} takes {native:.3g} ms, Triton {triton:.3g} ms"
+    figures = f"{origin}: {rows} x {columns} takes {native:.3g} ms, Triton {triton:.3g} ms"
     limits = f", rows={rows}" if following and following[0] == columns else ""
     limits += f", columns={columns}" if following else ""
     conditions = f'architecture="{architecture}", dtypes=(torch.{dtype},)'
-    return f'Row(("{loss}",), "{faster}", MEASURED, "{said}", {conditions}{limits}),'
+    return f'Row(("{loss}",), "{faster}", MEASURED, "{figures}", {conditions}{limits}),'
 
 
 def write(out: Path, parts: Path, notes: Sequence[str]) -> tuple[str, bool]:
-    """Write the battery's files and summary.txt; return the page, and whether something ran and nothing went wrong."""
+    """Write the battery's files and summary.txt; return the summary, and whether something ran and nothing failed."""
     lines = outcomes(parts)
     groups = failure_groups(lines)
     with (out / "battery.jsonl").open("w") as file:

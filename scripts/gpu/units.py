@@ -1,7 +1,7 @@
-"""Units of the battery: some cases of a loss by one implementation, each unit in a process of its own.
+"""Units of the battery: some cases of a loss with one implementation, each unit in its own process.
 
-A unit writes a line before a case and one after it. So a case that ends the process, or hangs, is known by its name,
-and the unit goes on behind it in another process.
+A unit writes a line before and after each case. So the case that crashes or hangs its process is known, and the unit
+continues after it in a new process.
 """
 
 import collections
@@ -17,11 +17,11 @@ from scripts.gpu.session import TIMED_OUT, Session
 BEGUN, PASSED, FAILED, REFUSED = "begun", "passed", "failed", "refused"
 DIED, TIMEOUT = "died", "timeout"
 MOST_DEATHS = 4
-"""After so many deaths a unit is given up."""
+"""A unit is given up after so many crashes."""
 GRACE = 3.0
-"""Seconds that a process gets to end by itself."""
+"""Seconds before the end of a phase in which a process must end by itself."""
 HUNG = "Timeout ("
-"""What faulthandler writes when a case takes longer than it may."""
+"""The beginning of faulthandler's message when a case exceeds its time."""
 
 
 @dataclass(frozen=True)
@@ -38,23 +38,23 @@ class Unit:
 
     @property
     def name(self) -> str:
-        """Return a name for files."""
+        """Return the name of the unit's files."""
         return f"{self.kind}-{self.loss}-{self.impl}-{self.shard}"
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of a file of JSON lines, but for one that was cut off."""
-    found = []
+    """Return the objects of a file of JSON lines, except one that was cut off."""
+    objects = []
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
-            found.append(json.loads(line))
+            objects.append(json.loads(line))
         except ValueError:
             continue
-    return found
+    return objects
 
 
 class Pool:
-    """Runs units, `slots` at a time and in their order, until the time is over."""
+    """Runs units in order, `slots` at a time, until the time is over."""
 
     def __init__(self, session: Session, units: Sequence[Unit], slots: int, until: float) -> None:
         self.session, self.until = session, until
@@ -71,7 +71,7 @@ class Pool:
             thread.join()
 
     def wait_for(self, kind: str, until: float) -> None:
-        """Wait until no unit of that kind is left, or until then."""
+        """Wait until no unit of that kind is left, or until the time `until`."""
 
         def over() -> bool:
             return all(unit.kind != kind for unit in (*self.waiting, *self.running))
@@ -92,7 +92,7 @@ class Pool:
                 self.changed.notify_all()
 
     def _run(self, unit: Unit) -> None:
-        """Run a unit in as many processes as it takes."""
+        """Run a unit; after a crash continue it in a new process."""
         skip = 0
         for attempt in range(MOST_DEATHS):
             seconds = self.session.left(self.until)
@@ -103,7 +103,7 @@ class Pool:
             order = {**asdict(unit), "skip": skip, "lines": str(lines), "seconds": seconds - GRACE}
             command = self.session.python("-m", "scripts.gpu.battery", json.dumps(order))
             status = self.session.call(command, seconds, log)
-            if status in (0, TIMED_OUT):  # cut off by the end of the phase: the line of its case says "begun"
+            if status in (0, TIMED_OUT):  # TIMED_OUT: the phase ended, and the line of the case says "begun"
                 return
             last = bury(unit, status, lines, log, skip)
             if last is None:
@@ -112,10 +112,10 @@ class Pool:
 
 
 def bury(unit: Unit, status: int, lines: Path, log: Path, first: int) -> int | None:
-    """Write down what a dead process was at, and return the number of that job; None if it was none."""
+    """Record the job in which a process died and return its number, or None if it was in no job."""
     written = read_lines(lines)
     begun = written[-1] if written and written[-1]["status"] in (BEGUN, DIED) else None
-    if begun is not None and begun["status"] == DIED:  # it has said so itself
+    if begun is not None and begun["status"] == DIED:  # the process has written so itself
         return int(begun["job"])
     output = log.read_text().partition("\nExtension modules:")[0][-1500:]
     line = {

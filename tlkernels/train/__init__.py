@@ -1,4 +1,4 @@
-"""The trainer behind `tlkernels finetune`. Importing it loads neither transformers, accelerate nor datasets.
+"""The trainer behind `tlkernels finetune`. Importing it does not load transformers, accelerate or datasets.
 
 Example:
     config = Config()

@@ -1,6 +1,7 @@
-"""Saving so that a kill or a full disk at any moment leaves the last checkpoint whole.
+"""Checkpoints that a kill or a full disk cannot damage: the last one is complete at any moment.
 
-A folder is written beside the old one, brought to the disk, and only then renamed. Files are treated alike.
+A folder is written next to the old one, flushed to the disk, and then renamed. Single files are written in this way
+too.
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ from tlkernels.train.model import Classifier, load_model, save_model
 
 @dataclass
 class Progress:
-    """Where a run stands: everything that the next step depends on, besides the weights and the optimiser.
+    """The state of a run, apart from the weights and the optimiser.
 
-    The order of the rows, dropout and the learning rate are functions of the seed and the step.
+    The order of the rows, dropout and the learning rate depend only on the seed and the step.
     """
 
     step: int = 0  # steps done
     best: Scores | None = None
     best_step: int = 0
     evaluations_since_best: int = 0
-    seconds: float = 0.0  # spent in steps, without evaluations and checkpoints
+    seconds: float = 0.0  # time of the steps, without evaluations and checkpoints
     fingerprint: str = ""  # of the training rows
 
 
@@ -43,7 +44,7 @@ def save_checkpoint(
     preprocessor: Any,
     about: dict[str, Any],
 ) -> None:
-    """Replace the checkpoint in `folder`. Raises `RunError` where that fails; the old one is then still whole."""
+    """Replace the checkpoint in `folder`. Raises `RunError` if that fails; the old one is then still complete."""
 
     def fill(place: Path) -> None:
         save_model(place, model, preprocessor, about)
@@ -54,10 +55,10 @@ def save_checkpoint(
 
 
 def load_checkpoint(folder: Path) -> tuple[Classifier, dict[str, Any], Progress] | None:
-    """Return the model, the optimiser's state and the progress; None where there is no checkpoint yet.
+    """Return the model, the optimiser's state and the progress, or None if there is no checkpoint yet.
 
     Raises:
-        UserError: the checkpoint is not whole.
+        UserError: the checkpoint is incomplete.
     """
     settle(folder)
     if not folder.exists():
@@ -68,18 +69,18 @@ def load_checkpoint(folder: Path) -> tuple[Classifier, dict[str, Any], Progress]
         saved = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
         best = saved.pop("best")
         progress = Progress(**saved, best=None if best is None else Scores(**best))
-    except Exception as error:  # torch.load has many ways to say that a file is not its own
-        raise UserError(f"{folder} holds no whole checkpoint: {one_line(error)}") from error
+    except Exception as error:  # torch.load raises many kinds of errors for a bad file
+        raise UserError(f"{folder} has no complete checkpoint: {one_line(error)}") from error
     return model, state, progress
 
 
 def write_folder(final: Path, fill: Callable[[Path], None]) -> None:
-    """Let `fill(place)` write into an empty folder beside `final`, which then takes its place.
+    """Let `fill(place)` write into an empty folder next to `final`, and then replace `final` by it.
 
     Raises:
-        RunError: that failed; `final` is as it was.
+        RunError: writing failed; `final` is unchanged.
     """
-    new, old = _beside(final)
+    new, old = _temporary(final)
     settle(final)
     try:
         new.mkdir(parents=True)
@@ -87,19 +88,19 @@ def write_folder(final: Path, fill: Callable[[Path], None]) -> None:
         for file in [*new.rglob("*"), new]:
             _to_disk(file)
         if final.exists():
-            final.rename(old)  # a folder cannot be renamed over another; `settle` mends a kill between these two lines
+            final.rename(old)  # a folder cannot replace another; `settle` repairs a kill between these two lines
         new.rename(final)
         _to_disk(final.parent)
-    except Exception as error:  # of a full disk torch, safetensors and tokenizers each make an exception of their own
+    except Exception as error:  # on a full disk torch, safetensors and tokenizers each raise their own error
         settle(final)
-        kept = "the one before it is whole" if final.exists() else "there is none before it"
+        kept = "the previous one is complete" if final.exists() else "there is no previous one"
         raise RunError(f"cannot write {final} ({one_line(error)}); {kept}") from error
     shutil.rmtree(old, ignore_errors=True)
 
 
 def settle(final: Path) -> None:
-    """Put the old folder back where a kill fell between the two renames, and clear what a kill left over."""
-    new, old = _beside(final)
+    """Restore the old folder after a kill between the two renames, and remove what a kill left behind."""
+    new, old = _temporary(final)
     if not final.exists() and old.exists():
         old.rename(final)
     shutil.rmtree(old, ignore_errors=True)
@@ -107,7 +108,7 @@ def settle(final: Path) -> None:
 
 
 def write_file(final: Path, text: str) -> None:
-    """Replace a file. Raises `RunError` where that fails; the old one is then still whole."""
+    """Replace a file. Raises `RunError` if that fails; the old one is then still complete."""
     new = final.with_name(final.name + ".new")
     try:
         new.write_text(text, encoding="utf-8")
@@ -117,7 +118,7 @@ def write_file(final: Path, text: str) -> None:
         raise RunError(f"cannot write {final}: {one_line(error)}") from error
 
 
-def _beside(final: Path) -> tuple[Path, Path]:
+def _temporary(final: Path) -> tuple[Path, Path]:
     return final.with_name(final.name + ".new"), final.with_name(final.name + ".old")
 
 

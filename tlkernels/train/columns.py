@@ -1,4 +1,4 @@
-"""The columns that a run reads, as strings: one form for rows of any file or data set."""
+"""The columns that a run reads, as strings: the common form of the rows of any file or data set."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ import pyarrow.compute as pc
 from tlkernels.train.config import DataConfig
 from tlkernels.train.errors import UserError, listed
 
-NO_LABEL = ("", "-100")  # besides null; -100 is what PyTorch's losses ignore
+NO_LABEL = ("", "-100")  # and null; -100 is what PyTorch's losses ignore
 
 
 @dataclass(frozen=True)
 class Part:
-    """Rows of one split.
+    """The rows of one split.
 
     Attributes:
-        rows: how many there are.
-        kind: the ending by which the file is read, "hub", or "images".
-        names: of all columns that are there.
-        place: of a row's number, where it stands: "line 7 of rows.csv".
-        texts: strings as they are written, or None where there is no such column. Missing values are null or empty.
-        labels: the same; null is the only form of a missing label.
-        images: what `datasets.Image` stores, or None where there is no such column.
-        classes: the labels' names where the data declare them.
+        rows: the number of rows.
+        kind: the file's ending, "hub", or "images".
+        names: the names of all columns.
+        place: row number -> the row's place, such as "line 7 of rows.csv".
+        texts: the strings as they are written, or None if there is no such column. A missing value is null or empty.
+        labels: the same, but a missing label is always null.
+        images: what `datasets.Image` stores, or None if there is no such column.
+        classes: the names of the classes, if the data declare them.
     """
 
     rows: int
@@ -53,10 +53,10 @@ def part_of(
     names: list[str],
     place: Callable[[int], str],
 ) -> Part:
-    """Return the part of these Arrow columns, whose types `features` tell where the data declare them.
+    """Return the part with these Arrow columns; `features` has the types that the data declare.
 
     Raises:
-        UserError: a text or a label is no string, number or truth value; a label is none of the declared classes.
+        UserError: a text or a label is not a string, number or boolean, or a label is not a declared class.
     """
     text, label, image = columns.get(config.text_column), columns.get(config.label_column), None
     if isinstance(features.get(config.image_column), datasets.Image):
@@ -75,43 +75,41 @@ def part_of(
 
 
 def strings(column: pa.ChunkedArray, name: str, place: Callable[[int], str]) -> pa.ChunkedArray:
-    """Return values as strings: true and false, whole floating-point numbers without a point; NaN is null."""
+    """Return the values as strings: booleans as true and false, whole floats without a point, NaN as null."""
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     if pa.types.is_float16(column.type):
         column = column.cast(pa.float32())
-    if pa.types.is_floating(column.type):  # a column of integers with a missing one, as pandas stores it
+    if pa.types.is_floating(column.type):  # pandas stores integers with a missing value as floats
         column = pc.if_else(pc.is_nan(column), None, column)
     try:
         return column.cast(pa.large_string())
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise UserError(
-            f"column {name!r} holds {column.type}, where a string or a number is needed ({place(0)})"
-        ) from error
+        raise UserError(f"column {name!r}: expected strings or numbers, got {column.type} ({place(0)})") from error
 
 
 def wanted(names: Sequence[str], config: DataConfig, place: str) -> list[str]:
-    """Return those of the run's columns that are there. Raises `UserError` where one of them stands there twice."""
+    """Return the run's columns that occur in `names`. Raises `UserError` if one of them occurs twice."""
     asked = dict.fromkeys((config.text_column, config.label_column, config.image_column))
-    found = [name for name in asked if name in names]
-    for name in found:
+    present = [name for name in asked if name in names]
+    for name in present:
         if names.count(name) > 1:
-            raise UserError(f"column {name!r} stands {names.count(name)} times in {place}")
-    return found
+            raise UserError(f"column {name!r} occurs {names.count(name)} times in {place}")
+    return present
 
 
 def _names_of(numbers: pa.ChunkedArray, classes: list[str], place: Callable[[int], str]) -> pa.ChunkedArray:
-    """The declared names of class numbers; -1 says in `datasets` that there is none."""
+    """Return the declared names of class numbers; -1 in `datasets` means no label."""
     numbers = numbers.cast(pa.int64())
     none = pc.is_in(numbers, pa.array([-1, -100]))
     wrong = pc.and_not(pc.or_(pc.less(numbers, 0), pc.greater_equal(numbers, len(classes))), none)
     if (row := pc.index(wrong, True).as_py()) >= 0:
-        raise UserError(f"label {numbers[row]} in {place(row)} is none of the {len(classes)} declared classes")
+        raise UserError(f"label {numbers[row]} in {place(row)} is not one of the {len(classes)} declared classes")
     return pa.chunked_array([pa.array(classes, pa.large_string())]).take(pc.if_else(none, None, numbers))
 
 
 def joined(parts: Sequence[Part], named: str) -> Part:
-    """Return the rows of all parts, one after the other. Raises `UserError` where they have not the same columns."""
+    """Return the rows of all parts in order. Raises `UserError` if the parts do not have the same columns."""
     if len(parts) == 1:
         return parts[0]
     first = parts[0]

@@ -1,7 +1,7 @@
-"""Every option of `tlkernels finetune`: one dataclass for each part of the job. All of them have defaults.
+"""The options of `tlkernels finetune`, one dataclass for each part of the job. All of them have defaults.
 
 On the command line an option is `--part.name value`; in a YAML or JSON file it is `part: {name: value}`. A run folder
-holds its own as `config.json`, which `--config` reads again.
+has the options of its run in `config.json`, which `--config` can read.
 """
 
 from __future__ import annotations
@@ -28,30 +28,30 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    """The rows: texts or images, each with a label. A row without a label is carried along and counts in nothing.
+    """The rows: texts or images, each with a label. A row without a label counts in no loss and no score.
 
     Args:
         path: A .csv, .tsv, .jsonl, .ndjson, .json (also .gz) or .parquet file, a folder of images or data files, or a
             hub name. None: the built-in docstrings.
         subset: The subset of a hub data set that has several.
-        split: The split to train on, where `path` has several.
+        split: The split to train on, if `path` has several.
         eval: A file like `path`, or another split of `path`, to evaluate on while training. None: a share of the rows.
-        test: The same for the hold-out of the final table, which chooses nothing. None: a share of the rows.
-        eval_fraction: Share of the rows for `eval` where none is named, 0 < share < 1.
-        test_fraction: Share of the rows for `test` where none is named, 0 <= share < 1.
-            0: the final table is made on the rows of `eval`.
+        test: The same for the hold-out of the final table, on which nothing is tuned. None: a share of the rows.
+        eval_fraction: Share of the rows for `eval` if none is named, 0 < share < 1.
+        test_fraction: Share of the rows for `test` if none is named, 0 <= share < 1.
+            0: the final table uses the rows of `eval`.
         text_column: Column with the text.
         label_column: Column with the label, whose values are the names of the classes (-100 or empty: no label).
-        image_column: Column with the image; it is looked for where there is no text column.
-        num_labels: The labels are the integers 0 ... num_labels-1, each of them a class even where no row has it.
-            None: the classes are the labels that the training rows have.
-        encoding: Encoding of text files, as Python calls it: cp1252, utf-16. None: UTF-8, or what the file's byte order
-            mark says.
+        image_column: Column with the image, used if there is no text column.
+        num_labels: The labels are the integers 0 ... num_labels-1, and each is a class even if no row has it.
+            None: the classes are the labels of the training rows.
+        encoding: Encoding of text files, by its name in Python, such as cp1252 or utf-16. None: UTF-8, or that of the
+            file's byte order mark.
         separator: The character between the fields of .csv and .tsv files; \\t is a tab. None: a comma, a tab in .tsv.
-        quotes: Whether quotation marks may enclose fields of .csv and .tsv files (a doubled one is one of the text), or
-            are text themselves. None: they may in .csv, and are text in .tsv.
-        max_length: Tokens of a text that the model sees, special tokens included, 3 or more; never more than it has
-            positions for. None: 128, and 32 on the built-in data, so that the demonstration is short.
+        quotes: Whether quotation marks may enclose the fields of .csv and .tsv files (a doubled one stands for one of
+            the text). Otherwise they are text. None: true in .csv, false in .tsv.
+        max_length: The number of tokens after which a text is cut, special tokens included, 3 or more; never more than
+            the model's positions. None: 128, and 32 on the built-in data, so that the demonstration is short.
         classes: Built-in data only: number of packages to tell apart.
         per_class: Built-in data only: docstrings of each package, all splits together.
     """
@@ -76,7 +76,7 @@ class DataConfig:
 
     @property
     def tokens(self) -> int:
-        """Tokens of a text, as asked for or by default."""
+        """`max_length`, or its default."""
         return self.max_length or (32 if self.path is None else 128)
 
 
@@ -86,7 +86,7 @@ class LossConfig:
 
     Args:
         label_smoothing: 0 <= value < 1.
-        impl: Which implementation computes it. `tlkernels doctor` says which ones are here.
+        impl: The implementation that computes it. `tlkernels doctor` lists the available ones.
     """
 
     label_smoothing: float = 0.0
@@ -98,10 +98,10 @@ class OptimConfig:
     """The optimiser, from torch.
 
     Args:
-        name: Which one; `sgd` is without momentum, `momentum` is SGD with it.
+        name: The optimiser; `sgd` has no momentum, `momentum` is SGD with momentum.
         lr: Largest learning rate, above 0.
-        weight_decay: 0 or more; biases and normalisation weights are left out.
-        momentum: Of `momentum` alone, 0 < value < 1.
+        weight_decay: 0 or more; not applied to biases and normalisation weights.
+        momentum: Used by `momentum` alone, 0 < value < 1.
         clip_norm: Largest 2-norm of the whole gradient, above 0. None: no clipping.
     """
 
@@ -117,7 +117,7 @@ class ScheduleConfig:
     """The learning rate over the steps.
 
     Args:
-        name: After the warm-up: down to 0 in a straight line, down to 0 along a cosine, or constant.
+        name: After the warm-up: linear to 0, cosine to 0, or constant.
         warmup: Share of the steps over which the rate rises from 0, 0 <= share < 1.
     """
 
@@ -130,19 +130,19 @@ class RunConfig:
     """The run itself.
 
     Args:
-        folder: Where everything is written; it must not exist or be empty. None: runs/<date and time>.
-        steps: Optimiser steps. None: as many as `epochs` make.
-        epochs: Passes over the training rows, above 0, where `steps` is not given.
-        batch_size: Rows of one optimiser step, over all processes and micro-batches together.
-        micro_batch: Largest number of rows that go through the network at once. None: no limit.
+        folder: The folder for all results; it must be empty or not exist. None: runs/<date and time>.
+        steps: Optimiser steps. None: given by `epochs`.
+        epochs: Passes over the training rows, above 0, if `steps` is not given.
+        batch_size: Rows of one optimiser step, over all processes and micro-batches.
+        micro_batch: Largest number of rows in one forward pass of a process. None: no limit.
         eval_every: Steps between evaluations, each followed by a checkpoint. None: a quarter of the run.
         log_every: Steps between lines in metrics.jsonl.
         patience: Evaluations without a better accuracy after which the run stops. None: it never stops early.
-        seed: Of the head's first weights, the order of the rows and dropout.
+        seed: Seed of the head's initial weights, the order of the rows and dropout.
         precision: bf16: autocast to bfloat16; the weights stay float32.
-        device: cpu: use no accelerator even where there is one.
+        device: cpu: use no accelerator.
         tensorboard: Also write TensorBoard events.
-        compare: Also train a linear probe on frozen features and the same network from random weights.
+        compare: Also train a linear probe on frozen features, and the same network from random weights.
             None: only on the built-in data.
     """
 
@@ -163,7 +163,7 @@ class RunConfig:
 
 @dataclass
 class Config:
-    """All of it."""
+    """All options."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -173,23 +173,19 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
 
     def check(self) -> None:
-        """Raise `UserError` naming the first option whose value is out of its range."""
+        """Raise `UserError` with the name of the first option whose value is out of range."""
         data, optim, run = self.data, self.optim, self.run
-        whole = [("run.batch_size", run.batch_size), ("run.log_every", run.log_every), ("run.steps", run.steps)]
-        whole += [
-            ("run.micro_batch", run.micro_batch),
-            ("run.eval_every", run.eval_every),
-            ("run.patience", run.patience),
-        ]
-        whole += [("data.num_labels", data.num_labels), ("data.per_class", data.per_class)]
-        for name, value in whole:
-            _require(value is None or value >= 1, name, "1 or more", value)
-        _require(
-            data.encoding is None or _is_encoding(data.encoding), "data.encoding", "an encoding of text", data.encoding
-        )
-        one = data.separator is None or data.separator == r"\t" or len(data.separator) == 1
-        one = one and data.separator not in ("\n", "\r", '"')
-        _require(one, "data.separator", "one character, no quotation mark or line end", repr(data.separator))
+        for name in ("batch_size", "log_every", "steps", "micro_batch", "eval_every", "patience"):
+            value = getattr(run, name)
+            _require(value is None or value >= 1, f"run.{name}", "1 or more", value)
+        _require(data.num_labels is None or data.num_labels >= 1, "data.num_labels", "1 or more", data.num_labels)
+        _require(data.per_class >= 1, "data.per_class", "1 or more", data.per_class)
+        valid = data.encoding is None or _is_encoding(data.encoding)
+        _require(valid, "data.encoding", "a text encoding", data.encoding)
+        valid = data.separator is None or data.separator == r"\t" or len(data.separator) == 1
+        valid = valid and data.separator not in ("\n", "\r", '"')
+        expected = "one character other than a quotation mark or a line end"
+        _require(valid, "data.separator", expected, repr(data.separator))
         _require(data.max_length is None or data.max_length >= 3, "data.max_length", "3 or more", data.max_length)
         _require(data.classes >= 2, "data.classes", "2 or more", data.classes)
         _require(0 < data.eval_fraction < 1, "data.eval_fraction", "above 0 and below 1", data.eval_fraction)
@@ -206,12 +202,12 @@ class Config:
         _require(run.seed >= 0, "run.seed", "0 or more", run.seed)
 
     def to_json(self) -> str:
-        """Return it as JSON, which is YAML too."""
+        """Return the options as JSON, which is also YAML."""
         return json.dumps(asdict(self), indent=2) + "\n"
 
     @classmethod
     def load(cls, file: Path) -> Config:
-        """Return the configuration that `to_json` made. Raises `UserError` where the file is not one."""
+        """Return the options that `to_json` wrote. Raises `UserError` if the file does not have them."""
         try:
             parts: dict[str, dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
             config = cls()
@@ -225,7 +221,7 @@ class Config:
 def _is_encoding(name: str) -> bool:
     try:
         "".encode(name)
-    except (LookupError, UnicodeError):  # none of that name; one that is not of text
+    except (LookupError, UnicodeError):  # an unknown name, or an encoding of bytes
         return False
     return True
 

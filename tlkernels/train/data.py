@@ -1,4 +1,4 @@
-"""From a file, a folder, a hub name or this machine's docstrings to rows that a model can take."""
+"""Reading a file, a folder, a hub data set or this machine's docstrings, and splitting the rows."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from tlkernels.train.folders import Splits, read_folder
 from tlkernels.train.labels import IGNORE as IGNORE
 from tlkernels.train.labels import class_names, numbers
 
-_FINGERPRINT = "0"  # else `datasets` digests all values, row by row, for a cache that is not used
+_FINGERPRINT = "0"  # otherwise `datasets` hashes all values, row by row, for a cache that is not used
 
 
 @dataclass(frozen=True)
 class Table:
-    """The rows of one side before a tokenizer saw them.
+    """The rows of one side (train, eval or test), before tokenisation.
 
     Attributes:
         rows: a `datasets.Dataset`.
-        column: that of `rows` with the text or the image.
-        labels: of each row, its class, or `IGNORE`.
-        place: of a row's number, where it stands in its file.
+        column: the column of `rows` with the text or the image.
+        labels: the class of each row, or `IGNORE`.
+        place: row number -> the row's place in its file.
     """
 
     rows: Any
@@ -43,7 +43,7 @@ class Table:
     place: Callable[[int], str] = "row {}".format
 
     def select(self, numbers: list[int]) -> Table:
-        """Return the rows of these numbers, in the table's order."""
+        """Return the rows with these numbers, in the table's order."""
         chosen = sorted(numbers)
         labels = [self.labels[number] for number in chosen]
         rows = self.rows.select(chosen, new_fingerprint=_FINGERPRINT)
@@ -52,9 +52,9 @@ class Table:
 
 @dataclass(frozen=True)
 class Data:
-    """Three sides, the classes' names in the order of their numbers, and whether the column holds images.
+    """Three sides, the names of the classes in the order of their numbers, and whether the rows are images.
 
-    `splits` are those that `--data.path` has: where `eval` or `test` is the name of one, it is no path.
+    `splits` are the splits of `--data.path`. If `eval` or `test` is the name of one of them, it is not a path.
     """
 
     train: Table
@@ -66,11 +66,11 @@ class Data:
 
 
 def load_data(config: DataConfig, seed: int) -> Data:
-    """Read everything that `config` names; `seed` decides the split where none is given.
+    """Read the rows that `config` names; `seed` decides the split if none is given.
 
     Raises:
-        UserError: a file or name that cannot be read, a missing column, a label that is no class, too few rows, or a
-            single class.
+        UserError: a file or hub data set cannot be read, a column is missing, a label is not a class, there are too few
+            rows, or there is only one class.
     """
     if config.path is None:
         _refuse_unused(config, set())
@@ -79,11 +79,13 @@ def load_data(config: DataConfig, seed: int) -> Data:
     parts = {"train": _split(splits, config.split, config.path)}
     for side, value in (("eval", config.eval), ("test", config.test)):
         if value is not None:
-            own = value in splits
-            parts[side] = _split(splits, value, config.path) if own else _split(_open(value, config), "train", value)
+            if value in splits:
+                parts[side] = _split(splits, value, config.path)
+            else:
+                parts[side] = _split(_open(value, config), "train", value)
     _refuse_unused(config, {part.kind for part in parts.values()})
     column, images = _column(parts["train"], config)
-    # Over all rows of the file, before it is split: a rare class is one too, and an error names the file's own line.
+    # From all rows of the file, before it is split: so a rare class is a class, and an error names the file's line.
     classes = class_names(parts["train"], config)
     tables = {side: _table(part, side, column, images, classes, config) for side, part in parts.items()}
     tables = _with_shares(tables, config, seed, classes)
@@ -92,8 +94,8 @@ def load_data(config: DataConfig, seed: int) -> Data:
 
 def _table(part: Part, side: str, column: str, images: bool, classes: list[str], config: DataConfig) -> Table:
     values = part.images if images else part.texts
-    for name, found in ((column, values), (config.label_column, part.labels)):
-        if found is None:
+    for name, present in ((column, values), (config.label_column, part.labels)):
+        if present is None:
             raise UserError(f"the {side} rows have no column {name!r}, only {listed(part.names)} ({part.place(0)})")
     missing = pc.is_null(values) if images else pc.equal(pc.fill_null(pc.binary_length(values), 0), 0)
     if (row := pc.index(missing, True).as_py()) >= 0:
@@ -106,27 +108,25 @@ def _table(part: Part, side: str, column: str, images: bool, classes: list[str],
 
 
 def _with_shares(tables: dict[str, Table], config: DataConfig, seed: int, classes: list[str]) -> dict[str, Table]:
-    """Cuts the sides that were not named out of the training rows, by chance."""
-    whole = tables["train"]
-    order = torch.randperm(len(whole.labels), generator=torch.Generator().manual_seed(seed)).tolist()
+    """Take the sides that were not named at random from the training rows."""
+    train = tables["train"]
+    order = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(seed)).tolist()
     for side, share in (("eval", config.eval_fraction), ("test", config.test_fraction)):
         if side not in tables and share > 0:
-            count = max(1, round(share * len(whole.labels)))
-            tables[side], order = whole.select(order[:count]), order[count:]
-    tables["train"] = whole.select(order)
+            count = max(1, round(share * len(train.labels)))
+            tables[side], order = train.select(order[:count]), order[count:]
+    tables["train"] = train.select(order)
     if not order:
-        raise UserError(f"{config.path} has {len(whole.labels)} rows, too few to train, evaluate and test on")
+        raise UserError(f"{config.path} has {len(train.labels)} rows, too few to train, evaluate and test on")
     for side, table in tables.items():
         if all(label == IGNORE for label in table.labels):
-            raise UserError(
-                f"none of the {len(table.labels)} {side} rows has a label in column {config.label_column!r}"
-            )
-    found = Counter(tables["train"].labels)
-    del found[IGNORE]
-    if len(found) == 1:
-        raise UserError(
-            f"all {found.total()} training rows with a label are of one class, {classes[min(found)]!r}; two are needed"
-        )
+            count, column = len(table.labels), config.label_column
+            raise UserError(f"none of the {count} {side} rows has a label in column {column!r}")
+    counts = Counter(tables["train"].labels)
+    del counts[IGNORE]
+    if len(counts) == 1:
+        only = classes[min(counts)]
+        raise UserError(f"all {counts.total()} labelled training rows have the class {only!r}; expected two or more")
     return tables
 
 
@@ -135,10 +135,9 @@ def _built_in(config: DataConfig) -> Data:
     names = sorted({document.package for document in split["train"]})
 
     def table(side: str) -> Table:
-        rows = datasets.Dataset.from_dict(
-            {"text": [d.text for d in split[side]], "module": [d.module for d in split[side]]}
-        )
-        return Table(rows, "text", [names.index(document.package) for document in split[side]])
+        documents = split[side]
+        rows = datasets.Dataset.from_dict({name: [getattr(d, name) for d in documents] for name in ("text", "module")})
+        return Table(rows, "text", [names.index(document.package) for document in documents])
 
     return Data(table("train"), table("eval"), table("test"), names, images=False)
 
@@ -147,24 +146,24 @@ def _built_in(config: DataConfig) -> Data:
 
 
 def _open(path: str, config: DataConfig) -> Splits:
-    """The splits of what `path` names: of a file it is one, `train`."""
+    """Return the splits of `path`; a file has one, `train`."""
     local = local_path(path)
     if local is not None and local.is_file():
         return {"train": partial(read_file, local, config)}
     if local is not None:
         return read_folder(local, config)
     try:
-        found = datasets.load_dataset(path, config.subset)
-    except Exception as error:  # the network, the hub and every builder have errors of their own
+        loaded = datasets.load_dataset(path, config.subset)
+    except Exception as error:  # the network, the hub and every builder raise their own errors
         raise UserError(f"cannot read {path}: {one_line(error.__cause__ or error)}") from error
-    return {split: partial(_hub_part, rows, split, path, config) for split, rows in found.items()}
+    return {split: partial(_hub_part, rows, split, path, config) for split, rows in loaded.items()}
 
 
 def local_path(path: str) -> Path | None:
-    """Return the file or folder that `path` names, None where it is a hub name.
+    """Return the file or folder `path`, or None if it is a hub name.
 
     Raises:
-        UserError: it can be no hub name, and there is no such file or folder.
+        UserError: there is no such file or folder, and it cannot be a hub name.
     """
     try:
         local = Path(path).expanduser()
@@ -189,10 +188,10 @@ def _hub_part(rows: Any, split: str, path: str, config: DataConfig) -> Part:
 
 
 def _refuse_unused(config: DataConfig, kinds: set[str]) -> None:
-    """An option that no file takes would be without effect."""
+    """Raise for an option that is given and applies to no file that is read."""
     for name, takers in OPTIONS.items():
         if getattr(config, name) is not None and not kinds.intersection(takers):
-            raise UserError(f"--data.{name} is of {listed(takers)}, and nothing of that kind is read here")
+            raise UserError(f"--data.{name} applies to {listed(takers)}; the data are of another kind")
 
 
 def _split(splits: Splits, split: str, path: str) -> Part:
@@ -205,7 +204,7 @@ def _split(splits: Splits, split: str, path: str) -> Part:
 
 
 def _column(rows: Part, config: DataConfig) -> tuple[str, bool]:
-    names = f"there are {listed(rows.names)}"
+    names = f"the columns are {listed(rows.names)}"
     separator = ", --data.separator" if len(rows.names) == 1 and rows.kind in OPTIONS["separator"] else ""
     if rows.labels is None:
         raise UserError(f"no label column {config.label_column!r}; {names} (--data.label_column{separator})")

@@ -1,15 +1,15 @@
 """The built-in data set: which installed package does a docstring come from?
 
-It is read from the sources that are on this machine, with `ast`: nothing is imported, nothing is downloaded, and no
-label was ever written by hand. Every choice follows from file names and contents: one environment gives one data set.
+The sources on this machine are read with `ast`: nothing is imported or downloaded, and no label is written by hand.
+Every choice depends only on file names and contents, so an environment always gives the same data set.
 
-1. **Classes.** The standard library and the packages of `PREFERRED` that are installed, then other packages, the
-   largest sources first, until `classes` of them have `per_class` documents.
-2. **Masking.** The package's name, its distribution's, aliases (`import numpy as np`) and those submodule names that
-   occur almost only in their own package become `@`, in the texts of all classes alike: a mask tells no class either.
-3. **Near-duplicates.** Of two documents with a Jaccard similarity of their 4-word shingles of `SIMILAR` or more, the
-   first one stays. Case, digits and punctuation are not looked at.
-4. **Split by module.** A file's documents stand on one side: in `train`, `eval` or `test`. Each class has the same
+1. **Classes.** The standard library and the installed packages of `PREFERRED`, then other packages, the largest sources
+   first, until `classes` of them have `per_class` documents.
+2. **Masking.** The package's name, its distribution's, aliases (`import numpy as np`) and submodule names that occur
+   almost only in their own package become `@`, in the texts of all classes, so that a mask does not reveal a class.
+3. **Near-duplicates.** Of two documents whose 4-word shingles have a Jaccard similarity of at least `SIMILAR`, the
+   first one is kept. Case, digits and punctuation are ignored.
+4. **Split by module.** All documents of a file are on the same side: `train`, `eval` or `test`. Each class has the same
    number of documents on each side.
 """
 
@@ -30,45 +30,28 @@ from pathlib import Path
 from tlkernels.train.errors import UserError
 
 PREFERRED = (
-    "stdlib",
-    "torch",
-    "transformers",
-    "sympy",
-    "sklearn",
-    "pandas",
-    "matplotlib",
-    "networkx",
-    "scipy",
-    "numpy",
-)
+    "stdlib", "torch", "transformers", "sympy", "sklearn", "pandas", "matplotlib", "networkx", "scipy", "numpy",
+)  # fmt: skip
 MASK = "@"
-SIMILAR = 0.5  # Jaccard similarity from which on two documents are near-duplicates
-TELLING = 0.8  # a submodule's name is masked where at least this share of the documents that hold it are its package's
-PER_MODULE = 5  # documents of one file: more would let a few files decide what a side of the split is like
+SIMILAR = 0.5  # Jaccard similarity at which two documents are near-duplicates
+TELLING = 0.8  # a submodule's name is masked if at least this share of the documents with it are its package's
+PER_MODULE = 5  # documents of one file; with more, a few files would dominate a side of the split
 MIN_WORDS, MAX_CHARS = 8, 480  # 480 characters are about 100 tokens
-LARGE = 60_000  # bytes; a larger file takes long to parse and gives no more than PER_MODULE documents either
+LARGE = 60_000  # bytes; a larger file is slow to parse and gives no more than PER_MODULE documents either
 
 _SKIP = {
-    "_vendor",
-    "vendored",
-    "_vendored",
-    "externals",
-    "extern",
-    "third_party",
-    "site-packages",
-    "test",
-    "tests",
+    "_vendor", "vendored", "_vendored", "externals", "extern", "third_party", "site-packages", "test", "tests",
     "testing",
-}
+}  # fmt: skip
 _DOTTED = re.compile(r"[A-Za-z_]\w*(?:[.-]\w+)*")  # sklearn.svm, scikit-learn
 _ALIAS = re.compile(r"\b(?:from\s+([\w.]+)\s+)?import\s+([\w.]+)\s+as\s+([A-Za-z_]\w+)")
 
 
 @dataclass(frozen=True)
 class Document:
-    """One docstring: its text, the package it comes from, and the file that it stands in.
+    """One docstring: its text, its package and its file.
 
-    `aliases` are the packages that the file's docstrings import under another name, and those names.
+    `aliases` are pairs of a package and its alias, from the imports in the file's docstrings.
     """
 
     text: str
@@ -80,13 +63,13 @@ class Document:
 def build(
     classes: int = 8, per_class: int = 400, eval_fraction: float = 0.1, test_fraction: float = 0.15
 ) -> dict[str, list[Document]]:
-    """Return `{"train": [...], "eval": [...], "test": [...]}`, each in an order that is mixed and always the same.
+    """Return `{"train": [...], "eval": [...], "test": [...]}`, each in a mixed order that is always the same.
 
     Args:
-        classes: packages to tell apart, 2 or more.
-        per_class: documents of each package over the three sides together.
+        classes: number of packages, 2 or more.
+        per_class: documents of each package, on the three sides together.
         eval_fraction: share of the documents to evaluate on while training, above 0.
-        test_fraction: share of the documents of the hold-out, above 0; together with `eval_fraction` below 1.
+        test_fraction: share of the documents of the hold-out, above 0; the sum with `eval_fraction` is below 1.
 
     Raises:
         UserError: fewer than `classes` installed packages have `per_class` usable docstrings.
@@ -95,11 +78,11 @@ def build(
     sides["train"] = per_class - sum(sides.values())
     if classes < 2 or min(sides.values()) < 1:
         raise UserError(f"the built-in data set needs 2 classes and a document on each side; got {classes} and {sides}")
-    found: dict[str, int] = {}
+    counts: dict[str, int] = {}
     collected: dict[str, list[Document]] = {}
     for name, folder in _packages():
-        documents = _collect(name, folder, round(1.5 * per_class))  # the near-duplicates take some away
-        found[name] = len(documents)
+        documents = _collect(name, folder, round(1.5 * per_class))  # some are near-duplicates
+        counts[name] = len(documents)
         if len(documents) >= per_class:
             collected[name] = documents
         if len(collected) == classes:
@@ -107,11 +90,10 @@ def build(
             if len(split) == classes:
                 return {side: sorted((d for rows in split.values() for d in rows[side]), key=_order) for side in sides}
             collected = {name: documents for name, documents in collected.items() if name in split}
-    most = ", ".join(f"{name} {count}" for name, count in sorted(found.items(), key=lambda item: -item[1])[:6])
+    most = ", ".join(f"{name} {count}" for name, count in sorted(counts.items(), key=lambda item: -item[1])[:6])
     raise UserError(
-        f"the built-in data set needs {classes} installed packages with {per_class} usable docstrings, here are "
-        f"{len(collected)} (found: {most}); "
-        "give --data.path, or a smaller --data.classes or --data.per_class"
+        f"the built-in data set needs {classes} installed packages with {per_class} usable docstrings, got "
+        f"{len(collected)} (found: {most}); give --data.path, or a smaller --data.classes or --data.per_class"
     )
 
 
@@ -145,10 +127,10 @@ def _packages() -> Iterator[tuple[str, Path]]:
 
 
 def _sources(folder: Path) -> list[Path]:
-    """The package's files, its parts mixed, in an order that follows from names and sizes; large ones are last."""
+    """Return the package's files in an order that depends on a hash of their names; large files are last."""
     files = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*.py") if file.is_file()}
-    own = {name: file.stat().st_size > LARGE for name, file in files.items() if not _SKIP.intersection(name.split("/"))}
-    return [files[name] for name in sorted(own, key=lambda name: (own[name], _digest(name)))]
+    names = [name for name in files if not _SKIP.intersection(name.split("/"))]
+    return [files[name] for name in sorted(names, key=lambda name: (files[name].stat().st_size > LARGE, _digest(name)))]
 
 
 def _read(file: Path, package: str, folder: Path) -> list[Document]:
@@ -157,10 +139,10 @@ def _read(file: Path, package: str, folder: Path) -> list[Document]:
             warnings.simplefilter("ignore")  # old escapes in other people's sources
             tree = ast.parse(file.read_text(encoding="utf-8"))
     except (OSError, SyntaxError, ValueError, RecursionError):
-        return []  # a template, a test for bad input, another encoding: not a source that counts
+        return []  # a template, a test for bad input, another encoding
     module = f"{package}/{file.relative_to(folder).as_posix()}"
     whole = [" ".join((ast.get_docstring(node) or "").split()) for node in _documented(tree)]
-    imports = (found for text in whole for found in _ALIAS.findall(text))
+    imports = (match for text in whole for match in _ALIAS.findall(text))
     aliases = frozenset(((parent or name).split(".")[0], alias) for parent, name, alias in imports)
     texts = {text[:MAX_CHARS] for text in whole}
     long_enough = [text for text in texts if len(_words(text)) >= MIN_WORDS]
@@ -168,7 +150,7 @@ def _read(file: Path, package: str, folder: Path) -> list[Document]:
 
 
 def _documented(node: ast.AST) -> Iterator[ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
-    """The module, classes and functions under `node`; expressions, most of the tree, hold none and are passed by."""
+    """Yield the module, classes and functions under `node`; expressions, most of the tree, are skipped."""
     if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
         yield node
     for child in ast.iter_child_nodes(node):
@@ -180,7 +162,7 @@ def _documented(node: ast.AST) -> Iterator[ast.Module | ast.ClassDef | ast.Funct
 
 
 class _Mask:
-    """What gives a package away by its name, for all classes of the data set at once."""
+    """Replaces the words that reveal a package by name, for all classes of the data set."""
 
     def __init__(self, collected: dict[str, list[Document]]) -> None:
         self.parts: set[str] = set()  # masked wherever a word contains them: PyTorch, NumPy, TransformerBlock
@@ -206,13 +188,13 @@ class _Mask:
 
 
 def _aliases(collected: dict[str, list[Document]]) -> set[str]:
-    """Short names that documentation gives the packages: `pd`, `plt`, `nx`."""
+    """Return the short names of the packages in documentation, such as `pd`, `plt`, `nx`."""
     documents = (document for documents in collected.values() for document in documents)
     return {alias for document in documents for package, alias in document.aliases if package in collected}
 
 
 def _telling_submodules(collected: dict[str, list[Document]]) -> set[str]:
-    """Names of direct submodules that occur almost only in their own package's documents."""
+    """Return the names of direct submodules that occur almost only in their own package's documents."""
     owners: dict[str, set[str]] = defaultdict(set)
     for package, documents in collected.items():
         for document in documents:
@@ -249,34 +231,34 @@ def _shingles(text: str) -> set[str]:
 
 
 def _without_near_duplicates(collected: dict[str, list[Document]]) -> dict[str, list[Document]]:
-    """Keeps the first of similar documents, over all classes: a text that two packages share tells neither."""
+    """Keep the first of similar documents, over all classes: a text that two packages share reveals neither."""
     kept: dict[str, list[Document]] = {name: [] for name in collected}
     sizes: list[int] = []
-    holders: dict[str, list[int]] = defaultdict(list)  # shingle -> numbers of the kept documents that hold it
+    holders: dict[str, list[int]] = defaultdict(list)  # shingle -> numbers of the kept documents that have it
     for name, documents in collected.items():
         for document in documents:
-            own = _shingles(document.text)
-            common = Counter(number for shingle in own for number in holders.get(shingle, ()))
-            if any(n >= SIMILAR * (len(own) + sizes[number] - n) for number, n in common.items()):
+            shingles = _shingles(document.text)
+            common = Counter(number for shingle in shingles for number in holders.get(shingle, ()))
+            if any(n >= SIMILAR * (len(shingles) + sizes[number] - n) for number, n in common.items()):
                 continue
-            for shingle in own:
+            for shingle in shingles:
                 holders[shingle].append(len(sizes))
-            sizes.append(len(own))
+            sizes.append(len(shingles))
             kept[name].append(document)
     return kept
 
 
 def _split(collected: dict[str, list[Document]], sides: dict[str, int]) -> dict[str, dict[str, list[Document]]]:
-    """The sides of each package that has enough documents for them when names are masked and near-duplicates gone."""
+    """Return the sides of each package that still has enough documents after masking and removing near-duplicates."""
     distinct = _without_near_duplicates(_masked(collected))
     split = {name: _by_module(documents, sides) for name, documents in distinct.items()}
     return {name: rows for name, rows in split.items() if rows is not None}
 
 
 def _by_module(documents: list[Document], sides: dict[str, int]) -> dict[str, list[Document]] | None:
-    """Fills one side after the other with whole modules, or returns None where there are too few documents.
+    """Fill one side after the other with whole modules; return None if there are too few documents.
 
-    What of a module is more than its side can hold is dropped, not moved to another side.
+    Documents of a module that exceed the size of its side are dropped, not moved to another side.
     """
     modules: dict[str, list[Document]] = defaultdict(list)
     for document in documents:

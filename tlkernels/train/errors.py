@@ -1,30 +1,30 @@
-"""The two failures that a user can meet, each one line long. Everything else that is raised is a bug."""
+"""The two errors that a user can meet, each one line long. Any other error is a bug."""
 
 import importlib.util
 from collections.abc import Sequence
 
 
 class UserError(Exception):
-    """Something in the call is wrong; the message says what, and what would be right. Exit code 2."""
+    """An argument or the data are wrong; the message says what was expected. Exit code 2."""
 
 
 class RunError(Exception):
-    """The run could not go on: a full disk, a loss that is no number. What was saved before stays. Exit code 1."""
+    """The run had to stop, for example on a full disk or a NaN loss. What was saved before is kept. Exit code 1."""
 
 
-# What `tlkernels finetune` imports, in the order of the extras that bring it: train, hf.
+# The packages that `tlkernels finetune` imports, in the order of the extras that have them: train, hf.
 _NEEDED = ("accelerate", "jsonargparse", "matplotlib", "tqdm", "safetensors", "datasets", "pyarrow", "transformers")
 
 
 def need_extras() -> None:
-    """Raise `UserError` naming what to install where a package of the trainer is missing; none is imported."""
+    """Raise `UserError`, which says what to install, if a package is missing. Imports none of them."""
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"finetune needs {', '.join(missing)}: pip install 'tlkernels[train,hf]'")
 
 
 def one_line(error: BaseException) -> str:
-    """Return the message on one line of at most 400 characters, after the error's kind where it is not one of ours."""
+    """Return the message as one line of at most 400 characters; a foreign error's line begins with its type."""
     text = " ".join(str(error).split()) or type(error).__name__
     if not isinstance(error, (UserError, RunError)):
         text = f"{type(error).__name__}: {text}"
@@ -32,12 +32,12 @@ def one_line(error: BaseException) -> str:
 
 
 def listed(names: Sequence[str], most: int = 12) -> str:
-    """Return the first names with commas between them."""
+    """Return the first names, separated by commas."""
     shown = [name if name.isprintable() and name else repr(name) for name in names[:most]]
     return ", ".join(shown) + (", ..." if len(names) > most else "")
 
 
 def shown(value: object) -> str:
-    """Return a value as Python writes it, short enough that the rest of a message can be read beside it."""
+    """Return the repr of a value, cut to 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

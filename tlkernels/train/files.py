@@ -1,8 +1,7 @@
-"""Files of rows. What stands in a file is what is learned: its values are strings, as they are written there.
+"""Reading files of rows. The values of a file are the strings that it contains, unchanged.
 
-Nothing is guessed: the ending says how a file is read, its header or keys which columns there are, and the options
-`encoding`, `separator` and `quotes` what an ending leaves open. Nothing is kept between runs either: a file is read
-anew each time.
+Nothing is guessed: the ending gives the format, the header or the keys give the columns, and the options `encoding`,
+`separator` and `quotes` give the rest. Nothing is cached: every run reads the file again.
 """
 
 from __future__ import annotations
@@ -30,36 +29,34 @@ from tlkernels.train.config import DataConfig
 from tlkernels.train.errors import UserError, one_line
 
 ENDINGS = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".ndjson")
-# Options and what takes them; "hub" is a data set of that.
+# Options and the kinds of data that they apply to; "hub" is a data set of the hub.
 OPTIONS: dict[str, tuple[str, ...]] = {
     "subset": ("hub",),
     "encoding": tuple(name for name in ENDINGS if name != ".parquet"),
     "separator": (".csv", ".tsv"),
     "quotes": (".csv", ".tsv"),
 }
-_BATCH = 4096  # rows that are Python objects at the same time; 1 GB of CSV takes little more than 1 GB
-_Row = tuple[int, Sequence[str | None]]  # the line on which it begins, and its values
+_BATCH = 4096  # rows that are Python objects at a time; so 1 GB of CSV takes little more than 1 GB of memory
+_Row = tuple[int, Sequence[str | None]]  # the line on which the row begins, and its values
 
 
 def ending(path: Path) -> str | None:
-    """Return by which of `ENDINGS` a file is read, .gz and capitals aside; None where it has none of them."""
+    """Return the file's ending if it is one of `ENDINGS`, ignoring .gz and case; otherwise None."""
     name = path.name.lower()
-    found = Path(name.removesuffix(".gz")).suffix
-    return found if found in ENDINGS and not name.endswith(".parquet.gz") else None
+    suffix = Path(name.removesuffix(".gz")).suffix
+    return suffix if suffix in ENDINGS and not name.endswith(".parquet.gz") else None
 
 
 def read_file(path: Path, config: DataConfig) -> Part:
     """Return the text, label and image columns of a file.
 
     Raises:
-        UserError: the file is empty or not what its ending says; a row is not as wide as the header; a byte is none of
-            the encoding. The message names the line.
+        UserError: the file is empty or has another format than its ending says, a row has more or fewer fields than
+            the header, or a byte is not valid in the encoding. The message names the line.
     """
     kind = ending(path)
     if kind is None:
-        raise UserError(
-            f"{path}: of a file, the ending says what it is; known are {' '.join(ENDINGS)} (or .csv.gz and so on)"
-        )
+        raise UserError(f"{path}: unknown file type; supported: {' '.join(ENDINGS)} (or .csv.gz and so on)")
     try:
         if path.stat().st_size == 0:
             raise UserError(f"{path} is empty")
@@ -74,17 +71,13 @@ def _read_parquet(path: Path, config: DataConfig) -> Part:
         names, rows = stored.schema_arrow.names, stored.metadata.num_rows
         table = stored.read(columns=wanted(names, config, str(path)))
     described = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features")
-    features = datasets.Features.from_dict(described) if described else {}  # such as `datasets` writes beside the rows
+    features = datasets.Features.from_dict(described) if described else {}  # `datasets` writes them next to the rows
     columns = dict(zip(table.column_names, table.columns, strict=True))
-    return part_of(
-        config,
-        columns,
-        features,
-        rows=rows,
-        kind=".parquet",
-        names=names,
-        place=lambda row: f"row {row} (from 0) of {path}",
-    )
+
+    def place(row: int) -> str:
+        return f"row {row} (from 0) of {path}"
+
+    return part_of(config, columns, features, rows=rows, kind=".parquet", names=names, place=place)
 
 
 def _read_text(path: Path, kind: str, config: DataConfig) -> Part:
@@ -98,14 +91,16 @@ def _read_text(path: Path, kind: str, config: DataConfig) -> Part:
             rows = _records(file, path, kind, config, names)
         columns, lines = _gathered(rows, path)
     asked = (config.text_column, config.label_column)
-    found = {name: column for name, column in zip(asked, columns, strict=True) if name in names}
-    return part_of(
-        config, found, {}, rows=len(lines), kind=kind, names=names, place=lambda row: f"line {lines[row]} of {path}"
-    )
+    present = {name: column for name, column in zip(asked, columns, strict=True) if name in names}
+
+    def place(row: int) -> str:
+        return f"line {lines[row]} of {path}"
+
+    return part_of(config, present, {}, rows=len(lines), kind=kind, names=names, place=place)
 
 
 def _gathered(rows: Iterator[_Row], path: Path) -> tuple[list[pa.ChunkedArray], array[int]]:
-    """The texts, the labels, and on which line each row begins."""
+    """Return the columns of texts and labels, and the line on which each row begins."""
     chunks: list[list[pa.Array]] = [[], []]
     lines = array("q")
     while batch := list(islice(rows, _BATCH)):
@@ -113,11 +108,10 @@ def _gathered(rows: Iterator[_Row], path: Path) -> tuple[list[pa.ChunkedArray], 
         for number, column in enumerate(chunks):
             try:
                 column.append(pa.array([values[number] for _, values in batch], pa.large_string()))
-            except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can write as \ud800
+            except UnicodeEncodeError as error:  # half a surrogate pair, which JSON can write as \ud800
                 line = next(line for line, values in batch if values[number] == error.object)
-                raise UserError(
-                    f"line {line} of {path} holds half a character, {error.object[error.start]!r}"
-                ) from error
+                half = error.object[error.start]
+                raise UserError(f"line {line} of {path} has half a surrogate pair, {half!r}") from error
     return [pa.chunked_array(column, pa.large_string()) for column in chunks], lines
 
 
@@ -133,7 +127,7 @@ def _open_bytes(path: Path) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def _open_text(path: Path, encoding: str | None) -> Iterator[io.TextIOWrapper]:
-    """The file's characters, line ends as they are, without a byte order mark, which says what the encoding is."""
+    """Open a file for reading text, line ends unchanged; a byte order mark gives the encoding and is skipped."""
     with _open_bytes(path) as raw:
         if encoding is None:
             utf16 = raw.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -146,12 +140,12 @@ def _open_text(path: Path, encoding: str | None) -> Iterator[io.TextIOWrapper]:
             yield file
         except UnicodeDecodeError as error:
             raise UserError(f"cannot read {path}: {_undecodable(path, encoding)}") from error
-        except UnicodeError as error:  # UTF-16 without the byte order mark that it is to have
+        except UnicodeError as error:  # UTF-16 without its byte order mark
             raise UserError(f"cannot read {path} as {encoding}: {error} (--data.encoding)") from error
 
 
 def _undecodable(path: Path, encoding: str) -> str:
-    """Say which byte, on which line, is the first one that is none of the encoding."""
+    """Return a message with the first byte that is not valid in the encoding, and its line."""
     decoder = codecs.getincrementaldecoder(encoding)()
     line = offset = 0
     hint = "(--data.encoding names another encoding)"
@@ -167,10 +161,10 @@ def _undecodable(path: Path, encoding: str) -> str:
                         line += decoder.decode(piece[number : number + 1]).count("\n")
                     except UnicodeDecodeError as error:
                         at = offset + number + 1 - len(error.object) + error.start
-                        found = f"0x{error.object[error.start]:02x}"
-                        return f"byte {at} ({found}, line {line + 1}) is no {encoding} {hint}"
+                        value = error.object[error.start]
+                        return f"byte {at} (0x{value:02x}, line {line + 1}) is not valid {encoding} {hint}"
             offset += len(piece)
-    return f"it ends within a character of {encoding} {hint}"
+    return f"it ends in the middle of a character of {encoding} {hint}"
 
 
 # ---- separated values --------------------------------------------------------------------------------------------
@@ -179,7 +173,7 @@ def _undecodable(path: Path, encoding: str) -> str:
 def _separated(
     file: io.TextIOWrapper, path: Path, separator: str, quotes: bool, config: DataConfig, names: list[str]
 ) -> Iterator[_Row]:
-    """Rows of text and label; `names` is filled with the header."""
+    """Yield rows of text and label; appends the header to `names`."""
     quoting: Any = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
     reader = csv.reader(file, delimiter=separator, quoting=quoting, strict=True)
     rows = _lines(reader, path)
@@ -187,21 +181,21 @@ def _separated(
     if not header:
         raise UserError(f"cannot read {path}: it has no header")
     if "\0" in "".join(header):
-        raise UserError(f"the header of {path} holds NUL characters: is it UTF-16? (--data.encoding utf-16-le)")
+        raise UserError(f"the header of {path} has NUL characters: is it UTF-16? (--data.encoding utf-16-le)")
     names += header
     wanted(names, config, f"the header of {path}")
     places = [names.index(name) if name in names else None for name in (config.text_column, config.label_column)]
     for line, row in rows:
         if len(row) != len(header):
-            hint = "" if quotes else "; quotation marks enclose nothing here (--data.quotes true)"
+            hint = "" if quotes else "; quotation marks are read as text (--data.quotes true)"
             raise UserError(f"line {line} of {path} has {len(row)} fields, the header has {len(header)}{hint}")
         yield line, [None if place is None else row[place] for place in places]
 
 
 def _lines(reader: Any, path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Every row that is not blank, and the line on which it begins; with quotes it may go over several."""
+    """Yield every row that is not blank, and the line on which it begins; a quoted row may span several lines."""
     before = 0
-    limit = csv.field_size_limit(2**31 - 1)  # of the whole process; the usual one is 131072
+    limit = csv.field_size_limit(2**31 - 1)  # a setting of the whole process; the default is 131072
     try:
         for row in reader:
             if row:
@@ -209,7 +203,7 @@ def _lines(reader: Any, path: Path) -> Iterator[tuple[int, list[str]]]:
             before = reader.line_num
     except csv.Error as error:
         open_quote = "unexpected end" in str(error)
-        fault = "a quotation mark is opened and never closed" if open_quote else str(error)
+        fault = "a quotation mark is never closed" if open_quote else str(error)
         raise UserError(f"cannot read {path}: in the row on line {before + 1}, {fault}") from error
     finally:
         csv.field_size_limit(limit)
@@ -219,10 +213,10 @@ def _lines(reader: Any, path: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 class _Pairs(list[tuple[str, Any]]):
-    """An object's keys and values as they stand there: a dict would let a second key take the place of the first."""
+    """The keys and values of an object; in a dict a repeated key would replace the first one."""
 
 
-# Numbers stay as they are written. NaN, which is no JSON, but which Python writes, is missing.
+# Numbers stay strings. NaN is not JSON, but Python writes it; it is a missing value.
 _DECODER = json.JSONDecoder(
     object_pairs_hook=_Pairs,
     parse_int=str,
@@ -233,7 +227,7 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def _records(file: io.TextIOWrapper, path: Path, kind: str, config: DataConfig, names: list[str]) -> Iterator[_Row]:
-    """Rows of text and label; `names` is filled with every key that occurs."""
+    """Yield rows of text and label; appends every key that occurs to `names`."""
     asked = (config.text_column, config.label_column)
     known: dict[str, None] = {}
     start, first = file.tell(), " "
@@ -243,7 +237,7 @@ def _records(file: io.TextIOWrapper, path: Path, kind: str, config: DataConfig, 
     values = _document(file.read(), path) if kind == ".json" or first == "[" else _each_line(file, path)
     for line, record in values:
         if not isinstance(record, _Pairs):
-            raise UserError(f"cannot read {path}: line {line} holds no object, with a key for each column")
+            raise UserError(f"cannot read {path}: line {line} is not an object with a key for each column")
         row = dict(record)
         if len(row) < len(record):
             wanted([key for key, _ in record], config, f"line {line} of {path}")
@@ -258,7 +252,7 @@ def _string(value: Any, column: str, line: int, path: Path) -> str | None:
     if value is None or isinstance(value, str):
         return value
     kind = "an object" if isinstance(value, _Pairs) else "a list"
-    raise UserError(f"line {line} of {path} has {kind} in column {column!r}, where a string or a number is needed")
+    raise UserError(f"line {line} of {path}, column {column!r}: expected a string or a number, got {kind}")
 
 
 def _each_line(file: Iterable[str], path: Path) -> Iterator[tuple[int, Any]]:
@@ -273,7 +267,7 @@ def _each_line(file: Iterable[str], path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _document(text: str, path: Path) -> Iterator[tuple[int, Any]]:
-    """The values of one array, or those that stand one after the other, and the line on which each begins."""
+    """Yield the values of an array, or values that follow one another, and the line on which each begins."""
     line, counted, at = 1, 0, _skip(text, 0)
     array = text.startswith("[", at)
     if array:
@@ -291,9 +285,8 @@ def _document(text: str, path: Path) -> Iterator[tuple[int, Any]]:
         if array and more:
             at = _skip(text, at + 1)
     if array and text[at:].rstrip() != "]":
-        raise _json_fault(
-            path, line, json.JSONDecodeError("expected a comma or the array's end, and no more", text, at)
-        )
+        fault = json.JSONDecodeError("expected a comma or the array's end, and no more", text, at)
+        raise _json_fault(path, line, fault)
 
 
 def _skip(text: str, at: int) -> int:
@@ -302,7 +295,7 @@ def _skip(text: str, at: int) -> int:
 
 
 def _json_fault(path: Path, line: int, error: json.JSONDecodeError | RecursionError) -> UserError:
-    """`line` is that on which the value begins; `error.lineno` is 1 where it was read alone."""
+    """Return the error; `line` is where the value begins, `error.lineno` is 1 if the value was parsed alone."""
     if isinstance(error, RecursionError):
         return UserError(f"cannot read {path}: the value on line {line} is nested too deeply")
     return UserError(f"cannot read {path}: line {max(line, error.lineno)}, column {error.colno}: {error.msg}")

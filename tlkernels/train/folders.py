@@ -1,4 +1,4 @@
-"""Folders: which of their files make which split, and images in folders that are called as their classes."""
+"""Reading folders: the split of each file, and images in folders that have the names of their classes."""
 
 from __future__ import annotations
 
@@ -32,55 +32,54 @@ Splits = dict[str, Callable[[], Part]]
 
 
 def read_folder(folder: Path, config: DataConfig) -> Splits:
-    """Return the splits of a folder of images or of data files, each to be read when it is called.
+    """Return the splits of a folder of images or data files; each is a function that reads it.
 
     Raises:
-        UserError: there is neither, or both; files beside those of a split belong to none.
+        UserError: the folder has neither images nor data files, or both, or some files belong to a split and others to
+            none.
     """
     files = list(_files(folder))
     if any(file.name in ("dataset_dict.json", "state.json") for file in files):
-        raise UserError(f"{folder} was written by save_to_disk, which is not read; to_parquet writes what is")
+        raise UserError(f"{folder} was written by save_to_disk, which is not supported; use to_parquet")
     images = [file for file in files if file.suffix.lower() in image_endings()]
     rows = [file for file in files if ending(file) and file.name not in _DESCRIPTIONS]
     lists = [file for file in rows if file.stem == "metadata"] if images else []
     rows = [file for file in rows if file not in lists]
     if images and rows:
-        raise UserError(
-            f"{folder} holds images ({images[0].relative_to(folder)}) and data files ({rows[0].relative_to(folder)}); "
-            "name a folder of one kind, or a file"
-        )
+        image, file = images[0].relative_to(folder), rows[0].relative_to(folder)
+        raise UserError(f"{folder} has images ({image}) and data files ({file}); name a folder of one kind, or a file")
     if images:
         return _image_splits(folder, images, lists, config)
     if rows:
         return _row_splits(folder, rows, config)
-    raise UserError(f"{folder} holds no images and no files with the endings {' '.join(ENDINGS)}")
+    raise UserError(f"{folder} has no images and no files with the endings {' '.join(ENDINGS)}")
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """All files under a folder in the order of their names, but hidden ones; links are followed, except in circles."""
+    """Yield all files under a folder except hidden ones, sorted by name; follows links, except in circles."""
     for place, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
-        here = Path(place)
+        parent = Path(place)
         folders[:] = sorted(
             name
             for name in folders
-            if not name.startswith((".", "__")) and not here.resolve().is_relative_to((here / name).resolve())
+            if not name.startswith((".", "__")) and not parent.resolve().is_relative_to((parent / name).resolve())
         )
-        yield from (here / name for name in sorted(names) if not name.startswith("."))
+        yield from (parent / name for name in sorted(names) if not name.startswith("."))
 
 
 def _refuse(error: OSError) -> None:
-    """A subfolder that may not be read; `os.walk` would pass it by."""
+    """Raise for a subfolder that cannot be read; `os.walk` would skip it."""
     raise UserError(f"cannot read {error.filename}: {one_line(error)}") from error
 
 
 def _split_name(*parts: str) -> str | None:
-    """The split that the first of these names tells which tells one alone."""
+    """Return the split of the first name that has the word of exactly one split, or None."""
     for part in parts:
         if shard := _SHARD.fullmatch(part):
             return _NAMED.get(shard[1], shard[1])
-        found = {_NAMED[word] for word in re.findall("[a-z]+", part.lower()) if word in _NAMED}
-        if len(found) == 1:
-            return found.pop()
+        splits = {_NAMED[word] for word in re.findall("[a-z]+", part.lower()) if word in _NAMED}
+        if len(splits) == 1:
+            return splits.pop()
     return None
 
 
@@ -93,12 +92,13 @@ def _row_splits(folder: Path, files: list[Path], config: DataConfig) -> Splits:
         parts = file.relative_to(folder).parts
         splits[_split_name(*reversed(parts))].append(file)
     if None in splits and len(splits) > 1:
-        raise UserError(f"{splits[None][0]} is in none of the splits {listed(sorted(filter(None, splits)))} beside it")
-    for split, own in splits.items():
-        kinds = sorted({"".join(file.suffixes[-2:] if file.suffix.lower() == ".gz" else [file.suffix]) for file in own})
+        named = listed(sorted(filter(None, splits)))
+        raise UserError(f"{splits[None][0]} belongs to no split, while other files belong to {named}")
+    for split, group in splits.items():
+        kinds = {"".join(file.suffixes[-2:] if file.suffix.lower() == ".gz" else [file.suffix]) for file in group}
         if len(kinds) > 1:
-            raise UserError(f"{folder} has {split or 'its rows'} more than once: as {' and as '.join(kinds)}")
-    return {split or "train": partial(_read_all, own, str(folder), config) for split, own in splits.items()}
+            raise UserError(f"{folder} has {split or 'its rows'} more than once: as {' and as '.join(sorted(kinds))}")
+    return {split or "train": partial(_read_all, group, str(folder), config) for split, group in splits.items()}
 
 
 def _read_all(files: list[Path], named: str, config: DataConfig) -> Part:
@@ -109,8 +109,8 @@ def _read_all(files: list[Path], named: str, config: DataConfig) -> Part:
 
 
 def _image_splits(folder: Path, images: list[Path], lists: list[Path], config: DataConfig) -> Splits:
-    """One subfolder a class, all of them in one subfolder a split where there are several splits."""
-    depth = 2 if lists else 3  # parts of an image's path under a split: the image alone where a list tells the classes
+    """Return the splits of images: one subfolder for each class, in one for each split if there are several."""
+    depth = 2 if lists else 3  # parts of the paths under a split: no class's folder if a list gives the classes
     tops = {image.relative_to(folder).parts for image in images}
     in_splits = all(len(parts) >= depth and _split_name(parts[0]) for parts in tops)
 
@@ -121,13 +121,13 @@ def _image_splits(folder: Path, images: list[Path], lists: list[Path], config: D
         return groups
 
     if lists:
-        return {split: partial(_read_listed, own, config) for split, own in grouped(lists).items()}
+        return {split: partial(_read_listed, group, config) for split, group in grouped(lists).items()}
     for image in images:
         if image.parent == folder:
-            raise UserError(f"{image} is in no subfolder, and so in no class")
+            raise UserError(f"{image} is not in the subfolder of a class")
         if os.fsencode(image).decode(errors="ignore") != str(image):
-            raise UserError(f"the name {str(image)!r} is not in UTF-8")
-    return {split: partial(_read_images, own, config) for split, own in grouped(images).items()}
+            raise UserError(f"the name {str(image)!r} is not UTF-8")
+    return {split: partial(_read_images, group, config) for split, group in grouped(images).items()}
 
 
 def _read_images(images: list[Path], config: DataConfig) -> Part:
@@ -136,16 +136,16 @@ def _read_images(images: list[Path], config: DataConfig) -> Part:
 
 
 def _read_listed(lists: list[Path], config: DataConfig) -> Part:
-    """The images that metadata.csv (.jsonl, .parquet) names in its column file_name, with the other columns there."""
+    """Return the images that the column file_name of metadata.csv (.jsonl, .parquet) lists, and its other columns."""
     rows = joined([read_file(file, replace(config, text_column="file_name")) for file in lists], str(lists[0]))
     if rows.texts is None:
         raise UserError(f"{lists[0]} has no column 'file_name', only {listed(rows.names)}")
     images = []
     for row, name in enumerate(rows.texts.to_pylist()):
-        places = [file.parent / (name or "") for file in lists]
-        image = next((place for place in places if place.is_file()), None)
+        paths = [file.parent / (name or "") for file in lists]
+        image = next((path for path in paths if path.is_file()), None)
         if image is None:
-            raise UserError(f"the image {name!r} in {rows.place(row)} is not there")
+            raise UserError(f"no such image: {name!r} in {rows.place(row)}")
         images.append(image)
     return _image_part(images, rows.labels, rows.names, config)
 

@@ -1,4 +1,4 @@
-"""Classes: the names that stand in the training rows, and the number of each row's name among them."""
+"""The classes: their names, and the class number of each row."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 
 def class_names(train: Part, config: DataConfig) -> list[str]:
-    """Return the classes: those that the data declare, 0 ... num_labels-1, or the names that the training rows have.
+    """Return the classes: those that the data declare, 0 ... num_labels-1, or the labels of the training rows.
 
-    Names that are all numbers stand in their order, others in that of the alphabet.
+    Labels are sorted as numbers if all are numbers, otherwise as strings.
 
     Raises:
-        UserError: no training row has a label, or `num_labels` is not the number of the declared classes.
+        UserError: no training row has a label, or `num_labels` is not the number of declared classes.
     """
     names = [] if train.labels is None else pc.unique(train.labels).drop_null().to_pylist()
     if not names:
@@ -42,14 +42,14 @@ def class_names(train: Part, config: DataConfig) -> list[str]:
 
 
 def numbers(rows: Part, names: list[str]) -> list[int]:
-    """Return each row's class, or `IGNORE`. Raises `UserError` for a label that is none of `names`."""
+    """Return each row's class, or `IGNORE`. Raises `UserError` for a label that is not in `names`."""
     labels: Any = rows.labels
-    found = pc.index_in(labels, value_set=pa.array(names, pa.large_string()), skip_nulls=True)
-    unknown = pc.and_(pc.is_null(found), pc.is_valid(labels))
+    classes = pc.index_in(labels, value_set=pa.array(names, pa.large_string()), skip_nulls=True)
+    unknown = pc.and_(pc.is_null(classes), pc.is_valid(labels))
     if (row := pc.index(unknown, True).as_py()) >= 0:
+        label = shown(labels[row].as_py())
         raise UserError(
-            f"label {shown(labels[row].as_py())} in {rows.place(row)} is none of the {len(names)} classes "
-            f"({listed(names, 8)})"
+            f"label {label} in {rows.place(row)} is not one of the {len(names)} classes ({listed(names, 8)})"
         )
-    result: list[int] = found.fill_null(IGNORE).to_pylist()
+    result: list[int] = classes.fill_null(IGNORE).to_pylist()
     return result

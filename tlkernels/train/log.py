@@ -1,4 +1,4 @@
-"""metrics.jsonl, one line for each logged step and each evaluation, and TensorBoard where it is asked for."""
+"""metrics.jsonl, with one line for each logged step and each evaluation, and TensorBoard if asked for."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from tlkernels.train.checkpoint import write_file
 
 
 class Log:
-    """Appends to `folder/metrics.jsonl`, and to TensorBoard; on a process other than the main one, to nothing."""
+    """Appends to `folder/metrics.jsonl` and to TensorBoard; only the main process writes."""
 
     def __init__(self, folder: Path, step: int, tensorboard: bool, main_process: bool) -> None:
-        """Open the files. Lines of steps after `step`, which a killed run left behind, are dropped."""
+        """Open the files. Drop lines of steps after `step`, which a killed run left behind."""
         self.file = self.board = None
         if not main_process:
             return
@@ -28,7 +28,7 @@ class Log:
             self.board = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
 
     def write(self, step: int, **values: float) -> None:
-        """Write one line, which is on its way to the disk when this returns."""
+        """Write one line and flush it."""
         if self.file is not None:
             self.file.write(json.dumps({"step": step, **values}) + "\n")
             self.file.flush()
@@ -44,7 +44,7 @@ class Log:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a metrics file, without a last one that a kill cut short; none where there is no file."""
+    """Return the lines of a metrics file, except a last one that a kill cut short; none if there is no file."""
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:

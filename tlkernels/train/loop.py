@@ -1,4 +1,4 @@
-"""The training loop. `train` is the whole of it, and the documentation of what a step does."""
+"""The training loop. `train` shows everything that a step does."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from tlkernels.train.rows import Rows
 
 @dataclass(frozen=True)
 class Job:
-    """What all trainings of a run have in common.
+    """What all trainings of a run share.
 
     Attributes:
         rows: the rows of "train", "eval" and "test".
-        criterion: the loss of logits and classes, summed over the rows that have a class.
-        preprocessor: tokenizer or image processor, saved beside the weights.
-        about: what `tlkernels.train.load` needs to know besides.
+        criterion: the loss of logits and classes, summed over the labelled rows.
+        preprocessor: tokenizer or image processor, saved with the weights.
+        about: the other data that `tlkernels.train.load` needs.
     """
 
     config: Config
@@ -53,19 +53,19 @@ class Job:
 
 
 def train(job: Job, folder: Path, make_model: Callable[[], Classifier], until: int | None = None) -> Progress:
-    """Train in `folder`, from the checkpoint there if there is one, else from `make_model()`; return where it came to.
+    """Train from the checkpoint in `folder`, or from `make_model()` if there is none; return the progress.
 
-    `until` is the step after which to stop with a checkpoint, as if killed there.
+    After step `until` it saves a checkpoint and stops.
 
     Raises:
         RunError: the gradient is no longer finite, or a checkpoint cannot be written.
-        UserError: the checkpoint is of other rows, or not whole.
+        UserError: the checkpoint belongs to other rows, or is incomplete.
     """
     run, optim, accelerator, rows = job.config.run, job.config.optim, job.accelerator, job.rows["train"]
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     classifier, model, optimizer, progress = _begin(job, folder, make_model)
     log = Log(folder, progress.step, run.tensorboard, accelerator.is_main_process)
-    silent = None if accelerator.is_main_process else True  # None: no bar where the output is no terminal
+    silent = None if accelerator.is_main_process else True  # None: no bar unless the output is a terminal
     bar = tqdm(total=job.steps, initial=progress.step, desc=folder.name, unit="step", disable=silent)
     evaluate_every = run.eval_every or math.ceil(job.steps / 4)
 
@@ -73,11 +73,11 @@ def train(job: Job, folder: Path, make_model: Callable[[], Classifier], until: i
         if run.patience is not None and progress.evaluations_since_best >= run.patience:
             break
         started = time.perf_counter()
-        # Dropout follows from seed, step and process: a resumed run draws what the unbroken one would have drawn.
+        # Dropout depends on seed, step and process: a resumed run draws the same numbers as an uninterrupted one.
         torch.manual_seed((run.seed * 1_000_003 + step) * 1_009 + rank)
 
-        # All micro-batches of the step, over all processes, are known before the first one runs. So each summed loss
-        # is divided by the labelled rows of the whole step, and the gradients add up to that of the batch's mean.
+        # The rows of the step's micro-batches on all processes are known in advance. Each summed loss is divided by the
+        # number of labelled rows of the whole step, so that the gradients add up to that of the batch's mean.
         batch = whole_batch(step, run.batch_size, len(rows), run.seed)
         labelled = max(1, int((rows.labels[batch] != IGNORE).sum()))
         pieces = micro_batches(batch, rows.lengths, run.micro_batch, rank, world)
@@ -86,7 +86,7 @@ def train(job: Job, folder: Path, make_model: Callable[[], Classifier], until: i
             with nullcontext() if number == len(pieces) else accelerator.no_sync(model):
                 logits = model(**rows.inputs(piece, device))
                 share = job.criterion(logits, rows.labels[piece].to(device)) / labelled
-                accelerator.backward(share * world)  # data parallelism averages over processes; this undoes it
+                accelerator.backward(share * world)  # undoes the average that data parallelism takes over processes
             loss += share.detach()
 
         norm = float(accelerator.clip_grad_norm_(model.parameters(), optim.clip_norm or math.inf))
@@ -118,14 +118,14 @@ def train(job: Job, folder: Path, make_model: Callable[[], Classifier], until: i
 def _begin(
     job: Job, folder: Path, make_model: Callable[[], Classifier]
 ) -> tuple[Classifier, nn.Module, torch.optim.Optimizer, Progress]:
-    """The network, the same as Accelerate wraps it, its optimiser, and where they stand."""
+    """Return the network, its wrapper by Accelerate, its optimiser, and the progress."""
     saved = load_checkpoint(folder / "last")
     classifier = saved[0] if saved else make_model()
     model, optimizer = job.accelerator.prepare(classifier, make_optimizer(classifier, job.config.optim))
     progress = Progress(fingerprint=job.rows["train"].fingerprint())
     if saved:
         if saved[2].fingerprint != progress.fingerprint:
-            raise UserError(f"the training rows are no longer those that {folder} was trained on")
+            raise UserError(f"the training rows are not those that {folder} was trained on")
         optimizer.load_state_dict(saved[1])
         progress = saved[2]
     model.train()
@@ -133,7 +133,7 @@ def _begin(
 
 
 def _evaluate(job: Job, folder: Path, classifier: Classifier, progress: Progress, log: Log) -> None:
-    """Score the network on the evaluation rows, and keep it in `folder/best` where it is better than all before."""
+    """Score the network on the evaluation rows, and save it in `folder/best` if it is the best so far."""
     scores = evaluate(classifier, job.rows["eval"], job.criterion, job.accelerator)
     log.write(progress.step, eval_loss=scores.loss, eval_accuracy=scores.accuracy, eval_macro_f1=scores.macro_f1)
     progress.evaluations_since_best += 1

@@ -1,4 +1,4 @@
-"""What a measurement was made on: versions, processor, instruction set, device, commit."""
+"""The machine and the software of a measurement: versions, processor, instruction set, device, commit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PACKAGES = ("torch", "triton", "numpy", "accelerate", "transformers", "datasets"
 
 
 def machine() -> dict[str, Any]:
-    """Return all of it; a package that is not installed, or a commit that is not known, is None."""
+    """Return a description; a package that is not installed and an unknown commit are None."""
     return {
         "packages": {"tlkernels": tlk.__version__} | {name: _version(name) for name in PACKAGES},
         "python": platform.python_version(),
@@ -47,7 +47,7 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
-    """Of the working tree that this package lies in; None where it lies in none."""
+    """Return the commit of the checkout that has this package; None outside of one."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None

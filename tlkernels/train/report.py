@@ -1,4 +1,4 @@
-"""What a run ends with: one table, a picture of the curves, and results.json."""
+"""The results of a run: a table, a picture of the curves, and results.json."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tlkernels.train.model import Classifier
 from tlkernels.train.probe import Probe
 from tlkernels.train.timing import interleaved
 
-LOSS_SECONDS = 0.5  # for how long the loss of a training is timed, our and the eager one in turns
+LOSS_SECONDS = 0.5  # time to measure the loss of a training, ours and eager's in turns
 NAMES = {
     "frozen": "frozen features + linear probe",
     "finetuned": "fine-tuned from pretrained",
@@ -34,7 +34,7 @@ NAMES = {
 
 
 def describe(job: Job) -> str:
-    """Return a line on the data and the model; it is the first one of a run."""
+    """Return the first line of a run, which describes the data and the model."""
     sizes = {side: len(rows) for side, rows in job.rows.items()}
     apart = job.rows["test"] is not job.rows["eval"]
     hold_out = f"{sizes['test']} hold-out" if apart else "the evaluation rows are the hold-out"
@@ -65,7 +65,7 @@ def probe_result(job: Job, probe: Probe) -> dict[str, Any]:
 def training_result(job: Job, stage: str, progress: Progress, scores: Scores, best: Classifier) -> dict[str, Any]:
     """Return the table's line of a training.
 
-    Its loss is timed on the trained network's own logits for the last step's batch, cut as the step cuts it.
+    The loss is timed on the trained network's logits for the last step's batch, in the step's micro-batches.
     """
     rows, run, device = job.rows["train"], job.config.run, job.accelerator.device
     batch = whole_batch(progress.step - 1, run.batch_size, len(rows), run.seed)
@@ -83,9 +83,9 @@ def _result(stage: str, scores: Scores, speed: float, step_seconds: float, cost:
 
 
 def _loss_cost(job: Job, batches: list[tuple[Tensor, Tensor]], step_seconds: float) -> dict[str, float]:
-    """What the loss of one step costs, forward and backward, by tlkernels and by eager PyTorch.
+    """Return the cost of one step's loss, forward and backward, for tlkernels and eager PyTorch.
 
-    In milliseconds, and as a share of the step; the eager share is of a step in which eager takes the place of ours.
+    In milliseconds and as a share of the step. The eager share refers to a step with the eager loss.
     """
     smoothing = job.config.loss.label_smoothing
 
@@ -116,7 +116,7 @@ def _loss_cost(job: Job, batches: list[tuple[Tensor, Tensor]], step_seconds: flo
 
 
 def write(folder: Path, job: Job, results: list[dict[str, Any]], seconds: float) -> None:
-    """Print the table and write results.json and curves.png into `folder`. `seconds` is the wall time so far."""
+    """Print the table, and write results.json and curves.png into `folder`. `seconds` is the wall time so far."""
     rows = "hold-out" if job.rows["test"] is not job.rows["eval"] else "evaluation rows"
     text, closing = table(results, rows), verdict(results)
     _curves(folder, results, rows)
@@ -137,7 +137,7 @@ def write(folder: Path, job: Job, results: list[dict[str, Any]], seconds: float)
 
 
 def table(results: list[dict[str, Any]], rows: str) -> str:
-    """Return the final table; `rows` says on which rows it was made."""
+    """Return the final table; `rows` names the rows that were scored."""
     lines = [
         f"{'on the ' + rows:<32} {'accuracy':>8} {'macro-F1':>8} {'samples/s':>9}   loss's share of a step",
         f"{'':<32} {'':>8} {'':>8} {'':>9}   tlkernels      eager",
@@ -151,13 +151,14 @@ def table(results: list[dict[str, Any]], rows: str) -> str:
 
 
 def verdict(results: list[dict[str, Any]]) -> str:
-    """Return whether pretrained beats random, with the 95 % interval of the difference; empty without both lines."""
+    """Return whether pretrained beats random, with the 95 % interval of the difference; "" without both lines."""
     rows = {row["stage"]: row for row in results}
     if not {"finetuned", "random"} <= rows.keys():
         return ""
     ours, random = rows["finetuned"]["accuracy"], rows["random"]["accuracy"]
     n = rows["finetuned"]["rows"]
-    # Two shares of n rows, as if of different rows, which widens the interval, and as if no two rows were related.
+    # The interval of two independent shares of n rows. Both have the same rows, which makes it too wide; related rows
+    # would make it too narrow.
     margin = 1.96 * math.sqrt((ours * (1 - ours) + random * (1 - random)) / n)
     difference = ours - random
     figures = (

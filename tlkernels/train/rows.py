@@ -1,4 +1,4 @@
-"""Rows as the model takes them: tokenised texts, or decoded images."""
+"""The rows as inputs of the model: tokenised texts, or decoded images."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from tlkernels.train.data import Table
 from tlkernels.train.errors import UserError, one_line
 from tlkernels.train.images import to_rgb
 
-_BATCH = 4096  # texts that are tokenised at a time
+_BATCH = 4096  # texts tokenised at a time
 
 
 class Rows(Protocol):
-    """Rows as a model takes them.
+    """Rows as inputs of the model.
 
     Attributes:
-        labels: of each row, its class, or `IGNORE`.
-        lengths: of each row; rows of like length are put together.
+        labels: the class of each row, or `IGNORE`.
+        lengths: the length of each row; rows of similar length are batched together.
         classes: the number of classes.
     """
 
@@ -34,21 +34,21 @@ class Rows(Protocol):
         ...
 
     def inputs(self, numbers: Tensor, device: torch.device | str) -> dict[str, Tensor]:
-        """Return what the model is called with for the rows of these numbers."""
+        """Return the model's arguments for the rows with these numbers."""
         ...
 
     def fingerprint(self) -> str:
-        """Return a digest by which a resumed run knows its rows again."""
+        """Return a digest by which a resumed run recognises its rows."""
         ...
 
 
 class TextRows(Rows):
-    """Texts, tokenised once, padded for each batch to its longest row."""
+    """Texts, tokenised once, and padded to the longest row of each batch."""
 
     def __init__(self, table: Table, tokenizer: Any, max_length: int, classes: int) -> None:
         """Tokenise `table`; a text is cut to `max_length` tokens."""
         self.labels, self.classes, self.tokenizer = torch.tensor(table.labels), classes, tokenizer
-        # All rows' tokens in one tensor: as lists of Python integers they would take ten times the memory.
+        # The tokens of all rows in one tensor: lists of Python integers would take ten times the memory.
         ids, lengths = [], []
         for start in range(0, len(table.labels), _BATCH):
             texts = list(table.rows[start : start + _BATCH][table.column])
@@ -63,14 +63,14 @@ class TextRows(Rows):
         return len(self.labels)
 
     def inputs(self, numbers: Tensor, device: torch.device | str) -> dict[str, Tensor]:
-        """Return token numbers and the mask of those that are no padding."""
+        """Return token ids and the attention mask."""
         spans = zip((self.ends - self.lengths)[numbers].tolist(), self.ends[numbers].tolist(), strict=True)
         chosen = {"input_ids": [self.ids[start:end].tolist() for start, end in spans]}
         padded = self.tokenizer.pad(chosen, return_tensors="pt")
         return {"input_ids": padded["input_ids"].to(device), "attention_mask": padded["attention_mask"].to(device)}
 
     def fingerprint(self) -> str:
-        """Return a digest of the labels and the token numbers."""
+        """Return a digest of the labels and the token ids."""
         digest = hashlib.blake2b(self.labels.numpy().tobytes(), digest_size=16)
         for ids in self.ids.split(1 << 20):
             digest.update(ids.long().numpy().tobytes())
@@ -78,7 +78,7 @@ class TextRows(Rows):
 
 
 class ImageRows(Rows):
-    """Images, decoded and scaled for each batch. One that cannot be read is a `UserError` then."""
+    """Images, decoded and scaled for each batch."""
 
     def __init__(self, table: Table, processor: Any, classes: int) -> None:
         """Take the rows of `table` as they are."""
@@ -98,11 +98,9 @@ class ImageRows(Rows):
     def _image(self, number: int) -> Any:
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Pillow's remarks on metadata; what cannot be read raises
+                warnings.simplefilter("ignore")  # about metadata; an image that cannot be read raises
                 return to_rgb(self.table.rows[number][self.table.column])
-        except (
-            Exception
-        ) as error:  # Pillow raises OSError, SyntaxError, struct.error, ...: the file is cut, or no image
+        except Exception as error:  # for a bad file Pillow raises OSError, SyntaxError, struct.error and others
             raise UserError(f"the image in {self.table.place(number)} cannot be read: {one_line(error)}") from error
 
     def fingerprint(self) -> str:

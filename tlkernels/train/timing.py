@@ -1,4 +1,4 @@
-"""Comparing the speed of two ways to do the same: in turns, since a machine's speed changes while one measures."""
+"""Comparing the speed of functions by calling them in turns, since a machine's speed changes over time."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 
 
 def interleaved(ways: Mapping[str, Callable[[], object]], seconds: float, least: int = 5) -> dict[str, float]:
-    """Return the median seconds of one call of each way, measured in turns for `seconds`, and at least `least` turns.
+    """Return the median seconds of a call of each function, called in turns for `seconds` and at least `least` times.
 
-    On an accelerator a call counts until the device is done.
+    On a GPU a call ends when the device is done.
     """
     times: dict[str, list[float]] = {name: [] for name in ways}
     for way in ways.values():
