@@ -129,7 +129,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--quick", action="store_true")
     quick = parser.parse_args(arguments).quick
     if nvcc.compiler() is None:
-        print("there is no nvcc: CUDA_HOME names a toolkit", file=sys.stderr)
+        print("nvcc not found (set CUDA_HOME)", file=sys.stderr)
         return 2
     names: tuple[str, ...] = nvcc.ARCHITECTURES
     if quick:

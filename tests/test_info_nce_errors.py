@@ -67,7 +67,7 @@ ERRORS = [
     (TypeError, "query: expected float64, .* got torch.int64", (X.long(), Y), {}),
     (ValueError, r"query: expected shape \(N, D\), got \(5,\)", (X[0], Y), {}),
     (TypeError, "key: expected the dtype of query, torch.float32, got torch.float64", (X, Y.double()), {}),
-    (ValueError, r"key: expected 5 features as query has, got shape \(4, 3\)", (X, Y[:, :3]), {}),
+    (ValueError, r"key: expected 5 features as in query, got shape \(4, 3\)", (X, Y[:, :3]), {}),
     (ValueError, "key: expected it on query's device cpu, got meta", (X, Y.to("meta")), {}),
     (ValueError, "temperature, logit_scale: expected at most one", (X, Y), {"temperature": 1.0, "logit_scale": 1.0}),
     (ValueError, "temperature: expected a number above 0, got 0", (X, Y), {"temperature": 0}),
@@ -94,7 +94,7 @@ ERRORS = [
     (ValueError, "reduction: expected one of .* got 'all'", (X, Y), {"reduction": "all"}),
     (TypeError, "group: expected a torch.distributed.ProcessGroup or None, got int", (X, Y), {"group": 1}),
     (ValueError, "impl: expected 'auto' or one of", (X, Y), {"impl": "cuda"}),
-    (NotImplementedError, "triton: it serves|triton is not", (X.to("meta"), Y.to("meta")), {"impl": "triton"}),
+    (NotImplementedError, "triton: supports|triton is not", (X.to("meta"), Y.to("meta")), {"impl": "triton"}),
 ]  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from tlkernels._core.dispatch import resolve
 from tlkernels._core.module import LossModule, refuse_deprecated
 from tlkernels._core.options import flag
-from tlkernels.losses.cross_entropy.call import Call, CrossEntropyOutput, check, plain_options
+from tlkernels.losses.cross_entropy.call import Arguments, CrossEntropyOutput, check, plain_options
 from tlkernels.losses.cross_entropy.ops import IMPLEMENTATIONS
 
 
@@ -70,7 +70,7 @@ def cross_entropy(
     `tlkernels/losses/cross_entropy/second_order.py`.
     """
     options = plain_options(weight, ignore_index, label_smoothing, temperature, softcap, z_loss)
-    call = check(Call(input, target, options, reduction, flag("inplace_grad", inplace_grad), stats=False))
+    call = check(Arguments(input, target, options, reduction, flag("inplace_grad", inplace_grad), stats=False))
     loss: Tensor = resolve("cross_entropy", IMPLEMENTATIONS, call, impl).run(call)
     return loss
 
@@ -106,7 +106,7 @@ def cross_entropy_stats(
         differentiable.
     """
     options = plain_options(weight, ignore_index, label_smoothing, temperature, softcap, z_loss)
-    call = check(Call(input, target, options, reduction, flag("inplace_grad", inplace_grad), stats=True))
+    call = check(Arguments(input, target, options, reduction, flag("inplace_grad", inplace_grad), stats=True))
     output: CrossEntropyOutput = resolve("cross_entropy_stats", IMPLEMENTATIONS, call, impl).run(call)
     return output
 

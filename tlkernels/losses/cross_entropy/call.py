@@ -34,7 +34,7 @@ class Options(NamedTuple):
     z_loss: float
 
 
-class Call(NamedTuple):
+class Arguments(NamedTuple):
     """The arguments of a call."""
 
     input: Tensor
@@ -74,7 +74,7 @@ def class_axis(input: Tensor) -> int:
     return 0 if input.dim() == 1 else 1
 
 
-def check(call: Call) -> Call:
+def check(call: Arguments) -> Arguments:
     """Return `call` if its arguments are valid.
 
     Raises:
@@ -158,7 +158,7 @@ def plain_options(
     return Options(weight, ignore_index, smoothing(label_smoothing), temperature, softcap, z_loss)
 
 
-def _check_inplace(call: Call) -> None:
+def _check_inplace(call: Arguments) -> None:
     input = call.input
     if input.requires_grad and input.is_leaf:
         raise ValueError(

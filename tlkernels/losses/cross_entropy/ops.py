@@ -34,7 +34,7 @@ from tlkernels._core.dtypes import compute_dtype
 from tlkernels._core.loss import Op, define_ops, implementations, take
 from tlkernels._core.reduction import reduce
 from tlkernels.losses.cross_entropy import inplace, reference, transforms
-from tlkernels.losses.cross_entropy.call import Call, CrossEntropyOutput, Options
+from tlkernels.losses.cross_entropy.call import Arguments, CrossEntropyOutput, Options
 from tlkernels.losses.cross_entropy.second_order import directional, target_gradient
 
 OPTIONS = "Tensor? weight, int ignore_index, float label_smoothing, float temperature, float? softcap, float z_loss"
@@ -182,7 +182,7 @@ def _recompute(ops: Ops, args: Args) -> Tensor:
     """Return the reduced loss, differentiable to any order."""
     input, target, *rest = args
     options, (reduction,) = take(Options, rest)
-    call = Call(input, target, options, reduction, inplace_grad=False, stats=False)
+    call = Arguments(input, target, options, reduction, inplace_grad=False, stats=False)
     # Triton has a kernel of the second derivative.
     loss = _run_rows(ops, call) if ops.directional else reference.cross_entropy(call)
     assert isinstance(loss, Tensor)
@@ -195,7 +195,7 @@ for _ops in (NATIVE, TRITON):
     differentiable(_ops.backward, _gradient_rule(_ops), _ops.directional)
 
 
-def _run(ops: Ops, sweep: Sweep, rule: Rule, call: Call) -> Tensor | CrossEntropyOutput:
+def _run(ops: Ops, sweep: Sweep, rule: Rule, call: Arguments) -> Tensor | CrossEntropyOutput:
     args = call.input, call.target, *call.options
     if call.stats or call.inplace_grad or call.target.requires_grad or not plain(*args):
         return _run_rows(ops, call)
@@ -209,7 +209,7 @@ def _run(ops: Ops, sweep: Sweep, rule: Rule, call: Call) -> Tensor | CrossEntrop
     return one_sweep(sweep, *args, call.reduction, dtype=call.dtype)
 
 
-def _run_rows(ops: Ops, call: Call) -> Tensor | CrossEntropyOutput:
+def _run_rows(ops: Ops, call: Arguments) -> Tensor | CrossEntropyOutput:
     input, target, options = call.input, call.target, call.options
     if call.inplace_grad or _transformed():
         results = (inplace if call.inplace_grad else transforms).rows(input, target, options, ops, call.stats)
@@ -228,7 +228,7 @@ def _transformed() -> bool:
     return not compiling and (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
 
 
-def _refuse(call: Call) -> str | None:
+def _refuse(call: Arguments) -> str | None:
     if call.options.weight is not None and call.options.weight.requires_grad:
         return "computes no gradient for weight, which requires one"
     compiling, transformed = torch.compiler.is_compiling(), _transformed()
@@ -241,11 +241,11 @@ def _refuse(call: Call) -> str | None:
     return None
 
 
-def _refuse_reference(call: Call) -> str | None:
+def _refuse_reference(call: Arguments) -> str | None:
     return "does not overwrite its input, which inplace_grad=True asks for" if call.inplace_grad else None
 
 
-def _tensors(call: Call) -> Sequence[Tensor | None]:
+def _tensors(call: Arguments) -> Sequence[Tensor | None]:
     return call.input, call.target, call.options.weight
 
 

@@ -5,10 +5,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tlkernels._core.dtypes import compute_dtype
-from tlkernels.losses.cross_entropy.call import Call, CrossEntropyOutput, class_axis
+from tlkernels.losses.cross_entropy.call import Arguments, CrossEntropyOutput, class_axis
 
 
-def scaled_logits(call: Call) -> Tensor:
+def scaled_logits(call: Arguments) -> Tensor:
     """Return the logits after softcap and temperature, in the dtype of the computation."""
     z = call.input.to(compute_dtype(call.input))
     if call.options.softcap is not None:
@@ -16,7 +16,7 @@ def scaled_logits(call: Call) -> Tensor:
     return z / call.options.temperature
 
 
-def cross_entropy(call: Call) -> Tensor | CrossEntropyOutput:
+def cross_entropy(call: Arguments) -> Tensor | CrossEntropyOutput:
     """Return the loss; with `stats`, a CrossEntropyOutput."""
     ignored = call.ignored()
     # Zeros in place of ignored logits: a logit that is not finite would make its gradient 0 * NaN.
@@ -24,7 +24,7 @@ def cross_entropy(call: Call) -> Tensor | CrossEntropyOutput:
     return CrossEntropyOutput(loss, *_statistics(call, ignored)) if call.stats else loss
 
 
-def _loss(call: Call) -> Tensor:
+def _loss(call: Arguments) -> Tensor:
     z, options, target = scaled_logits(call), call.options, call.target
     indices = not target.is_floating_point()
     target = target.long() if indices else target.to(z.dtype)
@@ -48,7 +48,7 @@ def _loss(call: Call) -> Tensor:
     return loss.to(call.dtype)
 
 
-def _statistics(call: Call, ignored: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _statistics(call: Arguments, ignored: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Return lse, entropy and correct."""
     z, target, axis = scaled_logits(call), call.target, class_axis(call.input)
     lse = torch.logsumexp(z, axis)

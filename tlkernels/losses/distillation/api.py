@@ -5,7 +5,7 @@ from torch.nn.modules.loss import _Loss
 
 from tlkernels._core.dispatch import resolve
 from tlkernels._core.module import LossModule
-from tlkernels.losses.distillation.call import Call, check, plain_options
+from tlkernels.losses.distillation.call import Arguments, check, plain_options
 from tlkernels.losses.distillation.ops import IMPLEMENTATIONS
 
 
@@ -78,7 +78,7 @@ def distillation(
     options = plain_options(
         target, row_weight, temperature, divergence, beta, hard_weight, ignore_index, label_smoothing
     )
-    call = check(Call(student_logits, teacher_logits, options, reduction))
+    call = check(Arguments(student_logits, teacher_logits, options, reduction))
     loss: Tensor = resolve("distillation", IMPLEMENTATIONS, call, impl).run(call)
     return loss
 

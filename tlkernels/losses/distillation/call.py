@@ -26,7 +26,7 @@ class Options(NamedTuple):
     label_smoothing: float
 
 
-class Call(NamedTuple):
+class Arguments(NamedTuple):
     """The arguments of a call."""
 
     student: Tensor
@@ -41,17 +41,17 @@ class Call(NamedTuple):
 
     def denominator(self) -> Tensor | float:
         """Return the divisor of "mean": the number of rows that are not ignored."""
-        return rows_that_count(self.student, self.options)
+        return counted_rows(self.student, self.options)
 
 
-def rows_that_count(student: Tensor, options: Options) -> Tensor | float:
+def counted_rows(student: Tensor, options: Options) -> Tensor | float:
     """Return the number of rows of shape (..., C) whose target is not ignored."""
     if options.target is None:
         return math.prod(student.shape[:-1])  # unlike numel() / C, this keeps a symbolic size
     return (options.target != options.ignore_index).sum()
 
 
-def check(call: Call) -> Call:
+def check(call: Arguments) -> Arguments:
     """Return `call` if its arguments are valid.
 
     Raises:

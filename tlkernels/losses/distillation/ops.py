@@ -28,7 +28,7 @@ from tlkernels._core.dtypes import cast, compute_dtype
 from tlkernels._core.loss import Op, define_ops, gradients_by, implementations, in_one_sweep, take
 from tlkernels._core.reduction import reduce
 from tlkernels.losses.distillation import reference
-from tlkernels.losses.distillation.call import Call, Options, rows_that_count
+from tlkernels.losses.distillation.call import Arguments, Options, counted_rows
 
 OPTIONS = (
     "Tensor? target, Tensor? row_weight, float temperature, str divergence, float beta, float hard_weight,"
@@ -130,7 +130,7 @@ def _one_sweep(ops: Ops) -> Sweep:
         *args, mean = args
         student, _, *options = args
         rows = apply(ops.forward, *args) if ops.second else _reference(args)
-        return reduce(rows, rows_that_count(student, Options(*options)), "mean" if mean else "sum")
+        return reduce(rows, counted_rows(student, Options(*options)), "mean" if mean else "sum")
 
     return Sweep(2, ops.step, recompute, by_triton=ops is TRITON)
 
@@ -140,7 +140,7 @@ for _ops in (NATIVE, TRITON):
 differentiable(TRITON.backward, _gradient_rule(TRITON), TRITON.second)
 
 
-def _run(ops: Ops, sweep: Sweep, call: Call) -> Tensor:
+def _run(ops: Ops, sweep: Sweep, call: Arguments) -> Tensor:
     inputs, mean = (call.student, call.teacher), call.reduction in ("mean", "batchmean")
     args = *inputs, *call.options
     if in_one_sweep(inputs, args, call.reduction):
@@ -156,7 +156,7 @@ def refuse_options(options: Options) -> str | None:
     return refuse_transforms()
 
 
-def _tensors(call: Call) -> Tensors:
+def _tensors(call: Arguments) -> Tensors:
     return call.student, call.teacher, call.options.target, call.options.row_weight
 
 

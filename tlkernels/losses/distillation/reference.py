@@ -8,10 +8,10 @@ from torch import Tensor
 
 from tlkernels._core.dtypes import compute_dtype
 from tlkernels._core.reduction import reduce
-from tlkernels.losses.distillation.call import Call, Options
+from tlkernels.losses.distillation.call import Arguments, Options
 
 
-def distillation(call: Call) -> Tensor:
+def distillation(call: Arguments) -> Tensor:
     """Return the loss."""
     rows = losses(call.student, call.teacher, call.options)
     mean = call.reduction in ("mean", "batchmean")

@@ -15,7 +15,7 @@ from tlkernels._core.embeddings import resolve_scale
 from tlkernels._core.group import check_equal_shares, check_group, exchange, gather
 from tlkernels._core.module import LossModule
 from tlkernels._core.options import flag, number, smoothing
-from tlkernels.losses.info_nce.call import Call, Mask, Options, check_info_nce
+from tlkernels.losses.info_nce.call import Arguments, Mask, Options, check_info_nce
 from tlkernels.losses.info_nce.ops import IMPLEMENTATIONS
 
 
@@ -99,13 +99,13 @@ def info_nce(
     scale = resolve_scale(temperature, logit_scale, query.device)
     ids = mask if isinstance(mask, tuple) else (None, None)
     bools = mask if isinstance(mask, Tensor) else None
-    call = Call(query, key, negatives, scale, target, bools, ids[0], ids[1], options, reduction, loss_dtype(query))
+    call = Arguments(query, key, negatives, scale, target, bools, ids[0], ids[1], options, reduction, loss_dtype(query))
     implementation = resolve("info_nce", IMPLEMENTATIONS, call, impl)
     loss: Tensor = implementation.run(call) if group is None else _over_ranks(implementation, call, group)
     return loss
 
 
-def _over_ranks(implementation: Implementation, call: Call, group: Any) -> Tensor:
+def _over_ranks(implementation: Implementation, call: Arguments, group: Any) -> Tensor:
     """Return the loss of this rank's queries, and with `symmetric` of its keys, against those of all ranks."""
     query, key, negatives = call.query, call.key, call.negatives
     assert key is not None

@@ -46,7 +46,7 @@ class Inputs(NamedTuple):
         return self.query, self.key, self.negatives, self.logit_scale
 
 
-class Call(NamedTuple):
+class Arguments(NamedTuple):
     """The arguments of a call."""
 
     query: Tensor

@@ -29,7 +29,7 @@ from tlkernels._core.embeddings import as_tensor
 from tlkernels._core.loss import Op, define_ops, implementations, in_one_sweep, needs_grad, take
 from tlkernels._core.reduction import reduce
 from tlkernels.losses.info_nce import reference
-from tlkernels.losses.info_nce.call import Call, Inputs, Options
+from tlkernels.losses.info_nce.call import Arguments, Inputs, Options
 
 _INPUT = (
     "Tensor query, Tensor? key, Tensor? negatives, Tensor logit_scale, Tensor? target, Tensor? mask,"
@@ -107,9 +107,9 @@ NATIVE, TRITON = define_ops(
 )
 
 
-def _call(args: Args, reduction: str) -> Call:
+def _call(args: Args, reduction: str) -> Arguments:
     inputs, options = take(Inputs, args)
-    return Call(*inputs, Options(*options), reduction, compute_dtype(inputs.query, inputs.key, inputs.negatives))
+    return Arguments(*inputs, Options(*options), reduction, compute_dtype(inputs.query, inputs.key, inputs.negatives))
 
 
 def _rule(ops: Ops) -> Rule:
@@ -140,7 +140,7 @@ for _ops in (NATIVE, TRITON):
     differentiable(_ops.forward, _rule(_ops), _ops.backward)
 
 
-def _run(ops: Ops, sweep: Sweep | None, call: Call) -> Tensor:
+def _run(ops: Ops, sweep: Sweep | None, call: Arguments) -> Tensor:
     inputs = call.inputs._replace(logit_scale=as_tensor(call.logit_scale, call.query.device))
     args = *inputs, *call.options
     if sweep and needs_grad(inputs.differentiable) and in_one_sweep(inputs.differentiable, args, call.reduction):
@@ -150,12 +150,12 @@ def _run(ops: Ops, sweep: Sweep | None, call: Call) -> Tensor:
     return cast(reduce(rows, counted, call.reduction), call.dtype)
 
 
-def _run_triton(call: Call) -> Tensor:
+def _run_triton(call: Arguments) -> Tensor:
     reference.check_target(call, on_gpu=triton.CHECK)
     return _run(TRITON, None, call)
 
 
-def _tensors(call: Call) -> Tensors:
+def _tensors(call: Arguments) -> Tensors:
     """Return the tensors that have to be on one device; the scale may be on the CPU."""
     return call.query, call.key, call.negatives, call.target, call.mask, call.query_ids, call.key_ids
 

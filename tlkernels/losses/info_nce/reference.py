@@ -8,22 +8,22 @@ from tlkernels._core.autograd import eager
 from tlkernels._core.dtypes import compute_dtype
 from tlkernels._core.embeddings import numbers
 from tlkernels._core.reduction import reduce
-from tlkernels.losses.info_nce.call import Call
+from tlkernels.losses.info_nce.call import Arguments
 
 
-def loss(call: Call) -> Tensor:
+def loss(call: Arguments) -> Tensor:
     """Return the loss."""
     rows, counted = rows_and_counted(call)
     return reduce(rows, counted, call.reduction).to(call.dtype)
 
 
-def rows_and_counted(call: Call) -> tuple[Tensor, Tensor | int]:
+def rows_and_counted(call: Arguments) -> tuple[Tensor, Tensor | int]:
     """Return the loss of each row in the dtype of the computation, and the divisor of "mean"."""
     with torch.autocast(call.query.device.type, enabled=False):
         return _by_label(call) if call.options.by_label else _by_target(call)
 
 
-def _logits(call: Call) -> tuple[Tensor, int]:
+def _logits(call: Arguments) -> tuple[Tensor, int]:
     """Return the logits of all columns, and how many of them are keys."""
     compute = compute_dtype(call.query, call.key, call.negatives)
 
@@ -42,19 +42,19 @@ def _logits(call: Call) -> tuple[Tensor, int]:
     return similarities * (scale.to(compute) if isinstance(scale, Tensor) else scale), key.shape[0]
 
 
-def _to_itself(call: Call, columns: int) -> Tensor:
+def _to_itself(call: Arguments, columns: int) -> Tensor:
     """Return which entries are a row's similarity to itself."""
     row = numbers(call.query.shape[0], call.query).unsqueeze(1)
     return numbers(columns, call.query) == row + call.options.self_column
 
 
-def _same_id(call: Call) -> Tensor:
+def _same_id(call: Arguments) -> Tensor:
     assert call.query_ids is not None
     key_ids = call.query_ids if call.key_ids is None else call.key_ids
     return call.query_ids.unsqueeze(1).long() == key_ids.long()
 
 
-def _by_label(call: Call) -> tuple[Tensor, Tensor]:
+def _by_label(call: Arguments) -> tuple[Tensor, Tensor]:
     logits, columns = _logits(call)
     to_itself = _to_itself(call, columns)
     positive = _same_id(call) & ~to_itself
@@ -66,7 +66,7 @@ def _by_label(call: Call) -> tuple[Tensor, Tensor]:
     return rows, (count > 0).sum()
 
 
-def check_target(call: Call, on_gpu: bool = False) -> None:
+def check_target(call: Arguments, on_gpu: bool = False) -> None:
     """Raise IndexError for a target out of range. Without `on_gpu` it skips GPU tensors, whose row becomes NaN."""
     query, target = call.query, call.target
     columns = [query if call.key is None else call.key] + [call.negatives] * (call.negatives is not None)
@@ -85,7 +85,7 @@ def check_target(call: Call, on_gpu: bool = False) -> None:
         raise IndexError(f"target: expected indices of keys in [0, {classes}), got {target[i]} at position {i}")
 
 
-def _by_target(call: Call) -> tuple[Tensor, int]:
+def _by_target(call: Arguments) -> tuple[Tensor, int]:
     check_target(call)
     logits, keys = _logits(call)
     rows, classes = logits.shape

@@ -9,7 +9,7 @@ from torch.nn.modules.loss import _WeightedLoss
 from tlkernels._core.dispatch import resolve
 from tlkernels._core.module import LossModule
 from tlkernels.losses.cross_entropy.call import CrossEntropyOutput, plain_options
-from tlkernels.losses.linear_cross_entropy.call import Call, check
+from tlkernels.losses.linear_cross_entropy.call import Arguments, check
 from tlkernels.losses.linear_cross_entropy.ops import IMPLEMENTATIONS
 
 
@@ -73,7 +73,7 @@ def linear_cross_entropy(
     Source: see `cross_entropy`; the gradients of the layer are those of its matrix products.
     """
     options = plain_options(weight, ignore_index, label_smoothing, temperature, softcap, z_loss)
-    call = check(Call(input, linear_weight, linear_bias, target, options, reduction, stats=False))
+    call = check(Arguments(input, linear_weight, linear_bias, target, options, reduction, stats=False))
     loss: Tensor = resolve("linear_cross_entropy", IMPLEMENTATIONS, call, impl).run(call)
     return loss
 
@@ -107,7 +107,7 @@ def linear_cross_entropy_stats(
         differentiable. The backward computes the logits again.
     """
     options = plain_options(weight, ignore_index, label_smoothing, temperature, softcap, z_loss)
-    call = check(Call(input, linear_weight, linear_bias, target, options, reduction, stats=True))
+    call = check(Arguments(input, linear_weight, linear_bias, target, options, reduction, stats=True))
     output: CrossEntropyOutput = resolve("linear_cross_entropy_stats", IMPLEMENTATIONS, call, impl).run(call)
     return output
 

@@ -7,12 +7,12 @@ from torch import Tensor
 
 from tlkernels._core.autograd import Tensors
 from tlkernels._core.dtypes import FLOATING, autocasts
-from tlkernels.losses.cross_entropy.call import Call as CrossEntropyCall
+from tlkernels.losses.cross_entropy.call import Arguments as CrossEntropyArguments
 from tlkernels.losses.cross_entropy.call import Options
 from tlkernels.losses.cross_entropy.call import check as check_cross_entropy
 
 
-class Call(NamedTuple):
+class Arguments(NamedTuple):
     """The arguments of a call."""
 
     input: Tensor
@@ -28,28 +28,28 @@ class Call(NamedTuple):
         """The tensors of the linear layer."""
         return self.input, self.linear_weight, self.linear_bias
 
-    def with_layer(self, layer: Tensors) -> "Call":
+    def with_layer(self, layer: Tensors) -> "Arguments":
         """Return the call with other tensors in its layer."""
         input, linear_weight, linear_bias = layer
         assert input is not None and linear_weight is not None
         return self._replace(input=input, linear_weight=linear_weight, linear_bias=linear_bias)
 
-    def flat(self) -> "Call":
+    def flat(self) -> "Arguments":
         """Return the call with all leading dimensions flattened into rows."""
         target = self.target
         target = target.reshape(-1, target.shape[-1]) if target.is_floating_point() else target.reshape(-1)
         return self._replace(input=self.input.reshape(-1, self.input.shape[-1]), target=target)
 
-    def on(self, logits: Tensor) -> CrossEntropyCall:
+    def on(self, logits: Tensor) -> CrossEntropyArguments:
         """Return the call of cross entropy for these logits; of a flat call."""
-        return CrossEntropyCall(logits, self.target, self.options, self.reduction, False, self.stats)
+        return CrossEntropyArguments(logits, self.target, self.options, self.reduction, False, self.stats)
 
-    def on_shape(self) -> CrossEntropyCall:
+    def on_shape(self) -> CrossEntropyArguments:
         """Return the call of cross entropy for logits of the right shape, dtype and device, but without memory."""
         return self.on(self.input.new_empty(()).expand(self.input.shape[0], self.linear_weight.shape[0]))
 
 
-def check(call: Call) -> Call:
+def check(call: Arguments) -> Arguments:
     """Return `call` if its arguments are valid; under autocast, with the layer cast as autocast does for `F.linear`.
 
     Raises:
@@ -103,7 +103,7 @@ def _check_target(target: Tensor, rows: torch.Size, classes: int) -> None:
         )
 
 
-def _autocast(call: Call) -> Call:
+def _autocast(call: Arguments) -> Arguments:
     """Return the call with its layer cast as autocast does for `F.linear`."""
     dtype = torch.get_autocast_dtype(call.input.device.type)
 

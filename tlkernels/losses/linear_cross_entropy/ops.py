@@ -31,7 +31,7 @@ from tlkernels._core.triton import linear
 from tlkernels.losses.cross_entropy.call import CrossEntropyOutput, Options
 from tlkernels.losses.cross_entropy.ops import OPTIONS
 from tlkernels.losses.linear_cross_entropy import reference
-from tlkernels.losses.linear_cross_entropy.call import Call
+from tlkernels.losses.linear_cross_entropy.call import Arguments
 
 _INPUT = f"Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, {OPTIONS}"
 _GRADIENTS = "Tensor grad_input, Tensor grad_weight, Tensor grad_bias"
@@ -89,7 +89,7 @@ NATIVE, TRITON = define_ops(
 
 def _reference(args: Args, reduction: str, stats: bool = False) -> Tensor | CrossEntropyOutput:
     input, linear_weight, linear_bias, target, *options = args
-    call = Call(input, linear_weight, linear_bias, target, Options(*options), reduction, stats)
+    call = Arguments(input, linear_weight, linear_bias, target, Options(*options), reduction, stats)
     return reference.linear_cross_entropy(call)
 
 
@@ -127,7 +127,7 @@ for _ops in (NATIVE, TRITON):
     differentiable(_ops.forward_stats, _rule(_ops, stats=True))
 
 
-def _run(ops: Ops, sweep: Sweep, call: Call) -> Tensor | CrossEntropyOutput:
+def _run(ops: Ops, sweep: Sweep, call: Arguments) -> Tensor | CrossEntropyOutput:
     shape, flat = call.input.shape[:-1], call.flat()
     args = *flat.layer, flat.target, *flat.options
     reduction, of_logits = flat.reduction, flat.on_shape()
@@ -140,14 +140,14 @@ def _run(ops: Ops, sweep: Sweep, call: Call) -> Tensor | CrossEntropyOutput:
     return CrossEntropyOutput(loss, *(value.reshape(shape) for value in stats)) if call.stats else loss
 
 
-def _refuse(call: Call) -> str | None:
+def _refuse(call: Arguments) -> str | None:
     for name, tensor in (("weight", call.options.weight), ("target", call.target)):
         if tensor is not None and tensor.requires_grad:
             return f"computes no gradient for {name}, which requires one"
     return refuse_transforms()
 
 
-def _tensors(call: Call) -> Tensors:
+def _tensors(call: Arguments) -> Tensors:
     return *call.layer, call.target, call.options.weight
 
 

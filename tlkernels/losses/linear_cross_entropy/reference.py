@@ -6,10 +6,10 @@ from torch import Tensor
 
 from tlkernels.losses.cross_entropy import reference
 from tlkernels.losses.cross_entropy.call import CrossEntropyOutput
-from tlkernels.losses.linear_cross_entropy.call import Call
+from tlkernels.losses.linear_cross_entropy.call import Arguments
 
 
-def linear_cross_entropy(call: Call) -> Tensor | CrossEntropyOutput:
+def linear_cross_entropy(call: Arguments) -> Tensor | CrossEntropyOutput:
     """Return the loss; with `stats`, a CrossEntropyOutput."""
     rows, flat = call.input.shape[:-1], call.flat()
     output = reference.cross_entropy(flat.on(_logits(flat)))
@@ -20,7 +20,7 @@ def linear_cross_entropy(call: Call) -> Tensor | CrossEntropyOutput:
     return CrossEntropyOutput(loss, *(value.reshape(rows) for value in stats))
 
 
-def _logits(flat: Call) -> Tensor:
+def _logits(flat: Arguments) -> Tensor:
     """Return the logits. Ignored rows add nothing to the layer's gradients, not even 0 * NaN."""
     ignored = flat.on_shape().ignored()
     if ignored is None:
@@ -35,5 +35,5 @@ def _logits(flat: Call) -> Tensor:
     return torch.where(ignored, logits, _linear_without(ignored, flat))
 
 
-def _linear_without(ignored: Tensor, flat: Call) -> Tensor:
+def _linear_without(ignored: Tensor, flat: Arguments) -> Tensor:
     return F.linear(flat.input.masked_fill(ignored, 0), flat.linear_weight, flat.linear_bias)

@@ -19,7 +19,7 @@ from tlkernels._core.dtypes import compute_dtype
 from tlkernels._core.triton import check_classes, linear
 from tlkernels._core.triton.kernels import DTYPES, sum_of
 from tlkernels._core.triton.launch import Config, Table, launch
-from tlkernels.losses.cross_entropy.call import Call as CrossEntropyCall
+from tlkernels.losses.cross_entropy.call import Arguments as CrossEntropyArguments
 from tlkernels.losses.cross_entropy.call import Options
 from tlkernels.losses.linear_cross_entropy import triton_kernels as kernels
 
@@ -223,7 +223,7 @@ class _Launcher:
         """Return what `mean` divides by, on the device."""
         input = self.layer[0]
         logits = input.new_empty(()).expand(self.rows, self.classes)
-        denominator = CrossEntropyCall(logits, self.target, self.options, "mean", False, False).denominator()
+        denominator = CrossEntropyArguments(logits, self.target, self.options, "mean", False, False).denominator()
         if isinstance(denominator, Tensor):
             return denominator.to(self.wide)
         return torch.full((), denominator, dtype=self.wide, device=input.device)

@@ -6,7 +6,7 @@ from torch.nn.modules.loss import _Loss
 from tlkernels._core.dispatch import resolve
 from tlkernels._core.module import LossModule
 from tlkernels.losses.distillation.call import plain_options
-from tlkernels.losses.linear_distillation.call import Call, Layers, check
+from tlkernels.losses.linear_distillation.call import Arguments, Layers, check
 from tlkernels.losses.linear_distillation.ops import IMPLEMENTATIONS
 
 
@@ -76,7 +76,7 @@ def linear_distillation(
     options = plain_options(
         target, row_weight, temperature, divergence, beta, hard_weight, ignore_index, label_smoothing
     )
-    call = check(Call(layers, options, reduction))
+    call = check(Arguments(layers, options, reduction))
     loss: Tensor = resolve("linear_distillation", IMPLEMENTATIONS, call, impl).run(call)
     return loss
 

@@ -11,7 +11,7 @@ from tlkernels.losses.distillation.call import (
     check_device,
     check_floating,
     check_options,
-    rows_that_count,
+    counted_rows,
 )
 
 
@@ -36,7 +36,7 @@ class Layers(NamedTuple):
         return self.teacher_input, self.teacher_weight, self.teacher_bias
 
 
-class Call(NamedTuple):
+class Arguments(NamedTuple):
     """The arguments of a call."""
 
     layers: Layers
@@ -50,10 +50,10 @@ class Call(NamedTuple):
 
     def denominator(self) -> Tensor | float:
         """Return the divisor of "mean": the number of rows that are not ignored."""
-        return rows_that_count(self.layers.student_input, self.options)
+        return counted_rows(self.layers.student_input, self.options)
 
 
-def check(call: Call) -> Call:
+def check(call: Arguments) -> Arguments:
     """Return `call` if its arguments are valid.
 
     Raises:

@@ -25,10 +25,10 @@ from tlkernels._core.dtypes import cast
 from tlkernels._core.loss import Op, define_ops, gradients_by, implementations, in_one_sweep, take
 from tlkernels._core.reduction import reduce
 from tlkernels._core.triton import linear
-from tlkernels.losses.distillation.call import Options, rows_that_count
+from tlkernels.losses.distillation.call import Options, counted_rows
 from tlkernels.losses.distillation.ops import OPTIONS, fake_gradient, fake_rows, refuse_options
 from tlkernels.losses.linear_distillation import reference
-from tlkernels.losses.linear_distillation.call import Call, Layers
+from tlkernels.losses.linear_distillation.call import Arguments, Layers
 
 _LAYERS = ", ".join(f"Tensor {s}_input, Tensor {s}_weight, Tensor? {s}_bias" for s in ("student", "teacher"))
 _INPUT = f"{_LAYERS}, {OPTIONS}"
@@ -99,7 +99,7 @@ def _one_sweep(ops: Ops) -> Sweep:
     def recompute(args: Args) -> Tensor:
         *args, mean = args
         layers, options = take(Layers, args)
-        counted = rows_that_count(layers.student_input, Options(*options))
+        counted = counted_rows(layers.student_input, Options(*options))
         return reduce(_reference(args), counted, "mean" if mean else "sum")
 
     return Sweep(_INPUTS, ops.step, recompute, by_triton=ops is TRITON)
@@ -109,7 +109,7 @@ for _ops in (NATIVE, TRITON):
     differentiable(_ops.forward, _rule(_ops), _ops.backward)
 
 
-def _run(ops: Ops, sweep: Sweep, call: Call) -> Tensor:
+def _run(ops: Ops, sweep: Sweep, call: Arguments) -> Tensor:
     mean = call.reduction in ("mean", "batchmean")
     inputs = _autocast(call.layers)
     args = *inputs, *call.options
@@ -128,7 +128,7 @@ def _autocast(layers: Layers) -> Tensors:
     return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in layers]
 
 
-def _tensors(call: Call) -> Tensors:
+def _tensors(call: Arguments) -> Tensors:
     return *call.layers, call.options.target, call.options.row_weight
 
 

@@ -6,10 +6,10 @@ from torch import Tensor
 from tlkernels._core.reduction import reduce
 from tlkernels.losses.distillation import reference
 from tlkernels.losses.distillation.call import Options
-from tlkernels.losses.linear_distillation.call import Call, Layers
+from tlkernels.losses.linear_distillation.call import Arguments, Layers
 
 
-def linear_distillation(call: Call) -> Tensor:
+def linear_distillation(call: Arguments) -> Tensor:
     """Return the loss."""
     mean = call.reduction in ("mean", "batchmean")
     rows = losses(call.layers, call.options)

@@ -28,7 +28,7 @@ from tlkernels._core.dtypes import compute_dtype
 from tlkernels._core.triton import check_classes, linear
 from tlkernels._core.triton.kernels import DTYPES, sum_of
 from tlkernels._core.triton.launch import Config, Table, launch
-from tlkernels.losses.distillation.call import DIVERGENCES, Options, rows_that_count
+from tlkernels.losses.distillation.call import DIVERGENCES, Options, counted_rows
 from tlkernels.losses.linear_distillation import triton_kernels as kernels
 from tlkernels.losses.linear_distillation.call import Layers
 
@@ -220,7 +220,7 @@ def step(*arguments: Any) -> tuple[Tensor, ...]:
     launcher = _Launcher(layers, options)
     divisor, upstream = None, launcher.loss.new_ones(())
     if mean:
-        count = rows_that_count(layers.student_input, options)
+        count = counted_rows(layers.student_input, options)
         divisor = count.to(launcher.wide) if isinstance(count, Tensor) else torch.full_like(upstream, count)
         upstream = divisor.reciprocal()
     grads = launcher.run(needs, upstream)

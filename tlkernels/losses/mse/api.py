@@ -7,7 +7,7 @@ from torch.nn.modules.loss import _Loss
 from tlkernels._core.dispatch import resolve
 from tlkernels._core.module import LossModule, refuse_deprecated
 from tlkernels._core.options import number
-from tlkernels.losses.mse.call import Call, check
+from tlkernels.losses.mse.call import Arguments, check
 from tlkernels.losses.mse.ops import IMPLEMENTATIONS
 
 
@@ -41,7 +41,7 @@ def mse(
         ValueError: an argument has the wrong shape, or a value out of its range.
         NotImplementedError: `impl` cannot serve this call; the message gives the reasons.
     """
-    call = check(Call(input, target, weight, reduction, None))
+    call = check(Arguments(input, target, weight, reduction, None))
     loss: Tensor = resolve("mse", IMPLEMENTATIONS, call, impl).run(call)
     return loss
 
@@ -78,7 +78,7 @@ def rmse(
         ValueError: an argument has the wrong shape, or a value out of its range.
         NotImplementedError: `impl` cannot serve this call; the message gives the reasons.
     """
-    call = check(Call(input, target, weight, reduction, number("eps", eps)))
+    call = check(Arguments(input, target, weight, reduction, number("eps", eps)))
     loss: Tensor = resolve("rmse", IMPLEMENTATIONS, call, impl).run(call)
     return loss
 

@@ -12,7 +12,7 @@ from tlkernels._core.reduction import REDUCTIONS, sum_in_order
 _INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-class Call(NamedTuple):
+class Arguments(NamedTuple):
     """The arguments of a call."""
 
     input: Tensor
@@ -67,7 +67,7 @@ class Call(NamedTuple):
         return cast(loss, self.dtype)
 
 
-def check(call: Call) -> Call:
+def check(call: Arguments) -> Arguments:
     """Return `call` if its arguments are valid; warn as PyTorch does if input and target have different shapes.
 
     Raises:

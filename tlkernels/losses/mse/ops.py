@@ -23,7 +23,7 @@ from tlkernels._core.autograd import (
 from tlkernels._core.dtypes import compute_dtype
 from tlkernels._core.loss import Op, define_ops, gradients_by, implementations, in_one_sweep
 from tlkernels.losses.mse import reference
-from tlkernels.losses.mse.call import Call
+from tlkernels.losses.mse.call import Arguments
 
 _INPUT = "Tensor input, Tensor target, Tensor? weight"
 _GRADIENTS = "Tensor grad_input, Tensor grad_target"
@@ -83,7 +83,7 @@ NATIVE, TRITON = define_ops(
 
 def _squared(args: Args, reduction: str) -> Tensor:
     input, target, weight = args
-    return reference.squared(Call(input, target, weight, reduction, None))
+    return reference.squared(Arguments(input, target, weight, reduction, None))
 
 
 def _rule(ops: Ops, reduction: str) -> Rule:
@@ -108,7 +108,7 @@ for _ops in (NATIVE, TRITON):
     differentiable(_ops.total, _rule(_ops, "sum"))
 
 
-def _divided(ops: Ops, call: Call) -> tuple[Any, ...]:
+def _divided(ops: Ops, call: Arguments) -> tuple[Any, ...]:
     """Return what `ops.step` divides the sum by: (denominator,), and for Triton (divisor, factor)."""
     denominator = call.denominator() if call.reduction == "mean" else 1.0
     if ops is NATIVE:
@@ -118,7 +118,7 @@ def _divided(ops: Ops, call: Call) -> tuple[Any, ...]:
     return None, 1 / denominator if denominator else float("inf")
 
 
-def _run(ops: Ops, sweep: Sweep, call: Call) -> Tensor:
+def _run(ops: Ops, sweep: Sweep, call: Arguments) -> Tensor:
     tensors = call.expanded(call.common)
     input, target, _ = tensors
     if in_one_sweep((input, target), tensors, call.reduction):
@@ -127,7 +127,7 @@ def _run(ops: Ops, sweep: Sweep, call: Call) -> Tensor:
     return call.finished(errors / call.denominator() if call.reduction == "mean" else errors)
 
 
-def _refuse(call: Call) -> str | None:
+def _refuse(call: Arguments) -> str | None:
     if call.weight is not None and call.weight.requires_grad:
         return "computes no gradient for weight, which requires one"
     return refuse_transforms()

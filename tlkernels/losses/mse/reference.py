@@ -3,10 +3,10 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from tlkernels.losses.mse.call import Call
+from tlkernels.losses.mse.call import Arguments
 
 
-def squared(call: Call) -> Tensor:
+def squared(call: Arguments) -> Tensor:
     """Return the squared errors, reduced, in the dtype of the computation."""
     input, target, weight = call.expanded(call.compute)
     if weight is None:
@@ -17,6 +17,6 @@ def squared(call: Call) -> Tensor:
     return errors.sum() / call.denominator() if call.reduction == "mean" else errors.sum()
 
 
-def mse(call: Call) -> Tensor:
+def mse(call: Arguments) -> Tensor:
     """Return the loss of mse or rmse."""
     return call.finished(squared(call))

@@ -13,7 +13,7 @@ from tlkernels._core.embeddings import check_embeddings, numbers, resolve_scale
 from tlkernels._core.group import check_equal_shares, check_group, gather
 from tlkernels._core.module import LossModule
 from tlkernels._core.options import flag
-from tlkernels.losses.info_nce.call import Call, Options, check_reduction
+from tlkernels.losses.info_nce.call import Arguments, Options, check_reduction
 from tlkernels.losses.info_nce.ops import IMPLEMENTATIONS
 
 
@@ -77,7 +77,7 @@ def nt_xent(
     rows = numbers(2 * n, z)
     other = torch.cat([rows[n:], rows[:n]])
     options = Options(self_column=0, normalize=flag("normalize", normalize))
-    call = Call(z, None, None, scale, other, None, None, None, options, reduction, loss_dtype(z1))
+    call = Arguments(z, None, None, scale, other, None, None, None, options, reduction, loss_dtype(z1))
     implementation = resolve("nt_xent", IMPLEMENTATIONS, call, impl)
     if group is not None:
         check_equal_shares(group, z1=z1)

@@ -10,7 +10,7 @@ from tlkernels._core.dtypes import loss_dtype
 from tlkernels._core.embeddings import check_embeddings, scalar
 from tlkernels._core.group import check_equal_shares, check_group, gather
 from tlkernels._core.module import LossModule
-from tlkernels.losses.sigmoid_contrastive.call import Call
+from tlkernels.losses.sigmoid_contrastive.call import Arguments
 from tlkernels.losses.sigmoid_contrastive.ops import IMPLEMENTATIONS
 
 
@@ -63,7 +63,7 @@ def sigmoid_contrastive(
     scale = scalar("logit_scale", logit_scale, query.device)
     bias = scalar("logit_bias", logit_bias, query.device)
     group = check_group(group)
-    call = Call(query, key, scale, bias, 0, loss_dtype(query))
+    call = Arguments(query, key, scale, bias, 0, loss_dtype(query))
     implementation = resolve("sigmoid_contrastive", IMPLEMENTATIONS, call, impl)
     if group is not None:
         check_equal_shares(group, query=query, key=key)

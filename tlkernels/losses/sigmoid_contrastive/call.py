@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-class Call(NamedTuple):
+class Arguments(NamedTuple):
     """The arguments of a call."""
 
     query: Tensor

@@ -26,7 +26,7 @@ from tlkernels._core.dtypes import cast, compute_dtype
 from tlkernels._core.embeddings import as_tensor
 from tlkernels._core.loss import Op, define_ops, implementations, in_one_sweep, needs_grad
 from tlkernels.losses.sigmoid_contrastive import reference
-from tlkernels.losses.sigmoid_contrastive.call import Call
+from tlkernels.losses.sigmoid_contrastive.call import Arguments
 
 _INPUT = "Tensor query, Tensor key, Tensor logit_scale, Tensor logit_bias, int positive_offset"
 _GRADIENTS = "Tensor grad_query, Tensor grad_key, Tensor grad_logit_scale, Tensor grad_logit_bias"
@@ -71,7 +71,7 @@ NATIVE, TRITON = define_ops(
 
 def _reference(args: Args) -> Tensor:
     query, key, logit_scale, logit_bias, positive_offset = args
-    return reference.loss_in_compute_dtype(Call(query, key, logit_scale, logit_bias, positive_offset, query.dtype))
+    return reference.loss_in_compute_dtype(Arguments(query, key, logit_scale, logit_bias, positive_offset, query.dtype))
 
 
 def _rule(ops: Ops) -> Rule:
@@ -94,7 +94,7 @@ for _ops in (NATIVE, TRITON):
     differentiable(_ops.forward, _rule(_ops), _ops.step)
 
 
-def _run(ops: Ops, sweep: Sweep, call: Call) -> Tensor:
+def _run(ops: Ops, sweep: Sweep, call: Arguments) -> Tensor:
     device = call.query.device
     tensors = call.query, call.key, as_tensor(call.logit_scale, device), as_tensor(call.logit_bias, device)
     if needs_grad(tensors) and in_one_sweep(tensors, tensors, "mean"):

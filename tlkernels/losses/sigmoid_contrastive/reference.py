@@ -6,15 +6,15 @@ from torch import Tensor
 
 from tlkernels._core.dtypes import compute_dtype
 from tlkernels._core.embeddings import numbers
-from tlkernels.losses.sigmoid_contrastive.call import Call
+from tlkernels.losses.sigmoid_contrastive.call import Arguments
 
 
-def loss(call: Call) -> Tensor:
+def loss(call: Arguments) -> Tensor:
     """Return the loss."""
     return loss_in_compute_dtype(call).to(call.dtype)
 
 
-def loss_in_compute_dtype(call: Call) -> Tensor:
+def loss_in_compute_dtype(call: Arguments) -> Tensor:
     """Return the loss in the dtype of the computation."""
     compute = compute_dtype(call.query, call.key)
     scale, bias = (x.to(compute) if isinstance(x, Tensor) else x for x in (call.logit_scale, call.logit_bias))

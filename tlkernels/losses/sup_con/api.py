@@ -13,7 +13,7 @@ from tlkernels._core.embeddings import check_embeddings, resolve_scale
 from tlkernels._core.group import check_equal_shares, check_group, gather
 from tlkernels._core.module import LossModule
 from tlkernels._core.options import flag
-from tlkernels.losses.info_nce.call import Call, Options, check_integers, check_reduction
+from tlkernels.losses.info_nce.call import Arguments, Options, check_integers, check_reduction
 from tlkernels.losses.info_nce.ops import IMPLEMENTATIONS
 
 
@@ -84,13 +84,13 @@ def sup_con(
     group = check_group(group)
     scale = resolve_scale(temperature, logit_scale, features.device)
     options = Options(self_column=0, by_label=True, normalize=flag("normalize", normalize))
-    call = Call(features, None, None, scale, None, None, labels, None, options, reduction, loss_dtype(features))
+    call = Arguments(features, None, None, scale, None, None, labels, None, options, reduction, loss_dtype(features))
     implementation = resolve("sup_con", IMPLEMENTATIONS, call, impl)
     loss: Tensor = implementation.run(call) if group is None else _over_ranks(implementation, call, group)
     return loss.view(each) if by_view and reduction == "none" else loss
 
 
-def _over_ranks(implementation: Implementation, call: Call, group: Any) -> Tensor:
+def _over_ranks(implementation: Implementation, call: Arguments, group: Any) -> Tensor:
     """Return the loss of this rank's rows against those of all ranks."""
     features, labels, reduction = call.query, call.query_ids, call.reduction
     assert labels is not None
