@@ -242,4 +242,4 @@ class TestReport:
 def test_without_nvcc_it_says_so(monkeypatch, capsys):
     monkeypatch.setattr(nvcc, "compiler", lambda: None)
     assert cuda_resources.main(["--quick"]) == 2
-    assert "there is no nvcc" in capsys.readouterr().err
+    assert "nvcc not found" in capsys.readouterr().err
