@@ -36,9 +36,9 @@ static cudaError_t embeddings(const void* arguments, int step, cudaStream_t stre
     case 1:
       return finish_rows<T>(*static_cast<const FinishedRows*>(arguments), stream);
     case 2:
-      return own_similarities<T>(*static_cast<const OwnNegatives*>(arguments), stream);
+      return per_query_similarities<T>(*static_cast<const PerQueryNegatives*>(arguments), stream);
     case 3:
-      return own_gradients<T>(*static_cast<const OwnNegatives*>(arguments), stream);
+      return per_query_gradients<T>(*static_cast<const PerQueryNegatives*>(arguments), stream);
   }
   return cudaErrorInvalidValue;
 }

@@ -21,7 +21,7 @@ struct InfoNceArguments {
   const std::optional<at::Tensor>&key, &negatives;
   const at::Tensor& logit_scale;
   const std::optional<at::Tensor>&target, &mask, &query_ids, &key_ids;
-  int64_t own;
+  int64_t self_column;
   bool by_label, symmetric, normalize;
   double label_smoothing;
 

@@ -78,7 +78,7 @@ struct CpuInfoNceCall : InfoNce {
     compute = given.compute();
     scale = rounded(logit_scale.item<double>());
     set = given.set();
-    own = given.own;
+    self_column = given.self_column;
 
     query = Embeddings(given.query, compute, given.normalize);
     rows_count = given.rows();

@@ -72,8 +72,8 @@ struct SimilarityKernel {
       for (int64_t j = 0; j < t.columns; ++j) c[j] = mask[j] ? kOut : c[j];
     }
     if (!t.keys) return;
-    const int64_t self_column = i + p.own - t.column;
-    if (p.own >= 0 && self_column >= 0 && self_column < t.columns) c[self_column] = kOut;
+    const int64_t column = i + p.self_column - t.column;
+    if (p.self_column >= 0 && column >= 0 && column < t.columns) c[column] = kOut;
     if (kSet != Set::label && p.row_ids) {
       const Index id = static_cast<const Index*>(p.row_ids)[i];
       const Index* ids = static_cast<const Index*>(p.column_ids) + t.column;

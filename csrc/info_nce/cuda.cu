@@ -43,7 +43,7 @@ struct CudaInfoNceCall {
   int64_t panel_rows;
   Tensor scale, target, mask, row_ids, column_ids, state;
   Operands query, key, negatives;
-  OwnOperands own;
+  PerQueryOperands per_query;
   std::vector<Part> parts;
 
   explicit CudaInfoNceCall(const InfoNceArguments& arguments)
@@ -85,8 +85,8 @@ struct CudaInfoNceCall {
       negatives = Operands(*given.negatives, dtype, given.normalize, stream);
       parts.push_back({&negatives, negatives.rows(), keys, false, way, {}});
     } else if (given.negatives) {
-      own = OwnOperands(*given.negatives, query, stream);
-      parts.push_back({nullptr, own.x.size(1), keys, false, known, {}});
+      per_query = PerQueryOperands(*given.negatives, query, stream);
+      parts.push_back({nullptr, per_query.x.size(1), keys, false, known, {}});
     }
     // A panel's tiles are many for each multiprocessor, and its product by the columns is large beside the sum over
     // panels in memory; it grows with the features as the operands do.
@@ -148,7 +148,7 @@ struct CudaInfoNceCall {
         s.known = out.const_data_ptr(), s.known_stride = out.stride(0);
       }
     } else {
-      s.known = own.similarities.select(0, begin).const_data_ptr(), s.known_stride = part.size;
+      s.known = per_query.similarities.select(0, begin).const_data_ptr(), s.known_stride = part.size;
     }
     s.first_row = int(begin), s.end_row = int(end), s.column_count = int(part.size);
     Entries& e = p.entries;
@@ -160,7 +160,7 @@ struct CudaInfoNceCall {
       e.mask = mask.const_data_ptr<bool>() + part.first * e.mask_column;
     }
     if (part.keys) {
-      e.own = int(given.own);
+      e.self_column = int(given.self_column);
       e.row_ids = row_ids.defined() ? row_ids.const_data_ptr<int64_t>() : nullptr;
       e.column_ids = column_ids.defined() ? column_ids.const_data_ptr<int64_t>() : nullptr;
     }
@@ -298,7 +298,7 @@ struct CudaInfoNceCall {
         const Tensor panel = panel_of(part, begin, end);
         if (!part.columns) {
           if (needs[0] && !total.defined()) total = at::zeros({end - begin, query.features()}, panel.options());
-          own.gradients(query, panel, begin, total, needs[2] ? grads[2] : Tensor(), times, extra, stream);
+          per_query.gradients(query, panel, begin, total, needs[2] ? grads[2] : Tensor(), times, extra, stream);
           continue;
         }
         if (needs[0]) total = product(panel, part.columns->values(), total);

@@ -15,7 +15,7 @@ struct Entries {
   Set set = Set::none;
   const int64_t* target = nullptr;        // (rows): the positive's column of the matrix; null: i. Not with Set::label
   int first_column = 0;                   // the part's first column of the matrix
-  int own = -1;                           // row i leaves out the part's column i + own, which is itself; -1: none
+  int self_column = -1;                   // row i leaves out column i + self_column of the part, itself; -1: none
   const bool* mask = nullptr;             // (rows, columns): True leaves the entry out
   int64_t mask_row = 0, mask_column = 0;  // strides of the mask, in elements
   // (rows), (columns): entries of equal ids are in the set with Set::label, else left out
@@ -103,7 +103,7 @@ struct TileEntries {
 #pragma unroll
     for (int r = 0; r < layout.kRows; ++r) {
       const int i = row(r);
-      const int positive_column = positive(i), self_column = e.own >= 0 ? i + e.own : -1;
+      const int positive_column = positive(i), self_column = e.self_column >= 0 ? i + e.self_column : -1;
       const bool valid = has_row(i);
 #pragma unroll
       for (int c = 0; c < layout.kColumns; ++c) {

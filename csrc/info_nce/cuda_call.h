@@ -74,27 +74,27 @@ struct Operands {
 };
 
 // Negatives that belong to one row each, (rows, M, features), and their similarities.
-struct OwnOperands {
+struct PerQueryOperands {
   at::Tensor given, x, similarities, inverse_norms;
 
-  OwnOperands() = default;
-  OwnOperands(const at::Tensor& tensor, const Operands& rows, cudaStream_t stream) : given(tensor) {
+  PerQueryOperands() = default;
+  PerQueryOperands(const at::Tensor& tensor, const Operands& rows, cudaStream_t stream) : given(tensor) {
     x = given.to(rows.x.scalar_type()).contiguous();
     const auto options = x.options().dtype(compute_type(x.scalar_type()));
     similarities = at::empty({x.size(0), x.size(1)}, options);
     if (rows.norms.defined()) inverse_norms = at::empty_like(similarities);
-    contrastive::OwnNegatives p = call(rows);
+    contrastive::PerQueryNegatives p = call(rows);
     p.similarities = similarities.mutable_data_ptr();
     p.inverse_norms = inverse_norms.defined() ? inverse_norms.mutable_data_ptr() : nullptr;
     with_type(x.scalar_type(), [&](auto type) {
-      check_launch(contrastive::own_similarities<typename decltype(type)::T>(p, stream), "info_nce");
+      check_launch(contrastive::per_query_similarities<typename decltype(type)::T>(p, stream), "info_nce");
     });
   }
 
   // From a panel of the similarities' gradient: adds to `total` and writes `grad`, where they are defined.
   void gradients(const Operands& rows, const at::Tensor& panel, int64_t first, const at::Tensor& total,
                  const at::Tensor& grad, const double* scale, const double* extra, cudaStream_t stream) const {
-    contrastive::OwnNegatives p = call(rows);
+    contrastive::PerQueryNegatives p = call(rows);
     p.similarities = similarities.mutable_data_ptr();
     p.inverse_norms = inverse_norms.defined() ? inverse_norms.mutable_data_ptr() : nullptr;
     p.panel = panel.const_data_ptr(), p.panel_stride = panel.stride(0);
@@ -103,13 +103,13 @@ struct OwnOperands {
     p.grad = grad.defined() ? grad.mutable_data_ptr() : nullptr;
     p.scale = scale, p.extra = extra;
     with_type(x.scalar_type(), [&](auto type) {
-      check_launch(contrastive::own_gradients<typename decltype(type)::T>(p, stream), "info_nce");
+      check_launch(contrastive::per_query_gradients<typename decltype(type)::T>(p, stream), "info_nce");
     });
   }
 
  private:
-  contrastive::OwnNegatives call(const Operands& rows) const {
-    contrastive::OwnNegatives p;
+  contrastive::PerQueryNegatives call(const Operands& rows) const {
+    contrastive::PerQueryNegatives p;
     p.rows = rows.x.const_data_ptr(), p.row_norms = rows.inverse_norms(), p.negatives = x.const_data_ptr();
     p.row_stride = rows.x.stride(0), p.row_count = x.size(0), p.count = x.size(1), p.features = x.size(2);
     return p;

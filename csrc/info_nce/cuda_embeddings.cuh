@@ -103,7 +103,7 @@ cudaError_t finish_rows(const FinishedRows& p, cudaStream_t stream) {
 }
 
 // Per-query negatives: each row has `count` of its own. Arguments of the two kernels below.
-struct OwnNegatives {
+struct PerQueryNegatives {
   const void* rows = nullptr;       // (row_count, features): the operands
   const void* row_norms = nullptr;  // (row_count): their inverse norms, compute type; null: not normalized
   const void* negatives = nullptr;  // (row_count, count, features): of the operands' type, contiguous, as given
@@ -111,7 +111,7 @@ struct OwnNegatives {
   void* similarities = nullptr;                                    // (row_count, count): compute type
   void* inverse_norms = nullptr;  // (row_count, count): of the negatives, compute type; null: not normalized
 
-  // own_gradients_kernel:
+  // per_query_gradients_kernel:
   const void* panel = nullptr;  // (panel_rows, count): gradient by the similarities / scale * extra, compute type
   int64_t panel_stride = 0, first = 0, panel_rows = 0;  // the panel's rows are rows `first` on
   void* total = nullptr;  // (panel_rows, features): in and out, gradient by the rows / scale * extra; may be null
@@ -122,8 +122,8 @@ struct OwnNegatives {
 // Writes the similarities and, if rows are normalized, the negatives' inverse norms.
 template <class T>
 __global__ void __launch_bounds__(kWarp* kRowsOfBlock)
-    own_similarities_kernel(const __grid_constant__ OwnNegatives p,
-                            int lanes) {  // of a warp per negative, a power of two
+    per_query_similarities_kernel(const __grid_constant__ PerQueryNegatives p,
+                                  int lanes) {  // of a warp per negative, a power of two
   using A = Compute<T>;
   const int64_t k = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / lanes, i = k / p.count;
   const int lane = threadIdx.x % lanes;
@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(kWarp* kRowsOfBlock)
 }
 
 template <class T>
-cudaError_t own_similarities(const OwnNegatives& p, cudaStream_t stream) {
+cudaError_t per_query_similarities(const PerQueryNegatives& p, cudaStream_t stream) {
   const int64_t all = p.row_count * p.count;
   if (all == 0) return cudaSuccess;
   int lanes = 4;
@@ -159,14 +159,15 @@ cudaError_t own_similarities(const OwnNegatives& p, cudaStream_t stream) {
   Grid grid;
   grid.blocks = dim3(unsigned((all * lanes + kThreads - 1) / kThreads));
   grid.threads = kThreads;
-  return launch(grid, stream, own_similarities_kernel<T>, p, lanes);
+  return launch(grid, stream, per_query_similarities_kernel<T>, p, lanes);
 }
 
 constexpr int kFeatureThreads = 128;  // per block, one feature each
 
 // Writes the gradient by one row's negatives, and adds theirs to the row's. One thread per feature.
 template <class T>
-__global__ void __launch_bounds__(kFeatureThreads) own_gradients_kernel(const __grid_constant__ OwnNegatives p) {
+__global__ void __launch_bounds__(kFeatureThreads)
+    per_query_gradients_kernel(const __grid_constant__ PerQueryNegatives p) {
   using A = Compute<T>;
   const int64_t blocks = (p.features + kFeatureThreads - 1) / kFeatureThreads;
   const int64_t r = blockIdx.x / blocks, i = p.first + r, d = blockIdx.x % blocks * kFeatureThreads + threadIdx.x;
@@ -192,13 +193,13 @@ __global__ void __launch_bounds__(kFeatureThreads) own_gradients_kernel(const __
 }
 
 template <class T>
-cudaError_t own_gradients(const OwnNegatives& p, cudaStream_t stream) {
+cudaError_t per_query_gradients(const PerQueryNegatives& p, cudaStream_t stream) {
   const int64_t blocks = p.panel_rows * ((p.features + kFeatureThreads - 1) / kFeatureThreads);
   if (blocks == 0 || (!p.total && !p.grad)) return cudaSuccess;
   Grid grid;
   grid.blocks = dim3(unsigned(blocks));
   grid.threads = kFeatureThreads;
-  return launch(grid, stream, own_gradients_kernel<T>, p);
+  return launch(grid, stream, per_query_gradients_kernel<T>, p);
 }
 
 }  // namespace tlk::contrastive

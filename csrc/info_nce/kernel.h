@@ -44,7 +44,7 @@ struct InfoNce {
   const bool* mask = nullptr;       // (rows, columns): True leaves the entry out of the softmax; may be null
   int64_t mask_stride = 0;          // elements from row to row
   bool mask_has_negatives = false;  // the mask covers the further negatives too, not only the keys
-  int64_t own = -1;                 // row i leaves out column i + own, which is itself; -1: none
+  int64_t self_column = -1;         // row i leaves out column i + self_column, its similarity to itself; -1: none
 
   Direction rows, columns;
   bool reads_positive = true;  // row_statistics writes Direction::positive; else it has been written

@@ -26,7 +26,7 @@ struct CpuSigmoidContrastiveCall : SigmoidContrastive {
   Tensor rows;  // loss and gradients of scale and bias, one per row
 
   CpuSigmoidContrastiveCall(const Tensor& query_in, const Tensor& key_in, const Tensor& logit_scale_in,
-                            const Tensor& logit_bias_in, int64_t own_in)
+                            const Tensor& logit_bias_in, int64_t positive_offset_in)
       : query(query_in),
         key(key_in),
         logit_scale(logit_scale_in),
@@ -37,7 +37,7 @@ struct CpuSigmoidContrastiveCall : SigmoidContrastive {
     TORCH_CHECK_VALUE(logit_scale.dim() == 0 && logit_bias.dim() == 0, "logit_scale, logit_bias: expected 0-d tensors");
     scale = logit_scale.item<double>();
     bias = logit_bias.item<double>();
-    own = own_in;
+    positive_offset = positive_offset_in;
     rows = at::zeros({3, query.size(0)}, query.options().dtype(at::kDouble));
     loss = rows.mutable_data_ptr<double>();
     scale_grad = loss + query.size(0);
@@ -55,9 +55,9 @@ struct CpuSigmoidContrastiveCall : SigmoidContrastive {
 };
 
 Tensor forward(const Tensor& query, const Tensor& key, const Tensor& logit_scale, const Tensor& logit_bias,
-               int64_t own) {
+               int64_t positive_offset) {
   const Guards guards;
-  CpuSigmoidContrastiveCall call(query, key, logit_scale, logit_bias, own);
+  CpuSigmoidContrastiveCall call(query, key, logit_scale, logit_bias, positive_offset);
   const auto kernel = sigmoid_contrastive_kernels()(call.compute == at::kDouble).loss;
   call.similarity.each_tile([&](const Part& part, const Tile& tile) {
     call.similarity.product(part, tile);
@@ -68,10 +68,10 @@ Tensor forward(const Tensor& query, const Tensor& key, const Tensor& logit_scale
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> step(const Tensor& upstream, const Tensor& query, const Tensor& key,
                                                         const Tensor& logit_scale, const Tensor& logit_bias,
-                                                        int64_t own, std::array<bool, 4> needs) {
+                                                        int64_t positive_offset, std::array<bool, 4> needs) {
   const Guards guards;
   TORCH_CHECK_VALUE(upstream.dim() == 0, "sigmoid_contrastive_step: expected a 0-d upstream gradient");
-  CpuSigmoidContrastiveCall call(query, key, logit_scale, logit_bias, own);
+  CpuSigmoidContrastiveCall call(query, key, logit_scale, logit_bias, positive_offset);
   call.factor = upstream.item<double>() / double(query.size(0));
   const auto kernel = sigmoid_contrastive_kernels()(call.compute == at::kDouble).step;
   Similarity& similarity = call.similarity;

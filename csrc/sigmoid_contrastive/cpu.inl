@@ -29,7 +29,7 @@ void sigmoid_rows(const SigmoidContrastive& p, const Tile& t, int64_t begin, int
   const A scale = A(p.scale), bias = A(p.bias), factor = A(p.factor);
   for (int64_t r = begin; r < end; ++r) {
     A* c = static_cast<A*>(t.c) + r * t.stride;
-    const int64_t i = t.row + r, positive = p.own + i - t.column;  // the positive's column of the tile
+    const int64_t i = t.row + r, positive = p.positive_offset + i - t.column;  // the positive's column of the tile
     const bool has_positive = positive >= 0 && positive < t.columns;
     const A x = has_positive ? c[positive] : A(0);
     Chains<A> loss, by_scale, by_bias;

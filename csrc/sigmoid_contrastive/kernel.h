@@ -5,9 +5,9 @@
 namespace tlk {
 
 struct SigmoidContrastive {
-  double scale = 1, bias = 0;  // logit = scale * similarity + bias
-  int64_t own = 0;             // row i's positive is column i + own
-  double factor = 0;           // of the gradient: upstream / rows
+  double scale = 1, bias = 0;   // logit = scale * similarity + bias
+  int64_t positive_offset = 0;  // the positive of row i is column i + positive_offset
+  double factor = 0;            // of the gradient: upstream / rows
 
   // (rows): each tile adds to them.
   double* loss = nullptr;
