@@ -6,6 +6,7 @@ from typing import NamedTuple
 import harness
 import torch
 import torch.nn.functional as F
+from module_case import SUM, ModuleCase, X, Y
 
 import tlkernels as tlk
 
@@ -193,3 +194,6 @@ LOSS = harness.Loss(
     tlk.CrossEntropyLoss,
     ops,
 )
+OPTIONS_OF_MODULE = {"weight": torch.arange(1.0, 6), "ignore_index": 1, "label_smoothing": 0.2, "temperature": 2.0,
+                     "softcap": 1.0, "z_loss": 0.1, **SUM}  # fmt: skip
+MODULE = ModuleCase(tlk.CrossEntropyLoss, tlk.cross_entropy, (X, Y), {**OPTIONS_OF_MODULE, "inplace_grad": True})

@@ -6,6 +6,7 @@ import math
 import harness
 import torch
 import torch.nn.functional as F
+from module_case import SUM, ModuleCase, X, Y
 
 import tlkernels as tlk
 from tlkernels.losses.distillation import ops
@@ -164,3 +165,7 @@ LOSS = harness.Loss(
     tlk.DistillationLoss,
     registered,
 )
+OPTIONS_OF_MODULE = {"temperature": 2.0, "divergence": "reverse_kl", "beta": 0.3, "hard_weight": 0.9, "ignore_index": 1,
+                     "label_smoothing": 0.2, **SUM}  # fmt: skip
+BASE_OF_MODULE = {"divergence": "js", "hard_weight": 0.5}
+MODULE = ModuleCase(tlk.DistillationLoss, tlk.distillation, (X, X.flip(0), Y), OPTIONS_OF_MODULE, BASE_OF_MODULE)

@@ -5,6 +5,7 @@ import itertools
 import harness
 import torch
 import torch.nn.functional as F
+from module_case import SCALE, SUM, A, B, ModuleCase
 
 import tlkernels as tlk
 from tlkernels.losses.info_nce import ops
@@ -189,3 +190,9 @@ def registered():
 
 
 LOSS = harness.Loss(tlk.info_nce, pytorch, CASES, tlk.InfoNCELoss, lambda: list(registered()), rowwise=False)
+MODULE = ModuleCase(
+    tlk.InfoNCELoss,
+    tlk.info_nce,
+    (A, B),
+    {**SCALE, "symmetric": True, "normalize": True, "label_smoothing": 0.2, **SUM},
+)

@@ -7,6 +7,7 @@ import cross_entropy_cases
 import harness
 import torch
 import torch.nn.functional as F
+from module_case import A, ModuleCase, Y
 
 import tlkernels as tlk
 from tlkernels.losses.linear_cross_entropy import ops
@@ -152,3 +153,10 @@ def op_calls():
 
 
 LOSS = harness.Loss(tlk.linear_cross_entropy, pytorch, CASES, Module, op_calls, rowwise=False)
+MODULE = ModuleCase(
+    tlk.LinearCrossEntropyLoss,
+    tlk.linear_cross_entropy,
+    (A, Y),
+    cross_entropy_cases.OPTIONS_OF_MODULE,
+    {"in_features": 4, "num_classes": 5},
+)

@@ -3,8 +3,9 @@
 import harness
 import torch
 import torch.nn.functional as F
-from distillation_cases import BF16, DIVERGENCES, F16, F32, F64, HARD
+from distillation_cases import BASE_OF_MODULE, BF16, DIVERGENCES, F16, F32, F64, HARD, OPTIONS_OF_MODULE
 from distillation_cases import pytorch as distillation
+from module_case import A, B, ModuleCase, V, W, Y
 
 import tlkernels as tlk
 from tlkernels.losses.linear_distillation import ops
@@ -85,3 +86,6 @@ def registered():
 
 
 LOSS = harness.Loss(tlk.linear_distillation, pytorch, CASES, tlk.LinearDistillationLoss, registered, rowwise=False)
+MODULE = ModuleCase(
+    tlk.LinearDistillationLoss, tlk.linear_distillation, (A, W, B, V, Y), OPTIONS_OF_MODULE, BASE_OF_MODULE
+)

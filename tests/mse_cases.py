@@ -5,6 +5,7 @@ from functools import partial
 import harness
 import torch
 import torch.nn.functional as F
+from module_case import SUM, A, B, ModuleCase
 
 import tlkernels as tlk
 from tlkernels.losses.mse import ops
@@ -81,3 +82,4 @@ def op_calls():
 
 
 LOSS = harness.Loss(tlk.mse, pytorch, cases(SHAPES), tlk.MSELoss, op_calls)
+MODULE = ModuleCase(tlk.MSELoss, tlk.mse, (A, B), SUM)

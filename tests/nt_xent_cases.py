@@ -4,6 +4,7 @@ import harness
 import torch
 import torch.nn.functional as F
 from info_nce_cases import BF16, DTYPES, F32, F64, embeddings
+from module_case import SCALE, SUM, A, B, ModuleCase
 
 import tlkernels as tlk
 
@@ -48,3 +49,4 @@ CASES = [
 
 
 LOSS = harness.Loss(tlk.nt_xent, pytorch, CASES, tlk.NTXentLoss, rowwise=False, cuda="info_nce")
+MODULE = ModuleCase(tlk.NTXentLoss, tlk.nt_xent, (A, B), {**SCALE, "normalize": False, **SUM})

@@ -4,6 +4,7 @@ import harness
 import torch
 import torch.nn.functional as F
 from info_nce_cases import DTYPES, F32, F64, embeddings
+from module_case import A, B, ModuleCase
 
 import tlkernels as tlk
 from tlkernels.losses.sigmoid_contrastive import ops
@@ -59,3 +60,10 @@ def registered():
 
 
 LOSS = harness.Loss(tlk.sigmoid_contrastive, pytorch, CASES, tlk.SigmoidContrastiveLoss, registered, rowwise=False)
+MODULE = ModuleCase(
+    tlk.SigmoidContrastiveLoss,
+    tlk.sigmoid_contrastive,
+    (A, B),
+    {"logit_scale": 3.0, "logit_bias": torch.tensor([-2.0]), "impl": "reference"},
+    {"logit_scale": 10.0, "logit_bias": -10.0},
+)

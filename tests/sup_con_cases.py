@@ -4,6 +4,7 @@ import harness
 import torch
 import torch.nn.functional as F
 from info_nce_cases import BF16, DTYPES, F32, F64, embeddings
+from module_case import SCALE, SUM, A, ModuleCase, Y
 
 import tlkernels as tlk
 
@@ -57,3 +58,4 @@ CASES = [
 
 
 LOSS = harness.Loss(tlk.sup_con, pytorch, CASES, tlk.SupConLoss, rowwise=False, cuda="info_nce")
+MODULE = ModuleCase(tlk.SupConLoss, tlk.sup_con, (A, Y), {**SCALE, "normalize": False, **SUM})

@@ -5,69 +5,22 @@ import inspect
 import io
 import pickle
 from fractions import Fraction
-from typing import NamedTuple
+from importlib import import_module
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from battery import LOSSES
+from module_case import A, B, X, Y
 from torch.nn.modules.loss import _Loss
 from torch.optim.swa_utils import AveragedModel
 
 import tlkernels as tlk
 from tlkernels._core.group import SavedGroup
 
-X, Y = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 3, 1, 0])
-A, B = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(1)).unbind()
-W, V = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(2)).unbind()
-SUM = {"reduction": "sum", "impl": "reference"}
-CROSS_ENTROPY = {"weight": torch.arange(1.0, 6), "ignore_index": 1, "label_smoothing": 0.2, "temperature": 2.0,
-                 "softcap": 1.0, "z_loss": 0.1, **SUM}  # fmt: skip
-DISTILLATION = {"temperature": 2.0, "divergence": "reverse_kl", "beta": 0.3, "hard_weight": 0.9, "ignore_index": 1,
-                "label_smoothing": 0.2, **SUM}  # fmt: skip
-SCALE = {"temperature": 0.5, "logit_scale": torch.tensor([3.0])}
-
-
-class Case(NamedTuple):
-    make: type
-    function: object
-    tensors: tuple
-    options: dict
-    """For each option of the constructor, a value other than the default."""
-    base: dict = {}  # noqa: RUF012
-    """Arguments that the constructor needs, or that make each option matter."""
-
-    def build(self, **options):
-        torch.manual_seed(3)  # for a layer's weights
-        return self.make(**{**self.base, **options})
-
-    def expected(self, module, **options):
-        """Return the function's result with these options; other tests compare the function with float64."""
-        options = {**{k: v for k, v in self.base.items() if k in self.options}, **options}
-        if self.make is tlk.LinearCrossEntropyLoss:
-            return self.function(A, module.linear.weight, Y, **options)
-        return self.function(*self.tensors, **options)
-
-
-CASES = {case.make.__name__: case for case in (
-    Case(tlk.CrossEntropyLoss, tlk.cross_entropy, (X, Y), {**CROSS_ENTROPY, "inplace_grad": True}),
-    Case(tlk.LinearCrossEntropyLoss, tlk.linear_cross_entropy, (A, Y), CROSS_ENTROPY,
-         {"in_features": 4, "num_classes": 5}),
-    Case(tlk.DistillationLoss, tlk.distillation, (X, X.flip(0), Y), DISTILLATION,
-         {"divergence": "js", "hard_weight": 0.5}),
-    Case(tlk.LinearDistillationLoss, tlk.linear_distillation, (A, W, B, V, Y), DISTILLATION,
-         {"divergence": "js", "hard_weight": 0.5}),
-    Case(tlk.InfoNCELoss, tlk.info_nce, (A, B), {**SCALE, "symmetric": True, "normalize": True, "label_smoothing": 0.2,
-                                                 **SUM}),
-    Case(tlk.NTXentLoss, tlk.nt_xent, (A, B), {**SCALE, "normalize": False, **SUM}),
-    Case(tlk.SupConLoss, tlk.sup_con, (A, Y), {**SCALE, "normalize": False, **SUM}),
-    Case(tlk.SigmoidContrastiveLoss, tlk.sigmoid_contrastive, (A, B),
-         {"logit_scale": 3.0, "logit_bias": torch.tensor([-2.0]), "impl": "reference"},
-         {"logit_scale": 10.0, "logit_bias": -10.0}),
-    Case(tlk.MSELoss, tlk.mse, (A, B), SUM),
-    Case(tlk.RMSELoss, tlk.rmse, (A, B), {"eps": 0.5, **SUM}),
-)}  # fmt: skip
+CASES = {case.make.__name__: case for case in (import_module(f"{name}_cases").MODULE for name in LOSSES)}
 GROUPED = [name for name, case in CASES.items() if "group" in inspect.signature(case.make).parameters]
 every_module = pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
 
