@@ -59,8 +59,8 @@ bench: setup  ## speed-up and memory of every loss, written to bench/results (BE
 readme: setup  ## README's figures and picture, and bench/RESULTS.md, from the newest file in bench/results
 	$(PY) -m bench.readme
 
-# A build of its own, beside the one in the source tree. The runtimes have to come before everything else in the
-# process, and libstdc++ with them, or they do not find the functions that they wrap.
+# A separate build, not the one in the source tree. The runtimes and libstdc++ must be loaded before everything else, or
+# the runtimes do not find the functions that they wrap.
 RUNTIME = $$($${CXX:-c++} -print-file-name=$(1))
 SANITIZED = LD_PRELOAD="$(call RUNTIME,libasan.so) $(call RUNTIME,libubsan.so) $(call RUNTIME,libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH=$(CURDIR)/build/sanitize/lib:$(CURDIR)
@@ -74,7 +74,7 @@ sanitize: setup  ## the kernels' core tests under AddressSanitizer and UBSan
 cuda-compile: setup  ## the CUDA kernels for every architecture, no GPU needed (COMPILE_ARGS=--quick for two of them)
 	$(PY) -m bench.cuda_resources $(COMPILE_ARGS)
 
-# The wheel is built from the source archive, so that what that lacks is seen.
+# The wheel is built from the source archive, which shows whether a file is missing there.
 wheel: setup  ## a source archive, and a wheel for the torch of the virtual environment, in dist
 	rm -rf dist
 	$(PY) setup.py -q sdist -d dist

@@ -45,7 +45,7 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
     (
         "contrastive::statistics_of_tiles<contrastive::Products<*, contrastive::Shape<float, 128, 128, 2, 4> > >",
         "sm_1*",
-    ): "up to 244 bytes beside 128 registers, so that two blocks fit; where in the kernel has not been looked at",
+    ): "up to 244 bytes with 128 registers, so that two blocks fit; where in the kernel has not been looked at",
 }
 
 

@@ -17,7 +17,7 @@ from csrc import nvcc
 from tlkernels._core import native
 
 ROOT = Path(__file__).parents[1]
-needs_nvcc = pytest.mark.skipif(nvcc.compiler() is None, reason="there is no nvcc")
+needs_nvcc = pytest.mark.skipif(nvcc.compiler() is None, reason="nvcc not found")
 
 
 @pytest.fixture(scope="module")

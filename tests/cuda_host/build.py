@@ -67,7 +67,7 @@ def load() -> ctypes.CDLL:
 
 @contextmanager
 def ops_on_cpu_tensors() -> Iterator[None]:
-    """Serve the native ops of CPU tensors by the library meanwhile, where it has them."""
+    """Let the library serve the native ops of CPU tensors within the context, where it implements them."""
     library = load()
     library.tlk_cuda_host_switch(ctypes.c_bool(True))
     try:
