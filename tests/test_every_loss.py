@@ -181,6 +181,7 @@ class TestFunc:
 
 @over(lambda loss, case: case.small or case is loss.cases[0], quick=one_each)
 def test_compile(loss, case, impl):
+    """By inductor, to C++ on a CPU, which takes seconds each: the losses' own tests end before that (aot_eager)."""
     call = Call(loss, case, impl)
     torch._dynamo.reset()
     scaled = lambda *tensors: call.ours(*(tensor * 2 for tensor in tensors)) * 3  # noqa: E731
