@@ -181,7 +181,7 @@ class TestFunc:
 
 @over(lambda loss, case: case.small or case is loss.cases[0], quick=one_each)
 def test_compile(loss, case, impl):
-    """Native by inductor, which takes seconds each. It calls all ops in the same way, so aot_eager is enough for others."""
+    """Native by inductor, which takes seconds each. It calls every op alike, so aot_eager is enough for the others."""
     call = Call(loss, case, impl)
     torch._dynamo.reset()
     scaled = lambda *tensors: call.ours(*(tensor * 2 for tensor in tensors)) * 3  # noqa: E731
