@@ -1,4 +1,4 @@
-"""Calls whose Triton kernels are compiled ahead of time for every architecture: one module a loss, with `examples()`.
+"""Calls whose Triton kernels are compiled ahead of time for every architecture: one module per loss, with `examples()`.
 
 `bench/triton_resources.py` reads them. It fails if a kernel spills, or lacks an instruction that its example claims,
 unless the example has an exception for it.
@@ -38,4 +38,4 @@ SIMILARITY_EXCEPTIONS = {
     (name, "gfx942", "spills"): "scalar registers, kept in lanes of vector registers: no memory"
     for name in ("statistics", "pairs")
 }
-"""Of the kernels whose registers are bounded (`maxnreg` in `similarity.TILES`)."""
+"""Spills of the kernels with a register limit (`maxnreg` in `similarity.TILES`)."""

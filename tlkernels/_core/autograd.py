@@ -73,7 +73,7 @@ def differentiable(op: Any, rule: Rule, backward: Any = None) -> None:
     _rules[op] = rule
 
     def kernel(*args: Any) -> Any:
-        if _needs_grad(args[: rule.inputs]):
+        if needs_grad(args[: rule.inputs]):
             return _Differentiable.apply(op, rule, *args)  # type: ignore[no-untyped-call]
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
@@ -215,7 +215,7 @@ def apply(op: Any, *args: Any) -> Any:
         return op(*args)
     with torch._C._AutoDispatchBelowAutograd():
         results = op(*args)
-    if _needs_grad(args[: rule.inputs]):
+    if needs_grad(args[: rule.inputs]):
         first, *others = (results,) if isinstance(results, Tensor) else results
         first = _attach(first, rule, (*args, *(others[i - 1] for i in rule.kept)), [])
         return first if isinstance(results, Tensor) else (first, *others)
@@ -224,7 +224,7 @@ def apply(op: Any, *args: Any) -> Any:
 
 def two_sweeps(loss: Tensor, rule: Rule, *args: Any) -> Tensor:
     """Return `loss`, which was computed without autograd, with `rule` as its backward; requires `plain(*args)`."""
-    return _attach(loss, rule, args, []) if _needs_grad(args[: rule.inputs]) else loss
+    return _attach(loss, rule, args, []) if needs_grad(args[: rule.inputs]) else loss
 
 
 def one_sweep(sweep: Sweep, *args: Any, dtype: torch.dtype | None = None) -> Tensor:
@@ -248,7 +248,8 @@ def one_sweep(sweep: Sweep, *args: Any, dtype: torch.dtype | None = None) -> Ten
     return _attach(loss, sweep, args, where_needed(grads, needs)) if any(needs) else loss
 
 
-def _needs_grad(args: Args) -> bool:
+def needs_grad(args: Args) -> bool:
+    """Return whether autograd will ask for the gradient of one of `args`."""
     return torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
 
 

@@ -10,6 +10,7 @@ from tlkernels._core.autograd import (
     Needs,
     Tensors,
     in_pytorch,
+    needs_grad,
     plain,
     refuse_native,
     refuse_triton,
@@ -75,11 +76,6 @@ def gradients_by(backward: Any) -> Callable[[Tensors, Args, Needs], Tensors]:
         return where_needed(backward(*upstreams, *args, needs), needs)
 
     return gradients
-
-
-def needs_grad(tensors: Tensors) -> bool:
-    """Return whether autograd will ask for the gradient of one of the tensors."""
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def in_one_sweep(inputs: Tensors, args: Sequence[Any], reduction: str) -> bool:

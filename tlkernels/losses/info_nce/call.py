@@ -29,7 +29,7 @@ class Options(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """The tensors of a call, in the order of the ops' arguments."""
+    """The tensors of a call, in the order of the ops' arguments: the first fields of `Arguments`."""
 
     query: Tensor
     key: Tensor | None
@@ -64,20 +64,6 @@ class Arguments(NamedTuple):
     reduction: str
     dtype: torch.dtype
     """The dtype of the loss."""
-
-    @property
-    def inputs(self) -> Inputs:
-        """The tensors."""
-        return Inputs(
-            self.query,
-            self.key,
-            self.negatives,
-            self.logit_scale,
-            self.target,
-            self.mask,
-            self.query_ids,
-            self.key_ids,
-        )
 
 
 def check_reduction(reduction: str) -> None:

@@ -20,13 +20,14 @@ from tlkernels._core.autograd import (
     Tensors,
     apply,
     differentiable,
+    needs_grad,
     one_sweep,
     refuse_transforms,
     where_needed,
 )
 from tlkernels._core.dtypes import cast, compute_dtype
 from tlkernels._core.embeddings import as_tensor
-from tlkernels._core.loss import Op, define_ops, implementations, in_one_sweep, needs_grad, take
+from tlkernels._core.loss import Op, define_ops, implementations, in_one_sweep, take
 from tlkernels._core.reduction import reduce
 from tlkernels.losses.info_nce import reference
 from tlkernels.losses.info_nce.call import Arguments, Inputs, Options
@@ -45,16 +46,14 @@ def _fake_loss(inputs: Inputs) -> Tensor:
     return inputs.query.new_empty(inputs.query.shape[:1], dtype=compute)
 
 
-def _fake_native(*args: Any) -> tuple[Tensor, Tensor]:
+def _fake_forward(*args: Any, statistics: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     inputs, options = take(Inputs, args)
     directions, loss = 1 + Options(*options).symmetric, _fake_loss(inputs)
-    return loss, loss.new_empty((directions, 6, *loss.shape), dtype=torch.float64)  # kStatistics in info_nce/kernel.h
+    return loss, loss.new_empty((directions, statistics, *loss.shape), dtype=dtype)
 
 
-def _fake_triton(*args: Any) -> tuple[Tensor, Tensor]:
-    inputs, options = take(Inputs, args)
-    directions, loss = 1 + Options(*options).symmetric, _fake_loss(inputs)
-    return loss, loss.new_empty((directions, 5, *loss.shape))  # STATISTICS in triton.py
+_fake_native = partial(_fake_forward, statistics=6, dtype=torch.float64)  # kStatistics in info_nce/kernel.h
+_fake_triton = partial(_fake_forward, statistics=5)  # STATISTICS in triton.py
 
 
 def _fake_gradients(*args: Any) -> tuple[Tensor, ...]:
@@ -141,7 +140,8 @@ for _ops in (NATIVE, TRITON):
 
 
 def _run(ops: Ops, sweep: Sweep | None, call: Arguments) -> Tensor:
-    inputs = call.inputs._replace(logit_scale=as_tensor(call.logit_scale, call.query.device))
+    inputs, _ = take(Inputs, call)
+    inputs = inputs._replace(logit_scale=as_tensor(call.logit_scale, call.query.device))
     args = *inputs, *call.options
     if sweep and needs_grad(inputs.differentiable) and in_one_sweep(inputs.differentiable, args, call.reduction):
         return one_sweep(sweep, *args, call.reduction == "mean", dtype=call.dtype)

@@ -18,13 +18,14 @@ from tlkernels._core.autograd import (
     Tensors,
     apply,
     differentiable,
+    needs_grad,
     one_sweep,
     refuse_transforms,
     where_needed,
 )
 from tlkernels._core.dtypes import cast, compute_dtype
 from tlkernels._core.embeddings import as_tensor
-from tlkernels._core.loss import Op, define_ops, implementations, in_one_sweep, needs_grad
+from tlkernels._core.loss import Op, define_ops, implementations, in_one_sweep
 from tlkernels.losses.sigmoid_contrastive import reference
 from tlkernels.losses.sigmoid_contrastive.call import Arguments
 
