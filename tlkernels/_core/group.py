@@ -25,7 +25,7 @@ class SavedGroup(NamedTuple):
     """Global ranks in the group's order; None for the default group, whatever its size."""
     name: str
 
-    def find(self) -> Any:
+    def find(self, argument: str = "group") -> Any:
         """Return this process's group of these ranks; of several, the one with this name if there is one.
 
         Raises:
@@ -43,23 +43,25 @@ class SavedGroup(NamedTuple):
         else:
             why = "torch.distributed is not initialized"
         which = "the default group" if self.ranks is None else f"a group of ranks {self.ranks}"
-        raise ValueError(f"group: expected {which}, as when the module was pickled, but {why}; or set `group`")
+        raise ValueError(
+            f"{argument}: expected {which}, as when the module was pickled, but {why}; or set `{argument}`"
+        )
 
 
-def check_group(group: Any) -> Any:
+def check_group(group: Any, argument: str = "group") -> Any:
     """Return `group`, or for a `SavedGroup` the process group that it names.
 
     Raises:
         TypeError, ValueError: it is neither None nor a process group that includes this process.
     """
     if isinstance(group, SavedGroup):
-        group = group.find()
+        group = group.find(argument)
     if group is None:
         return None
     if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
-        raise TypeError(f"group: expected a torch.distributed.ProcessGroup or None, got {type(group).__name__}")
+        raise TypeError(f"{argument}: expected a torch.distributed.ProcessGroup or None, got {type(group).__name__}")
     if dist.get_rank(group) < 0:
-        raise ValueError("group: expected a process group that includes this process")
+        raise ValueError(f"{argument}: expected a process group that includes this process")
     return group
 
 

@@ -1,9 +1,12 @@
 """Cross entropy: the function, the function with statistics, and the module."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from tlkernels._core.dispatch import resolve
+from tlkernels._core.group import check_group
 from tlkernels._core.module import LossModule, refuse_deprecated
 from tlkernels._core.options import flag
 from tlkernels.losses.cross_entropy.call import Arguments, CrossEntropyOutput, check, plain_options
@@ -22,6 +25,7 @@ def cross_entropy(
     softcap: float | None = None,
     z_loss: float = 0.0,
     row_weight: Tensor | None = None,
+    vocab_group: Any = None,
     inplace_grad: bool = False,
     impl: str = "auto",
 ) -> Tensor:
@@ -54,6 +58,11 @@ def cross_entropy(
         row_weight: a factor for each position's loss, of the loss's shape under `reduction="none"` and any of the
             dtypes of `input`. The mean still divides by the same number. If `row_weight` does not require a gradient,
             a position of weight 0 is left out as an ignored one is, whatever its logits are.
+        vocab_group: a torch.distributed process group over which the classes are split, in the order of its ranks, in
+            parts of any size. `input`, `weight` and class probabilities have this rank's classes; class indices count
+            all classes, and C is their total; every rank passes the same positions. Every rank gets the loss of the
+            whole rows, the same bits, and the gradient of its own classes. A second derivative raises. On a GPU
+            `label_smoothing` waits for the device, to learn C.
         inplace_grad: whether the backward writes the gradient over `input`, with only O(N) extra memory. `input` must
             not be a leaf. After the backward, reading `input` raises, and so does a second backward.
         impl: "auto" (default), "native", "triton" or "reference".
@@ -75,7 +84,9 @@ def cross_entropy(
     `tlkernels/losses/cross_entropy/second_order.py`.
     """
     options = plain_options(weight, ignore_index, label_smoothing, temperature, softcap, z_loss)
-    arguments = Arguments(input, target, options, reduction, flag("inplace_grad", inplace_grad), False, row_weight)
+    group = check_group(vocab_group, "vocab_group")
+    in_place = flag("inplace_grad", inplace_grad)
+    arguments = Arguments(input, target, options, reduction, in_place, False, row_weight, group)
     call = check(arguments)
     loss: Tensor = resolve("cross_entropy", IMPLEMENTATIONS, call, impl).run(call)
     return loss
@@ -93,6 +104,7 @@ def cross_entropy_stats(
     softcap: float | None = None,
     z_loss: float = 0.0,
     row_weight: Tensor | None = None,
+    vocab_group: Any = None,
     inplace_grad: bool = False,
     impl: str = "auto",
 ) -> CrossEntropyOutput:
@@ -115,7 +127,9 @@ def cross_entropy_stats(
         or have weight 0.
     """
     options = plain_options(weight, ignore_index, label_smoothing, temperature, softcap, z_loss)
-    arguments = Arguments(input, target, options, reduction, flag("inplace_grad", inplace_grad), True, row_weight)
+    group = check_group(vocab_group, "vocab_group")
+    in_place = flag("inplace_grad", inplace_grad)
+    arguments = Arguments(input, target, options, reduction, in_place, True, row_weight, group)
     call = check(arguments)
     output: CrossEntropyOutput = resolve("cross_entropy_stats", IMPLEMENTATIONS, call, impl).run(call)
     return output
@@ -144,13 +158,14 @@ class CrossEntropyLoss(LossModule, torch.nn.CrossEntropyLoss, function=cross_ent
         temperature: float = 1.0,
         softcap: float | None = None,
         z_loss: float = 0.0,
+        vocab_group: Any = None,
         inplace_grad: bool = False,
         impl: str = "auto",
     ) -> None:
         refuse_deprecated(size_average, reduce)
         super().__init__(weight, None, ignore_index, None, reduction, label_smoothing)
         self.temperature, self.softcap, self.z_loss = temperature, softcap, z_loss
-        self.inplace_grad, self.impl = inplace_grad, impl
+        self.vocab_group, self.inplace_grad, self.impl = vocab_group, inplace_grad, impl
 
     def forward(self, input: Tensor, target: Tensor, row_weight: Tensor | None = None) -> Tensor:
         """Return the loss."""

@@ -1,6 +1,6 @@
 """Arguments of cross entropy and their validation."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,6 +48,7 @@ class Arguments(NamedTuple):
     inplace_grad: bool
     stats: bool
     row_weight: Tensor | None = None
+    vocab_group: Any = None
 
     @property
     def dtype(self) -> torch.dtype:

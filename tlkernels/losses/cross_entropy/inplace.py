@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from tlkernels._core.autograd import Tensors
 from tlkernels._core.ops import take_memory
 from tlkernels.losses.cross_entropy.call import Options
 from tlkernels.losses.cross_entropy.second_order import target_gradient
@@ -48,9 +49,15 @@ class _InplaceLoss(Function):
         grad_target = target_gradient(grad_loss, input, target, options) if needs_target else None
         grad_input = None
         if needs_input:
-            input = input.detach()
-            upstream = grad_loss, grad_lse, grad_entropy
-            ctx.ops.backward_(*upstream, input, target, peak, log_sum, entropy, *options)
-            torch.autograd.graph.increment_version(input)  # shared with the tensor that autograd knows
-            grad_input = take_memory(input, _OVERWRITTEN)
+            upstreams = grad_loss, grad_lse, grad_entropy
+            grad_input = overwrite(ctx.ops, upstreams, input, target, peak, log_sum, entropy, *options)
         return grad_input, grad_target, None, None, None
+
+
+def overwrite(ops: Any, upstreams: Tensors, input: Any, *args: Any) -> Tensor:
+    """Return the gradient of `input`, in its memory; `args` are those of `ops.backward_` that follow it."""
+    input = input.detach()
+    ops.backward_(*upstreams, input, *args)
+    torch.autograd.graph.increment_version(input)  # shared with the tensor that autograd knows
+    grad: Tensor = take_memory(input, _OVERWRITTEN)
+    return grad

@@ -34,7 +34,7 @@ from tlkernels._core.autograd import (
 from tlkernels._core.dtypes import compute_dtype
 from tlkernels._core.loss import Op, define_ops, implementations, take
 from tlkernels._core.reduction import reduce
-from tlkernels.losses.cross_entropy import inplace, reference, transforms
+from tlkernels.losses.cross_entropy import inplace, reference, transforms, vocab_parallel
 from tlkernels.losses.cross_entropy.call import Arguments, CrossEntropyOutput, Options
 from tlkernels.losses.cross_entropy.second_order import directional, target_gradient
 
@@ -205,7 +205,26 @@ for _ops in (NATIVE, TRITON):
     differentiable(_ops.backward, _gradient_rule(_ops), _ops.directional)
 
 
+def _over_group(ops: Ops, call: Arguments) -> Tensor | CrossEntropyOutput:
+    """Compute a call with `vocab_group`."""
+
+    def forward(target: Tensor, options: Options, stats: bool) -> Any:
+        return (ops.forward_stats if stats else ops.forward)(call.input, target, *options)
+
+    def backward(grad_loss: Tensor, grad_lse: Any, grad_entropy: Any, inputs: Tensors, *rest: Any) -> Tensors:
+        *args, options, _ = rest
+        upstreams = grad_loss, grad_lse, grad_entropy
+        if call.inplace_grad:
+            return (inplace.overwrite(ops, upstreams, *inputs, *args, *options),)
+        return (ops.backward(*upstreams, *inputs, *args, *options),)
+
+    output: Tensor | CrossEntropyOutput = vocab_parallel.cross_entropy(call, forward, backward, (call.input,))
+    return output
+
+
 def _run(ops: Ops, sweep: Sweep, rule: Rule, call: Arguments) -> Tensor | CrossEntropyOutput:
+    if call.vocab_group is not None:
+        return _over_group(ops, call)
     args, row_weight = (call.input, call.target, *call.options), call.row_weight
     by_rows = call.stats or call.inplace_grad or needs_grad((call.target, row_weight)) or not plain(*args, row_weight)
     # A float16 gradient waits for the loss scale, as `_core.loss.in_one_sweep` says.
@@ -252,6 +271,10 @@ def _refuse(call: Arguments) -> str | None:
     if call.inplace_grad and call.row_weight is not None and call.target.is_floating_point():
         return "inplace_grad=True does not support row_weight with probabilities as target"
     compiling, transformed = torch.compiler.is_compiling(), _transformed()
+    if call.vocab_group is not None and (compiling or transformed):
+        return "vocab_group needs plain autograd, not torch.compile or a torch.func transform"
+    if call.vocab_group is not None and needs_grad((call.target,)):
+        return "computes no gradient for target with vocab_group"
     if call.inplace_grad and (compiling or transformed):
         return "inplace_grad=True needs plain autograd, not torch.compile or a torch.func transform"
     if compiling:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from tlkernels._core.dtypes import compute_dtype
 from tlkernels.losses.cross_entropy.call import Arguments, CrossEntropyOutput, class_axis
+from tlkernels.losses.cross_entropy.vocab_parallel import gathered_classes
 
 
 def scaled_logits(call: Arguments) -> Tensor:
@@ -18,12 +19,24 @@ def scaled_logits(call: Arguments) -> Tensor:
 
 def cross_entropy(call: Arguments) -> Tensor | CrossEntropyOutput:
     """Return the loss; with `stats`, a CrossEntropyOutput."""
+    if call.vocab_group is not None:
+        call = _of_all_classes(call)
     absent = call.absent()
     # Zeros in place of logits that do not count: one that is not finite would make its gradient 0 * NaN.
     if absent is not None:
         call = call._replace(input=call.input.masked_fill(absent.unsqueeze(class_axis(call.input)), 0))
     loss = _loss(call)
     return CrossEntropyOutput(loss, *_statistics(call, absent)) if call.stats else loss
+
+
+def _of_all_classes(call: Arguments) -> Arguments:
+    """Return the call on all classes, gathered from the ranks of `vocab_group`."""
+    group, axis, options = call.vocab_group, class_axis(call.input), call.options
+    if options.weight is not None:
+        options = options._replace(weight=gathered_classes(options.weight, 0, group))
+    target = gathered_classes(call.target, axis, group) if call.target.is_floating_point() else call.target
+    input = gathered_classes(call.input, axis, group)
+    return call._replace(input=input, target=target, options=options, vocab_group=None)
 
 
 def _loss(call: Arguments) -> Tensor:
