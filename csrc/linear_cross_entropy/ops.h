@@ -138,7 +138,7 @@ struct LinearCrossEntropyOps<DeviceCall, Sweep, Types<Options...>> {
                                                      Options... options, LinearNeeds needs) {
     const Guards guards;
     Call call(input, linear_weight, linear_bias, target, {options...});
-    call.use_upstream(grad_loss, grad_lse);
+    call.use_upstream(grad_loss, grad_lse, {});
     const auto [grad_input, grad_weight, grad_bias] = call.run(needs);
     return {grad_input, grad_weight, grad_bias};
   }
