@@ -31,7 +31,7 @@ def losses(student: Tensor, teacher: Tensor, options: Options) -> Tensor:
         teacher = teacher.masked_fill(ignored.unsqueeze(-1), 0)
     log_q = (teacher / temperature).log_softmax(-1)
     log_p = (student / temperature).log_softmax(-1)
-    rows = (1 - hard_weight) * temperature**2 * _divergence(log_q, log_p, divergence, beta)
+    rows = (1 - hard_weight) * temperature**2 * divergence_of(log_q, log_p, divergence, beta)
     if target is not None:  # also if hard_weight is 0, since a class index out of range is an error
         hard = F.cross_entropy(
             student.reshape(-1, student.shape[-1]),
@@ -46,7 +46,7 @@ def losses(student: Tensor, teacher: Tensor, options: Options) -> Tensor:
     return rows if ignored is None else rows.masked_fill(ignored, 0)
 
 
-def _divergence(log_q: Tensor, log_p: Tensor, name: str, beta: float) -> Tensor:
+def divergence_of(log_q: Tensor, log_p: Tensor, name: str, beta: float) -> Tensor:
     """Return the divergence of each row; the teacher's distribution is q, the student's p."""
     if name == "forward_kl":
         return _kl(log_q, log_p)
