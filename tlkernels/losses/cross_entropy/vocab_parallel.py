@@ -150,6 +150,7 @@ def _join(of_ranks: Tensor, part: _Part, stats: bool) -> _Whole:
     beyond = log_sum - logs  # lse - lse_r
     no_share = torch.where(masses == 0, 0.0, masses * torch.inf)
     loss = torch.where(empty, no_share, losses + masses * beyond.masked_fill(empty, 0)).sum(0)
+    loss = loss.masked_fill(empty.all(0), torch.nan)
     lse = peak * factor + log_sum
     if options.z_loss:
         loss = loss + options.z_loss * lse * lse
@@ -189,7 +190,6 @@ class _Rows(Function):
         return whole.loss, whole.weight, whole.lse, whole.entropy, whole.correct
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad_loss: Tensor | None, _: Any, *grads: Any) -> Any:
         *inputs, target, weight, peak, log_sum, entropy, mass_elsewhere = ctx.saved_tensors
         grad_lse, grad_entropy, _ = grads or (None, None, None)
@@ -225,7 +225,7 @@ class _GatherClasses(Function):
         return torch.cat([part.narrow(axis, 0, size) for part, size in zip(parts, sizes, strict=True)], axis)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         return grad.narrow(ctx.axis, ctx.first, ctx.classes), None, None
 
@@ -243,7 +243,7 @@ class _SummedGradient(Function):
         return tensor.view_as(tensor)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         return sum_over(grad, ctx.group), None
 
