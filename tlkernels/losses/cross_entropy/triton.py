@@ -253,7 +253,9 @@ def backward(
 ) -> Tensor:  # fmt: skip
     """Return the gradient of the input."""
     grad = torch.empty_like(input)
-    write_gradient((grad_loss, grad_lse, grad_entropy), input, target, (peak, log_sum, entropy), Options(*options), grad)
+    write_gradient(
+        (grad_loss, grad_lse, grad_entropy), input, target, (peak, log_sum, entropy), Options(*options), grad
+    )
     return grad
 
 
