@@ -15,28 +15,32 @@ F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float1
 DIVERGENCES = ("forward_kl", "reverse_kl", "js", "tv")
 
 
-def pytorch(student_logits, teacher_logits, target=None, *, temperature=1.0, divergence="forward_kl", beta=0.5,
-            hard_weight=0.0, ignore_index=-100, row_weight=None, label_smoothing=0.0, reduction="mean"):  # fmt: skip
-    """The PyTorch lines of the docstring, in the dtype of the logits."""
-    log_q = (teacher_logits / temperature).log_softmax(-1)
-    log_p = (student_logits / temperature).log_softmax(-1)
+def divergence_of(log_q, log_p, name, beta):
+    """Return the divergence of each row, the sum over its classes."""
 
     def kl(log_a, log_b):
         zero = log_a.exp() == 0  # filled before the product too: its backward would turn the fill into NaN
         log_a, log_b = log_a.masked_fill(zero, 0), log_b.masked_fill(zero, 0)
         return (log_a.exp() * (log_a - log_b)).masked_fill(zero, 0).sum(-1)
 
-    if divergence == "forward_kl":
-        rows = kl(log_q, log_p)
-    elif divergence == "reverse_kl":
-        rows = kl(log_p, log_q)
-    elif divergence == "tv":
-        rows = (log_p.exp() - log_q.exp()).abs().sum(-1) / 2
-    else:
-        zero = (log_q == -math.inf) & (log_p == -math.inf)
-        parts = (log_q + math.log(beta)).masked_fill(zero, 0), (log_p + math.log(1 - beta)).masked_fill(zero, 0)
-        log_m = torch.logaddexp(*parts)
-        rows = beta * kl(log_q, log_m) + (1 - beta) * kl(log_p, log_m)
+    if name == "forward_kl":
+        return kl(log_q, log_p)
+    if name == "reverse_kl":
+        return kl(log_p, log_q)
+    if name == "tv":
+        return (log_p.exp() - log_q.exp()).abs().sum(-1) / 2
+    zero = (log_q == -math.inf) & (log_p == -math.inf)
+    parts = (log_q + math.log(beta)).masked_fill(zero, 0), (log_p + math.log(1 - beta)).masked_fill(zero, 0)
+    log_m = torch.logaddexp(*parts)
+    return beta * kl(log_q, log_m) + (1 - beta) * kl(log_p, log_m)
+
+
+def pytorch(student_logits, teacher_logits, target=None, *, temperature=1.0, divergence="forward_kl", beta=0.5,
+            hard_weight=0.0, ignore_index=-100, row_weight=None, label_smoothing=0.0, reduction="mean"):  # fmt: skip
+    """The PyTorch lines of the docstring, in the dtype of the logits."""
+    log_q = (teacher_logits / temperature).log_softmax(-1)
+    log_p = (student_logits / temperature).log_softmax(-1)
+    rows = divergence_of(log_q, log_p, divergence, beta)
     rows = (1 - hard_weight) * temperature**2 * rows
     count = rows.numel()
     if hard_weight:
