@@ -39,9 +39,10 @@ void CudaCrossEntropyCall::launch(const CrossEntropy& part, at::ScalarType logit
 }
 
 Tensor CudaCrossEntropyCall::absent() const {
-  if (!indices) return {};
-  const Tensor ignored = target.eq(ignore_index);
-  return (upstream_lse_.defined() ? ignored.logical_and(upstream_lse_.eq(0)) : ignored).unsqueeze(1);
+  Tensor result;
+  if (indices) result = target.eq(ignore_index);
+  if (row_weight_.defined()) result = indices ? result.logical_or(row_weight_.eq(0)) : row_weight_.eq(0);
+  return result.defined() ? result.unsqueeze(1) : result;
 }
 
 // Forces a strategy, for tests and measurements; null: the table chooses.

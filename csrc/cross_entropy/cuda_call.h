@@ -28,7 +28,7 @@ struct CudaCrossEntropyCall : CrossEntropyCall {
     launch(part, logits, probabilities);
   }
 
-  // True, (rows, 1), in rows that are ignored and whose lse gets no gradient; undefined if no row can be.
+  // True, (rows, 1), in rows that are ignored or have weight 0; undefined if no row can be.
   at::Tensor absent() const;
 
  private:

@@ -125,7 +125,6 @@ struct LinearCrossEntropyOps<DeviceCall, Sweep, Types<Options...>> {
                                                                   const Tensor& target, Options... options) {
     const Guards guards;
     Call call(input, linear_weight, linear_bias, target, {options...});
-    call.skip_ignored = false;  // ignored rows have an lse and an entropy too
     const Tensor losses = call.output(call.loss), entropies = call.output(call.entropy);
     const Tensor correct = call.output(call.correct, at::kBool);
     call.run({});
