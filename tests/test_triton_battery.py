@@ -120,7 +120,7 @@ def ce(rows):
 
 def distill(rows):
     x = torch.empty(rows, 32000, dtype=torch.bfloat16)
-    distillation.step(x, x, None, None, 2.0, "forward_kl", 0.5, 0.0, -100, 0.0, True, [True, False])
+    distillation.step(x, x, None, None, 2.0, "forward_kl", 0.5, 0.0, -100, 0.0, None, None, True, [True, False])
 
 def clip(rows):
     x, scale = torch.empty(rows, 512, dtype=torch.bfloat16), torch.empty(())
