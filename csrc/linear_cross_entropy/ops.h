@@ -27,9 +27,26 @@ struct CrossEntropyOnFeatures : DeviceCall {
       : DeviceCall(input, logits_sizes(input, linear_weight), {input.size(0)}, linear_weight.size(0), target_, options),
         layer("linear", input, linear_weight, linear_bias) {
     this->axes = 1;
+  }
+
+  // Leaves out the rows that do not count, before upstreams are given and outputs made. `used`: as in `Sweep::count`.
+  void select(const at::Tensor& used, std::optional<int64_t> num_valid) {
+    const at::Tensor valid = this->indices ? target.ne(this->ignore_index) : at::Tensor();
+    counted_ = Sweep::count(this->rows, valid, used, num_valid);
+    if (this->indices) target = counted_.kept(target);
+    // With a class out of range every row is NaN.
+    if (counted_.miscounted.defined())
+      target = target.masked_fill(counted_.miscounted, classes + (classes == this->ignore_index));
+    if (this->indices) this->indices = target.template const_data_ptr<int64_t>();
+    this->rows = counted_.of(layer.input);
+    this->shape = {this->rows};
     peaks_ = this->output(this->peak);
     log_sums_ = this->output(this->log_sum);
   }
+
+  // The values of the rows that count, and the opposite: those of all rows, with 0 in the others.
+  at::Tensor kept(const at::Tensor& values) const { return counted_.kept(values); }
+  at::Tensor spread(const at::Tensor& values) const { return counted_.spread(values, layer.rows()); }
 
   // logsumexp of each row's logits, after softcap and temperature.
   at::Tensor lse() const {
@@ -38,8 +55,7 @@ struct CrossEntropyOnFeatures : DeviceCall {
 
   LinearGradients run(LinearNeeds needs) {
     const int64_t copy_bytes = copies_probabilities() ? classes * int64_t(c10::elementSize(probabilities_type())) : 0;
-    Sweep sweep(layer, needs, needs[0] || needs[1] ? this->absent() : typename Sweep::Absent(),
-                Sweep::rows_of_a_chunk(layer, needs[1], copy_bytes));
+    Sweep sweep(layer, counted_, needs, Sweep::rows_of_a_chunk(layer, counted_, needs[1], copy_bytes));
     for (int64_t begin = 0; begin < this->rows; begin += sweep.chunk_rows()) {
       const int64_t end = std::min(this->rows, begin + sweep.chunk_rows());
       at::Tensor logits = sweep.logits(begin, end);
@@ -78,7 +94,7 @@ struct CrossEntropyOnFeatures : DeviceCall {
     if (this->indices) {
       part.indices = this->indices + begin;
     } else {
-      probabilities = target.narrow(0, begin, part.rows).to(probabilities_type());
+      probabilities = counted_.part(target, begin, begin + part.rows).to(probabilities_type());
       if (!has_dense_classes(probabilities)) probabilities = probabilities.contiguous();
       part.probabilities.data = probabilities.const_data_ptr();
       part.probabilities.stride[0] = probabilities.stride(0);
@@ -99,6 +115,7 @@ struct CrossEntropyOnFeatures : DeviceCall {
     this->run_in_place(part, logits.scalar_type(), probabilities_type());
   }
 
+  CountedRows counted_;
   at::Tensor peaks_, log_sums_;
 };
 
@@ -115,9 +132,10 @@ struct LinearCrossEntropyOps<DeviceCall, Sweep, Types<Options...>> {
                         const Tensor& target, Options... options) {
     const Guards guards;
     Call call(input, linear_weight, linear_bias, target, {options...});
+    call.select({}, {});
     const Tensor losses = call.output(call.loss);
     call.run({});
-    return losses;
+    return call.spread(losses);
   }
 
   static std::tuple<Tensor, Tensor, Tensor, Tensor> forward_stats(const Tensor& input, const Tensor& linear_weight,
@@ -125,11 +143,11 @@ struct LinearCrossEntropyOps<DeviceCall, Sweep, Types<Options...>> {
                                                                   const Tensor& target, Options... options) {
     const Guards guards;
     Call call(input, linear_weight, linear_bias, target, {options...});
-    call.skip_ignored = false;  // ignored rows have an lse and an entropy too
+    call.select({}, {});
     const Tensor losses = call.output(call.loss), entropies = call.output(call.entropy);
     const Tensor correct = call.output(call.correct, at::kBool);
     call.run({});
-    return {losses, call.lse(), entropies, correct};
+    return {call.spread(losses), call.spread(call.lse()), call.spread(entropies), call.spread(correct)};
   }
 
   static std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_loss, const OptionalTensor& grad_lse,
@@ -138,7 +156,8 @@ struct LinearCrossEntropyOps<DeviceCall, Sweep, Types<Options...>> {
                                                      Options... options, LinearNeeds needs) {
     const Guards guards;
     Call call(input, linear_weight, linear_bias, target, {options...});
-    call.use_upstream(grad_loss, grad_lse);
+    call.select({}, {});
+    call.use_upstream(call.kept(grad_loss), grad_lse ? OptionalTensor(call.kept(*grad_lse)) : std::nullopt);
     const auto [grad_input, grad_weight, grad_bias] = call.run(needs);
     return {grad_input, grad_weight, grad_bias};
   }
@@ -149,6 +168,7 @@ struct LinearCrossEntropyOps<DeviceCall, Sweep, Types<Options...>> {
     const Guards guards;
     Call call(input, linear_weight, linear_bias, target, {options...});
     if (mean) call.use_mean();
+    call.select({}, {});
     const Tensor losses = call.output(call.loss);
     const auto [grad_input, grad_weight, grad_bias] = call.run(needs);
     return {call.sum_of(losses), grad_input, grad_weight, grad_bias};
