@@ -171,20 +171,20 @@ STRATEGY_CASES = [
 def ops():
     from tlkernels.losses.cross_entropy import ops
 
-    options = (torch.rand(5), -100, 0.1, 2.0, 3.0, 0.01)
+    options = (torch.rand(5), -100, 0.1, 2.0, 3.0, 0.01, None)
     for made in (ops.NATIVE, ops.TRITON):
         for requires_grad in (False, True):
             for y in (torch.randint(0, 5, (4, 3)), torch.randn(4, 5, 3).softmax(1)):
-                x, g, peak, log_sum = torch.randn(4, 5, 3), torch.rand(4, 3), torch.rand(4, 3), torch.rand(4, 3)
-                yield made.backward_, (g, None, x.clone(), y, peak, log_sum, *options)
+                x, (g, peak, log_sum, entropy) = torch.randn(4, 5, 3), torch.rand(4, 4, 3)
+                yield made.backward_, (g, None, None, x.clone(), y, peak, log_sum, None, *options)
                 x.requires_grad_(requires_grad)
                 yield made.forward, (x, y, *options)
                 yield made.forward_stats, (x, y, *options)
-                yield made.backward, (g, g, x, y, peak, log_sum, *options)
-                yield made.total, (x, y, *options, True)
-                yield made.step, (x, y, *options, True)
+                yield made.backward, (g, g, g, x, y, peak, log_sum, entropy, *options)
+                yield made.total, (x, y, *options, g, True)
+                yield made.step, (x, y, *options, g, True)
                 if made.directional:
-                    yield made.directional, (torch.randn(4, 5, 3), g, g, x.detach(), y, *options)
+                    yield made.directional, (torch.randn(4, 5, 3), g, g, g, x.detach(), y, *options)
 
 
 LOSS = harness.Loss(

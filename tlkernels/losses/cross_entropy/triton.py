@@ -225,8 +225,8 @@ def forward_stats(input: Tensor, target: Tensor, *options: Any) -> tuple[Tensor,
 
 
 def backward(
-    grad_loss: Tensor, grad_lse: Tensor | None, input: Tensor, target: Tensor, peak: Tensor, log_sum: Tensor,
-    *options: Any,
+    grad_loss: Tensor, grad_lse: Tensor | None, grad_entropy: Tensor | None, input: Tensor, target: Tensor,
+    peak: Tensor, log_sum: Tensor, entropy: Tensor | None, *options: Any,
 ) -> Tensor:  # fmt: skip
     """Return the gradient of the input. `peak` and `log_sum` are computed again, as Q is: the row is read anyway."""
     grad = torch.empty_like(input)
@@ -235,8 +235,8 @@ def backward(
 
 
 def backward_(
-    grad_loss: Tensor, grad_lse: Tensor | None, input: Tensor, target: Tensor, peak: Tensor, log_sum: Tensor,
-    *options: Any,
+    grad_loss: Tensor, grad_lse: Tensor | None, grad_entropy: Tensor | None, input: Tensor, target: Tensor,
+    peak: Tensor, log_sum: Tensor, entropy: Tensor | None, *options: Any,
 ) -> None:  # fmt: skip
     """Write the gradient over the input."""
     sweep(input, target, Options(*options), grad=input, upstream=grad_loss, upstream_lse=grad_lse)
@@ -244,13 +244,13 @@ def backward_(
 
 def total(input: Tensor, target: Tensor, *arguments: Any) -> Tensor:
     """Return the reduced loss; after the options comes whether it is the mean."""
-    *options, mean = arguments
+    *options, _row_weight, mean = arguments
     return _reduced(input, target, Options(*options), mean, None)
 
 
 def step(input: Tensor, target: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     """Return the reduced loss and its gradient; after the options comes whether it is the mean."""
-    *options, mean = arguments
+    *options, _row_weight, mean = arguments
     grad = torch.empty_like(input)
     return _reduced(input, target, Options(*options), mean, grad), grad
 
@@ -268,10 +268,12 @@ def _reduced(input: Tensor, target: Tensor, options: Options, mean: bool, grad: 
 
 
 def directional(
-    direction: Tensor, grad_loss: Tensor, grad_lse: Tensor | None, input: Tensor, target: Tensor, *options: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the derivatives of <direction, gradient of the input> by grad_loss, grad_lse, input and probabilities."""
-    weight, ignore_index, smoothing, temperature, softcap, z_loss = Options(*options)
+    direction: Tensor, grad_loss: Tensor, grad_lse: Tensor | None, grad_entropy: Tensor | None, input: Tensor,
+    target: Tensor, *options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return the derivatives of <direction, gradient of the input> by the upstreams, input and probabilities."""
+    weight, ignore_index, smoothing, temperature, softcap, z_loss, _ = Options(*options)
+    v_entropy = input.new_empty((0,))
     probabilities = target.is_floating_point()
     classes = input.shape[class_axis(input)]
     v_loss, v_lse, v_input = _each(input), _each(input), torch.empty_like(input)
@@ -281,8 +283,8 @@ def directional(
     layout = positions(input, direction, v_input, *((target, v_target) if probabilities else ()))
     if layout is None:
         copies = (tensor.contiguous() for tensor in (input, target))
-        results = directional(direction.contiguous(), grad_loss, grad_lse, *copies, *options)
-        return results[0], results[1], v_input.copy_(results[2]), v_target.copy_(results[3])
+        results = directional(direction.contiguous(), grad_loss, grad_lse, grad_entropy, *copies, *options)
+        return *results[:3], v_input.copy_(results[3]), v_target.copy_(results[4])
     columns = layout.in_columns
     size = classes * (4 if softcap else 2)
     config = (_SECOND_COLUMNS if columns else _SECOND).find(input.device, input.element_size(), size)
@@ -297,4 +299,4 @@ def directional(
         softcap or 1.0, z_loss, PROBABILITIES=probabilities, SMOOTHING=smoothing != 0, SOFTCAP=softcap is not None,
         WHOLE=bool(config.meta["WHOLE"]), T=DTYPES[T], BP=BP, BC=BC, config=config._replace(meta={}),
     )  # fmt: skip
-    return v_loss, v_lse, v_input, v_target
+    return v_loss, v_lse, v_entropy, v_input, v_target
