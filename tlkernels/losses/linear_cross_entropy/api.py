@@ -66,11 +66,11 @@ def linear_cross_entropy(
 
     Returns:
         The loss, in the dtype of `input` (float32 under autocast). It is a scalar, or with `reduction="none"` one loss
-        per row. The loss is differentiable with respect to `input`, `linear_weight`, `linear_bias` and `row_weight`, any
-        number of times; only the gradients that are needed are computed. "native" computes the gradients of a reduced loss
-        together with the loss; for "none" and float16 it computes the logits again in the backward. Second derivatives,
-        `torch.func`, forward mode and gradients of `weight` and of class probabilities use "reference", which stores
-        all logits. If every row is ignored, the mean is NaN and the gradients are 0, as in PyTorch.
+        per row. The loss is differentiable with respect to `input`, `linear_weight`, `linear_bias` and `row_weight`,
+        any number of times; only the gradients that are needed are computed. "native" computes the gradients of a
+        reduced loss together with the loss; for "none" and float16 it computes the logits again in the backward. Second
+        derivatives, `torch.func`, forward mode and gradients of `weight` and of class probabilities use "reference",
+        which stores all logits. If every row is ignored, the mean is NaN and the gradients are 0, as in PyTorch.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.

@@ -42,9 +42,7 @@ class Arguments(NamedTuple):
         target = self.target
         target = target.reshape(-1, target.shape[-1]) if target.is_floating_point() else target.reshape(-1)
         row_weight = self.row_weight.reshape(-1) if isinstance(self.row_weight, Tensor) else self.row_weight
-        return self._replace(
-            input=self.input.reshape(-1, self.input.shape[-1]), target=target, row_weight=row_weight
-        )
+        return self._replace(input=self.input.reshape(-1, self.input.shape[-1]), target=target, row_weight=row_weight)
 
     def on(self, logits: Tensor) -> CrossEntropyArguments:
         """Return the call of cross entropy for these logits; of a flat call."""
