@@ -38,12 +38,6 @@ void CudaCrossEntropyCall::launch(const CrossEntropy& part, at::ScalarType logit
   });
 }
 
-Tensor CudaCrossEntropyCall::absent() const {
-  if (!indices) return {};
-  const Tensor ignored = target.eq(ignore_index);
-  return (upstream_lse_.defined() ? ignored.logical_and(upstream_lse_.eq(0)) : ignored).unsqueeze(1);
-}
-
 // Forces a strategy, for tests and measurements; null: the table chooses.
 extern "C" __attribute__((visibility("default"))) void tlk_force_cross_entropy_strategy(const char* name) {
   forced_cross_entropy_strategy() = nullptr;

@@ -39,7 +39,6 @@ struct CrossEntropy {
   void* peak = nullptr;
   void* log_sum = nullptr;
   bool normaliser_given = false;  // the normaliser is read, not computed, and `entropy` if there is grad_entropy
-  bool skip_ignored = true;       // ignored rows are not read; their normaliser is written as 0
 
   // Results; null: not wanted.
   void* loss = nullptr;      // (rows), compute type

@@ -59,7 +59,6 @@ struct CrossEntropyOps<DeviceCall, Types<Options...>> {
   static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_stats(const Tensor& input, const Tensor& target,
                                                                           Options... options) {
     Call call(input, target, {options...});
-    call.skip_ignored = false;  // ignored rows have an lse and an entropy too
     const Tensor loss = call.output(call.loss), peak = call.output(call.peak), log_sum = call.output(call.log_sum);
     const Tensor entropy = call.output(call.entropy), correct = call.output(call.correct, at::kBool);
     call.run();

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tlkernels._core.dtypes import compute_dtype
-from tlkernels._core.triton import CHECK, INTERPRETED, architecture, tf32
+from tlkernels._core.triton import INTERPRETED, architecture, check_num_valid, tf32
 
 _ENVIRONMENT = "TLKERNELS_LINEAR"
 STRATEGIES = ("chunks", "lean")
@@ -198,10 +198,7 @@ def counted_rows(valid: Tensor | None, used: Tensor | None, num_valid: int | Non
         return CountedRows()
     if valid is not None and num_valid is not None:
         numbers, total = _first(valid)
-        if (total.device.type == "cpu" or CHECK) and int(total) != num_valid:
-            raise ValueError(
-                f"num_valid: expected {int(total)}, the number of rows that are not ignored, got {num_valid}"
-            )
+        check_num_valid(total, num_valid)
         # At least one row is kept, so that a wrong `num_valid` of 0 can make it NaN.
         numbers = numbers[: max(1, num_valid)]
         masks = [mask[numbers] for mask in (masks if num_valid == 0 else masks[1:])]
