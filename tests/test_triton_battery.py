@@ -116,7 +116,7 @@ def kernels(call, rows):
 
 def ce(rows):
     x, y = torch.empty(rows, 32000, dtype=torch.bfloat16), torch.empty(rows, dtype=torch.int64)
-    cross_entropy.step(x, y, None, -100, 0.0, 1.0, None, 0.0, True)
+    cross_entropy.step(x, y, None, -100, 0.0, 1.0, None, 0.0, None, None, True)
 
 def distill(rows):
     x = torch.empty(rows, 32000, dtype=torch.bfloat16)

@@ -38,13 +38,6 @@ void CudaCrossEntropyCall::launch(const CrossEntropy& part, at::ScalarType logit
   });
 }
 
-Tensor CudaCrossEntropyCall::absent() const {
-  Tensor result;
-  if (indices) result = target.eq(ignore_index);
-  if (row_weight_.defined()) result = indices ? result.logical_or(row_weight_.eq(0)) : row_weight_.eq(0);
-  return result.defined() ? result.unsqueeze(1) : result;
-}
-
 // Forces a strategy, for tests and measurements; null: the table chooses.
 extern "C" __attribute__((visibility("default"))) void tlk_force_cross_entropy_strategy(const char* name) {
   forced_cross_entropy_strategy() = nullptr;

@@ -27,7 +27,7 @@ struct DistillationOptions {
 
 struct DistillationCall : Distillation {
   const at::ScalarType dtype, compute;  // of the logits; of the losses
-  const c10::DimVector shape;           // of the rows
+  c10::DimVector shape;                 // of the rows
   const at::TensorOptions options;      // of the losses: type and device
   at::Tensor targets;                   // int64 and contiguous; undefined without targets
 
@@ -54,7 +54,7 @@ struct DistillationCall : Distillation {
   Distillation in_place(int64_t begin, int64_t end, const at::Tensor& student, const at::Tensor& teacher,
                         bool student_grad, bool teacher_grad) const;
 
- private:
+ protected:
   at::Tensor row_weight_, upstream_;
 };
 

@@ -22,13 +22,6 @@ void CpuDistillationCall::use_mean() {
   grad_loss = upstream_of_all_.set(1 / denominator_, compute);
 }
 
-std::vector<int64_t> CpuDistillationCall::absent() const {
-  std::vector<int64_t> absent;
-  for (int64_t i = 0; target && i < rows; ++i)
-    if (target[i] == ignore_index) absent.push_back(i);
-  return absent;
-}
-
 void CpuDistillationCall::launch(const Distillation& part) const {
   if (part.rows == 0) return;
   const bool softcap = part.has_softcap();
