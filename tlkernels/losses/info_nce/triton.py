@@ -107,7 +107,7 @@ class _Launcher:
         self.config = TILES.find(query.device, dtype.itemsize, max(self.rows * keys, 1))
         if self_column >= 0 or mask is not None or query_ids is not None or normalize or self.set != NO_SET.value:
             self.config = for_options(self.config, square=self.paired)
-        self.tile = {name: self.config.meta[name] for name in ("BM", "BN", "BK")}
+        self.tile: dict[str, Any] = {name: self.config.meta[name] for name in ("BM", "BN", "BK")}
         if self.paired:  # the columns of a tile above the diagonal are also rows
             self.tile["BN"] = self.tile["BM"]
         self.query = prepare(query, dtype, normalize, self.config)
