@@ -45,11 +45,12 @@ Tensor CudaCrossEntropyCall::absent() const {
   return result.defined() ? result.unsqueeze(1) : result;
 }
 
-// Forces a strategy, for tests and measurements; null: the table chooses.
-extern "C" __attribute__((visibility("default"))) void tlk_force_cross_entropy_strategy(const char* name) {
-  forced_cross_entropy_strategy() = nullptr;
+// Forces a strategy, and where it is not 0 the most threads of a block, for tests and measurements. Without a name the
+// table chooses.
+extern "C" __attribute__((visibility("default"))) void tlk_force_cross_entropy_strategy(const char* name, int threads) {
+  forced_cross_entropy_strategy() = {};
   for (const CrossEntropyStrategy& strategy : kCrossEntropyStrategies)
-    if (name && strcmp(name, strategy.name) == 0) forced_cross_entropy_strategy() = strategy.name;
+    if (name && strcmp(name, strategy.name) == 0) forced_cross_entropy_strategy() = {strategy.name, threads};
 }
 
 TORCH_LIBRARY_IMPL(tlkernels, CUDA, m) { CrossEntropyOps<CudaCrossEntropyCall>::implement(m); }
