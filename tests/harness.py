@@ -154,15 +154,17 @@ def forced(target: Target) -> Iterator[str]:
 def cross_entropy_strategy(name: str, library: Any = None) -> Iterator[None]:
     """Restrict cross entropy's CUDA kernels to one row strategy of csrc/cross_entropy/cuda_table.h within the block.
 
-    `library` is the ctypes library with the kernels: the extension by default, or the host run's.
+    A number after the name ("shared 256") is the most threads of a block. `library` is the ctypes library with the kernels: the extension by default, or the host run's.
     """
     library = library or ctypes.CDLL(native.file())
     force = library.tlk_force_cross_entropy_strategy
-    force(ctypes.c_char_p(name.encode()))
+    words = name.split()
+    threads = int(words.pop()) if words[-1].isdigit() else 0
+    force(ctypes.c_char_p(" ".join(words).encode()), threads)
     try:
         yield
     finally:
-        force(ctypes.c_char_p(None))
+        force(ctypes.c_char_p(None), 0)
 
 
 CONTEXT_LOST = 77
@@ -199,8 +201,8 @@ class Loss:
     pytorch: Callable[..., Tensor]
     """The PyTorch lines that it replaces; the same arguments without `impl`. In float64 they are the oracle."""
     cases: Sequence[LossCase]
-    module: type[torch.nn.Module]
-    """Its module class. The constructor takes the arguments that `forward` does not take."""
+    module: type[torch.nn.Module] | None
+    """Its module class, if it has one. The constructor takes the arguments that `forward` does not take."""
     ops: Callable[[], Sequence[tuple[Any, tuple[Any, ...]]]] = tuple
     """The registered ops, each with arguments for opcheck."""
     rowwise: bool = True

@@ -80,3 +80,31 @@ def test_the_check_can_fail(tmp_path):
     spilling, narrow = (line.split("|") for line in run.stdout.splitlines())
     assert spilling[1].startswith("spills: ")
     assert narrow[1:] == ["no LDG.E.128, no HGMMA", "for the test"]
+
+
+ROUNDED = """
+import re
+import torch
+from bench import triton_launches as launches
+from bench.triton import info_nce
+from tlkernels._core.triton.launch import recorded
+
+with recorded("sm_90") as calls:
+    info_nce._both(info_nce._arguments(8192, 384, torch.float32, symmetric=True))
+for name in ("statistics", "slopes", "gradient"):
+    kernel = next(k for k in (launches.specialised(call, "sm_90") for call in calls) if k.name == name)
+    made_by = {}
+    for line in launches.compiled(kernel, "sm_90").asm["ptx"].splitlines():
+        if found := re.match(r"\\s*([a-z0-9_.]+)\\s+(%r\\d+), (.*);", line):
+            instruction, result, operands = found.groups()
+            made_by[result] = instruction
+            if instruction.startswith("ex2"):
+                print(name, made_by[operands.strip()].partition(".")[0])
+"""
+
+
+def test_info_nce_rounds_its_logits_alike_in_all_kernels():
+    """A logit that the gradient's kernel does not round, while `statistics` does, makes p of a sure row 1 + 1e-6."""
+    run = python("-c", ROUNDED)
+    assert run.returncode == 0, run.stderr
+    assert set(run.stdout.splitlines()) == {"statistics sub", "slopes sub", "gradient sub"}

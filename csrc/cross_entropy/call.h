@@ -27,7 +27,7 @@ struct CrossEntropyOptions {
 
 struct CrossEntropyCall : CrossEntropy {
   const at::ScalarType compute;  // the type of the losses
-  const PositionSizes shape;     // the positions: the logits' sizes without the classes
+  PositionSizes shape;           // the positions: the logits' sizes without the classes
   at::Tensor target;
 
   // `dtype` and `logits` are the logits' type and sizes.

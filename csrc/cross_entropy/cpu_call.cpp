@@ -93,16 +93,4 @@ void CpuCrossEntropyCall::run_in_place(const CrossEntropy& part, at::ScalarType 
   });
 }
 
-std::vector<int64_t> CpuCrossEntropyCall::absent() const {
-  const auto has_weight = [&](int64_t i) {
-    if (!row_weight.data) return true;
-    return compute == at::kDouble ? static_cast<const double*>(row_weight.data)[i * row_weight.stride] != 0
-                                  : static_cast<const float*>(row_weight.data)[i * row_weight.stride] != 0;
-  };
-  std::vector<int64_t> absent;
-  for (int64_t i = 0; i < rows; ++i)
-    if ((indices && indices[i] == ignore_index) || !has_weight(i)) absent.push_back(i);
-  return absent;
-}
-
 }  // namespace tlk

@@ -1,7 +1,5 @@
 // A call of cross entropy on CPU tensors. It also checks the class indices.
 #pragma once
-#include <vector>
-
 #include "call.h"
 #include "../core/cpu/tensor.h"
 
@@ -28,9 +26,6 @@ struct CpuCrossEntropyCall : CrossEntropyCall {
   // The same of a part whose classes are contiguous; the gradient, where wanted, replaces the logits. With the
   // normaliser given, only the gradient is computed.
   void run_in_place(const CrossEntropy& part, at::ScalarType logits, at::ScalarType probabilities) const;
-
-  // Rows that do not take part: they are ignored or have weight 0.
-  std::vector<int64_t> absent() const;
 
  private:
   template <class A>

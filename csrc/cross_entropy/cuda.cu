@@ -14,7 +14,7 @@ using at::Tensor;
 CudaCrossEntropyCall::CudaCrossEntropyCall(const Tensor& like, at::IntArrayRef logits, PositionSizes shape_,
                                            int64_t classes_, const Tensor& target_, const CrossEntropyOptions& options)
     : CrossEntropyCall(like.scalar_type(), logits, std::move(shape_), classes_, target_, options), device_(like) {
-  if (indices) check_classes(target, classes, ignore_index);
+  if (indices) check_classes(target, classes, ignore_index, elsewhere ? -1 : 0);
 }
 
 void CudaCrossEntropyCall::use_mean() {
@@ -38,18 +38,12 @@ void CudaCrossEntropyCall::launch(const CrossEntropy& part, at::ScalarType logit
   });
 }
 
-Tensor CudaCrossEntropyCall::absent() const {
-  Tensor result;
-  if (indices) result = target.eq(ignore_index);
-  if (row_weight_.defined()) result = indices ? result.logical_or(row_weight_.eq(0)) : row_weight_.eq(0);
-  return result.defined() ? result.unsqueeze(1) : result;
-}
-
-// Forces a strategy, for tests and measurements; null: the table chooses.
-extern "C" __attribute__((visibility("default"))) void tlk_force_cross_entropy_strategy(const char* name) {
-  forced_cross_entropy_strategy() = nullptr;
+// Forces a strategy, and where it is not 0 the most threads of a block, for tests and measurements. Without a name the
+// table chooses.
+extern "C" __attribute__((visibility("default"))) void tlk_force_cross_entropy_strategy(const char* name, int threads) {
+  forced_cross_entropy_strategy() = {};
   for (const CrossEntropyStrategy& strategy : kCrossEntropyStrategies)
-    if (name && strcmp(name, strategy.name) == 0) forced_cross_entropy_strategy() = strategy.name;
+    if (name && strcmp(name, strategy.name) == 0) forced_cross_entropy_strategy() = {strategy.name, threads};
 }
 
 TORCH_LIBRARY_IMPL(tlkernels, CUDA, m) { CrossEntropyOps<CudaCrossEntropyCall>::implement(m); }

@@ -75,8 +75,10 @@ cudaError_t cross_entropy(const CrossEntropyOnDevice& call, cudaStream_t stream)
   const bool contiguous = call.x.class_stride == 1 && (!call.grad.data || call.grad.class_stride == 1);
   CrossEntropyPlan plan;
   const bool columns = !contiguous && call.classes > 1;
+  bool aligned = reinterpret_cast<uintptr_t>(call.x.data) % 16 == 0;
+  for (int axis = 0; axis < call.axes; ++axis) aligned &= call.x.stride[axis] * int64_t(sizeof(T)) % 16 == 0;
   const bool full = !call.indices || call.softcap != 0 || call.smoothing != 0 || call.entropy || call.correct;
-  if (!plan_cross_entropy(device, call.rows, call.classes, sizeof(T), Team::kScratch, columns, full, plan))
+  if (!plan_cross_entropy(device, call.rows, call.classes, sizeof(T), Team::kScratch, columns, aligned, full, plan))
     return cudaErrorNotSupported;
   return full ? launch_cross_entropy<T, true>(call, plan, stream) : launch_cross_entropy<T, false>(call, plan, stream);
 }

@@ -95,7 +95,10 @@ class CrossEntropyRow {
       if (valid_) take_normaliser();
       if (c.grad.data) team.sync();  // every thread has read the target's logit, which the gradient may overwrite
     } else {
-      Store::kRereads ? sum_in_one_sweep(store, team) : sum_in_two_sweeps(store, team);
+      if constexpr (Store::kRereads)
+        sum_in_one_sweep(store, team);
+      else
+        sum_in_two_sweeps(store, team);
     }
     const bool correct = kFull && c.correct;  // needs more reductions
     if (!correct) team.has_read();
@@ -206,12 +209,7 @@ class CrossEntropyRow {
 
   template <class Store>
   TLK_DEVICE void sum_in_two_sweeps(const Store& store, Team& team) {
-    A top = Max::none<A>();
-    store.each([&](int, auto& v) {
-#pragma unroll
-      for (A value : v) top = Max::join(top, value);
-    });
-    peak_ = cap(team.reduce<Max>(top));
+    peak_ = cap(team.reduce<Max>(store.largest()));
     store.each([&](int k, auto& v) { add_all<Store::kAlone>(k, v, peak_); });
     reduce_sums(team);
   }
@@ -328,15 +326,25 @@ class CrossEntropyRow {
       mean = (log_sum_ - static_cast<const A*>(c.entropy)[row_]) / a.to_z;
     }
     const int y = has_target_ ? int(y_) : -1;
+    if (!kFull) {
+      const A e_y = fast_exp2((target_x_ - peak_) * a.to_exp2), of_target = (e_y * p - target_q_) * g + e_y * rest;
+      store.each(
+          [&](int k, auto& v) {
+            constexpr int kNumbers = int(sizeof v / sizeof(A));
+#pragma unroll
+            for (int i = 0; i < kNumbers; ++i) v[i] = fast_exp2((v[i] - peak_) * a.to_exp2) * plain;
+            if (unsigned(y - k) >= unsigned(kNumbers)) return;  // asked once for all of them: half the instructions
+#pragma unroll
+            for (int i = 0; i < kNumbers; ++i) v[i] = k + i == y ? of_target : v[i];
+          },
+          grad_);
+      return;
+    }
     store.each(
         [&](int k, auto& v) {
 #pragma unroll
           for (int i = 0; i < int(sizeof v / sizeof(A)); ++i) {
             const A f = cap(v[i]), e = fast_exp2((f - peak_) * a.to_exp2);
-            if (!kFull) {
-              v[i] = k + i == y ? (e * p - target_q_) * g + e * rest : e * plain;
-              continue;
-            }
             A q_k = dense_ && k + i < c.classes ? q(k + i) : A(0);
             if (k + i == y) q_k += target_q_;
             const A rest_k = by_entropy && e != 0 ? rest + (f - peak_ - mean) * h : rest;  // f may be -inf where e is 0

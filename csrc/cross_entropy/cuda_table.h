@@ -13,19 +13,21 @@ namespace tlk {
 enum class Place { lanes, registers, shared, memory, column_shared, column_memory };
 
 // The first strategy that can serve a call is taken. A row of V logits of b bytes, with its gradient, moves
-// (reads + 1) * V * b bytes. By reasoning on 2026-11-21, without a GPU:
+// (reads + 1) * V * b bytes. By reasoning on 2026-11-21, where no figure is given; figures are of forward and backward
+// in bfloat16 on an H200 on 2026-11-27 (bench/results), with up to 0.3 ms of the host's time:
 //
 //   lanes          Short rows: 2 to 32 lanes with 8 numbers each, several rows per warp. A whole warp would be mostly
 //                  idle on 45 classes, and its reductions would take as long as on a long row.
 //   warp           Four loads of 16 bytes per lane, no barrier; eight rows per block, as blocks are slow to start.
-//   registers      The same in a block, up to 1024 threads with 64 registers: 64 bytes per thread in flight, 64 KB per
-//                  multiprocessor; 4.8 TB/s at 1 us on 132 multiprocessors need 36 KB.
-//   shared         All loads of a row are in flight at once. Up to half of a multiprocessor's shared memory, so that
-//                  one block computes while another loads; without clusters up to all of it, which beats a second read.
+//   registers      The same in a block of up to 512 threads with 64 registers, so that one block computes while another
+//                  loads. 32768 x 32768 in 1024 threads take 2.14 ms, shared 1.79.
+//   shared         All loads of a row are in flight at once. Up to half of a multiprocessor's shared memory, for the
+//                  same reason; without clusters up to all of it, which beats a second read.
 //   cluster        2 to 8 of these blocks share a row and exchange four numbers per reduction: 128256 bfloat16 are
 //                  4 x 63 KB, three blocks per multiprocessor.
 //   sweeps         The row is read twice, the second time from L2 if one row per multiprocessor fits there: one block
-//                  of 1024 threads each.
+//                  of 1024 threads each. 16384 x 131072 take 3.73 ms, a cluster 4.51; 8192 x 262144 3.79 and 4.67. Of
+//                  rows that are not aligned only as the last resort: 8192 x 50257 take 1.87 ms, shared 1.27.
 //   columns        Classes that are not contiguous: one thread per position, neighbouring positions next to each
 //                  other. With 32 KB for a block of 128 threads, seven blocks fit on a multiprocessor.
 //   column sweeps  More classes: read twice, at full occupancy.
@@ -41,6 +43,7 @@ struct CrossEntropyStrategy {
   int least_sm;        // the least compute capability
   int64_t most_bytes;  // the most bytes of logits that a block keeps; 0: no limit
   int reads;           // how often each logit is read
+  bool aligned;        // only rows that begin at multiples of 16 bytes
   bool whole_block() const { return most_bytes > kBytesInLane * kWarp; }
   bool columns() const { return place == Place::column_shared || place == Place::column_memory; }
 };
@@ -48,15 +51,16 @@ struct CrossEntropyStrategy {
 constexpr int64_t kHalfShared = 112 << 10;  // half of a multiprocessor's shared memory, sm_90
 
 constexpr CrossEntropyStrategy kCrossEntropyStrategies[] = {
-    {"lanes", Place::lanes, 128, 1, 80, 0, 1},
-    {"warp", Place::registers, 256, 1, 80, kBytesInLane * kWarp, 1},
-    {"registers", Place::registers, 1024, 1, 80, kBytesInLane * 1024, 1},
-    {"shared", Place::shared, 512, 1, 80, kHalfShared, 1},
-    {"cluster", Place::shared, 512, 8, 90, kHalfShared, 1},
-    {"large shared", Place::shared, 512, 1, 80, 227 << 10, 1},
-    {"sweeps", Place::memory, 1024, 1, 80, 0, 2},
-    {"columns", Place::column_shared, 128, 1, 80, 32 << 10, 1},
-    {"column sweeps", Place::column_memory, 128, 1, 80, 0, 2},
+    {"lanes", Place::lanes, 128, 1, 80, 0, 1, false},
+    {"warp", Place::registers, 256, 1, 80, kBytesInLane * kWarp, 1, false},
+    {"registers", Place::registers, 512, 1, 80, kBytesInLane * 512, 1, false},
+    {"shared", Place::shared, 512, 1, 80, kHalfShared, 1, false},
+    {"sweeps", Place::memory, 1024, 1, 90, 0, 2, true},
+    {"cluster", Place::shared, 512, 8, 90, kHalfShared, 1, false},
+    {"large shared", Place::shared, 512, 1, 80, 227 << 10, 1, false},
+    {"sweeps", Place::memory, 1024, 1, 80, 0, 2, false},
+    {"columns", Place::column_shared, 128, 1, 80, 32 << 10, 1, false},
+    {"column sweeps", Place::column_memory, 128, 1, 80, 0, 2, false},
 };
 
 // A strategy for a call.
@@ -66,10 +70,14 @@ struct CrossEntropyPlan {
   int lanes = 0;  // lanes of a warp per row; 0: the whole block
 };
 
-// For tests and measurements: the name of the only strategy that may be taken; null: any.
-inline const char*& forced_cross_entropy_strategy() {
-  static const char* name = nullptr;
-  return name;
+// For tests and measurements.
+struct ForcedCrossEntropyStrategy {
+  const char* name = nullptr;  // of the only strategy that may be taken; null: any
+  int threads = 0;             // the most threads of a block; 0: the strategy's
+};
+inline ForcedCrossEntropyStrategy& forced_cross_entropy_strategy() {
+  static ForcedCrossEntropyStrategy forced;
+  return forced;
 }
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -82,7 +90,8 @@ inline bool fits(const CrossEntropyStrategy& strategy, const Device& device, int
   constexpr int kNumbersInLane = 8;
   const int64_t packs = divide_up(classes * size, kBytes);
   int64_t per_block = 1, blocks = 1;  // rows per block; blocks per row
-  int64_t threads = std::min(strategy.threads, most_threads(full, size)), shared = 0;
+  const int forced_threads = forced_cross_entropy_strategy().threads;
+  int64_t threads = std::min(forced_threads ? forced_threads : strategy.threads, most_threads(full, size)), shared = 0;
   plan.lanes = 0;
   switch (strategy.place) {
     case Place::lanes:
@@ -132,10 +141,11 @@ inline bool fits(const CrossEntropyStrategy& strategy, const Device& device, int
 
 // Whether a strategy, or the forced one, can serve the call; if so, fills in the plan.
 inline bool plan_cross_entropy(const Device& device, int64_t rows, int64_t classes, int64_t size, int64_t scratch,
-                               bool columns, bool full, CrossEntropyPlan& plan) {
-  const char* const forced = forced_cross_entropy_strategy();
+                               bool columns, bool aligned, bool full, CrossEntropyPlan& plan) {
+  const char* const forced = forced_cross_entropy_strategy().name;
   for (const CrossEntropyStrategy& strategy : kCrossEntropyStrategies) {
-    if (strategy.columns() != columns || (forced && strcmp(forced, strategy.name) != 0)) continue;
+    if (strategy.columns() != columns || (strategy.aligned && !aligned)) continue;
+    if (forced && strcmp(forced, strategy.name) != 0) continue;
     if (fits(strategy, device, rows, classes, size, scratch, full, plan)) return true;
   }
   return false;

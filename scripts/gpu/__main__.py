@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,16 @@ USAGE = "usage: GPU_BUDGET=555 python3 -m scripts.gpu FOLDER"
 SMOKE, BATTERY, FIGURES = 60 / 555, 290 / 555, 510 / 555
 MOST_SLOTS = 12
 """Processes of the battery; each has a CUDA context of half a gigabyte on the card."""
+ROWS, PRODUCTS = ("cross_entropy", "distillation"), ("info_nce", "linear")
 SANITIZERS = (
-    ("memcheck", "native"), ("racecheck", "native"), ("synccheck", "native"), ("initcheck", "native"),
-    ("memcheck", "triton"),
-)  # fmt: skip
+    ("memcheck", "native", ROWS + PRODUCTS),
+    ("synccheck", "native", ROWS + PRODUCTS),
+    ("racecheck", "native", ROWS),
+    ("racecheck", "native", PRODUCTS),
+    ("initcheck", "native", ROWS),  # cuBLAS reads what follows a padded row, half a million times, and ignores it
+    ("memcheck", "triton", ()),
+)
+"""Tool, implementation, and groups of calls (kernels.py); no groups: all."""
 SANITIZER_ERROR = 9
 NCU_SECTIONS = ("SpeedOfLight", "Occupancy", "WarpStateStats", "MemoryWorkloadAnalysis")
 NCU_KERNELS = ("cross_entropy_rows", "distillation_kernel", "of_tiles", "^sweep", "^statistics")
@@ -107,28 +114,33 @@ def sanitize(session: Session, until: float) -> list[threading.Thread]:
     report.write_text("")
     help_text = subprocess.run([tool, "--help"], capture_output=True, text=True, check=False).stdout
     threads = [
-        threading.Thread(target=_sanitize_with, args=(session, tool, help_text, name, impl, until))
-        for name, impl in SANITIZERS
+        threading.Thread(target=_sanitize_with, args=(session, tool, help_text, *order, until)) for order in SANITIZERS
     ]
     for thread in threads:
         thread.start()
     return threads
 
 
-def _sanitize_with(session: Session, tool: str, help_text: str, name: str, impl: str, until: float) -> None:
+def _sanitize_with(
+    session: Session, tool: str, help_text: str, name: str, impl: str, groups: Sequence[str], until: float
+) -> None:
     options = ["--tool", name, "--error-exitcode", str(SANITIZER_ERROR), "--print-limit", "20"]
     filters = [option for option in ("--kernel-name", "--kernel-regex") if f"{option} " in help_text]
     # Only our kernels, since torch's would take most of the time. initcheck has to see the writes of torch's kernels.
     if impl == "native" and name != "initcheck" and filters:
         options += [filters[0], "kns=tlk"]
-    log = session.parts / f"{name}-{impl}.txt"
-    command = [tool, *options, *session.python("-m", "scripts.gpu.kernels", impl)]
+    log = session.parts / f"{'-'.join([name, impl, *groups])}.txt"
+    command = [tool, *options, *session.python("-m", "scripts.gpu.kernels", impl, *groups)]
     status = session.call(command, session.left(until), log, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
     bad = status not in (0, TIMED_OUT)
     session.findings += bad
-    session.note(f"sanitizer: {name} on {impl}, status {status}{', SEE sanitizer.txt' if bad else ''}")
+    what = f"{name} on {impl} ({', '.join(groups) or 'all'})"
+    session.note(f"sanitizer: {what}, status {status}{', SEE sanitizer.txt' if bad else ''}")
+    text = log.read_text()
     with (session.out / "sanitizer.txt").open("a") as file:
-        file.write(f"==== {name} on {impl}: status {status}\n{log.read_text()[-6000:]}\n")
+        file.write(f"==== {what}: status {status}\n{text[:6000]}\n")
+        if len(text) > 6000:
+            file.write(f"[...]\n{text[-2000:]}\n")
 
 
 def warm(session: Session, until: float) -> threading.Thread:

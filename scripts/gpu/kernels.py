@@ -1,6 +1,6 @@
 """Small calls of every kernel, for compute-sanitizer; no result is checked.
 
-    python -m scripts.gpu.kernels native|triton
+    python -m scripts.gpu.kernels native|triton [GROUP ...]     the groups of calls named (all without a name)
 
 Random numbers come from the CPU, so that few of torch's kernels run.
 """
@@ -101,13 +101,14 @@ def only_triton(impl: str) -> None:
         step(lambda q, k: tlk.sigmoid_contrastive(q, k, logit_scale=9.0, logit_bias=-9.0, impl=impl), x, y)
 
 
-def main(impl: str) -> None:
-    """Run all."""
+def main(impl: str, *names: str) -> None:
+    """Run the groups with these names, or all."""
     torch.manual_seed(0)
     for group in (cross_entropy, distillation, info_nce, linear, only_triton):
-        group(impl)
-        print(f"{group.__name__}: ran", flush=True)
+        if not names or group.__name__ in names:
+            group(impl)
+            print(f"{group.__name__}: ran", flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

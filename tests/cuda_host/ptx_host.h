@@ -60,6 +60,19 @@ inline void ldmatrix_x4(unsigned (&matrices)[4], const void* row, const char* fi
 inline float wide(__nv_bfloat16 v) { return __bfloat162float(v); }
 inline float wide(__half v) { return __half2float(v); }
 
+template <class T>
+unsigned larger_pair(unsigned a, unsigned b) {
+  T left[2], right[2];
+  memcpy(left, &a, sizeof a);
+  memcpy(right, &b, sizeof b);
+  for (int i = 0; i < 2; ++i) {
+    const float x = wide(left[i]), y = wide(right[i]);
+    if (x != x || x < y) left[i] = right[i];
+  }
+  memcpy(&a, left, sizeof a);
+  return a;
+}
+
 // Sums are rounded after each product; tensor cores are at least as accurate.
 template <class T>
 void mma_16x8x16(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, const char* file = __builtin_FILE(),

@@ -83,12 +83,12 @@ TLK_DEVICE void store_numbers(T* row, int64_t n, int64_t first, int from, int to
 // Pack k of a row of n numbers, `fill` past its end. In an unaligned row it joins two aligned loads, which neighbouring
 // threads share in the first-level cache. Packs next to the row's ends are read number by number: nothing outside the
 // row is read.
-template <class T>
-TLK_DEVICE Pack<T> load_pack(const T* row, int64_t n, int64_t k, T fill) {
-  const int64_t first = k * kLanes<T>;
+template <class T, class Index>
+TLK_DEVICE Pack<T> load_pack(const T* row, Index n, Index k, T fill) {
   const unsigned off = misaligned(row);
-  if (off == 0 && first + kLanes<T> <= n) return Pack<T>(load_streaming(reinterpret_cast<const uint4*>(row + first)));
-  if (off != 0 && k > 0 && 16 * k - off + 32 <= n * int64_t(sizeof(T))) {
+  if (off == 0 && k < n / kLanes<T>) return Pack<T>(load_streaming(reinterpret_cast<const uint4*>(row) + k));
+  const int64_t first = int64_t(k) * kLanes<T>;
+  if (off != 0 && k > 0 && 16 * int64_t(k) - off + 32 <= int64_t(n) * int64_t(sizeof(T))) {
     const uint4* const p = reinterpret_cast<const uint4*>(reinterpret_cast<const char*>(row + first) - off);
     const uint4 a = p[0], b = p[1];
     return Pack<T>(join(a, b, off));
@@ -98,17 +98,12 @@ TLK_DEVICE Pack<T> load_pack(const T* row, int64_t n, int64_t k, T fill) {
 
 // Stores pack k of a row of n numbers, as far as the row goes. All lanes of a warp call this, with consecutive packs:
 // in an unaligned row a lane stores the end of the previous lane's pack and the start of its own, as 16 aligned bytes.
-template <class T>
-TLK_DEVICE void store_pack(T* row, int64_t n, int64_t k, Pack<T> pack) {
-  const int64_t first = k * kLanes<T>, bytes = n * int64_t(sizeof(T));
+template <class T, class Index>
+TLK_DEVICE void store_pack(T* row, Index n, Index k, Pack<T> pack) {
   const unsigned off = misaligned(row);
-  if (off == 0) {
-    if (first + kLanes<T> <= n)
-      store_streaming(reinterpret_cast<uint4*>(row + first), pack.bits);
-    else
-      store_numbers(row, n, first, 0, kLanes<T>, pack.bits);
-    return;
-  }
+  if (off == 0 && k < n / kLanes<T>) return store_streaming(reinterpret_cast<uint4*>(row) + k, pack.bits);
+  const int64_t first = int64_t(k) * kLanes<T>, bytes = int64_t(n) * int64_t(sizeof(T));
+  if (off == 0) return store_numbers(row, n, first, 0, kLanes<T>, pack.bits);
   const unsigned lane = threadIdx.x % kWarp;
   uint4 previous;
   previous.x = __shfl_up_sync(0xffffffffu, pack.bits.x, 1);
@@ -116,7 +111,8 @@ TLK_DEVICE void store_pack(T* row, int64_t n, int64_t k, Pack<T> pack) {
   previous.z = __shfl_up_sync(0xffffffffu, pack.bits.z, 1);
   previous.w = __shfl_up_sync(0xffffffffu, pack.bits.w, 1);
   // Whether the row has all of the 16 aligned bytes in which this pack begins, and of those in which it ends.
-  const bool begins = lane > 0 && 16 * k - off + 16 <= bytes, ends = lane + 1 < kWarp && 16 * k - off + 32 <= bytes;
+  const bool begins = lane > 0 && 16 * int64_t(k) - off + 16 <= bytes,
+             ends = lane + 1 < kWarp && 16 * int64_t(k) - off + 32 <= bytes;
   if (begins)
     store_streaming(reinterpret_cast<uint4*>(reinterpret_cast<char*>(row + first) - off),
                     join(previous, pack.bits, 16 - off));

@@ -52,6 +52,22 @@ TLK_DEVICE float fast_exp2(float x) {
   return y;
 }
 
+// The larger of two pairs of 16-bit numbers, each in 32 bits; NaN only where both are.
+template <class T>
+TLK_DEVICE unsigned larger_pair(unsigned a, unsigned b);
+template <>
+TLK_DEVICE unsigned larger_pair<__nv_bfloat16>(unsigned a, unsigned b) {
+  unsigned c;
+  asm("max.bf16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+  return c;
+}
+template <>
+TLK_DEVICE unsigned larger_pair<__half>(unsigned a, unsigned b) {
+  unsigned c;
+  asm("max.f16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+  return c;
+}
+
 // The block's index in its cluster.
 TLK_DEVICE unsigned cluster_rank() {
 #if __CUDA_ARCH__ >= 900

@@ -1,7 +1,8 @@
 // Where a row is kept between sweeps. load() reads the row. each(body, out) calls body(int k, A (&v)[N]) for every
 // group of N consecutive numbers that the thread holds: k is the class of the first, and numbers past the row's end are
-// -inf. With `out`, each() stores what the body leaves in v. A store has two flags: kRereads if each sweep reads memory
-// again, kAlone if one thread has the whole row.
+// -inf. With `out`, each() stores what the body leaves in v. largest() is the largest of the thread's numbers, where a
+// store keeps them. A store has two flags: kRereads if each sweep reads memory again, kAlone if one thread has the
+// whole row.
 #pragma once
 #include "pack.cuh"
 #include "reduce.cuh"
@@ -30,12 +31,38 @@ TLK_DEVICE T nothing() {
   return narrow<T>(-Compute<T>(INFINITY));
 }
 
+template <class T>
+TLK_DEVICE Pack<T> no_pack() {
+  Pack<T> pack;
+#pragma unroll
+  for (int i = 0; i < kLanes<T>; ++i) pack.lane[i] = nothing<T>();
+  return pack;
+}
+
+template <class T>
+TLK_DEVICE Compute<T> largest_of(Pack<T> pack) {
+  Compute<T> v[kLanes<T>], top = Max::none<Compute<T>>();
+  widen_pack(pack, v);
+#pragma unroll
+  for (const auto value : v) top = Max::join(top, value);
+  return top;
+}
+// The same, of a store that does not keep packs.
+template <class A, class Store>
+TLK_DEVICE A largest_in(const Store& store) {
+  A top = Max::none<A>();
+  store.each([&](int, auto& v) {
+#pragma unroll
+    for (const A value : v) top = Max::join(top, value);
+  });
+  return top;
+}
+
 // Calls the body with pack j if the slice has it. All lanes of a warp call this, with consecutive packs.
 template <class T, class Body>
 TLK_DEVICE void visit(const Slice<T>& slice, int j, const Pack<T>& pack, Body& body, T* out) {
   Compute<T> v[kLanes<T>];
-#pragma unroll
-  for (int i = 0; i < kLanes<T>; ++i) v[i] = widen(pack.lane[i]);
+  widen_pack(pack, v);
   if (j < slice.packs) body(slice.first + j * kLanes<T>, v);
   if (!out) return;
   store_pack(out + slice.first, slice.n, j, narrow_pack<T>(v));
@@ -66,6 +93,8 @@ class InLanes {
     }
   }
 
+  TLK_DEVICE Compute<T> largest() const { return largest_in<Compute<T>>(*this); }
+
  private:
   int n_, first_, step_;
   T x_[kElements];
@@ -90,6 +119,14 @@ class InRegisters {
 #pragma unroll
     for (int i = 0; i < kPacks; ++i)
       if (i * step_ < slice_.packs) visit(slice_, first_ + i * step_, pack_[i], body, out);
+  }
+
+  TLK_DEVICE Compute<T> largest() const {
+    Pack<T> top = no_pack<T>();
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i)
+      if (i * step_ < slice_.packs) top = larger(top, pack_[i]);
+    return largest_of(top);
   }
 
  private:
@@ -119,13 +156,30 @@ class InShared {
     T* const numbers = reinterpret_cast<T*>(reinterpret_cast<char*>(memory_) + off_);
     if (thread_ < head) numbers[thread_] = slice_.x[thread_];
     if (tail + thread_ < slice_.n) numbers[tail + thread_] = slice_.x[tail + thread_];
+    if (slice_.n + thread_ < slice_.packs * kLanes<T>) numbers[slice_.n + thread_] = nothing<T>();
     cp_async_wait<0>();
     __syncthreads();
   }
+  // Rows that are aligned have a loop of their own, without a question for each pack: a third fewer instructions.
   template <class Body>
   TLK_DEVICE void each(Body body, T* out = nullptr) const {
+    T* const to = out ? out + slice_.first : nullptr;
+    if (off_ == 0 && misaligned(to) == 0) {
+      for (int j = thread_; j < slice_.packs; j += threads_) {
+        Compute<T> v[kLanes<T>];
+        widen_pack(Pack<T>(memory_[j]), v);
+        body(slice_.first + j * kLanes<T>, v);
+        if (to) store_pack(to, slice_.n, j, narrow_pack<T>(v));
+      }
+      return;
+    }
     for (int first = 0; first < slice_.packs; first += threads_)
       visit(slice_, first + thread_, pack(first + thread_), body, out);
+  }
+  TLK_DEVICE Compute<T> largest() const {
+    Pack<T> top = no_pack<T>();
+    for (int j = thread_; j < slice_.packs; j += threads_) top = larger(top, pack(j));
+    return largest_of(top);
   }
 
  private:
@@ -135,14 +189,8 @@ class InShared {
   unsigned off_;
 
   TLK_DEVICE Pack<T> pack(int j) const {
-    Pack<T> pack;
-    if (j < slice_.packs) pack.bits = off_ ? join(memory_[j], memory_[j + 1], off_) : memory_[j];
-    if ((j + 1) * kLanes<T> > slice_.n) {
-#pragma unroll
-      for (int i = 0; i < kLanes<T>; ++i)
-        if (j * kLanes<T> + i >= slice_.n) pack.lane[i] = nothing<T>();
-    }
-    return pack;
+    if (j >= slice_.packs) return no_pack<T>();
+    return Pack<T>(off_ ? join(memory_[j], memory_[j + 1], off_) : memory_[j]);
   }
 };
 
@@ -156,9 +204,31 @@ class InMemory {
     slice_ = Slice<T>(x, n, team);
     thread_ = team.thread(), threads_ = team.threads();
   }
+  // As in InShared, aligned rows have a loop of their own.
   template <class Body>
   TLK_DEVICE void each(Body body, T* out = nullptr) const {
     constexpr int kAtOnce = 2;  // loads in flight
+    T* const to = out ? out + slice_.first : nullptr;
+    if (misaligned(slice_.x) == 0 && misaligned(to) == 0) {
+      const uint4* const from = reinterpret_cast<const uint4*>(slice_.x);
+      const int whole = slice_.n / kLanes<T>;
+      int j = thread_;
+      for (; j < whole - (kAtOnce - 1) * threads_; j += kAtOnce * threads_) {
+        Pack<T> pack[kAtOnce];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) pack[i].bits = load_streaming(from + j + i * threads_);
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          Compute<T> v[kLanes<T>];
+          widen_pack(pack[i], v);
+          body(slice_.first + (j + i * threads_) * kLanes<T>, v);
+          if (to) store_streaming(reinterpret_cast<uint4*>(to) + j + i * threads_, narrow_pack<T>(v).bits);
+        }
+      }
+      for (; j < slice_.packs; j += threads_)
+        visit(slice_, j, load_pack(slice_.x, slice_.n, j, nothing<T>()), body, out);
+      return;
+    }
     for (int j = thread_; j - thread_ < slice_.packs; j += kAtOnce * threads_) {
       Pack<T> pack[kAtOnce];
 #pragma unroll
@@ -198,6 +268,7 @@ class InColumn {
     for (; k + kAtOnce <= n_; k += kAtOnce) some<kAtOnce>(k, body, out);
     for (; k < n_; ++k) some<1>(k, body, out);
   }
+  TLK_DEVICE Compute<T> largest() const { return largest_in<Compute<T>>(*this); }
 
  private:
   int64_t stride_, out_stride_;

@@ -59,6 +59,36 @@ union alignas(16) Pack {
   TLK_DEVICE explicit Pack(uint4 v) : bits(v) {}
 };
 
+// Widens 16 bytes. A bfloat16 is the upper half of a float: one instruction each, where `widen` of a lane takes two.
+template <class T>
+TLK_DEVICE void widen_pack(Pack<T> pack, Compute<T> (&v)[kLanes<T>]) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    const unsigned words[4] = {pack.bits.x, pack.bits.y, pack.bits.z, pack.bits.w};
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const unsigned bits = i % 2 ? words[i / 2] & 0xffff0000u : words[i / 2] << 16;
+      memcpy(&v[i], &bits, sizeof bits);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kLanes<T>; ++i) v[i] = widen(pack.lane[i]);
+  }
+}
+
+// The larger of two packs' numbers, lane by lane; NaN only where both are.
+template <class T>
+TLK_DEVICE Pack<T> larger(Pack<T> a, Pack<T> b) {
+  Pack<T> c;
+  if constexpr (sizeof(T) == 2) {
+    c.bits = make_uint4(larger_pair<T>(a.bits.x, b.bits.x), larger_pair<T>(a.bits.y, b.bits.y),
+                        larger_pair<T>(a.bits.z, b.bits.z), larger_pair<T>(a.bits.w, b.bits.w));
+  } else {
+#pragma unroll
+    for (int i = 0; i < kLanes<T>; ++i) c.lane[i] = fmax(a.lane[i], b.lane[i]);
+  }
+  return c;
+}
+
 // Rounds two numbers to 16 bits: one instruction, on a faster pipe than the one that converts a single number.
 template <class T>
 TLK_DEVICE unsigned narrow_pair(float low, float high);

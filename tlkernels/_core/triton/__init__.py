@@ -81,6 +81,17 @@ def check_classes(
             raise IndexError(f"{name}: expected class indices in [0, {classes}), got {int(y[bad][0])}")
 
 
+def check_num_valid(valid: Tensor, num_valid: int) -> None:
+    """Raise ValueError if `num_valid` is not the 0-d `valid`; on a GPU only with TLKERNELS_CHECK=1 in the environment.
+
+    With the number wrong on a GPU and no check, the loss is NaN.
+    """
+    if valid.device.type == "cpu" or (CHECK and valid.device.type == "cuda"):
+        count = int(valid)
+        if count != num_valid:
+            raise ValueError(f"num_valid: expected {count}, the number of rows that are not ignored, got {num_valid}")
+
+
 recorded_architecture: str | None = None
 """What `architecture` returns while `launch.recorded` records launches; else None."""
 

@@ -111,14 +111,21 @@ def recorded(architecture: str, record: Callable[[Launch], None] | None = None) 
         _record, core.recorded_architecture = before
 
 
-def launch(kernel: Any, grid: Sequence[int], *args: Any, config: Config | None = None, **constants: Any) -> None:
+def launch(
+    kernel: Any,
+    grid: Sequence[int],
+    *args: Any,
+    config: Config | None = None,
+    fusion: bool = True,
+    **constants: Any,
+) -> None:
     """Launch a kernel; `config` gives constants, warps and stages. An empty grid launches nothing.
 
-    The compiler may fuse a product and a sum into one rounding, as in CUDA C++.
+    With `fusion` the compiler may fuse a product and a sum into one rounding, as in CUDA C++.
     """
     if 0 in grid:
         return
-    options: dict[str, Any] = {"enable_fp_fusion": True}
+    options: dict[str, Any] = {"enable_fp_fusion": fusion}
     if config is not None:
         constants = {**config.meta, **constants}
         options.update(num_warps=config.num_warps, num_stages=config.num_stages)

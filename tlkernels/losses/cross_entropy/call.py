@@ -70,7 +70,7 @@ class Arguments(NamedTuple):
 
     def weightless(self) -> Tensor | None:
         """Return which positions have weight 0 and so do not take part; None if `row_weight` may need a gradient."""
-        if self.row_weight is None or _is_differentiated(self.row_weight):
+        if self.row_weight is None or is_differentiated(self.row_weight):
             return None
         return self.row_weight == 0
 
@@ -99,7 +99,7 @@ class Arguments(NamedTuple):
         return rows if self.row_weight is None else rows * self.row_weight.to(rows.dtype)
 
 
-def _is_differentiated(tensor: Tensor) -> bool:
+def is_differentiated(tensor: Tensor) -> bool:
     """Return whether a derivative by `tensor` may be asked for."""
     if tensor.requires_grad or torch.compiler.is_compiling():
         return tensor.requires_grad

@@ -333,7 +333,7 @@ def directional(
         results = directional(direction.contiguous(), grad_loss, grad_lse, grad_entropy, *copies, *arguments)
         return *results[:3], v_input.copy_(results[3]), v_target.copy_(results[4])
     columns = layout.in_columns
-    size = classes * (4 if softcap else 2)
+    size = classes * (4 if softcap else 2) * (1 if grad_entropy is None else 2)
     config = (_SECOND_COLUMNS if columns else _SECOND).find(input.device, input.element_size(), size)
     BP, BC = _tile(config, layout.inner, classes, columns, size)
     T = compute_dtype(input)

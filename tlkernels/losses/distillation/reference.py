@@ -20,7 +20,7 @@ def distillation(call: Arguments) -> Tensor:
 
 def losses(student: Tensor, teacher: Tensor, options: Options) -> Tensor:
     """Return the loss of each row, in the dtype of the computation."""
-    target, row_weight, temperature, divergence, beta, hard_weight, ignore_index, label_smoothing = options
+    target, row_weight, temperature, divergence, beta, hard_weight, ignore_index, label_smoothing, *caps = options
     dtype = compute_dtype(student, teacher)
     student, teacher = student.to(dtype), teacher.to(dtype)
     ignored = None
@@ -29,6 +29,7 @@ def losses(student: Tensor, teacher: Tensor, options: Options) -> Tensor:
         ignored = target == ignore_index
         student = student.masked_fill(ignored.unsqueeze(-1), 0)
         teacher = teacher.masked_fill(ignored.unsqueeze(-1), 0)
+    student, teacher = (_capped(x, cap) for x, cap in zip((student, teacher), caps, strict=True))
     log_q = (teacher / temperature).log_softmax(-1)
     log_p = (student / temperature).log_softmax(-1)
     rows = (1 - hard_weight) * temperature**2 * divergence_of(log_q, log_p, divergence, beta)
@@ -44,6 +45,10 @@ def losses(student: Tensor, teacher: Tensor, options: Options) -> Tensor:
     if row_weight is not None:
         rows = rows * row_weight.to(dtype)
     return rows if ignored is None else rows.masked_fill(ignored, 0)
+
+
+def _capped(logits: Tensor, softcap: float | None) -> Tensor:
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def divergence_of(log_q: Tensor, log_p: Tensor, name: str, beta: float) -> Tensor:

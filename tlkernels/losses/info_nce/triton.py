@@ -102,11 +102,12 @@ class _Launcher:
         self.logit_scale, self.scale = logit_scale, logit_scale.to(query.device)
         self.self_column, self.smoothing = self_column, label_smoothing
         self.set = (LABEL if by_label else ALL if label_smoothing > 0 else NO_SET).value
+        self.rounded = dtype.itemsize > 2 or by_label
         keys = self.rows if key is None else key.shape[0]
         self.config = TILES.find(query.device, dtype.itemsize, max(self.rows * keys, 1))
         if self_column >= 0 or mask is not None or query_ids is not None or normalize or self.set != NO_SET.value:
             self.config = for_options(self.config, square=self.paired)
-        self.tile = {name: self.config.meta[name] for name in ("BM", "BN", "BK")}
+        self.tile: dict[str, Any] = {name: self.config.meta[name] for name in ("BM", "BN", "BK")}
         if self.paired:  # the columns of a tile above the diagonal are also rows
             self.tile["BN"] = self.tile["BM"]
         self.query = prepare(query, dtype, normalize, self.config)
@@ -188,7 +189,7 @@ class _Launcher:
     def vectors(self, kernel: object, *args: object, **constants: object) -> None:
         """Launch a kernel on numbers for each row."""
         config = _VECTORS.find(self.query.x.device, 0, self.rows)
-        launch(kernel, (tiles_of(self.rows, config.meta["BI"]),), *args, config=config, **constants)
+        launch(kernel, (tiles_of(self.rows, config.meta["BI"]),), *args, config=config, fusion=False, **constants)
 
 
 @torch.no_grad()
@@ -348,7 +349,7 @@ class _Panels:
         launcher.launch(
             gradient, part, row_tiles * launcher.tiles(part), *tensors, self.row_slopes, column_slopes, memory,
             None if self.by_tile is None else self.by_tile[n, sum(self.tiles[:k]) :], *numbers, launcher.rows,
-            memory.stride(0), row_tiles,
+            memory.stride(0), row_tiles, ROUNDED=launcher.rounded,
         )  # fmt: skip
         if launcher.set != LABEL.value:
             norms = (None, None) if part.columns is None else (launcher.query.norms, part.columns.norms)

@@ -4,7 +4,16 @@ import triton
 import triton.language as tl
 
 from tlkernels._core.triton.similarity import similarity_tile
-from tlkernels.losses.info_nce.triton_kernels import ALL, LABEL, LOG2E, NO_SET, positive_column, softmax, taking_part
+from tlkernels.losses.info_nce.triton_kernels import (
+    ALL,
+    INF,
+    LABEL,
+    LOG2E,
+    NO_SET,
+    positive_column,
+    softmax,
+    taking_part,
+)
 
 
 @triton.jit(do_not_specialize=["rows", "classes"], do_not_specialize_on_alignment=["state", "positive"])
@@ -84,6 +93,7 @@ def gradient(
     SET: tl.constexpr,  # NO_SET, ALL or LABEL
     SELF: tl.constexpr,  # each row has a column that is itself
     PRECISION: tl.constexpr,  # of float32: "ieee" or "tf32"
+    ROUNDED: tl.constexpr,  # logits are rounded, as those of `statistics` are
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,  # rows, columns and features of a tile
 ):  # fmt: skip
     """Write a tile of the gradient by the products of the embeddings, divided by `scale`.
@@ -101,6 +111,8 @@ def gradient(
         row_stride, column_stride, known_stride, BM, BN, BK, PRECISION,
     )  # fmt: skip
     x = s * (tl.load(scale).to(C) * LOG2E)
+    if ROUNDED:  # the compiler does not fuse a product with a difference through a select
+        x = tl.where((row >= 0)[:, None], x, -INF)
     of_row, of_column = row_slopes + row, column_slopes
     g = tl.load(of_row + slopes_stride)[:, None] * tl.exp2(x - tl.load(of_row)[:, None])
     if column_slopes is not None:

@@ -81,9 +81,9 @@ def _gradient_rule() -> Rule:
     def backward(directions: Tensors, args: Args, needs: Needs) -> Tensors:
         (direction,) = directions
         assert direction is not None
-        grad_log_probs, grad_entropy, logits, index, _, _, _, *options = args
+        grad_log_probs, grad_entropy, logits, index, _, _, _, temperature, softcap = args
         call = direction, grad_log_probs, grad_entropy, logits, index
-        return where_needed(directional(*call, Options(*options, entropy=True)), needs)
+        return where_needed(directional(*call, Options(temperature, softcap, entropy=True)), needs)
 
     return Rule(3, backward, None)
 

@@ -74,7 +74,7 @@ def plain_options(
         TypeError, ValueError: an option has the wrong type or is out of range.
     """
     shared = plain_distillation_options(
-        target, row_weight, temperature, divergence, beta, hard_weight, ignore_index, label_smoothing=0.0
+        target, row_weight, temperature, divergence, beta, hard_weight, ignore_index, label_smoothing=0.0, softcap=None
     )
     if tail not in TAILS:
         raise ValueError(f"tail: expected one of {TAILS}, got {tail!r}")
