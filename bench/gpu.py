@@ -136,7 +136,9 @@ def _cases() -> Iterator[Case]:
     yield _case("distillation", (16384, 32000), losses.distillation, both, "eager", "compile")
     yield _case("info_nce", (65536, 1024), pairs(losses.info_nce), {"floor": 0.65})
     yield _case("cross_entropy", (16384, 131072), cross_entropy, logits, *many, *peers)
-    yield _case("cross_entropy", (32768, 4096), cross_entropy, logits, *_ways("registers", "registers 256", "shared"), *peers)
+    yield _case(
+        "cross_entropy", (32768, 4096), cross_entropy, logits, *_ways("registers", "registers 256", "shared"), *peers
+    )
     ways = _ways("registers", "shared", "shared 256", "sweeps")
     yield _case("cross_entropy", (32768, 16384), cross_entropy, {"floor": 0.9}, *ways)
     yield _case("cross_entropy", (256, 1000), cross_entropy, {"eager": 1.0}, *peers)

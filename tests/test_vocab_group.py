@@ -144,6 +144,78 @@ def check_statistics(rank, ranks, target, impl):
     torch.testing.assert_close(gradient, part(expected, 1, ranks, rank), rtol=1e-10, atol=1e-12)
 
 
+FEATURES = 6
+
+
+def linear_inputs():
+    generator = harness.generator(5)
+    features = torch.randn(3, 4, FEATURES, generator=generator, dtype=torch.float64)
+    layer = torch.randn(CLASSES, FEATURES, generator=generator, dtype=torch.float64)
+    bias = torch.randn(CLASSES, generator=generator, dtype=torch.float64)
+    _, y, weight, _ = inputs((12, CLASSES), "indices", True, False)
+    row_weight = torch.rand(12, generator=generator, dtype=torch.float64)
+    return features, layer, bias, y.view(3, 4), weight, row_weight.view(3, 4)
+
+
+def leaves(*tensors):
+    return [tensor.clone().requires_grad_() for tensor in tensors]
+
+
+def check_linear(rank, ranks, impl, probabilities, stats):
+    """The gradient of `input` is the sum over the ranks; those of the layer are of the rank's own classes."""
+    features, layer, bias, y, weight, row_weight = linear_inputs()
+    if probabilities:
+        y = torch.randn(3, 4, CLASSES, generator=harness.generator(7), dtype=torch.float64).softmax(-1)
+    options = {"label_smoothing": 0.1, "softcap": 5.0, "temperature": 1.3, "z_loss": 0.01}
+    row_weight[0, 1] = row_weight[2, 2] = 0
+    slopes = torch.linspace(-1, 2, 12, dtype=torch.float64).view(3, 4)
+
+    def total(output):
+        return output.loss + (output.lse * slopes).sum() + (output.entropy * slopes.cos()).sum() if stats else output
+
+    whole = leaves(features, layer, bias)
+    if stats:
+        expected = tlk.linear_cross_entropy_stats(
+            whole[0], whole[1], y, linear_bias=whole[2], weight=weight, row_weight=row_weight, impl="reference",
+            **options,
+        )  # fmt: skip
+    else:
+        logits = torch.nn.functional.linear(*whole).view(12, CLASSES)
+        flat = y.view(12, CLASSES) if probabilities else y.view(12)
+        expected = right(logits, flat, weight, row_weight.view(12), "mean", **options)
+    right_grads = torch.autograd.grad(total(expected), whole)
+    y_part = part(y, 2, ranks, rank) if probabilities else y
+    mine = leaves(features, part(layer, 0, ranks, rank), part(bias, 0, ranks, rank))
+    mine[0].data[0, 1] = math.nan  # a row of weight 0
+    function = tlk.linear_cross_entropy_stats if stats else tlk.linear_cross_entropy
+    valid = {} if probabilities else {"num_valid": int((y != IGNORED).sum())}
+    ours = function(
+        mine[0], mine[1], y_part, linear_bias=mine[2], weight=part(weight, 0, ranks, rank), row_weight=row_weight,
+        vocab_group=dist.group.WORLD, impl=impl, **valid, **options,
+    )  # fmt: skip
+    loss = ours.loss if stats else ours
+    torch.testing.assert_close(loss, expected.loss if stats else expected, rtol=1e-11, atol=1e-11)
+    if stats:
+        assert torch.equal(ours.correct, expected.correct) and ours.correct.shape == (3, 4)
+    everyone = [torch.empty_like(loss) for _ in range(ranks)]
+    dist.all_gather(everyone, loss.detach())
+    assert all(torch.equal(each, loss) for each in everyone)
+    grads = torch.autograd.grad(total(ours), mine)
+    for name, gradient, truth in zip(("input", "weight", "bias"), grads, right_grads, strict=True):
+        truth = truth if name == "input" else part(truth, 0, ranks, rank)
+        torch.testing.assert_close(gradient, truth, rtol=1e-10, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def check_linear_module(rank, ranks):
+    features, layer, bias, y, _, _ = linear_inputs()
+    module = tlk.LinearCrossEntropyLoss(FEATURES, PARTS[ranks][rank], bias=True, dtype=torch.float64,
+                                        vocab_group=dist.group.WORLD)  # fmt: skip
+    module.linear.weight.data, module.linear.bias.data = part(layer, 0, ranks, rank), part(bias, 0, ranks, rank)
+    logits = torch.nn.functional.linear(features, layer, bias).view(12, CLASSES)
+    expected = torch.nn.functional.cross_entropy(logits, y.view(12))
+    torch.testing.assert_close(module(features, y), expected, rtol=1e-11, atol=1e-11)
+
+
 def check_narrow_dtypes(rank, ranks, dtype, impl):
     """The error against float64 is at most twice that of PyTorch on the whole, plus a rounding."""
     x, y, _, _ = inputs((11, CLASSES), "indices", False, False, dtype)
@@ -218,6 +290,7 @@ def check_module(rank, ranks):
 def all_checks():
     yield "inplace", check_inplace
     yield "module", check_module
+    yield "linear-module", check_linear_module
     for impl in helpers.IMPLEMENTATIONS:
         for name in CASES:
             yield f"{name}-{impl}", partial(check_value_and_gradient, name=name, impl=impl)
@@ -225,6 +298,10 @@ def all_checks():
             yield f"statistics-{target}-{impl}", partial(check_statistics, target=target, impl=impl)
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             yield f"{dtype}-{impl}", partial(check_narrow_dtypes, dtype=dtype, impl=impl)
+        for probabilities in (False, True):
+            for stats in (False, True):
+                words = f"{'probabilities' if probabilities else 'indices'}{'-stats' * stats}-{impl}"
+                yield f"linear-{words}", partial(check_linear, impl=impl, probabilities=probabilities, stats=stats)
         yield f"edges-{impl}", partial(check_edges, impl=impl)
         yield f"errors-{impl}", partial(check_errors, impl=impl)
 

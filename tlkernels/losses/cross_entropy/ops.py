@@ -208,15 +208,20 @@ for _ops in (NATIVE, TRITON):
 def _over_group(ops: Ops, call: Arguments) -> Tensor | CrossEntropyOutput:
     """Compute a call with `vocab_group`."""
 
-    def forward(target: Tensor, options: Options, stats: bool) -> Any:
-        return (ops.forward_stats if stats else ops.forward)(call.input, target, *options)
+    def part(input: Tensor, target: Tensor, options: Options) -> Sequence[Any]:
+        return call._replace(input=input, target=target, options=options).without_weightless()[:2]
 
-    def backward(grad_loss: Tensor, grad_lse: Any, grad_entropy: Any, inputs: Tensors, *rest: Any) -> Tensors:
-        *args, options, _ = rest
-        upstreams = grad_loss, grad_lse, grad_entropy
+    def forward(target: Tensor, options: Options, stats: bool) -> Any:
+        input, target = part(call.input, target, options)
+        return (ops.forward_stats if stats else ops.forward)(input, target, *options)
+
+    def backward(*args: Any) -> Tensors:
+        *upstreams, (input,), target, peak, log_sum, entropy, options, _ = args
+        input, target = part(input, target, options)
+        normaliser = peak, log_sum, entropy
         if call.inplace_grad:
-            return (inplace.overwrite(ops, upstreams, *inputs, *args, *options),)
-        return (ops.backward(*upstreams, *inputs, *args, *options),)
+            return (inplace.overwrite(ops, upstreams, input, target, *normaliser, *options),)
+        return (ops.backward(*upstreams, input, target, *normaliser, *options),)
 
     output: Tensor | CrossEntropyOutput = vocab_parallel.cross_entropy(call, forward, backward, (call.input,))
     return output

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.modules.loss import _WeightedLoss
 
 from tlkernels._core.dispatch import resolve
+from tlkernels._core.group import check_group
 from tlkernels._core.module import LossModule
 from tlkernels.losses.cross_entropy.call import CrossEntropyOutput, plain_options
 from tlkernels.losses.linear_cross_entropy.call import Arguments, check
@@ -27,6 +28,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     z_loss: float = 0.0,
     row_weight: Tensor | None = None,
+    vocab_group: Any = None,
     num_valid: int | None = None,
     impl: str = "auto",
 ) -> Tensor:
@@ -60,6 +62,12 @@ def linear_cross_entropy(
         row_weight: a factor for each row's loss, of the shape of `input` without D and any of the dtypes of `input`.
             The mean still divides by the same number. If `row_weight` does not require a gradient, a row of weight 0
             is left out as an ignored one is.
+        vocab_group: a torch.distributed process group over which the classes are split, in the order of its ranks, in
+            parts of any size. `linear_weight`, `linear_bias`, `weight` and class probabilities have this rank's
+            classes; class indices count all classes, and C is their total; every rank passes the same rows. Every rank
+            gets the loss of the whole rows, the same bits, the gradients of its own classes, and the gradient of
+            `input` summed over the ranks. The backward computes the logits again; a second derivative raises. On a GPU
+            `label_smoothing` waits for the device, to learn C.
         num_valid: the number of rows that are not ignored, if the caller knows it. With it ignored rows are not
             multiplied on a GPU either, and the GPU is not waited for.
         impl: "auto" (default), "native", "triton" or "reference".
@@ -83,7 +91,8 @@ def linear_cross_entropy(
     """
     options = plain_options(weight, ignore_index, label_smoothing, temperature, softcap, z_loss)
     layer = input, linear_weight, linear_bias
-    call = check(Arguments(*layer, target, options, reduction, False, row_weight, num_valid))
+    group = check_group(vocab_group, "vocab_group")
+    call = check(Arguments(*layer, target, options, reduction, False, row_weight, num_valid, group))
     loss: Tensor = resolve("linear_cross_entropy", IMPLEMENTATIONS, call, impl).run(call)
     return loss
 
@@ -102,6 +111,7 @@ def linear_cross_entropy_stats(
     softcap: float | None = None,
     z_loss: float = 0.0,
     row_weight: Tensor | None = None,
+    vocab_group: Any = None,
     num_valid: int | None = None,
     impl: str = "auto",
 ) -> CrossEntropyOutput:
@@ -121,7 +131,8 @@ def linear_cross_entropy_stats(
     """
     options = plain_options(weight, ignore_index, label_smoothing, temperature, softcap, z_loss)
     layer = input, linear_weight, linear_bias
-    call = check(Arguments(*layer, target, options, reduction, True, row_weight, num_valid))
+    group = check_group(vocab_group, "vocab_group")
+    call = check(Arguments(*layer, target, options, reduction, True, row_weight, num_valid, group))
     output: CrossEntropyOutput = resolve("linear_cross_entropy_stats", IMPLEMENTATIONS, call, impl).run(call)
     return output
 
@@ -136,7 +147,7 @@ class LinearCrossEntropyLoss(LossModule, _TorchLinearCrossEntropyLoss, function=
 
     Args:
         in_features: size of the features, D.
-        num_classes: number of classes, C.
+        num_classes: number of classes, C; with `vocab_group` of this rank's.
         bias: whether the layer has a bias.
         device: the device of the layer's parameters.
         dtype: the dtype of the layer's parameters.
@@ -164,13 +175,14 @@ class LinearCrossEntropyLoss(LossModule, _TorchLinearCrossEntropyLoss, function=
         temperature: float = 1.0,
         softcap: float | None = None,
         z_loss: float = 0.0,
+        vocab_group: Any = None,
         impl: str = "auto",
     ) -> None:
         _WeightedLoss.__init__(self, weight, reduction=reduction)
         self.linear = torch.nn.Linear(in_features, num_classes, bias=bias, device=device, dtype=dtype)
         self.num_classes, self.out_features = num_classes, ()
         self.ignore_index, self.label_smoothing, self.temperature = ignore_index, label_smoothing, temperature
-        self.softcap, self.z_loss, self.impl = softcap, z_loss, impl
+        self.softcap, self.z_loss, self.vocab_group, self.impl = softcap, z_loss, vocab_group, impl
 
     def forward(
         self, input: Tensor, target: Tensor, row_weight: Tensor | None = None, num_valid: int | None = None

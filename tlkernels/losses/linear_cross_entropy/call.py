@@ -1,6 +1,6 @@
 """Arguments of linear cross entropy and their validation."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from tlkernels._core.autograd import Tensors
 from tlkernels._core.dtypes import FLOATING, autocasts
 from tlkernels._core.options import integer
 from tlkernels.losses.cross_entropy.call import Arguments as CrossEntropyArguments
-from tlkernels.losses.cross_entropy.call import Options
+from tlkernels.losses.cross_entropy.call import CrossEntropyOutput, Options
 from tlkernels.losses.cross_entropy.call import check as check_cross_entropy
 
 
@@ -25,6 +25,7 @@ class Arguments(NamedTuple):
     stats: bool
     row_weight: Tensor | None = None
     num_valid: int | None = None
+    vocab_group: Any = None
 
     @property
     def layer(self) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -47,12 +48,19 @@ class Arguments(NamedTuple):
     def on(self, logits: Tensor) -> CrossEntropyArguments:
         """Return the call of cross entropy for these logits; of a flat call."""
         return CrossEntropyArguments(
-            logits, self.target, self.options, self.reduction, False, self.stats, self.row_weight
+            logits, self.target, self.options, self.reduction, False, self.stats, self.row_weight, self.vocab_group
         )
 
     def on_shape(self) -> CrossEntropyArguments:
         """Return the call of cross entropy for logits of the right shape, dtype and device, but without memory."""
         return self.on(self.input.new_empty(()).expand(self.input.shape[0], self.linear_weight.shape[0]))
+
+
+def shaped(output: Tensor | CrossEntropyOutput, reduction: str, shape: torch.Size) -> Tensor | CrossEntropyOutput:
+    """Return the result of flat rows with the rows in this shape."""
+    loss, *stats = (output,) if isinstance(output, Tensor) else output
+    loss = loss.reshape(shape) if reduction == "none" else loss
+    return CrossEntropyOutput(loss, *(value.reshape(shape) for value in stats)) if stats else loss
 
 
 def check(call: Arguments) -> Arguments:

@@ -28,10 +28,11 @@ from tlkernels._core.dtypes import cast, compute_dtype
 from tlkernels._core.loss import Op, define_ops, implementations, in_one_sweep, take
 from tlkernels._core.reduction import reduce
 from tlkernels._core.triton import linear
+from tlkernels.losses.cross_entropy import vocab_parallel
 from tlkernels.losses.cross_entropy.call import CrossEntropyOutput, Options, is_differentiated
 from tlkernels.losses.cross_entropy.ops import OPTIONS
 from tlkernels.losses.linear_cross_entropy import reference
-from tlkernels.losses.linear_cross_entropy.call import Arguments
+from tlkernels.losses.linear_cross_entropy.call import Arguments, shaped
 
 _LAYER = "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target"
 _OPTIONS = f"{OPTIONS}, Tensor? row_weight, int? num_valid"
@@ -145,8 +146,32 @@ for _ops in (NATIVE, TRITON):
     differentiable(_ops.forward_stats, _rule(_ops, stats=True))
 
 
+def _over_group(ops: Ops, flat: Arguments) -> Tensor | CrossEntropyOutput:
+    """Compute a flat call with `vocab_group`."""
+    of_logits = flat.on_shape()
+    weightless = of_logits.weightless()
+    # The rows' weights multiply their losses later; here rows of weight 0 are left out.
+    row_weight = None if weightless is None else (~weightless).to(compute_dtype(flat.input))
+    rows = row_weight, flat.num_valid
+
+    def forward(target: Tensor, options: Options, stats: bool) -> Any:
+        return (ops.forward_stats if stats else ops.forward)(*flat.layer, target, *options, *rows)
+
+    def backward(grad_loss: Tensor, grad_lse: Any, grad_entropy: Any, layer: Tensors, *rest: Any) -> Tensors:
+        *args, options, needs = rest
+        grads = ops.backward(grad_loss, grad_lse, grad_entropy, *layer, *args, *options, *rows, needs)
+        by_input, *others = where_needed(grads, needs)
+        # The gradient of each rank's logits gives a part of the input's.
+        return None if by_input is None else vocab_parallel.sum_over(by_input, flat.vocab_group), *others
+
+    output: Tensor | CrossEntropyOutput = vocab_parallel.cross_entropy(of_logits, forward, backward, flat.layer)
+    return output
+
+
 def _run(ops: Ops, sweep: Sweep, call: Arguments) -> Tensor | CrossEntropyOutput:
     shape, flat = call.input.shape[:-1], call.flat()
+    if flat.vocab_group is not None:
+        return shaped(_over_group(ops, flat), flat.reduction, shape)
     reduction, of_logits, options = flat.reduction, flat.on_shape(), flat.options
     # The gradient of row_weight is PyTorch's, of the rows' losses times their weights.
     later = flat.row_weight is not None and is_differentiated(flat.row_weight)
@@ -156,17 +181,18 @@ def _run(ops: Ops, sweep: Sweep, call: Arguments) -> Tensor | CrossEntropyOutput
     rows, peak, log_sum, *stats = apply(ops.forward_stats if call.stats else ops.forward, *args)
     rows = of_logits.weighted(rows) if later else rows
     loss = cast(reduce(rows, of_logits.denominator() if reduction == "mean" else 1, reduction), of_logits.dtype)
-    loss = loss.reshape(shape) if reduction == "none" else loss
     if not call.stats:
-        return loss
+        return shaped(loss, reduction, shape)
     lse = peak * ((options.softcap or 1) / options.temperature) + log_sum
-    return CrossEntropyOutput(loss, *(value.reshape(shape) for value in (lse, *stats)))
+    return shaped(CrossEntropyOutput(loss, lse, *stats), reduction, shape)
 
 
 def _refuse(call: Arguments) -> str | None:
     for name, tensor in (("weight", call.options.weight), ("target", call.target)):
         if tensor is not None and tensor.requires_grad:
             return f"computes no gradient for {name}, which requires one"
+    if call.vocab_group is not None and torch.compiler.is_compiling():
+        return "vocab_group needs plain autograd, not torch.compile"
     return refuse_transforms()
 
 

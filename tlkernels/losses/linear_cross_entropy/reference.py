@@ -7,17 +7,15 @@ from torch import Tensor
 from tlkernels._core.autograd import eager
 from tlkernels.losses.cross_entropy import reference
 from tlkernels.losses.cross_entropy.call import CrossEntropyOutput
-from tlkernels.losses.linear_cross_entropy.call import Arguments
+from tlkernels.losses.cross_entropy.vocab_parallel import summed_gradient
+from tlkernels.losses.linear_cross_entropy.call import Arguments, shaped
 
 
 def linear_cross_entropy(call: Arguments) -> Tensor | CrossEntropyOutput:
     """Return the loss; with `stats`, a CrossEntropyOutput."""
     rows, flat = call.input.shape[:-1], call.flat()
-    output = reference.cross_entropy(flat.on(_logits(flat)))
-    loss, *stats = (output,) if isinstance(output, Tensor) else output
-    loss = _checked(loss, flat)
-    loss = loss.reshape(rows) if call.reduction == "none" else loss
-    return CrossEntropyOutput(loss, *(value.reshape(rows) for value in stats)) if stats else loss
+    output = shaped(reference.cross_entropy(flat.on(_logits(flat))), call.reduction, rows)
+    return _checked(output, flat) if isinstance(output, Tensor) else output._replace(loss=_checked(output.loss, flat))
 
 
 def _checked(loss: Tensor, flat: Arguments) -> Tensor:
@@ -36,4 +34,6 @@ def _logits(flat: Arguments) -> Tensor:
     """Return the logits. Ignored rows add nothing to the layer's gradients, not even 0 * NaN."""
     absent = flat.on_shape().absent()
     input = flat.input if absent is None else flat.input.masked_fill(absent.unsqueeze(1), 0)
+    if flat.vocab_group is not None:
+        input = summed_gradient(input, flat.vocab_group)
     return F.linear(input, flat.linear_weight, flat.linear_bias)
