@@ -95,8 +95,8 @@ def plan(layers: Sequence[Layer], needs: Sequence[Needs]) -> Plan:
     needed, and store only a block of gradients. A model of the time chooses; it depends on the shapes alone.
     """
     input, weight, _ = layers[0]
-    gpu = machine(input.device)
     chosen = strategy(layers, needs)
+    gpu = machine(input.device)
     (rows, _), classes = input.shape, weight.shape[0]
     if chosen == "lean":
         # A block of gradients is no larger than the input, or what stays in a cache.
