@@ -100,7 +100,7 @@ class _Launcher:
         self.probabilities = target.is_floating_point()
         valid = None
         if not self.probabilities:
-            check_classes(target, self.classes, options.ignore_index)
+            check_classes(target, self.classes, options.ignore_index, options.num_classes is not None)
             target = target.to(torch.int64)
             valid = target != options.ignore_index
         used = None if row_weight is None else row_weight != 0
