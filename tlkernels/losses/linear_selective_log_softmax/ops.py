@@ -98,6 +98,6 @@ IMPLEMENTATIONS = implementations(
     served=native.served("linear_selective_log_softmax_fwd"),
     tensors=lambda call: (*call.layer, call.indices),
     refuse=lambda call: refuse_transforms(),
-    strategy=lambda call: linear.describe([call.layer]),
+    strategy=lambda call: linear.describe([call.layer], only="chunks"),
 )
 """Their results are log-probabilities and entropy of the flattened rows, in the dtype of the computation."""
