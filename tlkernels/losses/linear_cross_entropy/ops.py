@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tlkernels._core import native
+from tlkernels._core import flops, native
 from tlkernels._core.autograd import (
     Args,
     Needs,
@@ -56,6 +56,10 @@ def _fake_step(input: Tensor, linear_weight: Tensor, *rest: Any) -> tuple[Tensor
     return loss, *_fake_backward(loss, None, input, linear_weight, *rest)
 
 
+def _flops(input: Any, linear_weight: Any, needs: Needs = (), num_valid: int | None = None, **_: Any) -> int:
+    return flops.of_product(input, linear_weight, needs, num_valid)
+
+
 class Ops(NamedTuple):
     """The ops of an implementation. `input` is a matrix, and `target` has an index or probabilities for each row."""
 
@@ -84,6 +88,7 @@ NATIVE, TRITON = define_ops(
         ),
         "step": Op(f"step({_INPUT}, bool mean, bool[3] needs) -> (Tensor loss, {_GRADIENTS})", _fake_step),
     },
+    flops=_flops,
 )
 
 

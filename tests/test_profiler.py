@@ -1,0 +1,170 @@
+"""While a profiler runs, every call of a loss has a range of the loss's name in the trace, and its backward one too."""
+
+import pytest
+import torch
+from helpers import IMPLEMENTATIONS
+from torch.autograd import profiler as autograd_profiler
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.checkpoint import checkpoint
+
+import tlkernels as tlk
+from tlkernels._core import ranges
+from tlkernels._core.dispatch import Implementation, resolve
+
+N, D, C = 6, 4, 5
+KERNELS = [impl for impl in IMPLEMENTATIONS if impl != "reference"]
+
+
+def normal(*shape):
+    return torch.randn(*shape, requires_grad=True)
+
+
+def labels():
+    return torch.arange(N) % C
+
+
+CALLS = {
+    "cross_entropy": lambda **o: tlk.cross_entropy(normal(N, C), labels(), **o),
+    "linear_cross_entropy": lambda **o: tlk.linear_cross_entropy(normal(N, D), normal(C, D), labels(), **o),
+    "distillation": lambda **o: tlk.distillation(normal(N, C), normal(N, C), **o),
+    "linear_distillation": lambda **o: tlk.linear_distillation(
+        normal(N, D), normal(C, D), normal(N, D), normal(C, D), **o
+    ),
+    "mse": lambda **o: tlk.mse(normal(N, D), normal(N, D), **o),
+    "rmse": lambda **o: tlk.rmse(normal(N, D), normal(N, D), **o),
+    "info_nce": lambda **o: tlk.info_nce(normal(N, D), normal(N, D), symmetric=True, **o),
+    "nt_xent": lambda **o: tlk.nt_xent(normal(N, D), normal(N, D), **o),
+    "sup_con": lambda **o: tlk.sup_con(normal(N, D), labels() % 2, **o),
+}
+SINGLE = {
+    "cross_entropy_stats": lambda **o: tlk.cross_entropy_stats(normal(N, C), labels(), **o).loss,
+    "linear_cross_entropy_stats": lambda **o: tlk.linear_cross_entropy_stats(
+        normal(N, D), normal(C, D), labels(), **o
+    ).loss,
+    "sigmoid_contrastive": lambda **o: tlk.sigmoid_contrastive(
+        normal(N, D), normal(N, D), logit_scale=2.0, logit_bias=-1.0, **o
+    ),
+}
+"""Calls without a `reduction` that the test sets."""
+
+
+def traced(run):
+    """Return the names of the losses' ranges in the trace of `run`, in order."""
+    with profile(activities=[ProfilerActivity.CPU]) as prof:
+        run()
+    events = sorted(prof.events(), key=lambda event: event.time_range.start)
+    losses = {f"tlkernels::{loss}" for loss in (*CALLS, *SINGLE)}
+    return [event.name for event in events if event.name.removesuffix(" backward") in losses]
+
+
+def test_every_loss_is_tested():
+    functions = {name for name in tlk.__all__ if name.islower() and callable(getattr(tlk, name))}
+    assert functions - {"explain"} <= {*CALLS, *SINGLE}
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("loss", CALLS)
+def test_one_range_for_each_call_and_each_backward(loss, reduction, any_impl):
+    names = traced(lambda: [CALLS[loss](impl=any_impl, reduction=reduction).sum().backward() for _ in range(2)])
+    of_backward = [] if any_impl == "reference" else [f"tlkernels::{loss} backward"]
+    assert names == [f"tlkernels::{loss}", *of_backward] * 2
+
+
+@pytest.mark.parametrize("loss", SINGLE)
+def test_one_range_for_a_call_without_reduction(loss, any_impl):
+    names = traced(lambda: SINGLE[loss](impl=any_impl).sum().backward())
+    assert names == [f"tlkernels::{loss}"] + [f"tlkernels::{loss} backward"] * (any_impl != "reference")
+
+
+@pytest.mark.parametrize("impl", KERNELS)
+def test_the_backward_of_a_checkpointed_loss(impl):
+    """Saved-tensor hooks and several differentiable results take the rule's own node."""
+    input, weight = normal(N, D), normal(C, D)
+
+    def run():
+        loss = checkpoint(tlk.linear_cross_entropy, input, weight, labels(), impl=impl, use_reentrant=False)
+        loss.backward()
+
+    names = traced(run)
+    assert names.count("tlkernels::linear_cross_entropy") == 2  # checkpointing runs the forward again
+    assert names.count("tlkernels::linear_cross_entropy backward") == 1
+
+
+def test_the_range_of_a_node_without_a_profiler_has_no_name():
+    loss = CALLS["cross_entropy"]()
+    assert traced(loss.backward) == []
+
+
+def test_no_range_without_a_profiler(monkeypatch):
+    def refuse(*args):
+        raise AssertionError("a range was opened")
+
+    monkeypatch.setattr(autograd_profiler, "record_function", refuse)
+    implementation = Implementation("reference", lambda call: None, lambda call: call)
+    assert resolve("mse", [implementation], torch.ones(1), "auto") is implementation
+    CALLS["cross_entropy"]().backward()
+    with pytest.raises(AssertionError, match="a range was opened"), profile():
+        CALLS["cross_entropy"]()
+    assert not ranges.of_backward()
+
+
+def test_an_error_closes_the_range():
+    with profile(), pytest.raises(IndexError):
+        tlk.cross_entropy(normal(N, C), torch.full((N,), C))
+    assert not ranges.of_backward()
+
+
+def test_old_profilers_too():
+    with autograd_profiler.profile() as prof:
+        CALLS["mse"]()
+    assert "tlkernels::mse" in {event.name for event in prof.function_events}
+
+
+def test_explain_opens_no_range():
+    logits = normal(N, C)
+    plain = tlk.explain(tlk.cross_entropy, logits, labels())
+    with profile(activities=[ProfilerActivity.CPU]) as prof:
+        assert tlk.explain(tlk.cross_entropy, logits, labels()) == plain
+    assert not any(event.name.startswith("tlkernels::") for event in prof.events())
+
+
+def test_compiled_calls_have_no_range_and_are_not_compiled_again():
+    input, weight = normal(N, D), normal(C, D)
+    compiled = torch.compile(tlk.linear_cross_entropy, fullgraph=True, backend="aot_eager")
+    right = compiled(input, weight, labels())
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        names = traced(lambda: torch.testing.assert_close(compiled(input, weight, labels()), right))
+    assert names == []
+
+
+def test_compiled_while_a_profiler_runs():
+    input, weight = normal(N, D), normal(C, D)
+    torch._dynamo.reset()
+    compiled = torch.compile(tlk.linear_cross_entropy, fullgraph=True, backend="aot_eager")
+    with profile(activities=[ProfilerActivity.CPU]):
+        loss = compiled(input, weight, labels())
+        loss.backward()
+    right = tlk.linear_cross_entropy(input, weight, labels())
+    torch.testing.assert_close(loss, right)
+
+
+def test_torch_func(any_impl):
+    logits = torch.randn(3, N, C)
+    run = torch.func.vmap(torch.func.grad(lambda x: tlk.cross_entropy(x, labels(), impl=any_impl)))
+    right = run(logits)
+    assert traced(lambda: torch.testing.assert_close(run(logits), right)) == ["tlkernels::cross_entropy"]
+
+
+def test_make_fx():
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    logits = torch.randn(N, C)
+    with profile(activities=[ProfilerActivity.CPU]):
+        graph = make_fx(lambda x: tlk.cross_entropy(x, labels()))(logits)
+    torch.testing.assert_close(graph(logits), tlk.cross_entropy(logits, labels()))
+
+
+def test_nested_losses_keep_their_names():
+    inner = ranges.in_range("inner", lambda call: ranges.of_backward())
+    outer = ranges.in_range("outer", lambda call: (inner(call), ranges.of_backward()))
+    assert outer(None) == ("tlkernels::inner backward", "tlkernels::outer backward")
