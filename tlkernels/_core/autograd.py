@@ -98,6 +98,7 @@ class _Differentiable(Function):
         return output
 
     @staticmethod
+    @ranges.around
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         rule = ctx.rule
         # A compiler traces only the first derivative, and raises an error itself if asked for another.
@@ -106,8 +107,7 @@ class _Differentiable(Function):
         upstreams = [grad_outputs[i] for i in rule.results]
         if all(upstream is None for upstream in upstreams):
             return (None,) * (2 + len(needs))
-        with ranges.named(ctx.range):
-            grads = gradients(rule, upstreams, _saved(ctx), needs[: rule.inputs], create_graph)
+        grads = gradients(rule, upstreams, _saved(ctx), needs[: rule.inputs], create_graph)
         return None, None, *grads, *(None,) * (len(needs) - rule.inputs)
 
 
@@ -349,16 +349,16 @@ class _Attached(Function):
         return loss[0]
 
     @staticmethod
+    @ranges.around
     def backward(ctx: Any, upstream: Tensor) -> Any:
         rule, needs = ctx.rule, ctx.needs_input_grad[4 : 4 + ctx.rule.inputs]
-        with ranges.named(ctx.range):
-            if ctx.grads and not torch.is_grad_enabled():
-                stored = where_needed(ctx.grads, needs)
-                if _one_value(upstream):
-                    ctx.grads = []
-                grads = [None if grad is None else _scaled(grad, upstream, ctx.scale) for grad in stored]
-            else:
-                grads = list(gradients(rule, [upstream], _saved(ctx), needs, torch.is_grad_enabled()))
+        if ctx.grads and not torch.is_grad_enabled():
+            stored = where_needed(ctx.grads, needs)
+            if _one_value(upstream):
+                ctx.grads = []
+            grads = [None if grad is None else _scaled(grad, upstream, ctx.scale) for grad in stored]
+        else:
+            grads = list(gradients(rule, [upstream], _saved(ctx), needs, torch.is_grad_enabled()))
         return None, None, None, None, *grads, *(None,) * (len(ctx.rest) - rule.inputs)
 
 

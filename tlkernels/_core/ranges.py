@@ -1,8 +1,8 @@
 """Ranges in a profiler's trace: `tlkernels::<loss>` for a call, `tlkernels::<loss> backward` for its backward."""
 
+import functools
 import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch.autograd import profiler
@@ -14,11 +14,6 @@ class _Current(threading.local):
 
 
 _current = _Current()
-
-
-def enabled() -> bool:
-    """Return whether a profiler runs."""
-    return profiler._is_profiler_enabled
 
 
 def in_range(loss: str, run: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -37,9 +32,19 @@ def in_range(loss: str, run: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 def of_backward() -> str:
     """Return the name of the range for the backward of the loss whose range is open; empty if none is."""
-    return f"tlkernels::{_current.loss} backward" if _current.loss else ""
+    if not profiler._is_profiler_enabled or not _current.loss:
+        return ""
+    return f"tlkernels::{_current.loss} backward"
 
 
-def named(name: str) -> AbstractContextManager[Any]:
-    """Return a range of that name; none if it is empty."""
-    return profiler.record_function(name) if name else nullcontext()
+def around(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the backward of an autograd.Function within the range of the name `ctx.range`, if it has one."""
+
+    @functools.wraps(backward)
+    def in_range_of_forward(ctx: Any, *grads: Any) -> Any:
+        if not ctx.range:
+            return backward(ctx, *grads)
+        with profiler.record_function(ctx.range):
+            return backward(ctx, *grads)
+
+    return in_range_of_forward

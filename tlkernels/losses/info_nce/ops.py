@@ -78,7 +78,7 @@ def _fake_step(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _flops(query: Any, key: Any, negatives: Any, state: Any = None, needs: Needs = (False,) * 4, **_: Any) -> int:
-    needs_query, needs_key, needs_negatives, _ = needs
+    needs_query, needs_key, needs_negatives = needs[:3]
     total = 0
     for columns, needs_columns in ((key or query, needs_key and key is not None), (negatives, needs_negatives)):
         if columns is not None:
