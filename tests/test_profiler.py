@@ -1,7 +1,11 @@
 """While a profiler runs, every call of a loss has a range of the loss's name in the trace, and its backward one too."""
 
+import inspect
+
+import harness
 import pytest
 import torch
+from battery import LOSSES, leaves
 from helpers import IMPLEMENTATIONS
 from torch.autograd import profiler as autograd_profiler
 from torch.profiler import ProfilerActivity, profile
@@ -24,29 +28,16 @@ def labels():
     return torch.arange(N) % C
 
 
-CALLS = {
-    "cross_entropy": lambda **o: tlk.cross_entropy(normal(N, C), labels(), **o),
-    "linear_cross_entropy": lambda **o: tlk.linear_cross_entropy(normal(N, D), normal(C, D), labels(), **o),
-    "distillation": lambda **o: tlk.distillation(normal(N, C), normal(N, C), **o),
-    "linear_distillation": lambda **o: tlk.linear_distillation(
-        normal(N, D), normal(C, D), normal(N, D), normal(C, D), **o
-    ),
-    "mse": lambda **o: tlk.mse(normal(N, D), normal(N, D), **o),
-    "rmse": lambda **o: tlk.rmse(normal(N, D), normal(N, D), **o),
-    "info_nce": lambda **o: tlk.info_nce(normal(N, D), normal(N, D), symmetric=True, **o),
-    "nt_xent": lambda **o: tlk.nt_xent(normal(N, D), normal(N, D), **o),
-    "sup_con": lambda **o: tlk.sup_con(normal(N, D), labels() % 2, **o),
+CALLS = [
+    pytest.param(name, options, id="-".join((name, *options.values())))
+    for name, loss in LOSSES.items()
+    for options in ({}, {"reduction": "none"})
+    if options.keys() <= inspect.signature(loss.function).parameters.keys()
+]
+STATISTICS = {
+    "cross_entropy_stats": lambda **o: tlk.cross_entropy_stats(normal(N, C), labels(), **o),
+    "linear_cross_entropy_stats": lambda **o: tlk.linear_cross_entropy_stats(normal(N, D), normal(C, D), labels(), **o),
 }
-SINGLE = {
-    "cross_entropy_stats": lambda **o: tlk.cross_entropy_stats(normal(N, C), labels(), **o).loss,
-    "linear_cross_entropy_stats": lambda **o: (
-        tlk.linear_cross_entropy_stats(normal(N, D), normal(C, D), labels(), **o).loss
-    ),
-    "sigmoid_contrastive": lambda **o: tlk.sigmoid_contrastive(
-        normal(N, D), normal(N, D), logit_scale=2.0, logit_bias=-1.0, **o
-    ),
-}
-"""Calls without a `reduction` that the test sets."""
 
 
 def traced(run):
@@ -54,27 +45,29 @@ def traced(run):
     with profile(activities=[ProfilerActivity.CPU]) as prof:
         run()
     events = sorted(prof.events(), key=lambda event: event.time_range.start)
-    losses = {f"tlkernels::{loss}" for loss in (*CALLS, *SINGLE)}
-    return [event.name for event in events if event.name.removesuffix(" backward") in losses]
+    ranges = {f"tlkernels::{loss}" for loss in (*LOSSES, *STATISTICS)}
+    return [event.name for event in events if event.name.removesuffix(" backward") in ranges]
 
 
-def test_every_loss_is_tested():
-    functions = {name for name in tlk.__all__ if name.islower() and callable(getattr(tlk, name))}
-    assert functions - {"explain"} <= {*CALLS, *SINGLE}
+def one_of_each(loss, impl):
+    return [f"tlkernels::{loss}"] + [f"tlkernels::{loss} backward"] * (impl != "reference")
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("loss", CALLS)
-def test_one_range_for_each_call_and_each_backward(loss, reduction, any_impl):
-    names = traced(lambda: [CALLS[loss](impl=any_impl, reduction=reduction).sum().backward() for _ in range(2)])
-    of_backward = [] if any_impl == "reference" else [f"tlkernels::{loss} backward"]
-    assert names == [f"tlkernels::{loss}", *of_backward] * 2
+@pytest.mark.parametrize(("name", "options"), CALLS)
+def test_one_range_for_each_call_and_each_backward(name, options, any_impl):
+    loss = LOSSES[name]
+    case = next(case for case in loss.cases if case.small)
+    tensors, put = harness.split({**case.make(0), **options}, case.wants_grad)
+
+    def run():
+        loss.function(**put(*leaves(tensors)), impl=any_impl).sum().backward()
+
+    assert traced(lambda: (run(), run())) == one_of_each(name, any_impl) * 2
 
 
-@pytest.mark.parametrize("loss", SINGLE)
-def test_one_range_for_a_call_without_reduction(loss, any_impl):
-    names = traced(lambda: SINGLE[loss](impl=any_impl).sum().backward())
-    assert names == [f"tlkernels::{loss}"] + [f"tlkernels::{loss} backward"] * (any_impl != "reference")
+@pytest.mark.parametrize("loss", STATISTICS)
+def test_one_range_for_statistics(loss, any_impl):
+    assert traced(lambda: STATISTICS[loss](impl=any_impl).loss.backward()) == one_of_each(loss, any_impl)
 
 
 @pytest.mark.parametrize("impl", KERNELS)
@@ -92,7 +85,7 @@ def test_the_backward_of_a_checkpointed_loss(impl):
 
 
 def test_the_range_of_a_node_without_a_profiler_has_no_name():
-    loss = CALLS["cross_entropy"]()
+    loss = tlk.cross_entropy(normal(N, C), labels())
     assert traced(loss.backward) == []
 
 
@@ -103,9 +96,9 @@ def test_no_range_without_a_profiler(monkeypatch):
     monkeypatch.setattr(autograd_profiler, "record_function", refuse)
     implementation = Implementation("reference", lambda call: None, lambda call: call)
     assert resolve("mse", [implementation], torch.ones(1), "auto") is implementation
-    CALLS["cross_entropy"]().backward()
+    tlk.cross_entropy(normal(N, C), labels()).backward()
     with pytest.raises(AssertionError, match="a range was opened"), profile():
-        CALLS["cross_entropy"]()
+        tlk.cross_entropy(normal(N, C), labels())
     assert not ranges.of_backward()
 
 
@@ -117,7 +110,7 @@ def test_an_error_closes_the_range():
 
 def test_old_profilers_too():
     with autograd_profiler.profile() as prof:
-        CALLS["mse"]()
+        tlk.mse(normal(N), normal(N))
     assert "tlkernels::mse" in {event.name for event in prof.function_events}
 
 

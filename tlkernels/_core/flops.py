@@ -38,6 +38,13 @@ def of_product(left: Shape, right: Shape, needs: Sequence[bool] = (), rows: int 
     return product * (1 + sum(needs[:2]))
 
 
+def of_linear_layer(
+    input: Shape, linear_weight: Shape, needs: Sequence[bool] = (), num_valid: int | None = None, **_: Any
+) -> int:
+    """Return the number of operations of an op on the logits of a linear layer. A bias adds no product."""
+    return of_product(input, linear_weight, needs, num_valid)
+
+
 def counting() -> bool:
     """Return whether dispatch modes are active, and all of them only count operations."""
     mode = getattr(sys.modules.get(_MODULE), "_FlopCounterMode", None)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tlkernels._core import flops, native
+from tlkernels._core import native
 from tlkernels._core.autograd import (
     Args,
     Needs,
@@ -25,6 +25,7 @@ from tlkernels._core.autograd import (
     where_needed,
 )
 from tlkernels._core.dtypes import cast, compute_dtype
+from tlkernels._core.flops import of_linear_layer
 from tlkernels._core.loss import Op, define_ops, implementations, in_one_sweep
 from tlkernels._core.reduction import reduce
 from tlkernels._core.triton import linear
@@ -56,10 +57,6 @@ def _fake_step(input: Tensor, linear_weight: Tensor, *rest: Any) -> tuple[Tensor
     return loss, *_fake_backward(loss, None, input, linear_weight, *rest)
 
 
-def _flops(input: Any, linear_weight: Any, needs: Needs = (), num_valid: int | None = None, **_: Any) -> int:
-    return flops.of_product(input, linear_weight, needs, num_valid)
-
-
 class Ops(NamedTuple):
     """The ops of an implementation. `input` is a matrix, and `target` has an index or probabilities for each row."""
 
@@ -88,7 +85,7 @@ NATIVE, TRITON = define_ops(
         ),
         "step": Op(f"step({_INPUT}, bool mean, bool[3] needs) -> (Tensor loss, {_GRADIENTS})", _fake_step),
     },
-    flops=_flops,
+    flops=of_linear_layer,
 )
 
 
