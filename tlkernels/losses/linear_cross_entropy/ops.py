@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tlkernels._core import native
+from tlkernels._core import flops, native
 from tlkernels._core.autograd import (
     Args,
     Needs,
@@ -25,7 +25,6 @@ from tlkernels._core.autograd import (
     where_needed,
 )
 from tlkernels._core.dtypes import cast, compute_dtype
-from tlkernels._core.flops import of_linear_layer
 from tlkernels._core.loss import Op, define_ops, implementations, in_one_sweep
 from tlkernels._core.reduction import reduce
 from tlkernels._core.triton import linear
@@ -85,7 +84,7 @@ NATIVE, TRITON = define_ops(
         ),
         "step": Op(f"step({_INPUT}, bool mean, bool[3] needs) -> (Tensor loss, {_GRADIENTS})", _fake_step),
     },
-    flops=of_linear_layer,
+    flops=flops.of_linear_layer,
 )
 
 
