@@ -78,6 +78,7 @@ struct LossBackward : torch::autograd::Node {
   std::vector<int64_t> places;    // of `saved`, then of `untracked`, among the arguments
   std::vector<std::optional<Tensor>> grads;
   bool on_device = false;  // whether the upstream value must not be read on the host
+  std::string range;       // the name in a profiler's trace; empty for the usual one
   c10::SafePyObject rule, rest;
 
   LossBackward(const py::object& rule, const py::list& rest)
@@ -135,7 +136,9 @@ struct LossBackward : torch::autograd::Node {
     grads.clear();
   }
 
-  std::string name() const override { return "tlkernels::LossBackward"; }
+  static constexpr const char* kName = "tlkernels::LossBackward";
+
+  std::string name() const override { return range.empty() ? kName : range; }
 
   // Compiled autograd traces a backward once for each key. The traced graph calls `compiled_gradients`.
   void compiled_args(compiled::CompiledNodeArgs& args) const override {
@@ -169,7 +172,7 @@ struct LossBackward : torch::autograd::Node {
     const auto metadata = compiled::IValuePacker<std::vector<std::optional<torch::autograd::InputMetadata>>>::pack(
         compiled::get_input_metadata(next_edges()));
     const auto& python = compiled::getPyCompilerInterface();
-    const auto function = python->bind_function(swap.get_py_compiler(), name(), compiled_gradients, schema,
+    const auto function = python->bind_function(swap.get_py_compiler(), kName, compiled_gradients, schema,
                                                 /*is_custom_function=*/true, /*is_traceable=*/true);
     auto results =
         python->call_function(swap.get_py_compiler(), "apply_functional", function, upstreams, packed.vec(), metadata);
@@ -220,7 +223,7 @@ auto make_node(const Args&... args) {
 }
 
 void attach(const Tensor& loss, const py::object& rule, const py::sequence& args,
-            std::vector<std::optional<Tensor>> grads, bool on_device) {
+            std::vector<std::optional<Tensor>> grads, bool on_device, std::string range) {
   py::list rest;
   std::vector<Tensor> tensors;
   std::vector<int64_t> tracked, untracked;
@@ -247,6 +250,7 @@ void attach(const Tensor& loss, const py::object& rule, const py::sequence& args
   node->set_next_edges(std::move(edges));
   node->grads = std::move(grads);
   node->on_device = on_device;
+  node->range = std::move(range);
   torch::autograd::set_history(loss, node);
 }
 
@@ -254,7 +258,7 @@ void attach(const Tensor& loss, const py::object& rule, const py::sequence& args
 
 void bind_autograd(py::module_& m) {
   m.def("attach", &attach, py::arg("loss"), py::arg("rule"), py::arg("args"), py::arg("grads"), py::arg("on_device"),
-        "Make `loss` the result of `args` in autograd's graph; see tlkernels/_core/native.py.");
+        py::arg("range"), "Make `loss` the result of `args` in autograd's graph; see tlkernels/_core/native.py.");
 }
 
 }  // namespace tlk

@@ -17,7 +17,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import Function, forward_ad
 from torch.utils._pytree import tree_map
 
-from tlkernels._core import native, ops, triton
+from tlkernels._core import flops, native, ops, ranges, triton
 from tlkernels._core.ops import scale_
 
 Args = Sequence[Any]
@@ -93,11 +93,12 @@ class _Differentiable(Function):
         outputs = output if isinstance(output, tuple) else (output,)
         ctx.mark_non_differentiable(*(o for i, o in enumerate(outputs) if i not in rule.results))
         ctx.set_materialize_grads(False)
-        ctx.rule = rule
+        ctx.rule, ctx.range = rule, ranges.of_backward()
         _save(ctx, (*args, *(outputs[i] for i in rule.kept)))
         return output
 
     @staticmethod
+    @ranges.around
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         rule = ctx.rule
         # A compiler traces only the first derivative, and raises an error itself if asked for another.
@@ -185,7 +186,7 @@ def eager(*args: Any) -> bool:
     if (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack()  # such as make_fx
+        or (torch._C._len_torch_dispatch_stack() and not flops.counting())  # such as make_fx
         or torch._C._get_tracing_state() is not None  # torch.jit.trace
     ):
         return False
@@ -332,7 +333,7 @@ def _attach(loss: Tensor, rule: Rule | Sweep, args: Args, grads: Tensors) -> Ten
     """
     scale = _scale(loss.device.type, isinstance(rule, Sweep) and rule.by_triton)
     if native.available() and scale is not _by_triton:
-        native.attach(loss, rule, args, grads, scale is _by_extension)
+        native.attach(loss, rule, args, grads, scale is _by_extension, ranges.of_backward())
         return loss
     attached: Tensor = _Attached.apply([loss], list(grads), scale, rule, *args)  # type: ignore[no-untyped-call]
     return attached
@@ -344,10 +345,11 @@ class _Attached(Function):
     @staticmethod
     def forward(ctx: Any, loss: list[Tensor], grads: Any, scale: Any, rule: Any, *args: Any) -> Tensor:
         _save(ctx, args)
-        ctx.grads, ctx.scale, ctx.rule = grads, scale, rule
+        ctx.grads, ctx.scale, ctx.rule, ctx.range = grads, scale, rule, ranges.of_backward()
         return loss[0]
 
     @staticmethod
+    @ranges.around
     def backward(ctx: Any, upstream: Tensor) -> Any:
         rule, needs = ctx.rule, ctx.needs_input_grad[4 : 4 + ctx.rule.inputs]
         if ctx.grads and not torch.is_grad_enabled():

@@ -5,8 +5,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd import profiler
 
-from tlkernels._core import choice
+from tlkernels._core import choice, ranges
 
 NAMES = ("native", "triton", "reference")
 
@@ -44,6 +45,9 @@ def resolve(loss: str, implementations: Sequence[Implementation], call: Any, imp
         raise _Explained(_report(loss, implementations, call, impl))
     for implementation in _in_order(loss, implementations, call, impl)[0]:
         if _requested(implementation, impl) and implementation.refuse(call) is None:
+            # Dynamo must not see the profiler's flag: it would guard it, and compile again when a profiler starts.
+            if not torch.compiler.is_dynamo_compiling() and profiler._is_profiler_enabled:
+                return implementation._replace(run=ranges.in_range(loss, implementation.run))
             return implementation
     raise NotImplementedError(_report(loss, implementations, call, impl))
 

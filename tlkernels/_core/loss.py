@@ -17,6 +17,7 @@ from tlkernels._core.autograd import (
     where_needed,
 )
 from tlkernels._core.dispatch import Implementation
+from tlkernels._core.flops import Formula, count_by
 from tlkernels._core.ops import define
 from tlkernels._core.triton import INTERPRETED
 from tlkernels._core.triton import define as define_triton
@@ -43,11 +44,14 @@ def define_ops(
     *,
     only_native: Mapping[str, Op] | None = None,
     only_triton: Mapping[str, Op] | None = None,
+    flops: Formula | None = None,
 ) -> tuple[Ops, Ops]:
     """Define the ops of a loss and return those of the extension and those of Triton, each as a `kind`.
 
     The keys of the mappings are fields of `kind`, a NamedTuple. The extension implements `tlkernels::<loss>_<name>`.
     `tlkernels::<loss>_<name>_triton` calls the function of the field's name in `tlkernels/losses/<loss>/triton.py`.
+
+    `flops` is the number of operations of each of the ops, if they multiply.
     """
     kernels = f"tlkernels.losses.{loss}.triton"
     by_extension = {
@@ -60,6 +64,9 @@ def define_ops(
         )
         for field, op in {**ops, **(only_triton or {})}.items()
     }
+    if flops is not None:
+        for op in (*by_extension.values(), *by_triton.values()):
+            count_by(op, flops)
     return kind(**by_extension), kind(**by_triton)
 
 

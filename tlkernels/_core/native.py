@@ -99,14 +99,16 @@ def force_isa(name: str) -> None:
     _loaded().isa_force(name)
 
 
-def attach(loss: Tensor, rule: Any, args: Sequence[Any], grads: Sequence[Tensor | None], on_device: bool) -> None:
+def attach(
+    loss: Tensor, rule: Any, args: Sequence[Any], grads: Sequence[Tensor | None], on_device: bool, range: str
+) -> None:
     """Make `loss` a function of `args` in autograd's graph, with `rule` as its backward. For `_core/autograd.py`.
 
     `grads` are the gradients for an upstream of 1, one for each of the rule's inputs, or empty. After their use, or
     with `create_graph=True`, `_core.autograd.gradients` computes them. With `on_device`, `tlkernels::scale_` multiplies
-    them by the upstream, which needs no host sync.
+    them by the upstream, which needs no host sync. `range` is the backward's name in a profiler's trace, if not empty.
     """
-    _loaded().attach(loss, rule, args, grads, on_device)
+    _loaded().attach(loss, rule, args, grads, on_device, range)
 
 
 def build_info() -> dict[str, str]:

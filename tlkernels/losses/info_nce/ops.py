@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tlkernels._core import native, triton
+from tlkernels._core import flops, native, triton
 from tlkernels._core.autograd import (
     Args,
     Needs,
@@ -77,6 +77,19 @@ def _fake_step(*args: Any) -> tuple[Tensor, ...]:
     return _fake_loss(inputs).new_empty(()), *_fake_gradients(*args)
 
 
+def _flops(query: Any, key: Any, negatives: Any, state: Any = None, needs: Needs = (False,) * 4, **_: Any) -> int:
+    needs_query, needs_key, needs_negatives = needs[:3]
+    total = 0
+    for columns, needs_columns in ((key or query, needs_key and key is not None), (negatives, needs_negatives)):
+        if columns is not None:
+            product, gradients = flops.of_product(query, columns[-2:]), needs_query + needs_columns
+            total += product * gradients
+            if state is None or gradients:  # a backward for the scale alone computes no similarities
+                # Without a key, similarities are a symmetric matrix, of which a half is computed.
+                total += product // 2 if columns is query else product
+    return total
+
+
 class Ops(NamedTuple):
     """The ops of an implementation."""
 
@@ -103,6 +116,7 @@ NATIVE, TRITON = define_ops(
         "step": Op(f"step({_INPUT}, bool mean, bool[4] needs) -> (Tensor loss, {_GRADIENTS})", _fake_step),
     },
     only_triton={"forward": Op(_FORWARD, _fake_triton, differentiable=True)},
+    flops=_flops,
 )
 
 

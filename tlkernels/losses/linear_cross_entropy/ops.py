@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tlkernels._core import native
+from tlkernels._core import flops, native
 from tlkernels._core.autograd import (
     Args,
     Needs,
@@ -96,6 +96,7 @@ NATIVE, TRITON = define_ops(
         ),
         "step": Op(f"step({_INPUT}, bool mean, bool[3] needs) -> (Tensor loss, {_GRADIENTS})", _fake_step),
     },
+    flops=flops.of_linear_layer,
 )
 
 

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tlkernels._core import native
+from tlkernels._core import flops, native
 from tlkernels._core.autograd import (
     Args,
+    Needs,
     Rule,
     Sweep,
     Tensors,
@@ -60,6 +61,13 @@ def _fake_step(*args: Any) -> tuple[Tensor, ...]:
     return rows.new_empty(()), *_fake_backward(rows, *args)
 
 
+def _flops(
+    student_input: Any, student_weight: Any, teacher_input: Any, teacher_weight: Any, needs: Needs = (), **_: Any
+) -> int:
+    student = flops.of_product(student_input, student_weight, needs[:3])
+    return student + flops.of_product(teacher_input, teacher_weight, needs[3:])
+
+
 class Ops(NamedTuple):
     """The ops of an implementation."""
 
@@ -79,6 +87,7 @@ NATIVE, TRITON = define_ops(
         "backward": Op(f"bwd(Tensor grad_rows, {_INPUT}, bool[6] needs) -> ({_GRADIENTS})", _fake_backward),
         "step": Op(f"step({_INPUT}, bool mean, bool[6] needs) -> (Tensor loss, {_GRADIENTS})", _fake_step),
     },
+    flops=_flops,
 )
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tlkernels._core import native
+from tlkernels._core import flops, native
 from tlkernels._core.autograd import (
     Args,
     Needs,
@@ -48,6 +48,10 @@ def _fake_step(
     )
 
 
+def _flops(query: Any, key: Any, needs: Needs = (), **_: Any) -> int:
+    return flops.of_product(query, key, needs)
+
+
 class Ops(NamedTuple):
     """The ops of an implementation."""
 
@@ -67,6 +71,7 @@ NATIVE, TRITON = define_ops(
         "forward": Op(f"fwd({_INPUT}) -> Tensor", _fake_loss, differentiable=True),
         "step": Op(f"step(Tensor upstream, {_INPUT}, bool[4] needs) -> (Tensor loss, {_GRADIENTS})", _fake_step),
     },
+    flops=_flops,
 )
 
 
