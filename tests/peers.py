@@ -49,11 +49,16 @@ def takes(loss, option):
     return option in signature(getattr(tlk, loss)).parameters
 
 
-def over(losses, which=lambda run: True):
-    """Parametrise by each of the losses and its runs."""
+def over(losses, which=lambda run: True, slow=lambda loss, run: False):
+    """Parametrise by each of the losses and its runs; those that are slow are not in the quick part."""
     return pytest.mark.parametrize(
         ("loss", "run"),
-        [pytest.param(loss, run, id=f"{loss}-{run}") for loss in losses for run in runs(loss) if which(run)],
+        [
+            pytest.param(loss, run, id=f"{loss}-{run}", marks=[pytest.mark.full] if slow(loss, run) else [])
+            for loss in losses
+            for run in runs(loss)
+            if which(run)
+        ],
     )
 
 
