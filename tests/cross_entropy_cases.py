@@ -12,7 +12,7 @@ import tlkernels as tlk
 
 
 def pytorch(input, target, weight=None, *, ignore_index=-100, reduction="mean", label_smoothing=0.0,
-            temperature=1.0, softcap=None, z_loss=0.0):  # fmt: skip
+            temperature=1.0, softcap=None, z_loss=0.0, row_weight=None):  # fmt: skip
     """The PyTorch lines of the docstring, in the dtype of the input."""
     axis = min(input.dim() - 1, 1)
     if target.is_floating_point():
@@ -20,10 +20,10 @@ def pytorch(input, target, weight=None, *, ignore_index=-100, reduction="mean", 
     x = input if softcap is None else softcap * torch.tanh(input / softcap)
     x = x / temperature
     smoothing = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
-    if not z_loss:
+    if not z_loss and row_weight is None:
         return F.cross_entropy(x, target, weight, reduction=reduction, **smoothing)
     rows = F.cross_entropy(x, target, weight, reduction="none", **smoothing)
-    penalty = z_loss * torch.logsumexp(x, axis).square()
+    penalty = z_loss * torch.logsumexp(x, axis).square() if z_loss else torch.zeros_like(rows)
     if target.is_floating_point():
         count = rows.numel()
     else:
@@ -31,6 +31,7 @@ def pytorch(input, target, weight=None, *, ignore_index=-100, reduction="mean", 
         penalty = torch.where(counted, penalty, torch.zeros_like(penalty))
         count = counted.sum() if weight is None else weight[target[counted]].sum()
     rows = rows + penalty
+    rows = rows if row_weight is None else rows * row_weight
     return {"none": lambda: rows, "sum": rows.sum, "mean": lambda: rows.sum() / count}[reduction]()
 
 
@@ -63,15 +64,19 @@ class Case(NamedTuple):
             target = torch.randn(self.shape, generator=generator, dtype=torch.float64).mul(2).softmax(axis).to(dtype)
             target = harness.lay_out(target, self.layout)
         weight = torch.rand(self.shape[axis], generator=generator).to(self.dtype) if self.weighted else None
-        return harness.lay_out(dense, self.layout), target, weight, dict(self.options)
+        options = dict(self.options)
+        if "row_weight" in options:  # some 0, some negative
+            row_weight = torch.randint(-2, 5, positions, generator=generator) * 0.375
+            options["row_weight"] = row_weight.to(self.dtype)
+        return harness.lay_out(dense, self.layout), target, weight, options
 
     def functions(self, target, weight, options, impl):
         """Return three losses as functions of the input: ours, eager's, the oracle's."""
-        wide = weight if weight is None else weight.double()
+        wide = harness.widened({"weight": weight, **options})
         return (
             lambda x: tlk.cross_entropy(x, target, weight, impl=impl, **options),
             lambda x: pytorch(x, target, weight, **options),
-            lambda x: pytorch(x, target, wide, **options),
+            lambda x: pytorch(x, target, **wide),
         )
 
     def check(self, target, most=30, first=3, place=lambda input: input):
@@ -98,13 +103,15 @@ class Case(NamedTuple):
             return {"input": input, "target": target, "weight": weight, **options}
 
         grads = ("input", "target") if small and self.target == "probabilities" else ("input",)
+        grads += ("row_weight",) if "row_weight" in dict(self.options) else ()
         return harness.LossCase(f"small-{self}" if small else str(self), self.dtype, make, grads, small)
 
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 
 # Every combination of options, on rows with whole vectors and a tail.
-SETTINGS = (("label_smoothing", 0.1), ("temperature", 2.5), ("softcap", 5.0), ("z_loss", 0.01), ("reduction", "none"))
+SETTINGS = (("label_smoothing", 0.1), ("temperature", 2.5), ("softcap", 5.0), ("z_loss", 0.01), ("row_weight", True),
+            ("reduction", "none"))  # fmt: skip
 OPTIONS = [
     Case((6, 37), dtype, target, weighted, "contiguous", tuple(itertools.compress(SETTINGS, chosen)))
     for dtype in (F64, F32)
@@ -127,7 +134,7 @@ GRID = [
     for dtype in (F64, F32, BF16, F16)
     for target, weighted, options in (
         ("indices", False, ()),
-        ("indices", True, MIXED),
+        ("indices", True, (*MIXED, ("row_weight", True))),
         ("probabilities", False, (("reduction", "sum"),)),
     )
 ]
@@ -141,8 +148,8 @@ LAID_OUT = [
 
 SMALL = [
     Case((4, 5), F64), Case((4, 5), F64, options=(*MIXED[:4], ("reduction", "none"))), Case((5,), F64, "probabilities"),
-    Case((2, 3, 2), F64, weighted=True, options=(("reduction", "sum"),)),
-    Case((3, 4), F64, "probabilities", True, options=MIXED[:4]),
+    Case((2, 3, 2), F64, weighted=True, options=(("row_weight", True), ("reduction", "sum"))),
+    Case((3, 4), F64, "probabilities", True, options=(*MIXED[:4], ("row_weight", True))),
 ]  # fmt: skip
 
 # For every row strategy of the CUDA kernels (csrc/cross_entropy/cuda_table.h) the numbers of classes to test: one,
@@ -171,20 +178,20 @@ STRATEGY_CASES = [
 def ops():
     from tlkernels.losses.cross_entropy import ops
 
-    options = (torch.rand(5), -100, 0.1, 2.0, 3.0, 0.01)
+    options = (torch.rand(5), -100, 0.1, 2.0, 3.0, 0.01, None)
     for made in (ops.NATIVE, ops.TRITON):
         for requires_grad in (False, True):
             for y in (torch.randint(0, 5, (4, 3)), torch.randn(4, 5, 3).softmax(1)):
-                x, g, peak, log_sum = torch.randn(4, 5, 3), torch.rand(4, 3), torch.rand(4, 3), torch.rand(4, 3)
-                yield made.backward_, (g, None, x.clone(), y, peak, log_sum, *options)
+                x, (g, peak, log_sum, entropy) = torch.randn(4, 5, 3), torch.rand(4, 4, 3)
+                yield made.backward_, (g, None, None, x.clone(), y, peak, log_sum, None, *options)
                 x.requires_grad_(requires_grad)
                 yield made.forward, (x, y, *options)
                 yield made.forward_stats, (x, y, *options)
-                yield made.backward, (g, g, x, y, peak, log_sum, *options)
-                yield made.total, (x, y, *options, True)
-                yield made.step, (x, y, *options, True)
+                yield made.backward, (g, g, g, x, y, peak, log_sum, entropy, *options)
+                yield made.total, (x, y, *options, g, True)
+                yield made.step, (x, y, *options, g, True)
                 if made.directional:
-                    yield made.directional, (torch.randn(4, 5, 3), g, g, x.detach(), y, *options)
+                    yield made.directional, (torch.randn(4, 5, 3), g, g, g, x.detach(), y, *options)
 
 
 LOSS = harness.Loss(

@@ -138,17 +138,22 @@ def op_calls():
     """Return each op with arguments, for opcheck."""
     calls = []
     for target in (torch.tensor([0, -100, 4]), torch.randn(3, 5).softmax(1)):
-        call = (torch.randn(3, 2), torch.randn(5, 2), torch.randn(5), target, torch.rand(5), -100, 0.1, 2.0, 3.0, 0.01)
-        g = torch.rand(3)
+        layer = torch.randn(3, 2), torch.randn(5, 2), torch.randn(5)
+        options = torch.rand(5), -100, 0.1, 2.0, 3.0, 0.01, None
+        w, num_valid = torch.tensor([1.0, 2.0, 0.0]), 3 if target.is_floating_point() else 2
+        g, peak, log_sum, entropy = torch.rand(4, 3)
         for each in (ops.NATIVE, ops.TRITON):
-            calls += [
-                (each.forward, call),
-                (each.forward_stats, call),
-                (each.backward, (g, g, *call, [True, True, True])),
-                (each.backward, (g, None, *call[:2], None, *call[3:], [True, False, False])),
-                (each.step, (*call, True, [False, True, False])),
-                (each.step, (*call, False, [True, True, True])),
-            ]
+            for rows in ((None, None), (w, num_valid)):
+                call = (*layer, target, *options, *rows)
+                calls += [
+                    (each.forward, call),
+                    (each.forward_stats, call),
+                    (each.backward, (g, g, g, *layer, target, peak, log_sum, entropy, *options, *rows, [True] * 3)),
+                    (each.backward, (g, None, None, *layer[:2], None, target, peak, log_sum, None, *options, *rows,
+                                     [True, False, False])),
+                    (each.step, (*call, True, [False, True, False])),
+                    (each.step, (*call, False, [True, True, True])),
+                ]  # fmt: skip
     return calls
 
 

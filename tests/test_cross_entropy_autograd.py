@@ -148,6 +148,69 @@ def test_gradient_of_weight_is_never_silent(impl):
     same(torch.autograd.grad(tlk.cross_entropy(x, y, w), w)[0], expected)
 
 
+@pytest.mark.parametrize("probabilities", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_gradient_of_row_weight(impl, probabilities, reduction, dtype):
+    """Exact at weights of 0 too, in the dtype of the weights."""
+    x = torch.randn(6, 5, dtype=torch.float64).to(dtype).requires_grad_()
+    y = torch.randn(6, 5).softmax(1).to(dtype) if probabilities else torch.tensor([0, 4, 2, -100, 1, 1])
+    w = torch.tensor([0.5, -1.0, 0.0, 2.0, 0.0, 1.25], dtype=dtype).requires_grad_()
+    loss = tlk.cross_entropy(x, y, row_weight=w, reduction=reduction, impl=impl)
+    upstream = torch.linspace(0.5, 1.5, 6, dtype=dtype) if reduction == "none" else torch.tensor(0.75, dtype=dtype)
+    ours = loss, *torch.autograd.grad(loss, (x, w), upstream)
+    wide = [t.detach().double().requires_grad_() for t in (x, w)]
+    rows = F.cross_entropy(wide[0], y.double() if probabilities else y, reduction="none") * wide[1]
+    count = 6 if probabilities else 5
+    loss = {"none": rows, "sum": rows.sum(), "mean": rows.sum() / count}[reduction]
+    expected = loss, *torch.autograd.grad(loss, wide, upstream.double())
+    assert ours[2].dtype == dtype
+    tolerance = 1e-10 if dtype == torch.float64 else 2e-2
+    for result, right_result in zip(ours, expected, strict=True):
+        torch.testing.assert_close(result.detach().double(), right_result.detach(), rtol=tolerance, atol=tolerance)
+
+
+def _batched(function, argnums):
+    return torch.func.vmap(torch.func.grad(function, argnums))
+
+
+@pytest.mark.parametrize("transform", [
+    torch.func.grad, torch.func.jacfwd, torch.func.hessian, _batched,
+], ids=["grad", "jacfwd", "hessian", "vmap(grad)"])  # fmt: skip
+def test_transforms_by_row_weight(impl, transform):
+    """A weight of 0 that is differentiated does not leave its row out."""
+    x, y = torch.randn(3, 4, 5, dtype=torch.float64), torch.randint(0, 5, (3, 4))
+    w = torch.tensor([[0.0, 1.0, -0.5, 2.0]] * 3, dtype=torch.float64)
+    arguments = (x, y, w)
+    if transform is not _batched:
+        arguments = tuple(tensor[0] for tensor in arguments)
+    ours_of = lambda x, y, w: tlk.cross_entropy(x, y, row_weight=w, impl=impl)  # noqa: E731
+    right_of = lambda x, y, w: (F.cross_entropy(x, y, reduction="none") * w).mean()  # noqa: E731
+    same(transform(ours_of, argnums=(0, 2))(*arguments), transform(right_of, argnums=(0, 2))(*arguments))
+
+
+@pytest.mark.parametrize("transform", [
+    torch.func.grad, torch.func.jacfwd, torch.func.hessian, lambda f: torch.func.jacrev(torch.func.grad(f)),
+    lambda f: torch.func.jacrev(torch.func.jacfwd(f)),
+], ids=["grad", "jacfwd", "hessian", "jacrev(grad)", "jacrev(jacfwd)"])  # fmt: skip
+def test_transforms_of_entropy(impl, transform):
+    x, y = torch.randn(4, 5, dtype=torch.float64), torch.tensor([0, -100, 2, 3])
+
+    def ours_of(x):
+        output = tlk.cross_entropy_stats(x, y, softcap=2.0, impl=impl)
+        return output.loss + output.lse.square().sum() - output.entropy.square().sum()
+
+    def right_of(x):
+        x = 2.0 * torch.tanh(x / 2.0)
+        log_p = x.log_softmax(1)
+        lse, entropy = (value * (y != -100) for value in (torch.logsumexp(x, 1), -(log_p.exp() * log_p).sum(1)))
+        return F.cross_entropy(x, y) + lse.square().sum() - entropy.square().sum()
+
+    same(transform(ours_of)(x), transform(right_of)(x))
+    same(torch.func.vmap(transform(ours_of))(torch.stack([x, x * 2])),
+         torch.func.vmap(transform(right_of))(torch.stack([x, x * 2])))  # fmt: skip
+
+
 def test_activation_checkpoint(impl):
     from torch.utils.checkpoint import checkpoint
 
@@ -267,8 +330,10 @@ class TestInplaceGrad:
     def test_stats(self):
         leaf = torch.randn(4, 50, requires_grad=True)
         output = tlk.cross_entropy_stats(leaf * 1, torch.arange(4), inplace_grad=True)
-        (grad,) = torch.autograd.grad(output.loss + output.lse.sum(), leaf)
-        (expected,) = torch.autograd.grad(F.cross_entropy(leaf, torch.arange(4)) + leaf.logsumexp(1).sum(), leaf)
+        (grad,) = torch.autograd.grad(output.loss + output.lse.sum() + output.entropy.square().sum(), leaf)
+        entropy = torch.distributions.Categorical(logits=leaf).entropy()
+        right = F.cross_entropy(leaf, torch.arange(4)) + leaf.logsumexp(1).sum() + entropy.square().sum()
+        (expected,) = torch.autograd.grad(right, leaf)
         torch.testing.assert_close(grad, expected)
 
     def test_leaf_and_expanded_are_refused(self):

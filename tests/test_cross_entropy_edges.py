@@ -290,16 +290,16 @@ def test_stats(impl, shape, probabilities, dtype):
     assert output.lse.dtype == output.entropy.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     loss = tlk.cross_entropy(input, target, impl=impl, **options)
     same(output.loss, loss, rtol=1e-2 if dtype == torch.bfloat16 else 1e-6, atol=0)
+    counted = torch.ones(positions, dtype=torch.bool) if probabilities else target != -100
+    lse, entropy = lse * counted, torch.distributions.Categorical(logits=x.movedim(axis, -1)).entropy() * counted
     same(output.lse.detach(), lse.detach(), rtol=1e-6, atol=1e-6)
-    entropy = torch.distributions.Categorical(logits=x.detach().movedim(axis, -1)).entropy()
-    same(output.entropy, entropy, rtol=1e-5, atol=1e-5)
-    assert not output.entropy.requires_grad
+    same(output.entropy.detach(), entropy.detach(), rtol=1e-5, atol=1e-5)
     best = input.argmax(axis)
     correct = best == target.argmax(axis) if probabilities else (best == target) & (target != -100)
     assert torch.equal(output.correct, correct)
-    upstream = torch.randn(positions)
-    (grad,) = torch.autograd.grad(output.lse, input, upstream.to(output.lse.dtype))
-    (right,) = torch.autograd.grad(lse, wide, upstream.double())
+    upstream = torch.randn(2, *positions, dtype=torch.float64)
+    (grad,) = torch.autograd.grad((output.lse, output.entropy), input, list(upstream.to(output.lse.dtype)))
+    (right,) = torch.autograd.grad((lse, entropy), wide, list(upstream))
     same(grad, right, rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-6)
 
 

@@ -23,6 +23,10 @@ ERRORS = [
     (TypeError, "weight: expected a Tensor or None, got list", (X, Y, [1.0] * 5), {}),
     (ValueError, r"weight: expected shape \(5,\), .* got \(4,\)", (X, Y, torch.ones(4)), {}),
     (TypeError, "weight: expected a floating-point dtype, got torch.int64", (X, Y, torch.ones(5).long()), {}),
+    (TypeError, "row_weight: expected a Tensor or None, got list", (X, Y), {"row_weight": [1.0] * 4}),
+    (TypeError, "row_weight: expected float64, .* got torch.int64", (X, Y), {"row_weight": Y}),
+    (ValueError, r"row_weight: expected shape \(4,\), .* got \(4, 1\)", (X, Y), {"row_weight": torch.ones(4, 1)}),
+    (ValueError, "row_weight: .* device cpu, got meta", (X, Y), {"row_weight": torch.ones(4, device="meta")}),
     (ValueError, "reduction: expected one of .* got 'batchmean'", (X, Y), {"reduction": "batchmean"}),
     (ValueError, r"label_smoothing: expected a number in \[0, 1\], got 1.5", (X, Y), {"label_smoothing": 1.5}),
     (ValueError, "label_smoothing: .* got nan", (X, Y), {"label_smoothing": float("nan")}),
@@ -105,6 +109,7 @@ class TestModule:
                        {"softcap": 1.0}, {"z_loss": 0.1}, {"weight": torch.rand(5)}):  # fmt: skip
             for impl in helpers.IMPLEMENTATIONS:
                 assert not torch.allclose(tlk.CrossEntropyLoss(**option, impl=impl)(X, Y).sum(), plain)
+        assert not torch.allclose(tlk.CrossEntropyLoss()(X, Y, row_weight=torch.rand(4)), plain)
         with pytest.raises(NotImplementedError):
             tlk.CrossEntropyLoss(impl="triton")(X.to("meta"), Y.to("meta"))
         with pytest.raises(ValueError, match="inplace_grad"):

@@ -160,14 +160,14 @@ STATISTICS = {
 @pytest.mark.parametrize("name", STATISTICS)
 @pytest.mark.parametrize("options", [{}, {"z_loss": 0.1, "label_smoothing": 0.1}], ids=str)
 def test_statistics(impl, fill, shape, name, options):
-    """The gradient of loss and lse together; ignored rows count in neither."""
+    """The gradient of loss and lse together; ignored rows count in neither, and their statistics are 0."""
     linear = name == "linear_cross_entropy"
     input, target = logits_and_target((shape[0], 6) if linear else shape, fill)
     tensors = [input, torch.randn(shape[1], 6, dtype=torch.float64)] if linear else [input]
     ignored = target == -100
 
     def derivatives(loss, lse, tensors):
-        total = loss + lse.masked_fill(ignored, 0).square().sum()
+        total = loss + lse.square().sum()
         return [total.detach(), *torch.autograd.grad(total, tensors)]
 
     function, lse = STATISTICS[name]
@@ -175,9 +175,50 @@ def test_statistics(impl, fill, shape, name, options):
         inputs = leaves(tensors)
         output = function(*inputs, target, **options, impl=chosen)
         ours = derivatives(output.loss, output.lse, inputs)
+    for values in output[1:]:
+        assert not values[ignored].any()
     inputs = leaves([tensors[0].masked_fill(ignored.unsqueeze(1), 0), *tensors[1:]])
-    right = derivatives(LOSSES[name].pytorch(*inputs, target, **options), lse(*inputs), inputs)
+    right_lse = lse(*inputs).masked_fill(ignored, 0)
+    right = derivatives(LOSSES[name].pytorch(*inputs, target, **options), right_lse, inputs)
     torch.testing.assert_close(ours, right, rtol=1e-9, atol=1e-11)
+
+
+@TARGETS
+@FILLS
+@SHAPES
+@pytest.mark.parametrize("probabilities", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("stats", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+def test_rows_of_weight_0(impl, fill, shape, probabilities, reduction, stats, dtype):
+    """Neither loss nor gradient depends on their logits; the mean's denominator counts them."""
+    input, target = torch.randn(shape), torch.zeros(shape[:1] + shape[2:], dtype=torch.long)
+    if probabilities:
+        target = torch.rand(shape).softmax(1).to(dtype)
+    row_weight = torch.randn(shape[:1] + shape[2:])
+    row_weight[1] = row_weight.view(-1)[-1] = 0
+    absent = row_weight == 0
+    leaf = input.masked_fill(absent.unsqueeze(1), fill).to(dtype).requires_grad_()
+    options = {"row_weight": row_weight, "reduction": reduction, "label_smoothing": 0.1}
+    with harness.forced(impl) as name:
+        function = tlk.cross_entropy_stats if stats else tlk.cross_entropy
+        output = function(leaf, target, **options, impl=name)
+        loss = output.loss if stats else output
+        total = loss.sum() + (output.lse + output.entropy).sum() if stats else loss.sum()
+        (grad,) = torch.autograd.grad(total, leaf)
+    wide = input.to(dtype).double().requires_grad_()
+    target = target.double() if probabilities else target
+    right = LOSSES["cross_entropy"].pytorch(wide, target, **options)
+    of_stats = 0
+    if stats:
+        assert not any(values[absent].any() for values in output[1:])
+        log_p = wide.log_softmax(1)
+        of_stats = (torch.logsumexp(wide, 1) - (log_p.exp() * log_p).sum(1)).masked_fill(absent, 0).sum()
+    (right_grad,) = torch.autograd.grad(right.sum() + of_stats, wide)
+    tolerance = 1e-10 if dtype == torch.float64 else 5e-3
+    torch.testing.assert_close(loss.detach().double(), right.detach(), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(grad.double(), right_grad, rtol=tolerance, atol=tolerance)
+    assert not grad.movedim(1, -1)[absent].any()
 
 
 @TARGETS

@@ -42,7 +42,12 @@ def test_higher_derivatives(any_impl, target, options):
         return tlk.linear_cross_entropy_stats(**arguments | dict(zip(LAYER, tensors, strict=True)), impl=any_impl).lse
 
     fast = any_impl == "triton" and triton.INTERPRETED  # random directions: the interpreter is slow
-    for function in (loss, lse):
+
+    def entropy(*tensors):
+        arguments_of = arguments | dict(zip(LAYER, tensors, strict=True))
+        return tlk.linear_cross_entropy_stats(**arguments_of, impl=any_impl).entropy
+
+    for function in (loss, lse, entropy):
         assert torch.autograd.gradcheck(function, layer(arguments), fast_mode=fast)
         assert torch.autograd.gradgradcheck(function, layer(arguments), fast_mode=fast)
 

@@ -80,7 +80,8 @@ def test_no_product_reads_memory_that_nothing_wrote(strategy, features):
     arguments = linear_cross_entropy_cases.make((33,), features, 1009, BF16, "indices", False, False, {}, 0)
     input, weight, target = (arguments[name] for name in ("input", "linear_weight", "target"))
     with linear.forced(strategy), Padding() as seen:
-        ours = kernels.step(input, weight, None, target, None, -100, 0.0, 1.0, None, 0.0, True, [True, True, False])
+        ours = kernels.step(input, weight, None, target, None, -100, 0.0, 1.0, *[None, 0.0, None, None, None], True,
+                            [True, True, False])  # fmt: skip
     assert seen.padded
     assert seen.finite
     leaves = [tensor.double().requires_grad_() for tensor in (input, weight)]
@@ -177,7 +178,7 @@ def test_only_needed_products_are_made(strategy, needs, rows):
     arguments = linear_cross_entropy_cases.make((rows,), features, classes, F32, "indices", True, False, {}, 0)
     args = [arguments[name] for name in ("input", "linear_weight", "linear_bias", "target")]
     with linear.forced(strategy), Watched() as seen:
-        kernels.step(*args, None, -100, 0.0, 1.0, None, 0.0, True, needs)
+        kernels.step(*args, None, -100, 0.0, 1.0, None, 0.0, None, None, None, True, needs)
     made = (strategy == "chunks") + sum(needs[:2])  # the lean strategy computes the logits in its kernels
     assert seen.products == made * rows * features * classes
     if strategy == "lean" and rows == 70:

@@ -25,6 +25,28 @@ LinearLayer::LinearLayer(const char* prefix, const Tensor& features, const Tenso
                    input.scalar_type(), ", got ", bias.scalar_type());
 }
 
+Tensor CountedRows::part(const Tensor& rows, int64_t begin, int64_t end) const {
+  return numbers.defined() ? rows.index_select(0, numbers.narrow(0, begin, end - begin))
+                           : rows.narrow(0, begin, end - begin);
+}
+
+Tensor CountedRows::spread(const Tensor& kept, int64_t rows) const {
+  return numbers.defined() ? at::zeros({rows}, kept.options()).index_copy_(0, numbers, kept) : kept;
+}
+
+Tensor LinearSweep::input_gradient(int64_t begin, int64_t end, at::ScalarType type) {
+  if (!counted_.numbers.defined() && grad_input_.scalar_type() == type)
+    return grad_input_.narrow(0, begin, end - begin);
+  return at::empty({end - begin, layer_.input.size(1)}, layer_.input.options().dtype(type));
+}
+
+void LinearSweep::put_input_gradient(int64_t begin, int64_t end, const Tensor& gradient) {
+  if (counted_.numbers.defined())
+    grad_input_.index_copy_(0, counted_.numbers.narrow(0, begin, end - begin), gradient.to(grad_input_.scalar_type()));
+  else if (Tensor part = grad_input_.narrow(0, begin, end - begin); !part.is_alias_of(gradient))
+    part.copy_(gradient);
+}
+
 LinearGradients LinearSweep::gradients() const {
   LinearGradients grads = {grad_input_, grad_weight_, grad_bias_};
   for (Tensor& grad : grads)

@@ -24,11 +24,29 @@ struct LinearLayer {
 using LinearNeeds = std::array<bool, 3>;
 using LinearGradients = std::array<at::Tensor, 3>;
 
+// Which rows of a layer are multiplied: those that count. The others get gradient 0 and add nothing to any gradient,
+// whatever they hold. Each device's LinearSweep makes it, by `count`.
+struct CountedRows {
+  at::Tensor numbers;     // of the rows that are multiplied, int64, ascending; undefined: all
+  at::Tensor absent;      // (numbers or rows, 1), True in rows that are multiplied but do not count; or undefined
+  at::Tensor miscounted;  // 0-d: whether `num_valid` is wrong, where the host does not know it; or undefined
+
+  int64_t of(const at::Tensor& rows) const { return numbers.defined() ? numbers.size(0) : rows.size(0); }
+
+  // Rows `begin` to `end` of those that are multiplied.
+  at::Tensor part(const at::Tensor& rows, int64_t begin, int64_t end) const;
+  // All rows that are multiplied.
+  at::Tensor kept(const at::Tensor& rows) const { return numbers.defined() ? rows.index_select(0, numbers) : rows; }
+  // The opposite of `kept`: all of `rows` rows, with zeros in those that are not multiplied.
+  at::Tensor spread(const at::Tensor& kept, int64_t rows) const;
+};
+
 // The logits of a layer in chunks of rows, so that they never exist whole, and the layer's gradients. Each device has a
 // class of its own, CpuLinearSweep and CudaLinearSweep, with the same interface. For each chunk in turn, call
 //   logits(begin, end)          the logits, in memory that the next chunk uses again
 //   take(begin, end, gradient)  the gradient of these logits, where `differentiates`
-// and afterwards `gradients`. The matrix products are the library's.
+// and afterwards `gradients`. `begin` and `end` count the rows that are multiplied. The matrix products are the
+// library's.
 class LinearSweep {
  public:
   int64_t chunk_rows() const { return chunk_rows_; }
@@ -38,10 +56,15 @@ class LinearSweep {
   LinearGradients gradients() const;
 
  protected:
-  LinearSweep(const LinearLayer& layer, LinearNeeds needs, int64_t chunk_rows)
-      : layer_(layer), needs_(needs), chunk_rows_(chunk_rows) {}
+  LinearSweep(const LinearLayer& layer, const CountedRows& counted, LinearNeeds needs, int64_t chunk_rows)
+      : layer_(layer), counted_(counted), needs_(needs), chunk_rows_(chunk_rows) {}
+
+  // Memory for the gradient of these rows of the input, in this type, and afterwards its place among all rows.
+  at::Tensor input_gradient(int64_t begin, int64_t end, at::ScalarType type);
+  void put_input_gradient(int64_t begin, int64_t end, const at::Tensor& gradient);
 
   const LinearLayer& layer_;
+  const CountedRows& counted_;
   const LinearNeeds needs_;
   const int64_t chunk_rows_;
   at::Tensor grad_input_, grad_weight_, grad_bias_;  // grad_weight_ and grad_bias_ may be in the compute type

@@ -18,6 +18,10 @@ CrossEntropyCall::CrossEntropyCall(at::ScalarType dtype, at::IntArrayRef logits,
   softcap = options.softcap.value_or(0);
   z_loss = options.z_loss;
   weight_sum = double(classes);
+  spread_over = double(options.num_classes.value_or(classes));
+  elsewhere = options.num_classes.has_value();
+  TORCH_CHECK_VALUE(spread_over >= classes, "num_classes: expected at least the ", classes,
+                    " classes of the logits, got ", *options.num_classes);
   if (options.weight) {
     TORCH_CHECK_VALUE(options.weight->dim() == 1 && options.weight->size(0) == classes, "weight: expected ", classes,
                       " numbers, one per class, got shape ", options.weight->sizes());
@@ -35,15 +39,36 @@ CrossEntropyCall::CrossEntropyCall(at::ScalarType dtype, at::IntArrayRef logits,
   indices = target.const_data_ptr<int64_t>();
 }
 
-void CrossEntropyCall::use_upstream(const Tensor& by_loss, const std::optional<Tensor>& by_lse) {
-  const auto use = [&](const char* name, const Tensor& given, Tensor& kept) {
-    TORCH_CHECK_VALUE(given.sizes() == at::IntArrayRef(shape), name, ": expected shape ", at::IntArrayRef(shape),
-                      ", got ", given.sizes());
-    kept = given.to(compute);
-    return per_position(kept);
+PerPosition CrossEntropyCall::position_values(const char* name, const Tensor& given, Tensor& kept) const {
+  TORCH_CHECK_VALUE(given.sizes() == at::IntArrayRef(shape), name, ": expected shape ", at::IntArrayRef(shape),
+                    ", got ", given.sizes());
+  kept = given.to(compute);
+  return per_position(kept);
+}
+
+void CrossEntropyCall::use_upstream(const Tensor& by_loss, const std::optional<Tensor>& by_lse,
+                                    const std::optional<Tensor>& by_entropy) {
+  grad_loss = position_values("grad_loss", by_loss, upstream_);
+  if (by_lse) grad_lse = position_values("grad_lse", *by_lse, upstream_lse_);
+  if (by_entropy) grad_entropy = position_values("grad_entropy", *by_entropy, upstream_entropy_);
+}
+
+void CrossEntropyCall::use_row_weight(const std::optional<Tensor>& given) {
+  if (given) row_weight = position_values("row_weight", *given, row_weight_);
+}
+
+void CrossEntropyCall::use_normaliser(const Tensor& given_peak, const Tensor& given_log_sum,
+                                      const std::optional<Tensor>& given_entropy) {
+  TORCH_CHECK_VALUE(given_entropy || !grad_entropy.data, "entropy: expected it with grad_entropy");
+  const auto use = [&](const char* name, const Tensor& given, Tensor& kept, void*& slot) {
+    position_values(name, given, kept);
+    kept = kept.contiguous();
+    slot = const_cast<void*>(kept.const_data_ptr());
   };
-  grad_loss = use("grad_loss", by_loss, upstream_);
-  if (by_lse) grad_lse = use("grad_lse", *by_lse, upstream_lse_);
+  normaliser_given = true;
+  use("peak", given_peak, peak_, peak);
+  use("log_sum", given_log_sum, log_sum_, log_sum);
+  if (grad_entropy.data) use("entropy", *given_entropy, entropy_, entropy);
 }
 
 int64_t class_axis(const Tensor& logits) {

@@ -14,18 +14,20 @@ using PositionSizes = c10::SmallVector<int64_t, 6>;
 
 // In the order of the ops' schemas.
 struct CrossEntropyOptions {
-  using ArgumentTypes = Types<const std::optional<at::Tensor>&, int64_t, double, double, std::optional<double>, double>;
+  using ArgumentTypes = Types<const std::optional<at::Tensor>&, int64_t, double, double, std::optional<double>, double,
+                              std::optional<int64_t>>;
 
   const std::optional<at::Tensor>& weight;
   int64_t ignore_index;
   double label_smoothing, temperature;
   std::optional<double> softcap;
   double z_loss;
+  std::optional<int64_t> num_classes;  // of the whole vocabulary, where the logits are a part of it
 };
 
 struct CrossEntropyCall : CrossEntropy {
   const at::ScalarType compute;  // the type of the losses
-  const PositionSizes shape;     // the positions: the logits' sizes without the classes
+  PositionSizes shape;           // the positions: the logits' sizes without the classes
   at::Tensor target;
 
   // `dtype` and `logits` are the logits' type and sizes.
@@ -43,11 +45,19 @@ struct CrossEntropyCall : CrossEntropy {
   at::Tensor output(void*& slot) const { return output(slot, compute); }
 
   // Upstream gradients, one for each position.
-  void use_upstream(const at::Tensor& grad_loss, const std::optional<at::Tensor>& grad_lse);
+  void use_upstream(const at::Tensor& grad_loss, const std::optional<at::Tensor>& grad_lse,
+                    const std::optional<at::Tensor>& grad_entropy);
+  void use_row_weight(const std::optional<at::Tensor>& row_weight);
+
+  // Takes the normaliser, and the entropy that grad_entropy needs, from a forward call.
+  void use_normaliser(const at::Tensor& peak, const at::Tensor& log_sum, const std::optional<at::Tensor>& entropy);
 
  protected:
+  PerPosition position_values(const char* name, const at::Tensor& given, at::Tensor& kept) const;
+
   at::Tensor weight_;  // of the compute type, contiguous; or undefined
-  at::Tensor upstream_, upstream_lse_;
+  at::Tensor upstream_, upstream_lse_, upstream_entropy_, row_weight_;
+  at::Tensor peak_, log_sum_, entropy_;  // given
 };
 
 // Of logits in memory: classes are along axis 1, or along axis 0 where there is only one.

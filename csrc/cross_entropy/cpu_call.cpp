@@ -25,6 +25,10 @@ double CpuCrossEntropyCall::checked_count() const {
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t y = indices[i];
     if (y == ignore_index) continue;
+    if (elsewhere && y == -1) {  // its class's weight is not known here
+      count += w ? 0.0 : 1.0;
+      continue;
+    }
     TORCH_CHECK_INDEX(y >= 0 && y < classes, "target: expected class indices in [0, ", classes, ") or ignore_index (",
                       ignore_index, "), got ", y, " at position ", i);
     count += w ? double(w[y]) : 1.0;
@@ -75,30 +79,18 @@ void CpuCrossEntropyCall::run_in_place(const CrossEntropy& part, at::ScalarType 
   // With the normaliser given, the kernel reads a logit before it writes there.
   CrossEntropy forward = part, backward = part;
   forward.grad.data = nullptr;
-  backward.normaliser_given = backward.skip_ignored = true;
-  backward.loss = backward.entropy = nullptr;
+  backward.normaliser_given = true;
+  backward.loss = nullptr;
   backward.correct = nullptr;
   const CrossEntropyRows kernel = kernels_of(part, logits, probabilities).rows;
   constexpr int64_t kBlock = 64 << 10;  // elements that the second sweep finds in the second-level cache
   const int64_t block = std::max<int64_t>(1, kBlock / classes);
   at::parallel_for(0, part.rows, std::max<int64_t>(1, kGrain / classes), [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; i += block) {
-      kernel(forward, i, std::min(last, i + block), nullptr);
+      if (!part.normaliser_given) kernel(forward, i, std::min(last, i + block), nullptr);
       if (part.grad.data) kernel(backward, i, std::min(last, i + block), nullptr);
     }
   });
-}
-
-std::vector<int64_t> CpuCrossEntropyCall::absent() const {
-  const auto by_lse = [&](int64_t i) {
-    if (!grad_lse.data) return 0.0;
-    return compute == at::kDouble ? static_cast<const double*>(grad_lse.data)[i * grad_lse.stride]
-                                  : double(static_cast<const float*>(grad_lse.data)[i * grad_lse.stride]);
-  };
-  std::vector<int64_t> absent;
-  for (int64_t i = 0; indices && i < rows; ++i)
-    if (indices[i] == ignore_index && by_lse(i) == 0) absent.push_back(i);
-  return absent;
 }
 
 }  // namespace tlk

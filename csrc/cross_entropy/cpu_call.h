@@ -1,7 +1,5 @@
 // A call of cross entropy on CPU tensors. It also checks the class indices.
 #pragma once
-#include <vector>
-
 #include "call.h"
 #include "../core/cpu/tensor.h"
 
@@ -25,11 +23,9 @@ struct CpuCrossEntropyCall : CrossEntropyCall {
   // Runs the kernels on all of `call`, a laid-out copy of this. `logits` and `probabilities` are the types of such.
   void launch(const CrossEntropy& call, at::ScalarType logits, at::ScalarType probabilities) const;
 
-  // The same of a part whose classes are contiguous; the gradient, where wanted, replaces the logits.
+  // The same of a part whose classes are contiguous; the gradient, where wanted, replaces the logits. With the
+  // normaliser given, only the gradient is computed.
   void run_in_place(const CrossEntropy& part, at::ScalarType logits, at::ScalarType probabilities) const;
-
-  // Rows that are ignored and whose lse gets no gradient.
-  std::vector<int64_t> absent() const;
 
  private:
   template <class A>

@@ -9,9 +9,9 @@ namespace TLK_ISA {
 template <class T, class P, bool kCap>
 struct ShortRowKernel : Terms<T, P, kCap> {
   using K = Terms<T, P, kCap>;
-  using K::c, K::cap, K::cap1, K::coefficients, K::dense, K::ignored, K::join, K::keep, K::L, K::log_sum_, K::offset;
-  using K::peak_, K::per_position, K::q_at, K::slope, K::spread, K::to_exp2, K::to_z, K::weight, K::weight_at;
-  using K::write_correct, K::write_loss;
+  using K::c, K::cap, K::cap1, K::coefficients, K::computes_entropy, K::counted, K::dense, K::join, K::keep, K::L;
+  using K::log_sum_, K::offset, K::peak_, K::q_at, K::slope, K::spread, K::target_of, K::to_exp2, K::weight;
+  using K::weight_at, K::with_entropy, K::write_absent, K::write_correct, K::write_entropy, K::write_loss;
   using typename K::A;
   using typename K::Coefficients;
   using typename K::Target;
@@ -26,7 +26,7 @@ struct ShortRowKernel : Terms<T, P, kCap> {
   struct Batch {
     int64_t first;  // the first row
     int rows;
-    bool skipped[kBatch];  // ignored rows that are not read
+    bool absent[kBatch];  // rows that do not take part
     A e[kBatch][kWidth], f[kCap ? kBatch : 1][kWidth];
     A peak[kBatch], sum[kBatch], log_sum[kBatch], inverse[kBatch];
     Target target[kBatch];
@@ -93,45 +93,49 @@ struct ShortRowKernel : Terms<T, P, kCap> {
   // Writes a row's loss and statistics; returns the coefficients of its gradient and the target's term.
   Coefficients finish(Batch& b, int r, A& target_q) const {
     const int64_t row = b.first + r;
-    const bool counted = !ignored(row);
     if (peak_ && !c.normaliser_given) peak_[row] = b.peak[r], log_sum_[row] = b.log_sum[r];
     Target& target = b.target[r];
     target_q = 0;
-    if (c.indices && counted) {
-      const int64_t y = c.indices[row];
+    const int64_t y = target_of(row);
+    if (y >= 0) {
       target_q = keep * weight_at(y);
       target.q += target_q;
       target.q_distance += target_q * (b.peak[r] - cap1(load1(x_at(row) + y)));
     }
-    write_loss(row, counted, b.peak[r], b.log_sum[r], target);
-    if (c.entropy) static_cast<A*>(c.entropy)[row] = b.log_sum[r] - expectation(b, r) * to_z * b.inverse[r];
+    write_loss(row, b.peak[r], b.log_sum[r], target);
+    if (computes_entropy()) write_entropy(row, b.log_sum[r], expectation(b, r), b.inverse[r]);
     if (c.correct) write_correct(row, x_at(row), q_at_row(row));
-    return coefficients(row, counted, b.peak[r], b.log_sum[r], b.inverse[r], target.q);
+    return coefficients(row, b.peak[r], b.log_sum[r], b.inverse[r], target.q);
   }
 
-  template <bool kDense>
+  template <bool kDense, bool kEntropy>
   void gradient(const Batch& b, int r, Coefficients co, A target_q) const {
-    const int64_t row = b.first + r;
+    const int64_t row = b.first + r, y = target_of(row);
+    const T* x = x_at(row);
     const P* q = q_at_row(row);
     T* grad = static_cast<T*>(c.grad.data) + offset(c.grad, row);
     const V p = set1(co.p), g = set1(co.g), rest = set1(co.rest), constant = set1(spread);
+    const V h = set1(co.h), mean = set1(co.mean);
+    const V target_x = kEntropy && y >= 0 ? set1(load1(x + y)) : V{};  // before the sweep, which may overwrite it
+    const auto rest_of = [&](V e, V logits) __attribute__((always_inline)) {
+      return kEntropy ? with_entropy(e, cap(logits) - b.peak[r], rest, h, mean) : rest;
+    };
     each([&](int k, int n) __attribute__((always_inline)) {
       const V e = load(b.e[r] + k);
-      V d = join(e, kDense ? q_at(q, k, n) : constant, p, g, rest);
+      V d = join(e, kDense ? q_at(q, k, n) : constant, p, g, rest_of(e, kEntropy ? load_some(x + k, n, A(0)) : V{}));
       if constexpr (kCap) d *= slope(load(b.f[r] + k));
       store_some(grad + k, n, d);
     });
-    if (!c.indices || ignored(row)) return;
-    const int64_t y = c.indices[row];
-    V target_grad = join(set1(b.e[r][y]), set1(A(target_q + spread * weight_at(y))), p, g, rest);
+    if (y < 0) return;
+    const V e = set1(b.e[r][y]);
+    V target_grad = join(e, set1(A(target_q + spread * weight_at(y))), p, g, rest_of(e, target_x));
     if constexpr (kCap) target_grad *= slope(set1(b.f[r][y]));
     store1(grad + y, target_grad[0]);
   }
 
-  void skip(const Batch& b, int r) const {
+  void leave_out(const Batch& b, int r) const {
     const int64_t row = b.first + r;
-    if (peak_ && !c.normaliser_given) peak_[row] = log_sum_[row] = 0;
-    write_loss(row, false, 0, 0, {});
+    write_absent(row);
     if (!c.grad.data) return;
     T* grad = static_cast<T*>(c.grad.data) + offset(c.grad, row);
     each([&](int k, int n) __attribute__((always_inline)) { store_some(grad + k, n, V{}); });
@@ -139,9 +143,9 @@ struct ShortRowKernel : Terms<T, P, kCap> {
 
   void batch(Batch& b) const {
     for (int r = 0; r < b.rows; ++r) {
-      b.skipped[r] = ignored(b.first + r) && c.skip_ignored && per_position(c.grad_lse, b.first + r) == 0;
+      b.absent[r] = !counted(b.first + r);
       b.target[r] = {};
-      if (!b.skipped[r]) dense ? exponentials<true>(b, r) : exponentials<false>(b, r);
+      if (!b.absent[r]) dense ? exponentials<true>(b, r) : exponentials<false>(b, r);
     }
     V log_sum, inverse;
     if (c.normaliser_given) {
@@ -155,13 +159,17 @@ struct ShortRowKernel : Terms<T, P, kCap> {
     store(b.inverse, inverse);
     const bool per_class = !c.indices || (dense && weight);
     for (int r = 0; r < b.rows; ++r) {
-      if (b.skipped[r]) {
-        skip(b, r);
+      if (b.absent[r]) {
+        leave_out(b, r);
         continue;
       }
       A target_q;
       const Coefficients co = finish(b, r, target_q);
-      if (c.grad.data) per_class ? gradient<true>(b, r, co, target_q) : gradient<false>(b, r, co, target_q);
+      if (!c.grad.data) continue;
+      if (c.grad_entropy.data)
+        per_class ? gradient<true, true>(b, r, co, target_q) : gradient<false, true>(b, r, co, target_q);
+      else
+        per_class ? gradient<true, false>(b, r, co, target_q) : gradient<false, false>(b, r, co, target_q);
     }
   }
 };

@@ -9,9 +9,9 @@ namespace TLK_ISA {
 template <class T, class P, bool kCap>
 struct TileKernel : Terms<T, P, kCap> {
   using K = Terms<T, P, kCap>;
-  using K::c, K::cap, K::cap1, K::coefficients, K::dense, K::ignored, K::inner, K::join, K::keep, K::L, K::log_sum_;
-  using K::offset, K::peak_, K::per_position, K::slope, K::spread, K::to_exp2, K::to_z, K::weight_at;
-  using K::write_correct, K::write_loss;
+  using K::c, K::cap, K::cap1, K::coefficients, K::counted, K::dense, K::inner, K::join, K::keep, K::L, K::log_sum_;
+  using K::offset, K::peak_, K::slope, K::spread, K::target_of, K::to_exp2, K::weight_at, K::with_entropy;
+  using K::write_absent, K::write_correct, K::write_entropy, K::write_loss;
   using typename K::A;
   using typename K::Coefficients;
   using typename K::Target;
@@ -127,25 +127,29 @@ struct TileKernel : Terms<T, P, kCap> {
     }
   }
 
-  // The positions of vector v whose coefficients are all 0: they are ignored, and their lse has no gradient. The `p` of
-  // a position that counts and has a NaN logit is NaN.
-  static TLK_INLINE typename Simd<A>::I absent(const A* p, const A* g, const A* rest, int v) {
-    return (load(p + v * L) == A(0)) & (load(g + v * L) == A(0)) & (load(rest + v * L) == A(0));
-  }
+  // Of each position: the coefficients of its gradient, and its target's class and term.
+  struct Gradient {
+    A p[kMaxTileWidth] = {}, g[kMaxTileWidth] = {}, rest[kMaxTileWidth] = {};
+    A h[kMaxTileWidth] = {}, mean[kMaxTileWidth] = {}, target_q[kMaxTileWidth] = {};
+    Index target[kMaxTileWidth];  // kNone, or kAbsent if the position does not take part
+  };
+  static constexpr Index kNone = -1, kAbsent = -2;
 
-  // target_class: the class index of each position, -1 if ignored or without one; target_q: the target's term.
-  void grad_tile(const Tile& t, const A* peak, const A* p, const A* g, const A* rest, const Index* target_class,
-                 const A* target_q, bool any_ignored) const {
+  void grad_tile(const Tile& t, const A* peak, const Gradient& gradient, bool any_absent) const {
     for (int64_t k = 0; k < c.classes; ++k)
       for (int v = 0; v < t.vectors; ++v) {
         A* logits = t.scratch + k * t.width + v * L;
-        const V f = load(logits);
-        const V e = stashes ? f : exp2<A>((f - load(peak + v * L)) * to_exp2);
+        const V f = load(logits), distance = f - load(peak + v * L);
+        const V e = stashes ? f : exp2<A>(distance * to_exp2);
+        const auto target = load_indices(gradient.target + v * L);
         V q = dense ? tile_q(t, k, v) : V{};
-        q += load_indices(target_class + v * L) == Index(k) ? load(target_q + v * L) : V{};
-        V d = join(e, q, load(p + v * L), load(g + v * L), load(rest + v * L));
+        q += target == Index(k) ? load(gradient.target_q + v * L) : V{};
+        V rest = load(gradient.rest + v * L);
+        if (c.grad_entropy.data)
+          rest = with_entropy(e, distance, rest, load(gradient.h + v * L), load(gradient.mean + v * L));
+        V d = join(e, q, load(gradient.p + v * L), load(gradient.g + v * L), rest);
         if constexpr (kCap) d *= slope(f);
-        if (any_ignored) d = absent(p, g, rest, v) ? V{} : d;  // also with NaN logits
+        if (any_absent) d = target == kAbsent ? V{} : d;  // also with NaN logits
         store(logits, d);
       }
     const int64_t stride = c.grad.stride[inner];
@@ -160,9 +164,8 @@ struct TileKernel : Terms<T, P, kCap> {
 
   void tile(const Tile& t) const {
     A peak[kMaxTileWidth], sum[kMaxTileWidth], q_sum[kMaxTileWidth], q_distance[kMaxTileWidth], ex[kMaxTileWidth];
-    A p[kMaxTileWidth] = {}, g[kMaxTileWidth] = {}, rest[kMaxTileWidth] = {}, target_q[kMaxTileWidth] = {};
-    Index target_class[kMaxTileWidth];
-    for (int i = 0; i < t.vectors * L; ++i) target_class[i] = -1;
+    Gradient gradient;
+    for (int i = 0; i < t.vectors * L; ++i) gradient.target[i] = kNone;
     load_tile(t, peak);
     if (c.normaliser_given) {
       for (int i = 0; i < t.n; ++i) peak[i] = peak_[t.row + i], q_sum[i] = spread * A(c.weight_sum);
@@ -176,46 +179,48 @@ struct TileKernel : Terms<T, P, kCap> {
       sum_tile(t, peak, sum, q_sum, q_distance, ex);
     }
 
-    for (int v = 0; v < t.vectors; ++v) {  // `sum` becomes log_sum; `ex`, after the entropy, the sum's inverse
-      V log_sum{}, inverse{};
-      const int n = count(t, v);
+    A inverse[kMaxTileWidth];
+    for (int v = 0; v < t.vectors; ++v) {  // `sum` becomes log_sum
+      V log_sum{};
       if (c.normaliser_given) {
-        log_sum = load_some(log_sum_ + t.row + v * L, n, A(0));
-        inverse = exp2<A>(log_sum * -A(kLog2E));
+        log_sum = load_some(log_sum_ + t.row + v * L, count(t, v), A(0));
+        store(inverse + v * L, exp2<A>(log_sum * -A(kLog2E)));
       } else {
-        const V s = load(sum + v * L);
-        log_sum = log_from_one(s), inverse = A(1) / s;
-        if (c.entropy)
-          store_some(static_cast<A*>(c.entropy) + t.row + v * L, n, log_sum - load(ex + v * L) * to_z * inverse);
+        log_sum = log_from_one(load(sum + v * L));
+        store(inverse + v * L, A(1) / load(sum + v * L));
       }
       store(sum + v * L, log_sum);
-      store(ex + v * L, inverse);
     }
 
-    bool any_ignored = false;
+    bool any_absent = false;
     for (int i = 0; i < t.n; ++i) {
-      const int64_t row = t.row + i;
-      const bool counted = !ignored(row);
-      any_ignored |= !counted;
+      const int64_t row = t.row + i, y = target_of(row);
+      if (!counted(row)) {
+        write_absent(row);
+        gradient.target[i] = kAbsent;
+        any_absent = true;
+        continue;
+      }
       if (peak_ && !c.normaliser_given) peak_[row] = peak[i], log_sum_[row] = sum[i];
       Target target;
       if (dense) target = {q_sum[i], c.normaliser_given ? A(0) : q_distance[i]};
-      if (c.indices && counted) {
-        const A f = cap1(load1(t.x + c.indices[row] * c.x.class_stride + i * c.x.stride[inner]));
-        target_class[i] = Index(c.indices[row]);
-        target_q[i] = keep * weight_at(c.indices[row]);
-        target.q += target_q[i];
-        target.q_distance += target_q[i] * (peak[i] - f);
+      if (y >= 0) {
+        const A f = cap1(load1(t.x + y * c.x.class_stride + i * c.x.stride[inner]));
+        gradient.target[i] = Index(y);
+        gradient.target_q[i] = keep * weight_at(y);
+        target.q += gradient.target_q[i];
+        target.q_distance += gradient.target_q[i] * (peak[i] - f);
       }
-      write_loss(row, counted, peak[i], sum[i], target);
+      write_loss(row, peak[i], sum[i], target);
+      write_entropy(row, sum[i], ex[i], inverse[i]);
       if (c.correct)
         write_correct(row, t.x + i * c.x.stride[inner], t.q ? t.q + i * c.probabilities.stride[inner] : t.q);
-      if (t.grad && (counted || per_position(c.grad_lse, row) != 0)) {
-        const Coefficients co = coefficients(row, counted, peak[i], sum[i], ex[i], target.q);
-        p[i] = co.p, g[i] = co.g, rest[i] = co.rest;
-      }
+      if (!t.grad) continue;
+      const Coefficients co = coefficients(row, peak[i], sum[i], inverse[i], target.q);
+      gradient.p[i] = co.p, gradient.g[i] = co.g, gradient.rest[i] = co.rest;
+      gradient.h[i] = co.h, gradient.mean[i] = co.mean;
     }
-    if (t.grad) grad_tile(t, peak, p, g, rest, target_class, target_q, any_ignored);
+    if (t.grad) grad_tile(t, peak, gradient, any_absent);
   }
 };
 

@@ -14,7 +14,7 @@ using at::Tensor;
 CudaCrossEntropyCall::CudaCrossEntropyCall(const Tensor& like, at::IntArrayRef logits, PositionSizes shape_,
                                            int64_t classes_, const Tensor& target_, const CrossEntropyOptions& options)
     : CrossEntropyCall(like.scalar_type(), logits, std::move(shape_), classes_, target_, options), device_(like) {
-  if (indices) check_classes(target, classes, ignore_index);
+  if (indices) check_classes(target, classes, ignore_index, elsewhere ? -1 : 0);
 }
 
 void CudaCrossEntropyCall::use_mean() {
@@ -36,12 +36,6 @@ void CudaCrossEntropyCall::launch(const CrossEntropy& part, at::ScalarType logit
   with_type(logits, [&](auto type) {
     check_launch(cross_entropy<typename decltype(type)::T>(call, device_.stream()), "cross_entropy");
   });
-}
-
-Tensor CudaCrossEntropyCall::absent() const {
-  if (!indices) return {};
-  const Tensor ignored = target.eq(ignore_index);
-  return (upstream_lse_.defined() ? ignored.logical_and(upstream_lse_.eq(0)) : ignored).unsqueeze(1);
 }
 
 // Forces a strategy, for tests and measurements; null: the table chooses.

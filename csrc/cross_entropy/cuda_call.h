@@ -28,9 +28,6 @@ struct CudaCrossEntropyCall : CrossEntropyCall {
     launch(part, logits, probabilities);
   }
 
-  // True, (rows, 1), in rows that are ignored and whose lse gets no gradient; undefined if no row can be.
-  at::Tensor absent() const;
-
  private:
   OnDevice device_;
   Reduction reduction_;

@@ -4,7 +4,9 @@
 //   q_c   = w_c * ((1 - smoothing) * t_c + smoothing / C)      t: probabilities; for a class index y, its term has the
 //                                                              factor w_y and the smoothing's terms w_c
 //   loss  = sum_c q_c * (lse - z_c) + z_loss * lse^2
-//   dx_c  = (a * p_c - g * q_c) * f'(x_c) / T,                 a = g * (sum_c q_c + 2 * z_loss * lse) + g_lse
+//   dx_c  = (a * p_c - g * q_c - h * p_c * (log p_c + entropy)) * f'(x_c) / T
+//                                                              a = g * (sum_c q_c + 2 * z_loss * lse) + g_lse
+//                                                              h: upstream of entropy = -sum_c p_c * log p_c
 //
 // The plain path (kFull = false) has class indices and no option but weight, temperature and z-loss. For one row:
 //
@@ -39,7 +41,7 @@ struct CrossEntropyOnDevice : CrossEntropy {
 template <class A>
 struct CrossEntropyConstants {
   A inv_t, softcap, to_z, to_exp2;  // z = f * to_z, exp(z) = 2^(f * to_exp2)
-  A keep, spread, z_loss, factor;   // keep, spread: 1 - smoothing, smoothing / C
+  A keep, spread, z_loss, factor;   // keep, spread: 1 - smoothing, smoothing / C, with C of the whole vocabulary
 
   explicit CrossEntropyConstants(const CrossEntropyOnDevice& c)
       : inv_t(A(c.inv_temperature)),
@@ -47,7 +49,7 @@ struct CrossEntropyConstants {
         to_z(A(c.inv_temperature * (c.softcap != 0 ? c.softcap : 1))),
         to_exp2(A(c.inv_temperature * (c.softcap != 0 ? c.softcap : 1) * kLog2E)),
         keep(A(1 - c.smoothing)),
-        spread(A(c.smoothing / double(c.classes))),
+        spread(A(c.smoothing / c.spread_over)),
         z_loss(A(c.z_loss)),
         factor(A(c.factor)) {}
 };
@@ -69,15 +71,15 @@ class CrossEntropyRow {
     if (c.grad.data) grad_ = static_cast<T*>(c.grad.data) + offset(c.grad.stride);
     if (kFull && !c.indices) q_offset_ = offset(c.probabilities.stride);
     weight_ = static_cast<const A*>(c.weight);
-    const A by_lse = per_position(c.grad_lse);
-    counted_ = true;
-    if (c.indices) {
+    if (c.row_weight.data) row_weight_ = per_position(c.row_weight);
+    counted_ = row_weight_ != 0;
+    if (c.indices && counted_) {
       y_ = c.indices[row];
       counted_ = y_ != c.ignore_index;
-      out_of_range_ = counted_ && (y_ < 0 || y_ >= c.classes);
+      const bool elsewhere = c.elsewhere && y_ == -1;
+      has_target_ = counted_ && y_ >= 0 && y_ < c.classes;
+      out_of_range_ = counted_ && !elsewhere && !has_target_;
     }
-    has_target_ = c.indices && counted_ && !out_of_range_;
-    reads_ = counted_ || !c.skip_ignored || by_lse != 0;
     if (!has_target_) return;
     target_x_ = widen(x_[y_ * c.x.class_stride]);
     target_q_ = a.keep * weight_at(y_);
@@ -86,9 +88,10 @@ class CrossEntropyRow {
   // Everything that is wanted of the row. `memory`: the store's shared memory.
   template <class Store>
   TLK_DEVICE void run(Store& store, Team& team, void* memory) {
-    const int n = valid_ && reads_ ? int(c.classes) : 0;
+    const int n = counted_ ? int(c.classes) : 0;
     store.load(x_, n, team, memory);
-    if (c.normaliser_given && !dense_) {
+    if (c.normaliser_given) {
+      if (dense_) sum_targets(store, team);
       if (valid_) take_normaliser();
       if (c.grad.data) team.sync();  // every thread has read the target's logit, which the gradient may overwrite
     } else {
@@ -111,12 +114,12 @@ class CrossEntropyRow {
   const T* x_ = nullptr;
   T* grad_ = nullptr;
   const A* weight_ = nullptr;
-  A target_x_ = 0, target_q_ = 0;
+  A target_x_ = 0, target_q_ = 0, row_weight_ = 1;
   A peak_ = 0, log_sum_ = 0, inv_sum_ = 0;
   A s_[4] = {};      // sums of exponentials; of q; of q * (peak - f); of exponentials * (f - peak)
   A error_[4] = {};  // their rounding errors, if one thread has the row (Kahan 1965)
-  bool valid_ = false, softcap_ = false, dense_ = false, counted_ = false, out_of_range_ = false, has_target_ = false,
-       reads_ = false;
+  bool valid_ = false, softcap_ = false, dense_ = false, out_of_range_ = false, has_target_ = false;
+  bool counted_ = false;  // whether the row takes part; another is not read, and its results and gradient are 0
 
   TLK_DEVICE int64_t offset(const int64_t (&stride)[kMaxAxes]) const {
     int64_t result = 0, rest = row_;
@@ -171,11 +174,25 @@ class CrossEntropyRow {
     for (int i = 0; i < N; ++i) add(kAlone ? part : s_, k + i, cap(v[i]), peak);
     if (!kAlone) return;
 #pragma unroll
-    for (int i = 0; i < (kFull ? 4 : 1); ++i) {
-      const A term = part[i] - error_[i], sum = s_[i] + term, error = (sum - s_[i]) - term;
-      error_[i] = error - error == 0 ? error : A(0);  // not of infinite sums
-      s_[i] = sum;
-    }
+    for (int i = 0; i < (kFull ? 4 : 1); ++i) add_compensated<kAlone>(s_[i], error_[i], part[i]);
+  }
+  template <bool kAlone>
+  static TLK_DEVICE void add_compensated(A& sum, A& error, A part) {
+    const A term = part - error, next = sum + term, rounding = (next - sum) - term;
+    error = kAlone && rounding - rounding == 0 ? rounding : A(0);  // not of infinite sums
+    sum = next;
+  }
+
+  // The sum of q, where the normaliser is given.
+  template <class Store>
+  TLK_DEVICE void sum_targets(const Store& store, Team& team) {
+    A error = 0;
+    store.each([&](int k, auto& v) {
+      A part = 0;
+      for (int i = 0; i < int(sizeof v / sizeof(A)) && k + i < c.classes; ++i) part += q(k + i);
+      add_compensated<Store::kAlone>(s_[1], error, part);
+    });
+    s_[1] = team.reduce<Sum>(s_[1]);
   }
 
   // Reduces the sums over the team.
@@ -239,13 +256,14 @@ class CrossEntropyRow {
     if (c.loss) {
       A value = s_[2] * a.to_z + s_[1] * log_sum_;
       if (c.z_loss != 0) value += a.z_loss * lse * lse;
-      static_cast<A*>(c.loss)[row_] = !counted_ ? A(0) : out_of_range_ ? A(NAN) : value;
+      static_cast<A*>(c.loss)[row_] = !counted_ ? A(0) : out_of_range_ ? A(NAN) : value * row_weight_;
     }
-    if (c.peak && !c.normaliser_given) {
-      static_cast<A*>(c.peak)[row_] = reads_ ? peak_ : A(0);
-      static_cast<A*>(c.log_sum)[row_] = reads_ ? log_sum_ : A(0);
+    if (c.normaliser_given) return;
+    if (c.peak) {
+      static_cast<A*>(c.peak)[row_] = counted_ ? peak_ : A(0);
+      static_cast<A*>(c.log_sum)[row_] = counted_ ? log_sum_ : A(0);
     }
-    if (kFull && c.entropy) static_cast<A*>(c.entropy)[row_] = log_sum_ - s_[3] * a.to_z * inv_sum_;
+    if (kFull && c.entropy) static_cast<A*>(c.entropy)[row_] = counted_ ? log_sum_ - s_[3] * a.to_z * inv_sum_ : A(0);
   }
 
   // Writes whether the first largest logit is the target's; NaN counts as the largest, as in torch.argmax.
@@ -274,7 +292,7 @@ class CrossEntropyRow {
         }
       });
       y = team.reduce<Min>(first);
-      has_target = valid_ && reads_;
+      has_target = counted_;
       if (has_target) target_x = widen(x_[y * c.x.class_stride]);
     }
     A beaten = 0;  // whether another class is the first largest
@@ -297,12 +315,18 @@ class CrossEntropyRow {
     A upstream = c.grad_loss.data ? per_position(c.grad_loss) : A(1);
     upstream *= a.factor;
     if (c.divisor) upstream /= A(*c.divisor);
-    const A g = out_of_range_ ? A(NAN) : counted_ ? upstream * a.inv_t : A(0);
+    const A g = out_of_range_ ? A(NAN) : upstream * row_weight_ * a.inv_t;
     A rest = per_position(c.grad_lse) * a.inv_t;
-    if (counted_ && c.z_loss != 0) rest += g * 2 * a.z_loss * (peak_ * a.to_z + log_sum_);
+    if (c.z_loss != 0) rest += g * 2 * a.z_loss * (peak_ * a.to_z + log_sum_);
     const A p = s_[1] * inv_sum_;
     rest *= inv_sum_;
     const A plain = p * g + rest;
+    const bool by_entropy = kFull && c.grad_entropy.data;
+    A h = 0, mean = 0;  // the entropy adds h * (f - peak - mean) to `rest`; mean: the expectation of f - peak
+    if (by_entropy) {
+      h = -per_position(c.grad_entropy) * a.inv_t * a.to_z * inv_sum_;
+      mean = (log_sum_ - static_cast<const A*>(c.entropy)[row_]) / a.to_z;
+    }
     const int y = has_target_ ? int(y_) : -1;
     store.each(
         [&](int k, auto& v) {
@@ -315,7 +339,8 @@ class CrossEntropyRow {
             }
             A q_k = dense_ && k + i < c.classes ? q(k + i) : A(0);
             if (k + i == y) q_k += target_q_;
-            v[i] = (e * p - q_k) * g + e * rest;
+            const A rest_k = by_entropy && e != 0 ? rest + (f - peak_ - mean) * h : rest;  // f may be -inf where e is 0
+            v[i] = (e * p - q_k) * g + e * rest_k;
             if (softcap_)
               v[i] *= (A(1) - f) * (A(1) + f);  // small near the cap: from f, not from z, which is rounded again
           }

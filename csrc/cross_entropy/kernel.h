@@ -31,21 +31,24 @@ struct CrossEntropy {
   int64_t ignore_index = 0;
   double smoothing = 0, inv_temperature = 1, softcap = 0, z_loss = 0;  // softcap 0: none
   double weight_sum = 0;                                               // sum of `weight`; the number of classes without
+  double spread_over = 1;  // classes of the whole vocabulary, over which smoothing is spread
+  bool elsewhere = false;  // class index -1: the row counts, and its target is in another part of the vocabulary
 
   // Normaliser, (rows), compute type. `peak`: the largest logit, or with a softcap tanh(logit / softcap); `log_sum`:
   // log of the sum of exponentials relative to it. As one number, lse would lose log_sum at logits of 1e4.
   void* peak = nullptr;
   void* log_sum = nullptr;
-  bool normaliser_given = false;  // the normaliser is read, not computed
-  bool skip_ignored = true;       // ignored rows are not read; their normaliser is written as 0
+  bool normaliser_given = false;  // the normaliser is read, not computed, and `entropy` if there is grad_entropy
 
   // Results; null: not wanted.
-  void* loss = nullptr;     // (rows), compute type
-  void* entropy = nullptr;  // (rows), compute type
-  bool* correct = nullptr;  // (rows)
-  Strided<void*> grad;      // of the logits, in their type; may be the logits' memory
-  PerPosition grad_loss;    // upstream gradient, compute type
-  PerPosition grad_lse;     // upstream gradient of lse = peak * softcap / temperature + log_sum; may be null
+  void* loss = nullptr;      // (rows), compute type
+  void* entropy = nullptr;   // (rows), compute type
+  bool* correct = nullptr;   // (rows)
+  Strided<void*> grad;       // of the logits, in their type; may be the logits' memory
+  PerPosition grad_loss;     // upstream gradient, compute type
+  PerPosition grad_lse;      // upstream gradient of lse = peak * softcap / temperature + log_sum; may be null
+  PerPosition grad_entropy;  // upstream gradient of the entropy; may be null; needs normaliser and entropy given
+  PerPosition row_weight;  // factor of the loss and of grad_loss, compute type; a row of weight 0 is not read; or null
 };
 
 // If the class axis is contiguous in every tensor, `begin` and `end` count rows; `scratch` has one number of the

@@ -59,36 +59,43 @@ struct CrossEntropyOps<DeviceCall, Types<Options...>> {
   static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_stats(const Tensor& input, const Tensor& target,
                                                                           Options... options) {
     Call call(input, target, {options...});
-    call.skip_ignored = false;  // ignored rows have an lse and an entropy too
     const Tensor loss = call.output(call.loss), peak = call.output(call.peak), log_sum = call.output(call.log_sum);
     const Tensor entropy = call.output(call.entropy), correct = call.output(call.correct, at::kBool);
     call.run();
     return {loss, peak, log_sum, entropy, correct};
   }
 
-  static Tensor backward(const Tensor& grad_loss, const OptionalTensor& grad_lse, const Tensor& input,
-                         const Tensor& target, const Tensor& peak, const Tensor& log_sum, Options... options) {
+  static Tensor backward(const Tensor& grad_loss, const OptionalTensor& grad_lse, const OptionalTensor& grad_entropy,
+                         const Tensor& input, const Tensor& target, const Tensor& peak, const Tensor& log_sum,
+                         const OptionalTensor& entropy, Options... options) {
     Call call(input, target, {options...});
+    call.use_upstream(grad_loss, grad_lse, grad_entropy);
+    call.use_normaliser(peak, log_sum, entropy);
     const Tensor grad = call.empty_gradient();
-    write_gradient(grad, grad_loss, grad_lse, peak, log_sum, call);
+    call.run(grad);
     return grad;
   }
 
-  static void backward_(const Tensor& grad_loss, const OptionalTensor& grad_lse, Tensor& input, const Tensor& target,
-                        const Tensor& peak, const Tensor& log_sum, Options... options) {
+  static void backward_(const Tensor& grad_loss, const OptionalTensor& grad_lse, const OptionalTensor& grad_entropy,
+                        Tensor& input, const Tensor& target, const Tensor& peak, const Tensor& log_sum,
+                        const OptionalTensor& entropy, Options... options) {
     Call call(input, target, {options...});
-    write_gradient(input, grad_loss, grad_lse, peak, log_sum, call);
+    call.use_upstream(grad_loss, grad_lse, grad_entropy);
+    call.use_normaliser(peak, log_sum, entropy);
+    call.run(input);
   }
 
-  static Tensor total(const Tensor& input, const Tensor& target, Options... options, bool mean) {
+  static Tensor total(const Tensor& input, const Tensor& target, Options... options, const OptionalTensor& row_weight,
+                      bool mean) {
     Call call(input, target, {options...});
-    return reduced(call, mean, {});
+    return reduced(call, row_weight, mean, {});
   }
 
-  static std::tuple<Tensor, Tensor> step(const Tensor& input, const Tensor& target, Options... options, bool mean) {
+  static std::tuple<Tensor, Tensor> step(const Tensor& input, const Tensor& target, Options... options,
+                                         const OptionalTensor& row_weight, bool mean) {
     Call call(input, target, {options...});
     const Tensor grad = call.empty_gradient();
-    return {reduced(call, mean, grad), grad};
+    return {reduced(call, row_weight, mean, grad), grad};
   }
 
   static void implement(torch::Library& m) {
@@ -101,17 +108,8 @@ struct CrossEntropyOps<DeviceCall, Types<Options...>> {
   }
 
  private:
-  static void write_gradient(const Tensor& grad, const Tensor& grad_loss, const OptionalTensor& grad_lse,
-                             const Tensor& peak, const Tensor& log_sum, Call& call) {
-    const Tensor peaks = peak.contiguous(), log_sums = log_sum.contiguous();
-    call.normaliser_given = true;
-    call.peak = const_cast<void*>(peaks.const_data_ptr());
-    call.log_sum = const_cast<void*>(log_sums.const_data_ptr());
-    call.use_upstream(grad_loss, grad_lse);
-    call.run(grad);
-  }
-
-  static Tensor reduced(Call& call, bool mean, const Tensor& grad) {
+  static Tensor reduced(Call& call, const OptionalTensor& row_weight, bool mean, const Tensor& grad) {
+    call.use_row_weight(row_weight);
     if (mean) call.use_mean();
     const Tensor losses = call.output(call.loss);
     call.run(grad);

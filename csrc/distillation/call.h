@@ -12,8 +12,9 @@ namespace tlk {
 
 // In the order of the ops' schemas.
 struct DistillationOptions {
-  using ArgumentTypes = Types<const std::optional<at::Tensor>&, const std::optional<at::Tensor>&, double,
-                              c10::string_view, double, double, int64_t, double>;
+  using ArgumentTypes =
+      Types<const std::optional<at::Tensor>&, const std::optional<at::Tensor>&, double, c10::string_view, double,
+            double, int64_t, double, std::optional<double>, std::optional<double>>;
 
   const std::optional<at::Tensor>&target, &row_weight;
   double temperature;
@@ -21,11 +22,12 @@ struct DistillationOptions {
   double beta, hard_weight;
   int64_t ignore_index;
   double label_smoothing;
+  std::optional<double> student_softcap, teacher_softcap;
 };
 
 struct DistillationCall : Distillation {
   const at::ScalarType dtype, compute;  // of the logits; of the losses
-  const c10::DimVector shape;           // of the rows
+  c10::DimVector shape;                 // of the rows
   const at::TensorOptions options;      // of the losses: type and device
   at::Tensor targets;                   // int64 and contiguous; undefined without targets
 
@@ -52,7 +54,7 @@ struct DistillationCall : Distillation {
   Distillation in_place(int64_t begin, int64_t end, const at::Tensor& student, const at::Tensor& teacher,
                         bool student_grad, bool teacher_grad) const;
 
- private:
+ protected:
   at::Tensor row_weight_, upstream_;
 };
 

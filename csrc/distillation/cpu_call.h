@@ -1,7 +1,5 @@
 // A call of distillation on CPU tensors. It also checks the class indices.
 #pragma once
-#include <vector>
-
 #include "call.h"
 #include "../core/cpu/tensor.h"
 
@@ -22,8 +20,6 @@ struct CpuDistillationCall : DistillationCall {
 
   // Runs the kernel on the rows of `part`, this or some of its rows.
   void launch(const Distillation& part) const;
-
-  std::vector<int64_t> absent() const;  // rows that are ignored
 
  private:
   double denominator_ = 1;

@@ -24,10 +24,6 @@ void CudaDistillationCall::launch(const Distillation& part) const {
   check_launch(distillation(call, scalar_of(dtype), device_.stream()), "distillation");
 }
 
-at::Tensor CudaDistillationCall::absent() const {
-  return target ? targets.flatten().eq(ignore_index).unsqueeze(1) : at::Tensor();
-}
-
 TORCH_LIBRARY_IMPL(tlkernels, CUDA, m) { DistillationOps<CudaDistillationCall>::implement(m); }
 
 }  // namespace tlk

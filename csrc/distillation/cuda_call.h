@@ -21,8 +21,6 @@ struct CudaDistillationCall : DistillationCall {
   // Launches the kernel on the rows of `part`, this or some of its rows.
   void launch(const Distillation& part) const;
 
-  at::Tensor absent() const;  // True, (rows, 1), in rows that are ignored; undefined without targets
-
  private:
   const OnDevice device_;
   Reduction reduction_;

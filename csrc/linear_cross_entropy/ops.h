@@ -27,19 +27,32 @@ struct CrossEntropyOnFeatures : DeviceCall {
       : DeviceCall(input, logits_sizes(input, linear_weight), {input.size(0)}, linear_weight.size(0), target_, options),
         layer("linear", input, linear_weight, linear_bias) {
     this->axes = 1;
-    peaks_ = this->output(this->peak);
-    log_sums_ = this->output(this->log_sum);
   }
 
-  // logsumexp of each row's logits, after softcap and temperature.
-  at::Tensor lse() const {
-    return peaks_.mul((this->softcap ? this->softcap : 1) * this->inv_temperature).add_(log_sums_);
+  // Leaves out the rows that do not count, before upstreams are given and outputs made, and after `use_mean`.
+  void select(const std::optional<at::Tensor>& row_weight, std::optional<int64_t> num_valid) {
+    const at::Tensor valid = this->indices ? target.ne(this->ignore_index) : at::Tensor();
+    counted_ = Sweep::count(this->rows, valid, row_weight ? row_weight->ne(0) : at::Tensor(), num_valid);
+    if (this->indices) target = counted_.kept(target);
+    // With a class out of range every row is NaN.
+    if (counted_.miscounted.defined())
+      target = target.masked_fill(counted_.miscounted, classes + (classes == this->ignore_index));
+    if (this->indices) this->indices = target.template const_data_ptr<int64_t>();
+    this->rows = counted_.of(layer.input);
+    this->shape = {this->rows};
+    this->use_row_weight(kept(row_weight));
   }
+
+  // The values of the rows that count, and the opposite: those of all rows, with 0 in the others.
+  at::Tensor kept(const at::Tensor& values) const { return counted_.kept(values); }
+  std::optional<at::Tensor> kept(const std::optional<at::Tensor>& values) const {
+    return values ? std::optional(kept(*values)) : std::nullopt;
+  }
+  at::Tensor spread(const at::Tensor& values) const { return counted_.spread(values, layer.rows()); }
 
   LinearGradients run(LinearNeeds needs) {
     const int64_t copy_bytes = copies_probabilities() ? classes * int64_t(c10::elementSize(probabilities_type())) : 0;
-    Sweep sweep(layer, needs, needs[0] || needs[1] ? this->absent() : typename Sweep::Absent(),
-                Sweep::rows_of_a_chunk(layer, needs[1], copy_bytes));
+    Sweep sweep(layer, counted_, needs, Sweep::rows_of_a_chunk(layer, counted_, needs[1], copy_bytes));
     for (int64_t begin = 0; begin < this->rows; begin += sweep.chunk_rows()) {
       const int64_t end = std::min(this->rows, begin + sweep.chunk_rows());
       at::Tensor logits = sweep.logits(begin, end);
@@ -78,7 +91,7 @@ struct CrossEntropyOnFeatures : DeviceCall {
     if (this->indices) {
       part.indices = this->indices + begin;
     } else {
-      probabilities = target.narrow(0, begin, part.rows).to(probabilities_type());
+      probabilities = counted_.part(target, begin, begin + part.rows).to(probabilities_type());
       if (!has_dense_classes(probabilities)) probabilities = probabilities.contiguous();
       part.probabilities.data = probabilities.const_data_ptr();
       part.probabilities.stride[0] = probabilities.stride(0);
@@ -91,6 +104,8 @@ struct CrossEntropyOnFeatures : DeviceCall {
     part.correct = this->correct ? this->correct + begin : nullptr;
     part.grad_loss = advanced(this->grad_loss, begin, bytes);
     part.grad_lse = advanced(this->grad_lse, begin, bytes);
+    part.grad_entropy = advanced(this->grad_entropy, begin, bytes);
+    part.row_weight = advanced(this->row_weight, begin, bytes);
     if (with_gradient) {
       part.grad.data = logits.mutable_data_ptr();
       part.grad.stride[0] = classes;
@@ -99,7 +114,7 @@ struct CrossEntropyOnFeatures : DeviceCall {
     this->run_in_place(part, logits.scalar_type(), probabilities_type());
   }
 
-  at::Tensor peaks_, log_sums_;
+  CountedRows counted_;
 };
 
 template <class DeviceCall, class Sweep, class Options = CrossEntropyOptions::ArgumentTypes>
@@ -109,47 +124,58 @@ template <class DeviceCall, class Sweep, class... Options>
 struct LinearCrossEntropyOps<DeviceCall, Sweep, Types<Options...>> {
   using Tensor = at::Tensor;
   using OptionalTensor = std::optional<Tensor>;
+  using OptionalInt = std::optional<int64_t>;
   using Call = CrossEntropyOnFeatures<DeviceCall, Sweep>;
 
-  static Tensor forward(const Tensor& input, const Tensor& linear_weight, const OptionalTensor& linear_bias,
-                        const Tensor& target, Options... options) {
+  static std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const Tensor& linear_weight,
+                                                    const OptionalTensor& linear_bias, const Tensor& target,
+                                                    Options... options, const OptionalTensor& row_weight,
+                                                    OptionalInt num_valid) {
     const Guards guards;
     Call call(input, linear_weight, linear_bias, target, {options...});
-    const Tensor losses = call.output(call.loss);
+    call.select(row_weight, num_valid);
+    const Tensor loss = call.output(call.loss), peak = call.output(call.peak), log_sum = call.output(call.log_sum);
     call.run({});
-    return losses;
+    return {call.spread(loss), call.spread(peak), call.spread(log_sum)};
   }
 
-  static std::tuple<Tensor, Tensor, Tensor, Tensor> forward_stats(const Tensor& input, const Tensor& linear_weight,
-                                                                  const OptionalTensor& linear_bias,
-                                                                  const Tensor& target, Options... options) {
+  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_stats(
+      const Tensor& input, const Tensor& linear_weight, const OptionalTensor& linear_bias, const Tensor& target,
+      Options... options, const OptionalTensor& row_weight, OptionalInt num_valid) {
     const Guards guards;
     Call call(input, linear_weight, linear_bias, target, {options...});
-    call.skip_ignored = false;  // ignored rows have an lse and an entropy too
-    const Tensor losses = call.output(call.loss), entropies = call.output(call.entropy);
-    const Tensor correct = call.output(call.correct, at::kBool);
+    call.select(row_weight, num_valid);
+    const Tensor loss = call.output(call.loss), peak = call.output(call.peak), log_sum = call.output(call.log_sum);
+    const Tensor entropy = call.output(call.entropy), correct = call.output(call.correct, at::kBool);
     call.run({});
-    return {losses, call.lse(), entropies, correct};
+    return {call.spread(loss), call.spread(peak), call.spread(log_sum), call.spread(entropy), call.spread(correct)};
   }
 
   static std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_loss, const OptionalTensor& grad_lse,
-                                                     const Tensor& input, const Tensor& linear_weight,
-                                                     const OptionalTensor& linear_bias, const Tensor& target,
-                                                     Options... options, LinearNeeds needs) {
+                                                     const OptionalTensor& grad_entropy, const Tensor& input,
+                                                     const Tensor& linear_weight, const OptionalTensor& linear_bias,
+                                                     const Tensor& target, const Tensor& peak, const Tensor& log_sum,
+                                                     const OptionalTensor& entropy, Options... options,
+                                                     const OptionalTensor& row_weight, OptionalInt num_valid,
+                                                     LinearNeeds needs) {
     const Guards guards;
     Call call(input, linear_weight, linear_bias, target, {options...});
-    call.use_upstream(grad_loss, grad_lse);
+    call.select(row_weight, num_valid);
+    call.use_upstream(call.kept(grad_loss), call.kept(grad_lse), call.kept(grad_entropy));
+    call.use_normaliser(call.kept(peak), call.kept(log_sum), call.kept(entropy));
     const auto [grad_input, grad_weight, grad_bias] = call.run(needs);
     return {grad_input, grad_weight, grad_bias};
   }
 
   static std::tuple<Tensor, Tensor, Tensor, Tensor> step(const Tensor& input, const Tensor& linear_weight,
                                                          const OptionalTensor& linear_bias, const Tensor& target,
-                                                         Options... options, bool mean, LinearNeeds needs) {
+                                                         Options... options, const OptionalTensor& row_weight,
+                                                         OptionalInt num_valid, bool mean, LinearNeeds needs) {
     const Guards guards;
     Call call(input, linear_weight, linear_bias, target, {options...});
     if (mean) call.use_mean();
-    const Tensor losses = call.output(call.loss);
+    call.select(row_weight, num_valid);
+    const Tensor peak = call.output(call.peak), log_sum = call.output(call.log_sum), losses = call.output(call.loss);
     const auto [grad_input, grad_weight, grad_bias] = call.run(needs);
     return {call.sum_of(losses), grad_input, grad_weight, grad_bias};
   }

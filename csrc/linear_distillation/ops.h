@@ -42,14 +42,37 @@ struct DistillationOnFeatures : TwoLayers, DeviceCall {
                                      Sweep::logits_type(teacher_layer.input.scalar_type())),
                    logits_sizes(), options) {}
 
+  // Leaves out the rows that are ignored or of weight 0, before upstreams are given and outputs made.
+  void select() {
+    const at::Tensor valid = this->target ? this->targets.flatten().ne(this->ignore_index) : at::Tensor();
+    const at::Tensor used = this->row_weight.data ? this->row_weight_.flatten().ne(0) : at::Tensor();
+    counted_ = Sweep::count(this->rows, valid, used, {});
+    if (!counted_.numbers.defined()) return;
+    this->rows = counted_.of(student_layer.input);
+    this->shape = {this->rows};
+    if (this->target) {
+      this->targets = counted_.kept(this->targets.flatten());
+      this->target = this->targets.template const_data_ptr<int64_t>();
+    }
+    if (!used.defined()) return;
+    this->row_weight_ = counted_.kept(this->row_weight_.flatten());
+    this->row_weight = per_position(this->row_weight_);
+  }
+
+  // The values of the rows that count, and the opposite: those of all rows, with 0 in the others.
+  at::Tensor kept(const at::Tensor& values) const {
+    return counted_.numbers.defined() ? counted_.kept(values.flatten()) : values;
+  }
+  at::Tensor spread(const at::Tensor& values) const {
+    return counted_.spread(values, student_layer.rows()).view(student_layer.shape);
+  }
+
   // Returns the gradients of student and teacher.
   std::array<LinearGradients, 2> run(LinearNeeds of_student, LinearNeeds of_teacher) {
     const int64_t chunk =
-        std::min(Sweep::rows_of_a_chunk(student_layer, of_student[1], Sweep::row_bytes(teacher_layer)),
-                 Sweep::rows_of_a_chunk(teacher_layer, of_teacher[1], Sweep::row_bytes(student_layer)));
-    const bool products = of_student[0] || of_student[1] || of_teacher[0] || of_teacher[1];
-    const typename Sweep::Absent absent = products ? this->absent() : typename Sweep::Absent();
-    Sweep sweep[2] = {{student_layer, of_student, absent, chunk}, {teacher_layer, of_teacher, absent, chunk}};
+        std::min(Sweep::rows_of_a_chunk(student_layer, counted_, of_student[1], Sweep::row_bytes(teacher_layer)),
+                 Sweep::rows_of_a_chunk(teacher_layer, counted_, of_teacher[1], Sweep::row_bytes(student_layer)));
+    Sweep sweep[2] = {{student_layer, counted_, of_student, chunk}, {teacher_layer, counted_, of_teacher, chunk}};
     for (int64_t begin = 0; begin < this->rows; begin += chunk) {
       const int64_t end = std::min(this->rows, begin + chunk);
       at::Tensor logits[2], common[2];
@@ -64,6 +87,9 @@ struct DistillationOnFeatures : TwoLayers, DeviceCall {
     }
     return {sweep[0].gradients(), sweep[1].gradients()};
   }
+
+ private:
+  CountedRows counted_;
 };
 
 template <class DeviceCall, class Sweep, class Options = DistillationOptions::ArgumentTypes>
@@ -83,9 +109,10 @@ struct LinearDistillationOps<DeviceCall, Sweep, Types<Options...>> {
     Call call({{"student", student_input, student_weight, student_bias},
                {"teacher", teacher_input, teacher_weight, teacher_bias}},
               {options...});
+    call.select();
     const Tensor losses = call.losses();
     call.run({}, {});
-    return losses;
+    return call.spread(losses);
   }
 
   static Gradients backward(const Tensor& grad_rows, const Tensor& student_input, const Tensor& student_weight,
@@ -96,7 +123,8 @@ struct LinearDistillationOps<DeviceCall, Sweep, Types<Options...>> {
     Call call({{"student", student_input, student_weight, student_bias},
                {"teacher", teacher_input, teacher_weight, teacher_bias}},
               {options...});
-    call.use_upstream(grad_rows);
+    call.select();
+    call.use_upstream(call.kept(grad_rows));
     return gradients(call, needs);
   }
 
@@ -109,6 +137,7 @@ struct LinearDistillationOps<DeviceCall, Sweep, Types<Options...>> {
                {"teacher", teacher_input, teacher_weight, teacher_bias}},
               {options...});
     if (mean) call.use_mean();
+    call.select();
     const Tensor losses = call.losses();
     const Gradients grads = gradients(call, needs);
     return std::tuple_cat(std::make_tuple(call.sum_of(losses)), grads);

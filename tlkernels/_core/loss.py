@@ -102,6 +102,7 @@ def implementations(
     refuse: Callable[[Any], str | None],
     refuse_reference: Callable[[Any], str | None] = lambda call: None,
     strategy: Callable[[Any], str] | None = None,
+    native_strategy: Callable[[Any], str] | None = None,
 ) -> tuple[Implementation, ...]:
     """Return the implementations of a loss, in the order in which `auto` tries them.
 
@@ -114,9 +115,15 @@ def implementations(
         refuse: returns why neither kernel can serve a call, or None.
         refuse_reference: returns why the reference cannot, or None.
         strategy: says in which way Triton serves a call.
+        native_strategy: says in which way the extension does.
     """
     return (
-        Implementation("native", lambda call: refuse_native(*tensors(call), served=served) or refuse(call), native),
+        Implementation(
+            "native",
+            lambda call: refuse_native(*tensors(call), served=served) or refuse(call),
+            native,
+            how=native_strategy,
+        ),
         Implementation(
             "triton",
             lambda call: refuse_triton(*tensors(call)) or refuse(call),

@@ -1,11 +1,7 @@
 #include "linear_sweep.h"
 
-#include <ATen/Dispatch.h>
-
 #include <algorithm>
 #include <cstdlib>
-#include <cstring>
-#include <utility>
 
 #include "tensor.h"
 
@@ -13,7 +9,21 @@ namespace tlk {
 
 using at::Tensor;
 
-int64_t CpuLinearSweep::rows_of_a_chunk(const LinearLayer& layer, bool /*needs_weight*/, int64_t more_bytes) {
+CountedRows CpuLinearSweep::count(int64_t rows, const Tensor& valid, const Tensor& used,
+                                  std::optional<int64_t> num_valid) {
+  if (num_valid) {
+    const int64_t counted = valid.defined() ? valid.sum().item<int64_t>() : rows;
+    TORCH_CHECK_VALUE(*num_valid == counted, "num_valid: expected ", counted,
+                      ", the number of rows that are not ignored, got ", *num_valid);
+  }
+  const Tensor both = !valid.defined() ? used : used.defined() ? valid.logical_and(used) : valid;
+  if (!both.defined()) return {};
+  const Tensor numbers = both.nonzero().squeeze(1);
+  return numbers.size(0) == rows ? CountedRows() : CountedRows{numbers, {}, {}};
+}
+
+int64_t CpuLinearSweep::rows_of_a_chunk(const LinearLayer& layer, const CountedRows& counted, bool /*needs_weight*/,
+                                        int64_t more_bytes) {
   // Each chunk reads and writes the weight's gradient once, so chunks are as few as memory allows. Measured for the
   // three products alone in float32, against one chunk: 2048 x 384 x 30522 in chunks of 128, 256, 512, 1024 rows 1.28,
   // 1.14, 1.04, 1.0; 512 x 1024 x 128256 in 64, 128, 256 rows 1.6, 1.17, 1.06. With this size they get 683 and 205
@@ -21,7 +31,7 @@ int64_t CpuLinearSweep::rows_of_a_chunk(const LinearLayer& layer, bool /*needs_w
   constexpr int64_t kChunk = 112 << 20;
   const char* const forced = std::getenv("TLKERNELS_CHUNK_BYTES");  // else tests would need gigabytes
   const int64_t bytes = forced ? std::atoll(forced) : kChunk;
-  const int64_t rows = layer.rows(), most = std::max<int64_t>(1, bytes / (row_bytes(layer) + more_bytes));
+  const int64_t rows = counted.of(layer.input), most = std::max<int64_t>(1, bytes / (row_bytes(layer) + more_bytes));
   const int64_t count = std::max<int64_t>(1, (rows + most - 1) / most);
   return std::max<int64_t>(1, (rows + count - 1) / count);
 }
@@ -50,34 +60,19 @@ at::ScalarType CpuLinearSweep::logits_type(at::ScalarType dtype) {
 #endif
 }
 
-// Whether a row has neither NaN nor infinity.
-static bool is_finite(const Tensor& rows, int64_t row) {
-  const int64_t features = rows.size(1), stride = rows.stride(1);
-  int all = 1;
-  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, rows.scalar_type(), "linear: is_finite", [&] {
-    const scalar_t* const x = rows.const_data_ptr<scalar_t>() + row * rows.stride(0);
-    for (int64_t k = 0; k < features; ++k) all &= x[k * stride] - x[k * stride] == scalar_t(0);
-  });
-  return all;
-}
-
-static void clear(const Tensor& rows, int64_t row) {
-  const size_t bytes = size_t(rows.size(1)) * rows.element_size();
-  std::memset(static_cast<char*>(rows.mutable_data_ptr()) + size_t(row) * bytes, 0, bytes);
-}
-
-CpuLinearSweep::CpuLinearSweep(const LinearLayer& layer, LinearNeeds needs, Absent absent, int64_t chunk_rows)
-    : LinearSweep(layer, needs, chunk_rows),
+CpuLinearSweep::CpuLinearSweep(const LinearLayer& layer, const CountedRows& counted, LinearNeeds needs,
+                               int64_t chunk_rows)
+    : LinearSweep(layer, counted, needs, chunk_rows),
       type_(logits_type(layer.input.scalar_type())),
       bias_(layer.bias.defined() ? layer.bias.to(type_) : layer.bias),
       classes_(layer.classes()),
-      tile_(classes_of_a_tile(layer)),
-      absent_(std::move(absent)) {
+      tile_(classes_of_a_tile(layer)) {
   const Tensor &input = layer.input, &weight = layer.weight;
-  const int64_t rows = layer.rows();
+  const int64_t rows = counted.of(input);
   logits_ = empty_gradient({std::min(rows, chunk_rows), classes_}, input.options().dtype(type_));
   const at::ScalarType wide = compute_type(weight.scalar_type());
   if (needs[0]) grad_input_ = empty_gradient(input);
+  if (needs[0] && counted.numbers.defined()) grad_input_.zero_();
   if (needs[1]) {  // chunks are summed in the compute type; one chunk needs no sum
     const bool kept = rows <= chunk_rows || wide == weight.scalar_type();
     grad_weight_ = kept ? empty_gradient(weight) : empty_gradient(weight.sizes(), weight.options().dtype(wide));
@@ -96,16 +91,8 @@ void CpuLinearSweep::for_tiles(Body body) {
   }
 }
 
-// The absent rows of a chunk, counted from its first.
-std::vector<int64_t> CpuLinearSweep::absent_of(int64_t begin, int64_t end) const {
-  std::vector<int64_t> rows;
-  for (auto row = std::lower_bound(absent_.begin(), absent_.end(), begin); row != absent_.end() && *row < end; ++row)
-    rows.push_back(*row - begin);
-  return rows;
-}
-
 Tensor CpuLinearSweep::logits(int64_t begin, int64_t end) {
-  x_ = layer_.input.narrow(0, begin, end - begin).to(type_);
+  x_ = counted_.part(layer_.input, begin, end).to(type_);
   Tensor chunk = logits_.narrow(0, 0, end - begin);
   for_tiles([&](int64_t k, int64_t n, const Tensor& weight) {
     Tensor out = chunk.narrow(1, k, n);
@@ -118,15 +105,8 @@ Tensor CpuLinearSweep::logits(int64_t begin, int64_t end) {
 }
 
 void CpuLinearSweep::take(int64_t begin, int64_t end, const Tensor& gradient) {
-  const std::vector<int64_t> absent = absent_of(begin, end);
-  const auto is_bad = [&](int64_t row) { return !is_finite(x_, row); };
-  if (needs_[1] && std::any_of(absent.begin(), absent.end(), is_bad)) {
-    x_ = x_.clone(at::MemoryFormat::Contiguous);
-    for (const int64_t row : absent) clear(x_, row);
-  }
   if (needs_[0]) {
-    Tensor result = grad_input_.narrow(0, begin, end - begin);
-    Tensor sum = type_ == result.scalar_type() ? result : at::empty(result.sizes(), result.options().dtype(type_));
+    Tensor sum = input_gradient(begin, end, type_);
     for_tiles([&](int64_t k, int64_t n, const Tensor& weight) {
       const Tensor part = gradient.narrow(1, k, n);
       if (k == 0)
@@ -134,8 +114,7 @@ void CpuLinearSweep::take(int64_t begin, int64_t end, const Tensor& gradient) {
       else
         at::addmm_out(sum, sum, part, weight);
     });
-    if (!sum.is_same(result)) result.copy_(sum);
-    for (const int64_t row : absent) clear(result, row);
+    put_input_gradient(begin, end, sum);
   }
   if (needs_[1] && grad_weight_.scalar_type() == type_) {
     if (begin == 0)

@@ -21,6 +21,7 @@ def cross_entropy(
     temperature: float = 1.0,
     softcap: float | None = None,
     z_loss: float = 0.0,
+    row_weight: Tensor | None = None,
     inplace_grad: bool = False,
     impl: str = "auto",
 ) -> Tensor:
@@ -33,6 +34,7 @@ def cross_entropy(
         loss = F.cross_entropy(x, target, weight, ignore_index=ignore_index, reduction=reduction,
                                label_smoothing=label_smoothing)
         loss = loss + z_loss * torch.logsumexp(x, 1).square()  # per position, before the reduction; 0 where ignored
+        loss = loss * row_weight                               # likewise; "mean" divides by the same number as without
 
     Options are keyword-only. As in PyTorch, a number may also be a numpy scalar or a 0-d tensor.
 
@@ -49,15 +51,18 @@ def cross_entropy(
         temperature: above 0; divides the logits.
         softcap: above 0; bounds the logits smoothly to (-softcap, softcap), before `temperature` (Gemma 2, 2024).
         z_loss: at least 0; the factor of the squared log-sum-exp, which this term keeps near 0 (PaLM, 2022, section 5).
+        row_weight: a factor for each position's loss, of the loss's shape under `reduction="none"` and any of the
+            dtypes of `input`. The mean still divides by the same number. If `row_weight` does not require a gradient,
+            a position of weight 0 is left out as an ignored one is, whatever its logits are.
         inplace_grad: whether the backward writes the gradient over `input`, with only O(N) extra memory. `input` must
             not be a leaf. After the backward, reading `input` raises, and so does a second backward.
         impl: "auto" (default), "native", "triton" or "reference".
 
     Returns:
         The loss, in the dtype of `input` (float32 under autocast). It is a scalar, or with `reduction="none"` one loss
-        per position. The loss is differentiable with respect to `input` and class probabilities, any number of times.
-        Only `impl="reference"` differentiates `weight`. If every position is ignored, the mean is NaN and the gradient
-        0, as in PyTorch.
+        per position. The loss is differentiable with respect to `input`, class probabilities and `row_weight`, any
+        number of times. Only `impl="reference"` differentiates `weight`. If every position is ignored, the mean is NaN
+        and the gradient 0, as in PyTorch.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
@@ -70,7 +75,8 @@ def cross_entropy(
     `tlkernels/losses/cross_entropy/second_order.py`.
     """
     options = plain_options(weight, ignore_index, label_smoothing, temperature, softcap, z_loss)
-    call = check(Arguments(input, target, options, reduction, flag("inplace_grad", inplace_grad), stats=False))
+    arguments = Arguments(input, target, options, reduction, flag("inplace_grad", inplace_grad), False, row_weight)
+    call = check(arguments)
     loss: Tensor = resolve("cross_entropy", IMPLEMENTATIONS, call, impl).run(call)
     return loss
 
@@ -86,6 +92,7 @@ def cross_entropy_stats(
     temperature: float = 1.0,
     softcap: float | None = None,
     z_loss: float = 0.0,
+    row_weight: Tensor | None = None,
     inplace_grad: bool = False,
     impl: str = "auto",
 ) -> CrossEntropyOutput:
@@ -99,14 +106,17 @@ def cross_entropy_stats(
         x = ...                                                           # the logits after softcap and temperature
         lse = torch.logsumexp(x, 1)
         entropy = torch.distributions.Categorical(logits=x).entropy()     # with the classes in the last dimension
-        correct = (input.argmax(1) == target) & (target != ignore_index)  # class probabilities: == target.argmax(1)
+        correct = input.argmax(1) == target                               # class probabilities: == target.argmax(1)
+        # all three are 0 where target == ignore_index
 
     Returns:
-        A `CrossEntropyOutput` (loss, lse, entropy, correct). The statistics have one value per position, and `lse` is
-        differentiable.
+        A `CrossEntropyOutput` (loss, lse, entropy, correct). The statistics have one value per position. `lse` and
+        `entropy` are differentiable, as the loss is. They are 0, and `correct` is False, at positions that are ignored
+        or have weight 0.
     """
     options = plain_options(weight, ignore_index, label_smoothing, temperature, softcap, z_loss)
-    call = check(Arguments(input, target, options, reduction, flag("inplace_grad", inplace_grad), stats=True))
+    arguments = Arguments(input, target, options, reduction, flag("inplace_grad", inplace_grad), True, row_weight)
+    call = check(arguments)
     output: CrossEntropyOutput = resolve("cross_entropy_stats", IMPLEMENTATIONS, call, impl).run(call)
     return output
 
@@ -118,7 +128,8 @@ class CrossEntropyLoss(LossModule, torch.nn.CrossEntropyLoss, function=cross_ent
     time; `weight` is a buffer, as in PyTorch. The deprecated `size_average` and `reduce` must be None.
 
     Shape:
-        As in `cross_entropy`: `input` (C,), (N, C) or (N, C, d1, ...); `target` without C, or as `input`.
+        As in `cross_entropy`: `input` (C,), (N, C) or (N, C, d1, ...); `target` without C, or as `input`; `row_weight`
+        without C.
     """
 
     def __init__(
@@ -141,6 +152,6 @@ class CrossEntropyLoss(LossModule, torch.nn.CrossEntropyLoss, function=cross_ent
         self.temperature, self.softcap, self.z_loss = temperature, softcap, z_loss
         self.inplace_grad, self.impl = inplace_grad, impl
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+    def forward(self, input: Tensor, target: Tensor, row_weight: Tensor | None = None) -> Tensor:
         """Return the loss."""
-        return cross_entropy(input, target, **self._options())
+        return cross_entropy(input, target, row_weight=row_weight, **self._options())

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from tlkernels._core.dtypes import FLOATING, INTEGER, compute_dtype, loss_dtype
 from tlkernels._core.options import integer, number, smoothing
@@ -11,14 +12,14 @@ from tlkernels._core.reduction import REDUCTIONS, sum_in_order
 
 
 class CrossEntropyOutput(NamedTuple):
-    """The result of `cross_entropy_stats`. All but `loss` have a value per position, ignored positions included."""
+    """The result of `cross_entropy_stats`. All but `loss` have a value per position, which is 0 where ignored."""
 
     loss: Tensor
     """The loss, as from `cross_entropy`."""
     lse: Tensor
     """logsumexp of the logits after softcap and temperature; float32 (float64 for float64), differentiable."""
     entropy: Tensor
-    """Entropy of the softmax in nats; float32 (float64 for float64), not differentiable."""
+    """Entropy of the softmax in nats; float32 (float64 for float64), differentiable."""
     correct: Tensor
     """Whether the first largest logit is that of the target's class; bool, False at ignored positions."""
 
@@ -32,6 +33,9 @@ class Options(NamedTuple):
     temperature: float
     softcap: float | None
     z_loss: float
+    num_classes: int | None = None
+    """The number of classes of the whole vocabulary, where `input` has a part of it: label smoothing is spread over
+    all of them, and a class index of -1 says that the target is in another part."""
 
 
 class Arguments(NamedTuple):
@@ -43,6 +47,7 @@ class Arguments(NamedTuple):
     reduction: str
     inplace_grad: bool
     stats: bool
+    row_weight: Tensor | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -62,11 +67,44 @@ class Arguments(NamedTuple):
         total = sum_in_order(weight[index] * counted)
         return torch.where(total == 0, torch.nan, total)  # as in PyTorch, also with label smoothing
 
-    def ignored(self) -> Tensor | None:
-        """Return which positions are ignored, with a class axis of size 1; None for probabilities."""
-        if self.target.is_floating_point():
+    def weightless(self) -> Tensor | None:
+        """Return which positions have weight 0 and so do not take part; None if `row_weight` may need a gradient."""
+        if self.row_weight is None or is_differentiated(self.row_weight):
             return None
-        return (self.target == self.options.ignore_index).unsqueeze(class_axis(self.input))
+        return self.row_weight == 0
+
+    def absent(self) -> Tensor | None:
+        """Return which positions are ignored or have weight 0; None if none can be."""
+        weightless = self.weightless()
+        if self.target.is_floating_point():
+            return weightless
+        ignored = self.target == self.options.ignore_index
+        return ignored if weightless is None else ignored | weightless
+
+    def without_weightless(self) -> "Arguments":
+        """Return the call for an implementation that knows no `row_weight`: positions of weight 0 are ignored.
+
+        With probabilities, which have no ignored positions, their logits are 0.
+        """
+        weightless = self.weightless()
+        if weightless is None:
+            return self
+        if self.target.is_floating_point():
+            return self._replace(input=self.input.masked_fill(weightless.unsqueeze(class_axis(self.input)), 0))
+        return self._replace(target=self.target.long().masked_fill(weightless, self.options.ignore_index))
+
+    def weighted(self, rows: Tensor) -> Tensor:
+        """Return the losses of positions times their weights."""
+        return rows if self.row_weight is None else rows * self.row_weight.to(rows.dtype)
+
+
+def is_differentiated(tensor: Tensor) -> bool:
+    """Return whether a derivative by `tensor` may be asked for."""
+    if tensor.requires_grad or torch.compiler.is_compiling():
+        return tensor.requires_grad
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return True
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def class_axis(input: Tensor) -> int:
@@ -116,9 +154,25 @@ def check(call: Arguments) -> Arguments:
         raise ValueError(f"reduction: expected one of {REDUCTIONS}, got {call.reduction!r}")
     if options.weight is not None:
         _check_weight(options.weight, input)
+    if call.row_weight is not None:
+        _check_row_weight(call.row_weight, input)
     if call.inplace_grad:
         _check_inplace(call)
     return call
+
+
+def _check_row_weight(row_weight: Tensor, input: Tensor) -> None:
+    if not isinstance(row_weight, Tensor):
+        raise TypeError(f"row_weight: expected a Tensor or None, got {type(row_weight).__name__}")
+    if row_weight.dtype not in FLOATING:
+        raise TypeError(f"row_weight: expected float64, float32, bfloat16 or float16, got {row_weight.dtype}")
+    positions = (*input.shape[: class_axis(input)], *input.shape[class_axis(input) + 1 :])
+    if row_weight.shape != positions:
+        raise ValueError(
+            f"row_weight: expected shape {positions}, one number per position, got {tuple(row_weight.shape)}"
+        )
+    if row_weight.device != input.device:
+        raise ValueError(f"row_weight: expected it on the input's device {input.device}, got {row_weight.device}")
 
 
 def _check_weight(weight: Tensor, input: Tensor) -> None:

@@ -26,8 +26,9 @@ class _InplaceLoss(Function):
     def forward(ctx: Any, input: Tensor, target: Tensor, options: Options, ops: Any, stats: bool) -> Any:
         output = (ops.forward_stats if stats else ops.forward)(input, target, *options)
         _, peak, log_sum, *others = output
-        ctx.mark_non_differentiable(peak, *((*others,) if stats else (log_sum,)))
-        ctx.save_for_backward(input, target, options.weight, peak, log_sum)
+        entropy, correct = others or (None, None)
+        ctx.mark_non_differentiable(peak, correct if stats else log_sum)
+        ctx.save_for_backward(input, target, options.weight, peak, log_sum, entropy)
         ctx.set_materialize_grads(False)
         ctx.options, ctx.ops = options._replace(weight=None), ops
         return output
@@ -38,7 +39,8 @@ class _InplaceLoss(Function):
             raise RuntimeError(
                 "inplace_grad=True: the gradient overwrites the input, so it cannot be differentiated again"
             )
-        input, target, weight, peak, log_sum = ctx.saved_tensors
+        input, target, weight, peak, log_sum, entropy = ctx.saved_tensors
+        grad_entropy, _ = others or (None, None)
         options = ctx.options._replace(weight=weight)
         grad_loss = torch.zeros_like(peak) if grad_loss is None else grad_loss
         needs_input, needs_target = ctx.needs_input_grad[:2]
@@ -47,7 +49,8 @@ class _InplaceLoss(Function):
         grad_input = None
         if needs_input:
             input = input.detach()
-            ctx.ops.backward_(grad_loss, grad_lse, input, target, peak, log_sum, *options)
+            upstream = grad_loss, grad_lse, grad_entropy
+            ctx.ops.backward_(*upstream, input, target, peak, log_sum, entropy, *options)
             torch.autograd.graph.increment_version(input)  # shared with the tensor that autograd knows
             grad_input = take_memory(input, _OVERWRITTEN)
         return grad_input, grad_target, None, None, None

@@ -24,6 +24,7 @@ from tlkernels._core.autograd import (
     Tensors,
     apply,
     differentiable,
+    needs_grad,
     one_sweep,
     plain,
     refuse_transforms,
@@ -37,9 +38,15 @@ from tlkernels.losses.cross_entropy import inplace, reference, transforms
 from tlkernels.losses.cross_entropy.call import Arguments, CrossEntropyOutput, Options
 from tlkernels.losses.cross_entropy.second_order import directional, target_gradient
 
-OPTIONS = "Tensor? weight, int ignore_index, float label_smoothing, float temperature, float? softcap, float z_loss"
+OPTIONS = (
+    "Tensor? weight, int ignore_index, float label_smoothing, float temperature, float? softcap, float z_loss,"
+    " int? num_classes"
+)
 _INPUT = f"Tensor input, Tensor target, {OPTIONS}"
-_GRADIENT = f"Tensor grad_loss, Tensor? grad_lse, {{input}}, Tensor target, Tensor peak, Tensor log_sum, {OPTIONS}"
+_GRADIENT = (
+    "Tensor grad_loss, Tensor? grad_lse, Tensor? grad_entropy, {input}, Tensor target, Tensor peak, Tensor log_sum,"
+    f" Tensor? entropy, {OPTIONS}"
+)
 
 
 def _fake_row(input: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -55,9 +62,10 @@ def _fake_total(input: Tensor, *_: Any) -> Tensor:
     return input.new_empty((), dtype=compute_dtype(input))
 
 
-def _fake_directional(direction: Tensor, grad: Any, lse: Any, input: Tensor, target: Tensor, *_: Any) -> Any:
+def _fake_directional(direction: Tensor, g: Any, h: Any, k: Any, input: Tensor, target: Tensor, *_: Any) -> Any:
     v_target = torch.empty_like(target) if target.is_floating_point() else input.new_empty((0,))
-    return _fake_row(input), _fake_row(input), torch.empty_like(input), v_target
+    v_entropy = input.new_empty((0,)) if k is None else _fake_row(input)
+    return _fake_row(input), _fake_row(input), v_entropy, torch.empty_like(input), v_target
 
 
 class Ops(NamedTuple):
@@ -95,20 +103,20 @@ NATIVE, TRITON = define_ops(
         ),
         "backward": Op(
             f"bwd({_GRADIENT.format(input='Tensor input')}) -> Tensor",
-            lambda grad_loss, grad_lse, input, *_: torch.empty_like(input),
+            lambda grad_loss, grad_lse, grad_entropy, input, *_: torch.empty_like(input),
             differentiable=True,
         ),
         "backward_": Op(f"bwd_({_GRADIENT.format(input='Tensor(a!) input')}) -> ()", lambda *_: None),
-        "total": Op(f"total({_INPUT}, bool mean) -> Tensor", _fake_total),
+        "total": Op(f"total({_INPUT}, Tensor? row_weight, bool mean) -> Tensor", _fake_total),
         "step": Op(
-            f"step({_INPUT}, bool mean) -> (Tensor loss, Tensor grad)",
+            f"step({_INPUT}, Tensor? row_weight, bool mean) -> (Tensor loss, Tensor grad)",
             lambda input, *_: (_fake_total(input), torch.empty_like(input)),
         ),
     },
     only_triton={
         "directional": Op(
-            f"directional(Tensor direction, Tensor grad_loss, Tensor? grad_lse, {_INPUT})"
-            " -> (Tensor v_loss, Tensor v_lse, Tensor v_input, Tensor v_target)",
+            f"directional(Tensor direction, Tensor grad_loss, Tensor? grad_lse, Tensor? grad_entropy, {_INPUT})"
+            " -> (Tensor v_loss, Tensor v_lse, Tensor v_entropy, Tensor v_input, Tensor v_target)",
             _fake_directional,
         )
     },
@@ -116,20 +124,22 @@ NATIVE, TRITON = define_ops(
 
 
 def _rule(ops: Ops, stats: bool) -> Rule:
-    """Return the rule for the losses of rows; with `stats`, for their log_sum too, of which lse is made."""
+    """Return the rule for the losses of rows; with `stats`, also for log_sum, of which lse is made, and entropy."""
 
     def backward(upstreams: Tensors, args: Args, needs: Needs) -> Tensors:
         input, target, *rest = args
-        options, (peak, log_sum) = take(Options, rest)
-        grad_loss, grad_lse = upstreams if stats else (*upstreams, None)
+        options, kept = take(Options, rest)
+        peak, log_sum, entropy = (value.detach() for value in kept) if stats else (*kept, None)
+        grad_loss, grad_lse, grad_entropy = upstreams if stats else (*upstreams, None, None)
         grad_loss = torch.zeros_like(peak) if grad_loss is None else grad_loss
-        normaliser = peak.detach(), log_sum.detach()
+        normaliser = peak, log_sum, None if grad_entropy is None else entropy
+        upstream = grad_loss, grad_lse, grad_entropy
         return (
-            ops.backward(grad_loss, grad_lse, input, target, *normaliser, *options) if needs[0] else None,
+            ops.backward(*upstream, input, target, *normaliser, *options) if needs[0] else None,
             target_gradient(grad_loss, input, target, options) if needs[1] else None,
         )
 
-    return Rule(2, backward, None, results=(0, 2) if stats else (0,), kept=(1, 2))
+    return Rule(2, backward, None, results=(0, 2, 3) if stats else (0,), kept=(1, 2, 3) if stats else (1, 2))
 
 
 def _gradient_rule(ops: Ops) -> Rule:
@@ -138,14 +148,14 @@ def _gradient_rule(ops: Ops) -> Rule:
     def backward(directions: Tensors, args: Args, needs: Needs) -> Tensors:
         (direction,) = directions
         assert direction is not None
-        grad_loss, grad_lse, input, target, _, _, *rest = args
+        grad_loss, grad_lse, grad_entropy, input, target, _, _, _, *rest = args
         options, _ = take(Options, rest)
-        call = direction, grad_loss, grad_lse, input, target
+        call = direction, grad_loss, grad_lse, grad_entropy, input, target
         if ops.directional is None or torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
             return where_needed(directional(*call, options), needs)
         return where_needed(ops.directional(*call, *options), needs)
 
-    return Rule(4, backward, None)
+    return Rule(5, backward, None)
 
 
 def _two_sweeps(ops: Ops) -> Rule:
@@ -157,17 +167,17 @@ def _two_sweeps(ops: Ops) -> Rule:
         input, target, *rest = args
         options, (peak, log_sum, denominator, _) = take(Options, rest)
         grad_loss = (upstream.to(peak.dtype) / denominator).expand(peak.shape)
-        return (ops.backward(grad_loss, None, input, target, peak, log_sum, *options),)
+        return (ops.backward(grad_loss, None, None, input, target, peak, log_sum, None, *options),)
 
     def recompute(args: Args) -> Tensor:
         *args, _, _, _, reduction = args
-        return _recompute(ops, (*args, reduction))
+        return _recompute(ops, (*args, None, reduction))
 
     return Rule(1, backward, recompute)
 
 
 def _one_sweep(ops: Ops) -> Sweep:
-    """Return the sweep for the reduced loss of (input, target, *options, reduction)."""
+    """Return the sweep for the reduced loss of (input, target, *options, row_weight, reduction)."""
 
     def step(*args: Any) -> Any:
         *call, reduction, (needs_input,) = args
@@ -181,8 +191,8 @@ def _one_sweep(ops: Ops) -> Sweep:
 def _recompute(ops: Ops, args: Args) -> Tensor:
     """Return the reduced loss, differentiable to any order."""
     input, target, *rest = args
-    options, (reduction,) = take(Options, rest)
-    call = Arguments(input, target, options, reduction, inplace_grad=False, stats=False)
+    options, (row_weight, reduction) = take(Options, rest)
+    call = Arguments(input, target, options, reduction, inplace_grad=False, stats=False, row_weight=row_weight)
     # Triton has a kernel of the second derivative.
     loss = _run_rows(ops, call) if ops.directional else reference.cross_entropy(call)
     assert isinstance(loss, Tensor)
@@ -196,31 +206,39 @@ for _ops in (NATIVE, TRITON):
 
 
 def _run(ops: Ops, sweep: Sweep, rule: Rule, call: Arguments) -> Tensor | CrossEntropyOutput:
-    args = call.input, call.target, *call.options
-    if call.stats or call.inplace_grad or call.target.requires_grad or not plain(*args):
-        return _run_rows(ops, call)
+    args, row_weight = (call.input, call.target, *call.options), call.row_weight
+    by_rows = call.stats or call.inplace_grad or needs_grad((call.target, row_weight)) or not plain(*args, row_weight)
     # A float16 gradient waits for the loss scale, as `_core.loss.in_one_sweep` says.
-    if call.reduction == "none" or call.input.dtype == torch.float16:
+    waits = call.reduction == "none" or call.input.dtype == torch.float16
+    if by_rows or (waits and row_weight is not None):
+        return _run_rows(ops, call)
+    if waits:
         with torch._C._AutoDispatchBelowAutograd():
             rows, *normaliser = ops.forward(*args)
             denominator = call.denominator() if call.reduction == "mean" else 1
             loss = reduce(rows, denominator, call.reduction).to(call.dtype)
         return two_sweeps(loss, rule, *args, *normaliser, denominator, call.reduction)
-    return one_sweep(sweep, *args, call.reduction, dtype=call.dtype)
+    return one_sweep(sweep, *args, row_weight, call.reduction, dtype=call.dtype)
 
 
 def _run_rows(ops: Ops, call: Arguments) -> Tensor | CrossEntropyOutput:
+    denominator = call.denominator() if call.reduction == "mean" else 1
+    call = call.without_weightless()
     input, target, options = call.input, call.target, call.options
     if call.inplace_grad or _transformed():
         results = (inplace if call.inplace_grad else transforms).rows(input, target, options, ops, call.stats)
     else:
         results = apply(ops.forward_stats if call.stats else ops.forward, input, target, *options)
     rows, peak, log_sum, *stats = results
-    loss = reduce(rows, call.denominator() if call.reduction == "mean" else 1, call.reduction).to(call.dtype)
+    loss = reduce(call.weighted(rows), denominator, call.reduction).to(call.dtype)
     if not call.stats:
         return loss
     lse = peak * ((options.softcap or 1) / options.temperature) + log_sum
-    return CrossEntropyOutput(loss, lse, *stats)
+    entropy, correct = stats
+    weightless = call.weightless() if target.is_floating_point() else None
+    if weightless is not None:
+        lse, entropy, correct = (values.masked_fill(weightless, 0) for values in (lse, entropy, correct))
+    return CrossEntropyOutput(loss, lse, entropy, correct)
 
 
 def _transformed() -> bool:
@@ -231,6 +249,8 @@ def _transformed() -> bool:
 def _refuse(call: Arguments) -> str | None:
     if call.options.weight is not None and call.options.weight.requires_grad:
         return "computes no gradient for weight, which requires one"
+    if call.inplace_grad and call.row_weight is not None and call.target.is_floating_point():
+        return "inplace_grad=True does not support row_weight with probabilities as target"
     compiling, transformed = torch.compiler.is_compiling(), _transformed()
     if call.inplace_grad and (compiling or transformed):
         return "inplace_grad=True needs plain autograd, not torch.compile or a torch.func transform"
@@ -246,7 +266,7 @@ def _refuse_reference(call: Arguments) -> str | None:
 
 
 def _tensors(call: Arguments) -> Sequence[Tensor | None]:
-    return call.input, call.target, call.options.weight
+    return call.input, call.target, call.options.weight, call.row_weight
 
 
 IMPLEMENTATIONS = implementations(

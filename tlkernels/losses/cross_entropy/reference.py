@@ -18,10 +18,12 @@ def scaled_logits(call: Arguments) -> Tensor:
 
 def cross_entropy(call: Arguments) -> Tensor | CrossEntropyOutput:
     """Return the loss; with `stats`, a CrossEntropyOutput."""
-    ignored = call.ignored()
-    # Zeros in place of ignored logits: a logit that is not finite would make its gradient 0 * NaN.
-    loss = _loss(call if ignored is None else call._replace(input=call.input.masked_fill(ignored, 0)))
-    return CrossEntropyOutput(loss, *_statistics(call, ignored)) if call.stats else loss
+    absent = call.absent()
+    # Zeros in place of logits that do not count: one that is not finite would make its gradient 0 * NaN.
+    if absent is not None:
+        call = call._replace(input=call.input.masked_fill(absent.unsqueeze(class_axis(call.input)), 0))
+    loss = _loss(call)
+    return CrossEntropyOutput(loss, *_statistics(call, absent)) if call.stats else loss
 
 
 def _loss(call: Arguments) -> Tensor:
@@ -40,7 +42,7 @@ def _loss(call: Arguments) -> Tensor:
     if options.z_loss:
         penalty = options.z_loss * torch.logsumexp(z, class_axis(z)).square()
         rows = rows + (penalty.masked_fill(target == options.ignore_index, 0) if indices else penalty)
-    loss = rows
+    loss = rows = call.weighted(rows)
     if call.reduction != "none":
         loss = rows.sum()
     if call.reduction == "mean":
@@ -48,20 +50,15 @@ def _loss(call: Arguments) -> Tensor:
     return loss.to(call.dtype)
 
 
-def _statistics(call: Arguments, ignored: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _statistics(call: Arguments, absent: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Return lse, entropy and correct."""
-    z, target, axis = scaled_logits(call), call.target, class_axis(call.input)
+    z, axis = scaled_logits(call), class_axis(call.input)
     lse = torch.logsumexp(z, axis)
-    best = call.input.argmax(axis)
-    if ignored is None:
-        correct = best == target.argmax(axis)
-    else:
-        ignored = ignored.squeeze(axis)
-        correct = (best == target) & ~ignored
-        # An lse that is not finite has no gradient: even an upstream of 0 would make the row's gradient NaN.
-        undefined = ignored & ~lse.detach().isfinite()
-        finite = scaled_logits(call._replace(input=call.input.masked_fill(undefined.unsqueeze(axis), 0)))
-        lse = torch.where(undefined, lse.detach(), torch.logsumexp(finite, axis))
-    log_p = z.detach().log_softmax(axis)
+    log_p = z.log_softmax(axis)
     p = log_p.exp()
-    return lse, -torch.where(p == 0, p, p * log_p).sum(axis), correct
+    entropy = -(p * log_p.masked_fill(p == 0, 0)).sum(axis)
+    target = call.target.argmax(axis) if call.target.is_floating_point() else call.target
+    correct = call.input.argmax(axis) == target
+    if absent is None:
+        return lse, entropy, correct
+    return lse.masked_fill(absent, 0), entropy.masked_fill(absent, 0), correct & ~absent

@@ -31,22 +31,24 @@ class _LossPerRow(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         input, target, weight, ctx.options, ctx.ops, ctx.stats = inputs
         _, peak, log_sum, *others = output
-        ctx.mark_non_differentiable(peak, *((*others,) if ctx.stats else (log_sum,)))
-        ctx.save_for_backward(input, target, weight, peak, log_sum)
+        entropy, correct = others or (None, None)
+        ctx.mark_non_differentiable(peak, correct if ctx.stats else log_sum)
+        ctx.save_for_backward(input, target, weight, peak, log_sum, entropy)
         ctx.save_for_forward(input, target, weight)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, _: Any, grad_lse: Tensor | None, *others: Any) -> Any:
-        input, target, weight, peak, log_sum = ctx.saved_tensors
+        input, target, weight, peak, log_sum, entropy = ctx.saved_tensors
+        grad_entropy, _ = others or (None, None)
         grad_loss = torch.zeros_like(peak) if grad_loss is None else grad_loss
         needs_input, needs_target, needs_weight, *_ = ctx.needs_input_grad
         if needs_weight:
             raise NotImplementedError("weight: cross_entropy's kernels compute no gradient for it")
         grad_input = grad_target = None
         if needs_input:
-            normaliser = peak.detach(), log_sum.detach()
-            tensors = grad_loss, grad_lse, input, target, weight, *normaliser
+            normaliser = peak.detach(), log_sum.detach(), None if grad_entropy is None else entropy.detach()
+            tensors = grad_loss, grad_lse, grad_entropy, input, target, weight, *normaliser
             grad_input = _Gradient.apply(*tensors, ctx.options, ctx.ops)  # type: ignore[no-untyped-call]
         if needs_target:
             grad_target = target_gradient(grad_loss, input, target, ctx.options._replace(weight=weight))
@@ -59,14 +61,15 @@ class _LossPerRow(Function):
         if weight_t is not None:
             raise NotImplementedError("weight: cross_entropy's kernels compute no derivative by it")
         ones = torch.ones_like(input.select(class_axis(input), 0), dtype=compute_dtype(input))
-        loss_t = lse_t = torch.zeros_like(ones)
+        zeros: Tensor | None = torch.zeros_like(ones)
+        loss_t = lse_t = entropy_t = zeros
         if input_t is not None:
-            along = directional(input_t, ones, None, input, target, options)
-            loss_t, lse_t = along.loss, along.lse
+            along = directional(input_t, ones, None, zeros if ctx.stats else None, input, target, options)
+            loss_t, lse_t, entropy_t = along.loss, along.lse, along.entropy
         if target_t is not None:
             slope = target_gradient(ones, input, target, options)
             loss_t = loss_t + (slope * target_t).sum(class_axis(input))
-        return (loss_t, None, lse_t, None, None) if ctx.stats else (loss_t, None, None)
+        return (loss_t, None, lse_t, entropy_t, None) if ctx.stats else (loss_t, None, None)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
@@ -87,16 +90,19 @@ class _Gradient(Function):
     def forward(
         grad_loss: Tensor,
         grad_lse: Tensor | None,
+        grad_entropy: Tensor | None,
         input: Tensor,
         target: Tensor,
         weight: Tensor | None,
         peak: Tensor,
         log_sum: Tensor,
+        entropy: Tensor | None,
         options: Options,
         ops: Any,
     ) -> Tensor:
         options = options._replace(weight=weight)
-        grad: Tensor = ops.backward(grad_loss, grad_lse, input, target, peak, log_sum, *options)
+        upstream, normaliser = (grad_loss, grad_lse, grad_entropy), (peak, log_sum, entropy)
+        grad: Tensor = ops.backward(*upstream, input, target, *normaliser, *options)
         return grad
 
     @staticmethod
@@ -109,37 +115,39 @@ class _Gradient(Function):
     @staticmethod
     def backward(ctx: Any, direction: Tensor | None) -> Any:
         if direction is None:
-            return (None,) * 9
-        grad_loss, grad_lse, input, target, weight, *_ = ctx.saved_tensors
-        _, needs_lse, _, needs_target, needs_weight, *_ = ctx.needs_input_grad
+            return (None,) * 11
+        *upstream, input, target, weight, _, _, _ = ctx.saved_tensors
+        _, needs_lse, needs_entropy, _, needs_target, needs_weight, *_ = ctx.needs_input_grad
         if needs_weight:
             raise NotImplementedError("weight: cross_entropy's kernels compute no gradient for it")
         options = ctx.options._replace(weight=weight)
-        along = directional(direction, grad_loss, grad_lse, input, target, options)
-        by_lse, by_target = along.lse if needs_lse else None, along.target if needs_target else None
-        return along.loss, by_lse, along.input, by_target, *(None,) * 5
+        along = directional(direction, *upstream, input, target, options)
+        by_lse, by_entropy = along.lse if needs_lse else None, along.entropy if needs_entropy else None
+        return along.loss, by_lse, by_entropy, along.input, along.target if needs_target else None, *(None,) * 6
 
     @staticmethod
-    def jvp(ctx: Any, loss_t: Any, lse_t: Any, input_t: Any, target_t: Any, weight_t: Any, *_: Any) -> Any:
-        grad_loss, grad_lse, input, target, weight, peak, log_sum = ctx.saved_tensors
+    def jvp(
+        ctx: Any, loss_t: Any, lse_t: Any, entropy_t: Any, input_t: Any, target_t: Any, weight_t: Any, *_: Any
+    ) -> Any:
+        grad_loss, grad_lse, grad_entropy, input, target, weight, *normaliser = ctx.saved_tensors
         options = ctx.options._replace(weight=weight)
         if weight_t is not None:
             raise NotImplementedError("weight: cross_entropy's kernels compute no derivative by it")
         total = torch.zeros_like(input)
         if input_t is not None:  # the second derivative is symmetric
-            total = total + directional(input_t, grad_loss, grad_lse, input, target, options).input
+            total = total + directional(input_t, grad_loss, grad_lse, grad_entropy, input, target, options).input
         if target_t is not None:
             total = total + along_target(target_t, grad_loss, input, target, options)
-        if loss_t is not None or lse_t is not None:
+        if not (loss_t is None and lse_t is None and entropy_t is None):
             loss_t = torch.zeros_like(grad_loss) if loss_t is None else loss_t
-            tangents = loss_t, lse_t, input, target, weight, peak, log_sum
-            total = total + _Gradient.apply(*tangents, ctx.options, ctx.ops)  # type: ignore[no-untyped-call]
+            linear = loss_t, lse_t, entropy_t, input, target, weight, *normaliser
+            total = total + _Gradient.apply(*linear, ctx.options, ctx.ops)  # type: ignore[no-untyped-call]
         return total
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        _, _, input, _, weight, _, _, *rest = args
-        _, _, input_dim, _, weight_dim, *_ = in_dims
+        _, _, _, input, _, weight, _, _, _, *rest = args
+        _, _, _, input_dim, _, weight_dim, *_ = in_dims
         if weight_dim is not None:
             return one_by_one(_Gradient.apply, info, in_dims, *args)
         batch, rows = info.batch_size, _has_rows(input, input_dim)

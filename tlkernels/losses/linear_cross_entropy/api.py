@@ -26,6 +26,8 @@ def linear_cross_entropy(
     temperature: float = 1.0,
     softcap: float | None = None,
     z_loss: float = 0.0,
+    row_weight: Tensor | None = None,
+    num_valid: int | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """Compute the cross entropy of a linear layer's output, without storing all logits.
@@ -33,7 +35,7 @@ def linear_cross_entropy(
     Replaces::
 
         logits = F.linear(input, linear_weight, linear_bias)
-        loss = tlkernels.cross_entropy(logits, target, weight, ...)     # the same options
+        loss = tlkernels.cross_entropy(logits, target, weight, ...)     # the same options, without num_valid
 
     The logits and their gradients exist for a chunk of rows at a time. A chunk has about 128 MB on a CPU and 256 MiB on
     a GPU; on a GPU it may also use the memory of the gradient of `linear_weight`. With small hidden sizes a GPU stores
@@ -47,33 +49,41 @@ def linear_cross_entropy(
         linear_bias: shape (C,) and the dtype of `input`.
         weight: a factor for each class, of shape (C,).
         ignore_index: the class index to ignore. Ignored rows count neither in the loss nor in the mean. They add
-            nothing to any gradient even if their features are not finite, where PyTorch gives NaN.
+            nothing to any gradient even if their features are not finite, where PyTorch gives NaN. On a CPU they are
+            not multiplied.
         reduction: "none", "mean" or "sum". "mean" divides by the number of rows that are not ignored; with `weight` and
             class indices, by the sum of their weights.
         label_smoothing: in [0, 1]; the share of the uniform distribution in the target.
         temperature: above 0; divides the logits.
         softcap: above 0; bounds the logits smoothly to (-softcap, softcap), before `temperature` (Gemma 2, 2024).
         z_loss: at least 0; the factor of the squared log-sum-exp, which this term keeps near 0 (PaLM, 2022, section 5).
+        row_weight: a factor for each row's loss, of the shape of `input` without D and any of the dtypes of `input`.
+            The mean still divides by the same number. If `row_weight` does not require a gradient, a row of weight 0
+            is left out as an ignored one is.
+        num_valid: the number of rows that are not ignored, if the caller knows it. With it ignored rows are not
+            multiplied on a GPU either, and the GPU is not waited for.
         impl: "auto" (default), "native", "triton" or "reference".
 
     Returns:
         The loss, in the dtype of `input` (float32 under autocast). It is a scalar, or with `reduction="none"` one loss
-        per row. The loss is differentiable with respect to `input`, `linear_weight` and `linear_bias`, any number of
-        times; only the gradients that are needed are computed. "native" computes the gradients of a reduced loss
-        together with the loss; for "none" and float16 it computes the logits again in the backward. Second derivatives,
-        `torch.func`, forward mode and gradients of `weight` and of class probabilities use "reference", which stores
-        all logits. If every row is ignored, the mean is NaN and the gradients are 0, as in PyTorch.
+        per row. The loss is differentiable with respect to `input`, `linear_weight`, `linear_bias` and `row_weight`,
+        any number of times; only the gradients that are needed are computed. "native" computes the gradients of a
+        reduced loss together with the loss; for "none" and float16 it computes the logits again in the backward. Second
+        derivatives, `torch.func`, forward mode and gradients of `weight` and of class probabilities use "reference",
+        which stores all logits. If every row is ignored, the mean is NaN and the gradients are 0, as in PyTorch.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: an argument has the wrong shape, or a value out of its range.
+        ValueError: an argument has the wrong shape, or a value out of its range. A wrong `num_valid` raises on a CPU,
+            and on a GPU only with `TLKERNELS_CHECK=1`; otherwise the loss is NaN.
         IndexError: a class index is out of range; on a GPU only with `TLKERNELS_CHECK=1`, otherwise its row is NaN.
         NotImplementedError: `impl` cannot serve this call; the message gives the reasons.
 
     Source: see `cross_entropy`; the gradients of the layer are those of its matrix products.
     """
     options = plain_options(weight, ignore_index, label_smoothing, temperature, softcap, z_loss)
-    call = check(Arguments(input, linear_weight, linear_bias, target, options, reduction, stats=False))
+    layer = input, linear_weight, linear_bias
+    call = check(Arguments(*layer, target, options, reduction, False, row_weight, num_valid))
     loss: Tensor = resolve("linear_cross_entropy", IMPLEMENTATIONS, call, impl).run(call)
     return loss
 
@@ -91,6 +101,8 @@ def linear_cross_entropy_stats(
     temperature: float = 1.0,
     softcap: float | None = None,
     z_loss: float = 0.0,
+    row_weight: Tensor | None = None,
+    num_valid: int | None = None,
     impl: str = "auto",
 ) -> CrossEntropyOutput:
     """Compute the linear cross entropy and, in the same pass, statistics for monitoring.
@@ -103,11 +115,13 @@ def linear_cross_entropy_stats(
         output = tlkernels.cross_entropy_stats(logits, target, weight, ...)     # the same options
 
     Returns:
-        A `CrossEntropyOutput` (loss, lse, entropy, correct). The statistics have one value per row, and `lse` is
-        differentiable. The backward computes the logits again.
+        A `CrossEntropyOutput` (loss, lse, entropy, correct). The statistics have one value per row, which is 0 or False
+        in rows that are ignored or have weight 0. `lse` and `entropy` are differentiable, as the loss is. The backward
+        computes the logits again.
     """
     options = plain_options(weight, ignore_index, label_smoothing, temperature, softcap, z_loss)
-    call = check(Arguments(input, linear_weight, linear_bias, target, options, reduction, stats=True))
+    layer = input, linear_weight, linear_bias
+    call = check(Arguments(*layer, target, options, reduction, True, row_weight, num_valid))
     output: CrossEntropyOutput = resolve("linear_cross_entropy_stats", IMPLEMENTATIONS, call, impl).run(call)
     return output
 
@@ -131,7 +145,8 @@ class LinearCrossEntropyLoss(LossModule, _TorchLinearCrossEntropyLoss, function=
     is a buffer, as in PyTorch. PyTorch's `out_features` and `options` are not supported.
 
     Shape:
-        `input` (D,) or (..., D); `target` without D, or class probabilities of shape (C,) or (..., C).
+        `input` (D,) or (..., D); `target` without D, or class probabilities of shape (C,) or (..., C); `row_weight`
+        without D.
     """
 
     def __init__(
@@ -157,7 +172,12 @@ class LinearCrossEntropyLoss(LossModule, _TorchLinearCrossEntropyLoss, function=
         self.ignore_index, self.label_smoothing, self.temperature = ignore_index, label_smoothing, temperature
         self.softcap, self.z_loss, self.impl = softcap, z_loss, impl
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+    def forward(
+        self, input: Tensor, target: Tensor, row_weight: Tensor | None = None, num_valid: int | None = None
+    ) -> Tensor:
         """Return the loss."""
         layer = self.linear
-        return linear_cross_entropy(input, layer.weight, target, linear_bias=layer.bias, **self._options())
+        return linear_cross_entropy(
+            input, layer.weight, target, linear_bias=layer.bias, row_weight=row_weight, num_valid=num_valid,
+            **self._options(),
+        )  # fmt: skip

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tlkernels._core.autograd import Tensors
 from tlkernels._core.dtypes import FLOATING, autocasts
+from tlkernels._core.options import integer
 from tlkernels.losses.cross_entropy.call import Arguments as CrossEntropyArguments
 from tlkernels.losses.cross_entropy.call import Options
 from tlkernels.losses.cross_entropy.call import check as check_cross_entropy
@@ -22,6 +23,8 @@ class Arguments(NamedTuple):
     options: Options
     reduction: str
     stats: bool
+    row_weight: Tensor | None = None
+    num_valid: int | None = None
 
     @property
     def layer(self) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -38,11 +41,14 @@ class Arguments(NamedTuple):
         """Return the call with all leading dimensions flattened into rows."""
         target = self.target
         target = target.reshape(-1, target.shape[-1]) if target.is_floating_point() else target.reshape(-1)
-        return self._replace(input=self.input.reshape(-1, self.input.shape[-1]), target=target)
+        row_weight = self.row_weight.reshape(-1) if isinstance(self.row_weight, Tensor) else self.row_weight
+        return self._replace(input=self.input.reshape(-1, self.input.shape[-1]), target=target, row_weight=row_weight)
 
     def on(self, logits: Tensor) -> CrossEntropyArguments:
         """Return the call of cross entropy for these logits; of a flat call."""
-        return CrossEntropyArguments(logits, self.target, self.options, self.reduction, False, self.stats)
+        return CrossEntropyArguments(
+            logits, self.target, self.options, self.reduction, False, self.stats, self.row_weight
+        )
 
     def on_shape(self) -> CrossEntropyArguments:
         """Return the call of cross entropy for logits of the right shape, dtype and device, but without memory."""
@@ -86,8 +92,25 @@ def check(call: Arguments) -> Arguments:
             f"linear_bias: expected shape ({classes},), one number per class, got {tuple(linear_bias.shape)}"
         )
     _check_target(target, input.shape[:-1], classes)
+    rows = input.shape[:-1]
+    if isinstance(call.row_weight, Tensor) and call.row_weight.shape != rows:
+        raise ValueError(
+            f"row_weight: expected shape {tuple(rows)}, one number per row, got {tuple(call.row_weight.shape)}"
+        )
+    if call.num_valid is not None:
+        call = call._replace(num_valid=_checked_num_valid(call.num_valid, target, rows.numel()))
     check_cross_entropy(call.flat().on_shape())
     return call
+
+
+def _checked_num_valid(num_valid: int, target: Tensor, rows: int) -> int:
+    """Return `num_valid` if it may be the number of rows that are not ignored; the implementation counts them."""
+    num_valid = integer("num_valid", num_valid)
+    if target.is_floating_point() and num_valid != rows:
+        raise ValueError(f"num_valid: expected {rows}, since no row is ignored with probabilities, got {num_valid}")
+    if not 0 <= num_valid <= rows:
+        raise ValueError(f"num_valid: expected a number of rows in [0, {rows}], got {num_valid}")
+    return num_valid
 
 
 def _check_target(target: Tensor, rows: torch.Size, classes: int) -> None:

@@ -25,15 +25,19 @@ from tlkernels._core.autograd import (
     where_needed,
 )
 from tlkernels._core.dtypes import cast, compute_dtype
-from tlkernels._core.loss import Op, define_ops, implementations, in_one_sweep
+from tlkernels._core.loss import Op, define_ops, implementations, in_one_sweep, take
 from tlkernels._core.reduction import reduce
 from tlkernels._core.triton import linear
-from tlkernels.losses.cross_entropy.call import CrossEntropyOutput, Options
+from tlkernels.losses.cross_entropy.call import CrossEntropyOutput, Options, is_differentiated
 from tlkernels.losses.cross_entropy.ops import OPTIONS
 from tlkernels.losses.linear_cross_entropy import reference
 from tlkernels.losses.linear_cross_entropy.call import Arguments
 
-_INPUT = f"Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, {OPTIONS}"
+_LAYER = "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target"
+_OPTIONS = f"{OPTIONS}, Tensor? row_weight, int? num_valid"
+_INPUT = f"{_LAYER}, {_OPTIONS}"
+_UPSTREAM = "Tensor grad_loss, Tensor? grad_lse, Tensor? grad_entropy"
+_NORMALISER = "Tensor peak, Tensor log_sum, Tensor? entropy"
 _GRADIENTS = "Tensor grad_input, Tensor grad_weight, Tensor grad_bias"
 
 
@@ -42,10 +46,10 @@ def _fake_row(input: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def _fake_stats(input: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    return *(_fake_row(input) for _ in range(3)), _fake_row(input, torch.bool)
+    return *(_fake_row(input) for _ in range(4)), _fake_row(input, torch.bool)
 
 
-def _fake_backward(grad_loss: Tensor, grad_lse: Tensor | None, input: Tensor, weight: Tensor, *rest: Any) -> Any:
+def _fake_backward(grad_loss: Tensor, g: Any, h: Any, input: Tensor, weight: Tensor, *rest: Any) -> Any:
     *_, needs = rest
     shapes = (input.shape, weight.shape, weight.shape[:1])
     return tuple(input.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs, strict=True))
@@ -53,18 +57,21 @@ def _fake_backward(grad_loss: Tensor, grad_lse: Tensor | None, input: Tensor, we
 
 def _fake_step(input: Tensor, linear_weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     loss = input.new_empty((), dtype=compute_dtype(input))
-    return loss, *_fake_backward(loss, None, input, linear_weight, *rest)
+    return loss, *_fake_backward(loss, None, None, input, linear_weight, *rest)
 
 
 class Ops(NamedTuple):
-    """The ops of an implementation. `input` is a matrix, and `target` has an index or probabilities for each row."""
+    """The ops of an implementation. `input` is a matrix, and `target` has an index or probabilities for each row.
+
+    Of rows that are ignored or of weight 0 every result is 0.
+    """
 
     forward: Any
-    """Loss of each row."""
+    """Loss of each row, and the two parts of its lse: peak * softcap (or 1) / temperature + log_sum."""
     forward_stats: Any
-    """The same, with lse, entropy and correct."""
+    """The same, with entropy and correct."""
     backward: Any
-    """The gradients, given that of each row's loss; one that is not needed is an empty tensor."""
+    """The gradients, given those of each row's results; one that is not needed is an empty tensor."""
     step: Any
     """The reduced loss and its gradients."""
 
@@ -73,14 +80,18 @@ NATIVE, TRITON = define_ops(
     Ops,
     "linear_cross_entropy",
     {
-        "forward": Op(f"fwd({_INPUT}) -> Tensor", lambda input, *_: _fake_row(input), differentiable=True),
+        "forward": Op(
+            f"fwd({_INPUT}) -> (Tensor loss, Tensor peak, Tensor log_sum)",
+            lambda input, *_: tuple(_fake_row(input) for _ in range(3)),
+            differentiable=True,
+        ),
         "forward_stats": Op(
-            f"fwd_stats({_INPUT}) -> (Tensor loss, Tensor lse, Tensor entropy, Tensor correct)",
+            f"fwd_stats({_INPUT}) -> (Tensor loss, Tensor peak, Tensor log_sum, Tensor entropy, Tensor correct)",
             _fake_stats,
             differentiable=True,
         ),
         "backward": Op(
-            f"bwd(Tensor grad_loss, Tensor? grad_lse, {_INPUT}, bool[3] needs) -> ({_GRADIENTS})", _fake_backward
+            f"bwd({_UPSTREAM}, {_LAYER}, {_NORMALISER}, {_OPTIONS}, bool[3] needs) -> ({_GRADIENTS})", _fake_backward
         ),
         "step": Op(f"step({_INPUT}, bool mean, bool[3] needs) -> (Tensor loss, {_GRADIENTS})", _fake_step),
     },
@@ -88,30 +99,37 @@ NATIVE, TRITON = define_ops(
 
 
 def _reference(args: Args, reduction: str, stats: bool = False) -> Tensor | CrossEntropyOutput:
-    input, linear_weight, linear_bias, target, *options = args
-    call = Arguments(input, linear_weight, linear_bias, target, Options(*options), reduction, stats)
+    """Return the reference's result for an op's arguments up to `num_valid`."""
+    input, linear_weight, linear_bias, target, *rest = args
+    options, (row_weight, num_valid, *_) = take(Options, rest)
+    call = Arguments(input, linear_weight, linear_bias, target, options, reduction, stats, row_weight, num_valid)
     return reference.linear_cross_entropy(call)
 
 
 def _rule(ops: Ops, stats: bool) -> Rule:
-    """Return the rule for the losses of rows; with `stats`, for their lse too."""
+    """Return the rule for the losses of rows; with `stats`, also for log_sum, of which lse is made, and entropy."""
 
     def backward(upstreams: Tensors, args: Args, needs: Needs) -> Tensors:
-        grad_loss, grad_lse = upstreams if stats else (*upstreams, None)
-        if grad_loss is None:
-            input, *_ = args
-            grad_loss = torch.zeros_like(_fake_row(input))
-        return where_needed(ops.backward(grad_loss, grad_lse, *args, needs), needs)
+        input, linear_weight, linear_bias, target, *rest = args
+        options, (row_weight, num_valid, *kept) = take(Options, rest)
+        peak, log_sum, entropy = (value.detach() for value in kept) if stats else (*kept, None)
+        grad_loss, grad_lse, grad_entropy = upstreams if stats else (*upstreams, None, None)
+        grad_loss = torch.zeros_like(peak) if grad_loss is None else grad_loss
+        grads = ops.backward(
+            grad_loss, grad_lse, grad_entropy, input, linear_weight, linear_bias, target, peak, log_sum,
+            None if grad_entropy is None else entropy, *options, row_weight, num_valid, needs,
+        )  # fmt: skip
+        return where_needed(grads, needs)
 
     def rows(args: Args) -> Tensor | Tensors:
         output = _reference(args, "none", stats)
-        return output if isinstance(output, Tensor) else (output.loss, output.lse)
+        return output if isinstance(output, Tensor) else (output.loss, output.lse, output.entropy)
 
-    return Rule(3, backward, rows, results=(0, 1) if stats else (0,))
+    return Rule(3, backward, rows, results=(0, 2, 3) if stats else (0,), kept=(1, 2, 3) if stats else (1, 2))
 
 
 def _one_sweep(ops: Ops) -> Sweep:
-    """Return the sweep for the reduced loss of (*layer, target, *options, mean)."""
+    """Return the sweep for the reduced loss of (*layer, target, *options, row_weight, num_valid, mean)."""
 
     def recompute(args: Args) -> Tensor:
         *args, mean = args
@@ -129,15 +147,20 @@ for _ops in (NATIVE, TRITON):
 
 def _run(ops: Ops, sweep: Sweep, call: Arguments) -> Tensor | CrossEntropyOutput:
     shape, flat = call.input.shape[:-1], call.flat()
-    args = *flat.layer, flat.target, *flat.options
-    reduction, of_logits = flat.reduction, flat.on_shape()
-    if not call.stats and in_one_sweep(flat.layer, args, reduction):
+    reduction, of_logits, options = flat.reduction, flat.on_shape(), flat.options
+    # The gradient of row_weight is PyTorch's, of the rows' losses times their weights.
+    later = flat.row_weight is not None and is_differentiated(flat.row_weight)
+    args = *flat.layer, flat.target, *options, None if later else flat.row_weight, flat.num_valid
+    if not call.stats and not later and in_one_sweep(flat.layer, args, reduction):
         return one_sweep(sweep, *args, reduction == "mean", dtype=of_logits.dtype)
-    output = apply(ops.forward_stats if call.stats else ops.forward, *args)
-    rows, *stats = output if call.stats else (output,)
+    rows, peak, log_sum, *stats = apply(ops.forward_stats if call.stats else ops.forward, *args)
+    rows = of_logits.weighted(rows) if later else rows
     loss = cast(reduce(rows, of_logits.denominator() if reduction == "mean" else 1, reduction), of_logits.dtype)
     loss = loss.reshape(shape) if reduction == "none" else loss
-    return CrossEntropyOutput(loss, *(value.reshape(shape) for value in stats)) if call.stats else loss
+    if not call.stats:
+        return loss
+    lse = peak * ((options.softcap or 1) / options.temperature) + log_sum
+    return CrossEntropyOutput(loss, *(value.reshape(shape) for value in (lse, *stats)))
 
 
 def _refuse(call: Arguments) -> str | None:
@@ -148,7 +171,28 @@ def _refuse(call: Arguments) -> str | None:
 
 
 def _tensors(call: Arguments) -> Tensors:
-    return *call.layer, call.target, call.options.weight
+    return *call.layer, call.target, call.options.weight, call.row_weight
+
+
+_ALL = "multiplies all rows"
+_COUNTED = "multiplies only the rows that count"
+_IGNORED_TOO = "multiplies ignored rows too, since num_valid is not given"
+
+
+def _native_strategy(call: Arguments) -> str:
+    """Say which rows the products have."""
+    if call.input.device.type == "cpu":
+        return _COUNTED
+    return _ALL if call.target.is_floating_point() else _IGNORED_TOO if call.num_valid is None else _COUNTED
+
+
+def _triton_strategy(call: Arguments) -> str:
+    strategy = linear.describe([call.layer], call.num_valid)
+    if call.target.is_floating_point():
+        return f"{strategy}; {_ALL}"
+    if call.num_valid is not None:
+        return f"{strategy}; {_COUNTED}"
+    return f"{strategy}; {'tiles of ignored rows end at once' if strategy.startswith('lean') else _IGNORED_TOO}"
 
 
 IMPLEMENTATIONS = implementations(
@@ -158,5 +202,6 @@ IMPLEMENTATIONS = implementations(
     served=native.served("linear_cross_entropy_fwd"),
     tensors=_tensors,
     refuse=_refuse,
-    strategy=lambda call: linear.describe([call.layer]),
+    native_strategy=_native_strategy,
+    strategy=_triton_strategy,
 )

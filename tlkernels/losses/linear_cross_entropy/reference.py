@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tlkernels._core.autograd import eager
 from tlkernels.losses.cross_entropy import reference
 from tlkernels.losses.cross_entropy.call import CrossEntropyOutput
 from tlkernels.losses.linear_cross_entropy.call import Arguments
@@ -13,27 +14,26 @@ def linear_cross_entropy(call: Arguments) -> Tensor | CrossEntropyOutput:
     """Return the loss; with `stats`, a CrossEntropyOutput."""
     rows, flat = call.input.shape[:-1], call.flat()
     output = reference.cross_entropy(flat.on(_logits(flat)))
-    if isinstance(output, Tensor):
-        return output.reshape(rows) if call.reduction == "none" else output
-    loss, *stats = output
+    loss, *stats = (output,) if isinstance(output, Tensor) else output
+    loss = _checked(loss, flat)
     loss = loss.reshape(rows) if call.reduction == "none" else loss
-    return CrossEntropyOutput(loss, *(value.reshape(rows) for value in stats))
+    return CrossEntropyOutput(loss, *(value.reshape(rows) for value in stats)) if stats else loss
+
+
+def _checked(loss: Tensor, flat: Arguments) -> Tensor:
+    """Return the loss, NaN if `num_valid` is wrong; on a CPU that raises ValueError, except within a transform."""
+    if flat.num_valid is None or flat.target.is_floating_point():
+        return loss
+    counted = (flat.target != flat.options.ignore_index).sum()
+    if counted.device.type == "cpu" and eager(counted) and int(counted) != flat.num_valid:
+        raise ValueError(
+            f"num_valid: expected {int(counted)}, the number of rows that are not ignored, got {flat.num_valid}"
+        )
+    return torch.where(counted == flat.num_valid, loss, torch.nan)
 
 
 def _logits(flat: Arguments) -> Tensor:
     """Return the logits. Ignored rows add nothing to the layer's gradients, not even 0 * NaN."""
-    ignored = flat.on_shape().ignored()
-    if ignored is None:
-        return F.linear(*flat.layer)
-    if not flat.stats:
-        return _linear_without(ignored, flat)
-    with torch.no_grad():
-        logits = F.linear(*flat.layer)
-    lse = torch.logsumexp(reference.scaled_logits(flat.on(logits)), 1, keepdim=True)
-    # The other ignored rows have the gradient of their lse.
-    ignored = ignored & ~(lse.isfinite() & flat.input.detach().isfinite().all(1, keepdim=True))
-    return torch.where(ignored, logits, _linear_without(ignored, flat))
-
-
-def _linear_without(ignored: Tensor, flat: Arguments) -> Tensor:
-    return F.linear(flat.input.masked_fill(ignored, 0), flat.linear_weight, flat.linear_bias)
+    absent = flat.on_shape().absent()
+    input = flat.input if absent is None else flat.input.masked_fill(absent.unsqueeze(1), 0)
+    return F.linear(input, flat.linear_weight, flat.linear_bias)

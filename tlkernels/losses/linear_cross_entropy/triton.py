@@ -61,6 +61,7 @@ _LEAN_OPTIONS = Table(
 )
 _FINISH = Table("linear_cross_entropy finish", Config("*", 0, None, {"BLOCK": 32}, 4))
 _FIELDS = 7  # of partial statistics
+_COPIED = 1 << 22  # probabilities that are converted at a time
 
 
 def _rows(values: Tensor | None, begin: int, end: int) -> tuple[Tensor | None, int]:
@@ -71,71 +72,98 @@ def _rows(values: Tensor | None, begin: int, end: int) -> tuple[Tensor | None, i
 
 
 class _Results(NamedTuple):
-    """Results of each row."""
+    """Results of each row, in the order of the arguments of `finish`."""
 
-    loss: Tensor
-    peak: Tensor | None
-    log_sum: Tensor | None
+    loss: Tensor | None
+    peak: Tensor
+    log_sum: Tensor
     mass: Tensor | None
-    spread: Tensor | None
-    lse: Tensor | None
+    """For the gradient with probabilities: their sum as the loss has them."""
     entropy: Tensor | None
     correct: Tensor | None
 
     def narrow(self, begin: int, end: int) -> "_Results":
         """Return those of some rows."""
-        return _Results(self.loss[begin:end], *(None if tensor is None else tensor[begin:end] for tensor in self[1:]))
+        return _Results(*(None if tensor is None else tensor[begin:end] for tensor in self))  # type: ignore[arg-type]
 
 
 class _Launcher:
-    """Launches the kernels of one call of flat tensors."""
+    """Launches the kernels of one call of flat tensors. Rows that are left out are in no tensor of it."""
 
-    def __init__(self, layer: linear.Layer, target: Tensor, options: Options):
+    def __init__(
+        self, layer: linear.Layer, target: Tensor, options: Options, row_weight: Tensor | None, num_valid: int | None,
+        needs: linear.Needs,
+    ):  # fmt: skip
         input, weight, bias = layer
-        self.layer = input, weight, None if bias is None else bias.contiguous()
-        self.rows, self.classes = input.shape[0], weight.shape[0]
+        self.all_rows, self.classes, self.needs = input.shape[0], weight.shape[0], needs
         self.wide = compute_dtype(input)
         self.probabilities = target.is_floating_point()
-        self.target = target
+        valid = None
         if not self.probabilities:
             check_classes(target, self.classes, options.ignore_index)
-            self.target = target.to(torch.int64).contiguous()
+            target = target.to(torch.int64)
+            valid = target != options.ignore_index
+        used = None if row_weight is None else row_weight != 0
+        # Probabilities would have to be copied.
+        ahead = not self.probabilities and linear.strategy([layer], [needs]) == "lean"
+        self.counted = linear.counted_rows(valid, used, num_valid, ahead)
+        if self.counted.miscounted is not None:  # with a class out of range every row is NaN
+            bad = self.classes + (options.ignore_index == self.classes)
+            target = target.masked_fill(self.counted.miscounted, bad)
+        if not self.probabilities:
+            target = self.counted.kept(target).contiguous()
+        self.target = target
+        self.row_weight = None if row_weight is None else self.counted.kept(row_weight).contiguous()
+        self.layer = self.counted.kept(input), weight, None if bias is None else bias.contiguous()
+        self.rows = self.layer[0].shape[0]
         self.options = options
         self.class_weight = None if options.weight is None else options.weight.contiguous()
+        self.spread = options.label_smoothing / (options.num_classes or self.classes)
         self.constants: dict[str, Any] = {
             "PROBABILITIES": self.probabilities,
             "SMOOTH": bool(options.label_smoothing) and not self.probabilities,
             "T": DTYPES[self.wide],
         }
+        self.elsewhere = {"ELSEWHERE": options.num_classes is not None}
 
-    def run(
-        self, needs: linear.Needs, results: _Results, by_loss: Tensor | None = None, by_lse: Tensor | None = None
-    ) -> tuple[Tensor, ...]:
-        """Fill `results` and return the gradients that are needed, for upstreams of the losses and of the lse."""
-        plan = linear.plan([self.layer], [needs])
-        ignored = None
-        if any(needs) and not self.probabilities:
-            ignored = (self.target == self.options.ignore_index).unsqueeze(1)
-            if by_lse is not None:
-                ignored = ignored & (by_lse == 0).unsqueeze(1)
-                # The kernel ignores rows by the target alone: these need a finite softmax, which it multiplies by 0.
-                input, weight, bias = self.layer
-                self.layer = input.masked_fill(ignored, 0), weight, bias
-        sweep = linear.Sweep(self.layer, needs, plan, ignored)
+    def run(self, results: _Results, *upstreams: Tensor | None, given: bool = False) -> tuple[Tensor, ...]:
+        """Fill `results`, unless they are given, and return the gradients that are needed.
+
+        `upstreams` are the gradients of the losses, the lse and the entropy.
+        """
+        plan = linear.plan([self.layer], [self.needs])
+        sweep = linear.Sweep(self.layer, self.needs, plan, self.counted.absent)
         for begin in range(0, self.rows, plan.rows):
             end = min(begin + plan.rows, self.rows)
             logits = None if sweep.lean else sweep.compute(begin, end)
             part = results.narrow(begin, end)
-            self.statistics(begin, end, logits, part)
-            if not any(needs):
+            if not given:
+                self.statistics(begin, end, logits, part)
+            elif self.probabilities:
+                part = part._replace(mass=self._mass(begin, end))
+            if not any(self.needs):
                 continue
-            upstreams = [*_rows(by_loss, begin, end), *_rows(by_lse, begin, end)]
+            of_rows = [value for upstream in upstreams for value in _rows(upstream, begin, end)]
             for first in range(0, self.classes, plan.classes):
                 last = min(first + plan.classes, self.classes)
                 gradient = sweep.memory(begin, end, first, last)
-                self.gradient(begin, end, first, last, logits, gradient, part, upstreams)
+                self.gradient(begin, end, first, last, logits, gradient, part, of_rows)
                 sweep.backpropagate(begin, end, first, last, gradient)
-        return sweep.gradients()
+        by_input, *others = sweep.gradients()
+        return self.counted.spread(by_input, self.all_rows) if self.needs.input else by_input, *others
+
+    def _weight_sum(self) -> Tensor | None:
+        """Return the sum of the weights of the classes, (1,); None for their number."""
+        return None if self.class_weight is None else self.class_weight.sum(0, keepdim=True, dtype=self.wide)
+
+    def _mass(self, begin: int, end: int) -> Tensor:
+        """Return the sum of the target's probabilities after smoothing, times the classes' weights, of some rows."""
+        target, weight, smoothing = self.target[begin:end], self.class_weight, self.options.label_smoothing
+        if weight is None:
+            return (1 - smoothing) * target.sum(1, dtype=self.wide) + self.spread * self.classes
+        step = max(1, _COPIED // self.classes)
+        parts = [target[k : k + step].to(self.wide) @ weight.to(self.wide) for k in range(0, end - begin, step)]
+        return (1 - smoothing) * torch.cat(parts) + self.spread * weight.sum(dtype=self.wide)
 
     def _operands(
         self, begin: int, end: int, logits: Tensor | None, stats: bool
@@ -151,6 +179,9 @@ class _Launcher:
     def _numbers(self) -> tuple[float, float, float]:
         """Return a kernel's smoothing, inverse temperature and softcap."""
         return self.options.label_smoothing, 1 / self.options.temperature, self.options.softcap or 1.0
+
+    def _weights(self, begin: int, end: int) -> Tensor | None:
+        return None if self.row_weight is None else self.row_weight[begin:end]
 
     def _sweep_constants(self) -> dict[str, Any]:
         return {**self.constants, "CAPPED": self.options.softcap is not None, "PRECISION": linear.precision()}
@@ -176,15 +207,16 @@ class _Launcher:
             partial = input.new_empty((_FIELDS, splits, rows), dtype=self.wide)
             best = None if correct_class is None else input.new_empty((splits, rows), dtype=torch.int32)
             launch(
-                kernels.statistics, (blocks, splits), *operands, *target, partial, best, rows, self.classes,
-                input.shape[1], tiles_of_one, *self._numbers(), config=config, **self._sweep_constants(),
+                kernels.statistics, (blocks, splits), *operands, *target, self.counted.count, partial, best, rows,
+                self.classes, input.shape[1], tiles_of_one, *self._numbers(), self.spread, config=config,
+                **self._sweep_constants(),
             )  # fmt: skip
             row = _FINISH.find(input.device, 0, rows)
             launch(
                 kernels.finish, (triton.cdiv(rows, row.meta["BLOCK"]),), partial, best, correct_class, target[0],
-                self.class_weight, *results, rows, self.classes, splits, self.options.ignore_index,
-                self.options.label_smoothing, self.options.z_loss, config=row,
-                SPLITS=triton.next_power_of_2(splits), **self.constants,
+                self.class_weight, self._weights(begin, end), *results, rows, self.classes, splits,
+                self.options.ignore_index, *self._numbers(), self.options.z_loss, self.spread, config=row,
+                SPLITS=triton.next_power_of_2(splits), **self.elsewhere, **self.constants,
             )  # fmt: skip
 
         self._run(table, launches)
@@ -196,75 +228,94 @@ class _Launcher:
         """Write the gradient of the logits of rows `begin` to `end` and classes `first` to `last`."""
         input, rows = self.layer[0], end - begin
         operands, target, table = self._operands(begin, end, logits, False)
+        weight_sum = self._weight_sum() if self.constants["SMOOTH"] else None
 
         def launches(config: Config) -> None:
             tiles = triton.cdiv(last - first, config.meta["DEEP"] * config.meta["LANES"])
             launch(
-                kernels.gradient, (triton.cdiv(rows, config.meta["BLOCK"]) * tiles,), *operands, *target, results.peak,
-                results.log_sum, results.mass, results.spread, *upstreams, gradient, gradient.stride(0), rows,
-                self.classes, input.shape[1], first, last, self.options.ignore_index, *self._numbers(),
-                self.options.z_loss, config=config, **self._sweep_constants(),
+                kernels.gradient, (triton.cdiv(rows, config.meta["BLOCK"]) * tiles,), *operands, *target, weight_sum,
+                self._weights(begin, end), results.peak, results.log_sum, results.mass, results.entropy, *upstreams,
+                self.counted.count, gradient, gradient.stride(0), rows, self.classes, input.shape[1], first, last,
+                self.options.ignore_index, *self._numbers(), self.options.z_loss, self.spread, config=config,
+                **self.elsewhere, **self._sweep_constants(),
             )  # fmt: skip
 
         self._run(table, launches, repeatable=logits is None)
 
-    def results(self, gradients: bool, stats: bool = False) -> _Results:
-        """Return memory for the results of each row: what `gradient` reads, and statistics, if asked for."""
+    def results(self, stats: bool = False) -> _Results:
+        """Return memory for the results of each row, with statistics if asked for."""
         input = self.layer[0]
 
         def new(needed: bool, dtype: torch.dtype = self.wide) -> Tensor | None:
             return input.new_empty(self.rows, dtype=dtype) if needed else None
 
-        loss = input.new_empty(self.rows, dtype=self.wide)
-        peak, log_sum, mass, spread = (new(gradients) for _ in range(4))
-        return _Results(loss, peak, log_sum, mass, spread, new(stats), new(stats), new(stats, torch.bool))
+        loss, peak, log_sum = (input.new_empty(self.rows, dtype=self.wide) for _ in range(3))
+        mass = new(self.probabilities and any(self.needs))
+        return _Results(loss, peak, log_sum, mass, new(stats), new(stats, torch.bool))
 
-    def denominator(self) -> Tensor:
-        """Return what `mean` divides by, on the device."""
-        input = self.layer[0]
-        logits = input.new_empty(()).expand(self.rows, self.classes)
-        denominator = CrossEntropyArguments(logits, self.target, self.options, "mean", False, False).denominator()
-        if isinstance(denominator, Tensor):
-            return denominator.to(self.wide)
-        return torch.full((), denominator, dtype=self.wide, device=input.device)
+    def spread_out(self, results: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+        """Return results of all rows, 0 in those that are left out."""
+        return tuple(self.counted.spread(values, self.all_rows) for values in results if values is not None)
 
 
-def _launcher(input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *options: Any) -> _Launcher:
-    """Return the launcher of an op's arguments up to its options."""
-    return _Launcher((input, weight, bias), target, Options(*options))
+_NOTHING = linear.Needs(False, False, False)
 
 
-def forward(*arguments: Any) -> Tensor:
-    """Return the loss of each row."""
+def _launcher(
+    input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *rest: Any, needs: linear.Needs = _NOTHING
+) -> _Launcher:
+    """Return the launcher of an op's arguments up to `num_valid`."""
+    *options, row_weight, num_valid = rest
+    return _Launcher((input, weight, bias), target, Options(*options), row_weight, num_valid, needs)
+
+
+def _denominator(input: Tensor, weight: Tensor, target: Tensor, options: Options) -> Tensor:
+    """Return what `mean` divides by, on the device."""
+    logits = input.new_empty(()).expand(input.shape[0], weight.shape[0])
+    denominator = CrossEntropyArguments(logits, target, options, "mean", False, False).denominator()
+    if isinstance(denominator, Tensor):
+        return denominator.to(compute_dtype(input))
+    return torch.full((), denominator, dtype=compute_dtype(input), device=input.device)
+
+
+def forward(*arguments: Any) -> tuple[Tensor, ...]:
+    """Return loss, peak and log_sum of each row."""
     launcher = _launcher(*arguments)
-    results = launcher.results(gradients=False)
-    launcher.run(linear.Needs(False, False, False), results)
-    return results.loss
+    results = launcher.results()
+    launcher.run(results)
+    return launcher.spread_out(results)
 
 
-def forward_stats(*arguments: Any) -> tuple[Tensor | None, ...]:
-    """Return loss, lse, entropy and correct of each row."""
+def forward_stats(*arguments: Any) -> tuple[Tensor, ...]:
+    """Return loss, peak, log_sum, entropy and correct of each row."""
     launcher = _launcher(*arguments)
-    results = launcher.results(gradients=False, stats=True)
-    launcher.run(linear.Needs(False, False, False), results)
-    return results.loss, results.lse, results.entropy, results.correct
+    results = launcher.results(stats=True)
+    launcher.run(results)
+    return launcher.spread_out(results)
 
 
-def backward(grad_loss: Tensor, grad_lse: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
-    """Return the gradients of input, weight and bias, given those of each row's loss and lse, for (..., needs)."""
-    *call, needs = arguments
-    launcher = _launcher(*call)
-    return launcher.run(linear.Needs(*needs), launcher.results(gradients=True), grad_loss, grad_lse)
+def backward(
+    grad_loss: Tensor, grad_lse: Tensor | None, grad_entropy: Tensor | None, input: Tensor, weight: Tensor,
+    bias: Tensor | None, target: Tensor, peak: Tensor, log_sum: Tensor, entropy: Tensor | None, *rest: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Return the gradients of input, weight and bias, given those of each row's results, for (..., needs)."""
+    *options, needs = rest
+    launcher = _launcher(input, weight, bias, target, *options, needs=linear.Needs(*needs))
+    kept = launcher.counted.kept
+    upstreams = (None if values is None else kept(values) for values in (grad_loss, grad_lse, grad_entropy))
+    entropy = None if entropy is None else kept(entropy).contiguous()
+    normaliser = _Results(None, kept(peak).contiguous(), kept(log_sum).contiguous(), None, entropy, None)
+    return launcher.run(normaliser, *upstreams, given=True)
 
 
-def step(*arguments: Any) -> tuple[Tensor, ...]:
-    """Return the reduced loss and its gradients for (..., *options, mean, needs)."""
-    *call, mean, needs = arguments
-    launcher = _launcher(*call)
-    needs = linear.Needs(*needs)
-    results = launcher.results(gradients=any(needs))
+def step(input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """Return the reduced loss and its gradients for (..., *options, row_weight, num_valid, mean, needs)."""
+    *arguments, mean, needs = rest
+    launcher = _launcher(input, weight, bias, target, *arguments, needs=linear.Needs(*needs))
+    results = launcher.results()
+    assert results.loss is not None
     loss = results.loss.new_empty(())
-    divisor = launcher.denominator() if mean else None
-    upstream = results.loss.new_ones(()) if divisor is None else divisor.reciprocal()
-    grads = launcher.run(needs, results, upstream)
+    divisor = _denominator(input, weight, target, launcher.options) if mean else None
+    upstream = loss.new_ones(()) if divisor is None else divisor.reciprocal()
+    grads = launcher.run(results, upstream, None, None)
     return sum_of(results.loss, loss, divisor=divisor), *grads
