@@ -102,6 +102,8 @@ def operations(loss: str, shape: Shape) -> int:
     """Floating-point operations of the products of a forward and a backward; 0 where memory is the limit."""
     if loss == "linear_cross_entropy":
         return 3 * 2 * prod(shape)
+    if loss == "linear_selective_log_softmax":
+        return 4 * 2 * prod(shape)
     if loss == "linear_distillation":
         rows, features, teacher_features, classes = shape
         return 2 * rows * classes * (3 * features + teacher_features)
@@ -147,6 +149,15 @@ def _cases() -> Iterator[Case]:
     shape = (4096, 4096, 4096, 128256)
     yield _case("linear_distillation", shape, losses.linear_distillation, {"floor": 1 / 1.1}, "eager")
     yield _case("info_nce", (16384, 1024), pairs(losses.info_nce), {}, "eager")
+    # The bar is 0.85 of the bandwidth, for two reads and a write; the floor has a read and a write.
+    rows = (8192, 151936)
+    yield _case("selective_log_softmax", rows, losses.selective_log_softmax, {"floor": 0.85 / 1.5}, "eager")
+    yield _case("topk_distillation", rows, losses.topk_distillation, {"selective": 1 / 1.2}, "selective", "eager")
+    layer, masked, peers_of = (8192, 4096, 128256), {"counted": 0.15}, ("floor", *OURS, "all", "counted")
+    bars = {"all": 1 / 0.22}
+    yield Case("linear_cross_entropy", layer, BF16, losses.masked_linear_cross_entropy, bars, peers_of, masked)
+    bars, layer = {"floor": 1 / 1.1}, (4096, 4096, 128256)
+    yield _case("linear_selective_log_softmax", layer, losses.linear_selective_log_softmax, bars, "eager")
     for make in (losses.nt_xent, losses.sup_con, losses.sigmoid_contrastive):
         yield _case(make.__name__, (32768, 768), pairs(make), {})
     yield _case("info_nce", (65536, 512), pairs(losses.info_nce), {"floor": 0.6})
@@ -354,6 +365,7 @@ def _tiny(case: Case) -> Case:
 def _rate(case: Case, timing: Timing) -> dict[str, Any]:
     seconds = timing.ms[1] / 1e3
     if count := operations(case.loss, case.shape):
+        count = count * case.options.get("counted", 1)  # the share of the rows
         return {"rate": count / seconds / 1e12, "unit": "TFLOP/s"}
     return {"rate": moved(case.loss, case.shape, case.dtype) / seconds / 1e9, "unit": "GB/s"}
 

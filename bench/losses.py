@@ -11,7 +11,7 @@ from torch import Tensor
 
 import tlkernels as tlk
 from bench import memory
-from bench.work import OURS, Case, Cast, Loss, Make, Shape, Work, classes_of, normal
+from bench.work import OURS, Case, Cast, Loss, Make, Shape, Work, classes_of, generator, normal
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
@@ -64,6 +64,34 @@ def linear_cross_entropy(shape: Shape, cast: Cast) -> Work:
     # On CPU it takes most of a minute a call in bfloat16, and no bar asks for it there.
     peers = {"chunked": chunked} if x.is_cuda or x.dtype is F32 else {}
     ours = lambda x, w, impl="auto": tlk.linear_cross_entropy(x, w, y, impl=impl)  # noqa: E731
+    return Work((x, w), ours, eager, floor, peers)
+
+
+def masked_linear_cross_entropy(shape: Shape, cast: Cast, *, counted: float) -> Work:
+    """Only a share of the rows count. Peers: the same call on as many rows, and with all rows counted."""
+    rows, features, classes = shape
+    x, w = cast(normal(rows, features)), cast(normal(classes, features, scale=features**-0.5))
+    every = classes_of(classes, rows)
+    num_valid = round(counted * rows)
+    y = every.masked_fill(torch.randperm(rows, generator=generator(1)) >= num_valid, -100)
+    few, logits = x[:num_valid], x.new_empty(num_valid, classes)
+    grad_x, grad_w = torch.empty_like(few), torch.empty_like(w)
+
+    def floor() -> None:
+        torch.mm(few, w.T, out=logits)
+        torch.mm(logits, w, out=grad_x)
+        torch.mm(logits.T, few, out=grad_w)
+
+    def eager(x: Tensor, w: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(x, w), y)
+
+    def ours(x: Tensor, w: Tensor, impl: str = "auto") -> Tensor:
+        return tlk.linear_cross_entropy(x, w, y, num_valid=num_valid, impl=impl)
+
+    peers: dict[str, Loss] = {
+        "counted": lambda x, w: tlk.linear_cross_entropy(x[:num_valid], w, every[:num_valid]),
+        "all": lambda x, w: tlk.linear_cross_entropy(x, w, every),
+    }
     return Work((x, w), ours, eager, floor, peers)
 
 
@@ -321,6 +349,9 @@ def _others() -> Iterator[Case]:
         if dtype is F32:
             bars = {"eager": 1.12, "chunked": chunked, "floor": 1 / 1.15}
         yield Case("linear_cross_entropy", shape, dtype, linear_cross_entropy, bars, seconds=20.0)
+    bars = {"eager": 7.0, "counted": 1 / 1.1}
+    shape, masked = (8192, 384, 30522), {"counted": 0.15}
+    yield Case("linear_cross_entropy", shape, F32, masked_linear_cross_entropy, bars, options=masked, seconds=20.0)
     for shape, eager, compiled in DISTILLATION:
         bars = {"eager": eager, "compile": compiled, "floor": 0.5}
         yield Case("distillation", shape, F32, distillation, bars, BOTH)

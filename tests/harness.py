@@ -154,7 +154,8 @@ def forced(target: Target) -> Iterator[str]:
 def cross_entropy_strategy(name: str, library: Any = None) -> Iterator[None]:
     """Restrict cross entropy's CUDA kernels to one row strategy of csrc/cross_entropy/cuda_table.h within the block.
 
-    A number after the name ("shared 256") is the most threads of a block. `library` is the ctypes library with the kernels: the extension by default, or the host run's.
+    A number after the name ("shared 256") is the most threads of a block. `library` is the ctypes library with the
+    kernels: the extension by default, or the host run's.
     """
     library = library or ctypes.CDLL(native.file())
     force = library.tlk_force_cross_entropy_strategy
