@@ -130,11 +130,13 @@ struct DistillationRow {
   TLK_DEVICE void each(int64_t first, Body body) {
 #pragma unroll
     for (int i = 0; i < kPacks; ++i) {
-      const Pack<T> a(kept[0][i]), b(kept[1][i]);
+      A a[L], b[L];
+      widen_pack(Pack<T>(kept[0][i]), a);
+      widen_pack(Pack<T>(kept[1][i]), b);
 #pragma unroll
       for (int l = 0; l < L; ++l) {
         const bool inside = (first + i * plan.threads) * L + l < n;
-        body(inside, capped(widen(a.lane[l]), 0, inside), capped(widen(b.lane[l]), 1, inside));
+        body(inside, capped(a[l], 0, inside), capped(b[l], 1, inside));
       }
     }
   }
@@ -249,12 +251,13 @@ struct DistillationRow {
 #pragma unroll
       for (int i = 0; i < kPacks; ++i) {
         const int64_t k = first + i * plan.threads;
-        const Pack<T> a(kept[0][i]), b(kept[1][i]);
-        A d[2][L];
+        A a[L], b[L], d[2][L];
+        widen_pack(Pack<T>(kept[0][i]), a);
+        widen_pack(Pack<T>(kept[1][i]), b);
 #pragma unroll
         for (int l = 0; l < L; ++l) {
           const bool inside = k * L + l < n;
-          const A f_0 = capped(widen(a.lane[l]), 0, inside), f_1 = capped(widen(b.lane[l]), 1, inside);
+          const A f_0 = capped(a[l], 0, inside), f_1 = capped(b[l], 1, inside);
           const Pair pair = compare(both, f_0, f_1);
           d[0][l] = pair.p[0] == 0 ? A(0) : pair.p[0] * (pair.s[0] - both.mean[0]) * factor;
           if (kD == Divergence::kl)
