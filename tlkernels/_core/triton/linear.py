@@ -163,7 +163,7 @@ class CountedRows(NamedTuple):
 
     numbers: Tensor | None = None
     """Those of the rows that are computed; None: all, in order."""
-    count: Tensor | None = None
+    total: Tensor | None = None
     """How many rows count, (1,), if these come first; else None."""
     absent: Tensor | None = None
     """(rows, 1), True in rows that are computed but do not count; None if there are none."""

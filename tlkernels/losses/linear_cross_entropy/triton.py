@@ -207,7 +207,7 @@ class _Launcher:
             partial = input.new_empty((_FIELDS, splits, rows), dtype=self.wide)
             best = None if correct_class is None else input.new_empty((splits, rows), dtype=torch.int32)
             launch(
-                kernels.statistics, (blocks, splits), *operands, *target, self.counted.count, partial, best, rows,
+                kernels.statistics, (blocks, splits), *operands, *target, self.counted.total, partial, best, rows,
                 self.classes, input.shape[1], tiles_of_one, *self._numbers(), self.spread, config=config,
                 **self._sweep_constants(),
             )  # fmt: skip
@@ -235,7 +235,7 @@ class _Launcher:
             launch(
                 kernels.gradient, (triton.cdiv(rows, config.meta["BLOCK"]) * tiles,), *operands, *target, weight_sum,
                 self._weights(begin, end), results.peak, results.log_sum, results.mass, results.entropy, *upstreams,
-                self.counted.count, gradient, gradient.stride(0), rows, self.classes, input.shape[1], first, last,
+                self.counted.total, gradient, gradient.stride(0), rows, self.classes, input.shape[1], first, last,
                 self.options.ignore_index, *self._numbers(), self.options.z_loss, self.spread, config=config,
                 **self.elsewhere, **self._sweep_constants(),
             )  # fmt: skip
