@@ -15,28 +15,38 @@ F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float1
 DIVERGENCES = ("forward_kl", "reverse_kl", "js", "tv")
 
 
-def pytorch(student_logits, teacher_logits, target=None, *, temperature=1.0, divergence="forward_kl", beta=0.5,
-            hard_weight=0.0, ignore_index=-100, row_weight=None, label_smoothing=0.0, reduction="mean"):  # fmt: skip
-    """The PyTorch lines of the docstring, in the dtype of the logits."""
-    log_q = (teacher_logits / temperature).log_softmax(-1)
-    log_p = (student_logits / temperature).log_softmax(-1)
+def divergence_of(log_q, log_p, name, beta):
+    """Return the divergence of each row, the sum over its classes."""
 
     def kl(log_a, log_b):
         zero = log_a.exp() == 0  # filled before the product too: its backward would turn the fill into NaN
         log_a, log_b = log_a.masked_fill(zero, 0), log_b.masked_fill(zero, 0)
         return (log_a.exp() * (log_a - log_b)).masked_fill(zero, 0).sum(-1)
 
-    if divergence == "forward_kl":
-        rows = kl(log_q, log_p)
-    elif divergence == "reverse_kl":
-        rows = kl(log_p, log_q)
-    elif divergence == "tv":
-        rows = (log_p.exp() - log_q.exp()).abs().sum(-1) / 2
-    else:
-        zero = (log_q == -math.inf) & (log_p == -math.inf)
-        parts = (log_q + math.log(beta)).masked_fill(zero, 0), (log_p + math.log(1 - beta)).masked_fill(zero, 0)
-        log_m = torch.logaddexp(*parts)
-        rows = beta * kl(log_q, log_m) + (1 - beta) * kl(log_p, log_m)
+    if name == "forward_kl":
+        return kl(log_q, log_p)
+    if name == "reverse_kl":
+        return kl(log_p, log_q)
+    if name == "tv":
+        return (log_p.exp() - log_q.exp()).abs().sum(-1) / 2
+    zero = (log_q == -math.inf) & (log_p == -math.inf)
+    parts = (log_q + math.log(beta)).masked_fill(zero, 0), (log_p + math.log(1 - beta)).masked_fill(zero, 0)
+    log_m = torch.logaddexp(*parts)
+    return beta * kl(log_q, log_m) + (1 - beta) * kl(log_p, log_m)
+
+
+def pytorch(student_logits, teacher_logits, target=None, *, temperature=1.0, divergence="forward_kl", beta=0.5,
+            hard_weight=0.0, ignore_index=-100, row_weight=None, label_smoothing=0.0, softcap=None,
+            reduction="mean"):  # fmt: skip
+    """The PyTorch lines of the docstring, in the dtype of the logits."""
+    student_cap, teacher_cap = softcap if isinstance(softcap, (tuple, list)) else (softcap, softcap)
+    if student_cap is not None:
+        student_logits = student_cap * torch.tanh(student_logits / student_cap)
+    if teacher_cap is not None:
+        teacher_logits = teacher_cap * torch.tanh(teacher_logits / teacher_cap)
+    log_q = (teacher_logits / temperature).log_softmax(-1)
+    log_p = (student_logits / temperature).log_softmax(-1)
+    rows = divergence_of(log_q, log_p, divergence, beta)
     rows = (1 - hard_weight) * temperature**2 * rows
     count = rows.numel()
     if hard_weight:
@@ -120,6 +130,21 @@ GRID = [
     for divergence, options in zip(DIVERGENCES, ({"temperature": 2.0}, HARD, {"beta": 0.2}, {"reduction": "sum"}),
                                    strict=True)
 ]  # fmt: skip
+# One softcap for both sides, one each, and one for a side alone.
+SOFTCAPS = (5.0, (2.0, 30.0), (3.0, None), (None, 4.0))
+CAPPED = [
+    *(case((6, 37), dtype, wants, divergence=divergence, softcap=softcap, **options)
+      for divergence, softcap in itertools.product(DIVERGENCES, SOFTCAPS)
+      for dtype in (F64, F32, BF16, F16)
+      for wants, options in ((BOTH, HARD), (BOTH[:1], {"temperature": 0.5}), (BOTH[1:], {"reduction": "none"}))),
+    *(case(shape, dtype, BOTH, divergence=divergence, softcap=softcap, **HARD)
+      for shape in ((5,), (1, 1), (3, 2), (5, 16), (4, 65), (3, 2049), (2, 6151), (2, 3, 5, 7), (2, 20001))
+      for dtype in (F32, BF16)
+      for divergence, softcap in zip(DIVERGENCES, SOFTCAPS, strict=True)),
+    *(case((6, 37), dtype, BOTH, layout=layout, softcap=SOFTCAPS[1], **HARD)
+      for layout in harness.LAYOUTS[1:] for dtype in (F32, BF16)),
+    case((6, 37), BF16, BOTH, teacher_dtype=F32, softcap=SOFTCAPS[1], **HARD),
+]  # fmt: skip
 LAID_OUT = [
     case(shape, dtype, BOTH, layout=layout, **HARD)
     for layout in harness.LAYOUTS[1:]
@@ -133,14 +158,20 @@ MIXED = [
 SMALL = [
     case((4, 5), F64, BOTH, small=True, scale=0.1, divergence=divergence, **options)
     for divergence in DIVERGENCES
-    for options in ({"temperature": 2.0}, {**HARD, "reduction": "none"}, {**HARD, "ignore_index": 1})
+    for options in (
+        {"temperature": 2.0},
+        {**HARD, "reduction": "none"},
+        {**HARD, "ignore_index": 1},
+        {**HARD, "softcap": (0.5, 0.2)},
+        {"softcap": (None, 0.3)},
+    )
 ]
 
 
 def registered():
     student, teacher = torch.randn(2, 3, 5), torch.randn(2, 3, 5, dtype=BF16)
     target, rows = torch.tensor([[0, 1, -100], [2, 3, 4]]), torch.rand(2, 3)
-    options = (target, rows, 2.0, "js", 0.3, 0.5, -100, 0.1)
+    options = (target, rows, 2.0, "js", 0.3, 0.5, -100, 0.1, 30.0, None)
     strided = student.transpose(0, 1).contiguous().transpose(0, 1)
     seconds = [
         (ops.TRITON.second, (student, None, rows, strided, teacher, *options, [True, False])),
@@ -161,11 +192,11 @@ def registered():
 LOSS = harness.Loss(
     tlk.distillation,
     pytorch,
-    [*OPTIONS, *GRID, *LAID_OUT, *MIXED, *SMALL],
+    [*OPTIONS, *GRID, *CAPPED, *LAID_OUT, *MIXED, *SMALL],
     tlk.DistillationLoss,
     registered,
 )
 OPTIONS_OF_MODULE = {"temperature": 2.0, "divergence": "reverse_kl", "beta": 0.3, "hard_weight": 0.9, "ignore_index": 1,
-                     "label_smoothing": 0.2, **SUM}  # fmt: skip
+                     "label_smoothing": 0.2, "softcap": 0.5, **SUM}  # fmt: skip
 BASE_OF_MODULE = {"divergence": "js", "hard_weight": 0.5}
 MODULE = ModuleCase(tlk.DistillationLoss, tlk.distillation, (X, X.flip(0), Y), OPTIONS_OF_MODULE, BASE_OF_MODULE)

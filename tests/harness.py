@@ -199,8 +199,8 @@ class Loss:
     pytorch: Callable[..., Tensor]
     """The PyTorch lines that it replaces; the same arguments without `impl`. In float64 they are the oracle."""
     cases: Sequence[LossCase]
-    module: type[torch.nn.Module]
-    """Its module class. The constructor takes the arguments that `forward` does not take."""
+    module: type[torch.nn.Module] | None
+    """Its module class, if it has one. The constructor takes the arguments that `forward` does not take."""
     ops: Callable[[], Sequence[tuple[Any, tuple[Any, ...]]]] = tuple
     """The registered ops, each with arguments for opcheck."""
     rowwise: bool = True

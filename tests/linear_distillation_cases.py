@@ -3,7 +3,7 @@
 import harness
 import torch
 import torch.nn.functional as F
-from distillation_cases import BASE_OF_MODULE, BF16, DIVERGENCES, F16, F32, F64, HARD, OPTIONS_OF_MODULE
+from distillation_cases import BASE_OF_MODULE, BF16, DIVERGENCES, F16, F32, F64, HARD, OPTIONS_OF_MODULE, SOFTCAPS
 from distillation_cases import pytorch as distillation
 from module_case import A, B, ModuleCase, V, W, Y
 
@@ -60,11 +60,18 @@ CASES = [
     *(case(rows, classes, dtype) for rows, classes in (((), 5), ((1,), 1), ((2, 3), 129), ((9,), 2049))
       for dtype in (F32, F16)),
     case((6,), 37, F32, WITHOUT_BIAS, bias=False, **HARD),
+    *(case((6,), 37, dtype, divergence=divergence, softcap=softcap, **options)
+      for divergence in DIVERGENCES for dtype in (F64, F32, BF16)
+      for softcap, options in zip(SOFTCAPS, (HARD, {"temperature": 2.0}, HARD, {"reduction": "none"}), strict=True)),
+    *(case(rows, classes, dtype, softcap=softcap, **HARD)
+      for rows, classes in (((), 5), ((1,), 1), ((2, 3), 129), ((9,), 2049))
+      for dtype, softcap in ((F32, 2.0), (F16, (None, 2.0)))),
     *(case((6,), 37, dtype, layout=layout) for dtype in (F32, BF16) for layout in ("transposed", "sliced")),
     *(case((6,), 37, student, WITHOUT_BIAS[:2], teacher_dtype=teacher, **HARD)
       for student, teacher in ((BF16, F32), (F32, BF16))),
     *(case((3,), 4, F64, small=True, divergence=divergence, **options)
-      for divergence in DIVERGENCES for options in ({"temperature": 2.0}, {**HARD, "reduction": "none"})),
+      for divergence in DIVERGENCES
+      for options in ({"temperature": 2.0}, {**HARD, "reduction": "none"}, {**HARD, "softcap": (1.0, 2.0)})),
 ]  # fmt: skip
 
 
@@ -72,7 +79,7 @@ def registered():
     given = make((2, 3), 5, F32, BF16)(0)
     layers = [given[name] for name in LAYERS]
     rows = torch.rand(2, 3)
-    options = (torch.tensor([[0, 1, -100], [2, 3, 4]]), rows, 2.0, "js", 0.3, 0.5, -100, 0.1)
+    options = (torch.tensor([[0, 1, -100], [2, 3, 4]]), rows, 2.0, "js", 0.3, 0.5, -100, 0.1, 30.0, None)
     needs = [True, True, True, False, True, False]
     return [
         call

@@ -20,7 +20,10 @@ from torch.optim.swa_utils import AveragedModel
 import tlkernels as tlk
 from tlkernels._core.group import SavedGroup
 
-CASES = {case.make.__name__: case for case in (import_module(f"{name}_cases").MODULE for name in LOSSES)}
+CASES = {
+    case.make.__name__: case
+    for case in (import_module(f"{name}_cases").MODULE for name, loss in LOSSES.items() if loss.module)
+}
 GROUPED = [name for name, case in CASES.items() if "group" in inspect.signature(case.make).parameters]
 every_module = pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
 

@@ -116,11 +116,11 @@ def kernels(call, rows):
 
 def ce(rows):
     x, y = torch.empty(rows, 32000, dtype=torch.bfloat16), torch.empty(rows, dtype=torch.int64)
-    cross_entropy.step(x, y, None, -100, 0.0, 1.0, None, 0.0, True)
+    cross_entropy.step(x, y, None, -100, 0.0, 1.0, None, 0.0, None, None, True)
 
 def distill(rows):
     x = torch.empty(rows, 32000, dtype=torch.bfloat16)
-    distillation.step(x, x, None, None, 2.0, "forward_kl", 0.5, 0.0, -100, 0.0, True, [True, False])
+    distillation.step(x, x, None, None, 2.0, "forward_kl", 0.5, 0.0, -100, 0.0, None, None, True, [True, False])
 
 def clip(rows):
     x, scale = torch.empty(rows, 512, dtype=torch.bfloat16), torch.empty(())

@@ -13,10 +13,14 @@ from tlkernels.losses.linear_cross_entropy import (
     linear_cross_entropy_stats,
 )
 from tlkernels.losses.linear_distillation import LinearDistillationLoss, linear_distillation
+from tlkernels.losses.linear_selective_log_softmax import linear_selective_log_softmax
+from tlkernels.losses.linear_topk_distillation import LinearTopkDistillationLoss, linear_topk_distillation
 from tlkernels.losses.mse import MSELoss, RMSELoss, mse, rmse
 from tlkernels.losses.nt_xent import NTXentLoss, nt_xent
+from tlkernels.losses.selective_log_softmax import selective_log_softmax
 from tlkernels.losses.sigmoid_contrastive import SigmoidContrastiveLoss, sigmoid_contrastive
 from tlkernels.losses.sup_con import SupConLoss, sup_con
+from tlkernels.losses.topk_distillation import TopkDistillationLoss, topk_distillation
 
 __version__ = "0.1.0"
 
@@ -27,11 +31,13 @@ __all__ = [
     "InfoNCELoss",
     "LinearCrossEntropyLoss",
     "LinearDistillationLoss",
+    "LinearTopkDistillationLoss",
     "MSELoss",
     "NTXentLoss",
     "RMSELoss",
     "SigmoidContrastiveLoss",
     "SupConLoss",
+    "TopkDistillationLoss",
     "cross_entropy",
     "cross_entropy_stats",
     "distillation",
@@ -40,9 +46,13 @@ __all__ = [
     "linear_cross_entropy",
     "linear_cross_entropy_stats",
     "linear_distillation",
+    "linear_selective_log_softmax",
+    "linear_topk_distillation",
     "mse",
     "nt_xent",
     "rmse",
+    "selective_log_softmax",
     "sigmoid_contrastive",
     "sup_con",
+    "topk_distillation",
 ]

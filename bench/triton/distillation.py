@@ -18,7 +18,7 @@ _OF_SECOND = {
 def examples() -> Iterator[Example]:
     """Yield the calls."""
     wide = {"distillation": ("LDG.E.128", "STG.E.128")}
-    plain = (None, None, 2.0, "forward_kl", 0.5, 0.0, -100, 0.0)
+    plain = (None, None, 2.0, "forward_kl", 0.5, 0.0, -100, 0.0, None, None)
     for dtype, *sizes in (
         (torch.bfloat16, 1024, 2048, 4096, 8192, 32000),
         (torch.float32, 8192, 32000),
@@ -30,12 +30,15 @@ def examples() -> Iterator[Example]:
     target, rows = meta((4096,), torch.int64), meta((4096,), torch.float32)
     x = meta((4096, 32000), torch.bfloat16)
     for divergence in DIVERGENCES:
-        options = (target, rows, 2.0, divergence, 0.3, 0.5, -100, 0.1)
+        options = (target, rows, 2.0, divergence, 0.3, 0.5, -100, 0.1, None, None)
+        capped = *options[:-2], 30.0, 50.0
         for z in (meta((4096, 8192), torch.bfloat16), x):
-            run = partial(backward, rows, z, z, *options, (True, True))
-            yield Example(f"{divergence}-{z.shape[1]}", run, wide)
-        yield Example(
-            f"second-{divergence}", partial(second, x, x, rows, x, x, *options, (True, True)),
-            {"second": wide["distillation"]}, _OF_SECOND,
-        )  # fmt: skip
+            for name, given in (("", options), ("-softcap", capped)):
+                run = partial(backward, rows, z, z, *given, (True, True))
+                yield Example(f"{divergence}-{z.shape[1]}{name}", run, wide)
+        for name, given in (("", options), ("-softcap", capped)):
+            yield Example(
+                f"second-{divergence}{name}", partial(second, x, x, rows, x, x, *given, (True, True)),
+                {"second": wide["distillation"]}, _OF_SECOND,
+            )  # fmt: skip
     yield Example("losses", partial(forward, x, x, *plain), {"distillation": ("LDG.E.128",)})

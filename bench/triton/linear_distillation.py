@@ -20,12 +20,17 @@ _WIDE = {"normalise": ("LDG.E.128",), "average": ("LDG.E.128",), "gradient": ("L
 _PRODUCTS = {kernel: ("HGMMA",) for kernel in _WIDE}
 
 
-def _call(strategy: str, dtype: torch.dtype, divergence: str, hard_weight: float = 0.0, both: bool = False) -> None:
+def _call(
+    strategy: str, dtype: torch.dtype, divergence: str, hard_weight: float = 0.0, both: bool = False,
+    softcap: float | None = None,
+) -> None:  # fmt: skip
     rows, features, classes = 4096, 4096, 128256
     x, w, b = meta((rows, features), dtype), meta((classes, features), dtype), meta((classes,), dtype)
     y, g = meta((rows,), torch.int64), meta((rows,), torch.float32)
     layer = (x, w, b) if both else (x, w, None)
-    options = Options(y if both else None, g if both else None, 2.0, divergence, 0.5, hard_weight, -100, 0.1)
+    options = Options(
+        y if both else None, g if both else None, 2.0, divergence, 0.5, hard_weight, -100, 0.1, softcap, softcap
+    )
     needs = [True, True, both, both, both, both]
     with linear.forced(strategy):
         if both:
@@ -44,3 +49,8 @@ def examples() -> Iterator[Example]:
             yield Example(f"{strategy}-{dtype}", partial(_call, strategy, dtype, "js"), {}, _FEW)
         hard = partial(_call, strategy, torch.bfloat16, "js", hard_weight=0.5, both=True)
         yield Example(f"{strategy}-every-option", hard, claims, _FEW)
+        for divergence in ("forward_kl", "js"):
+            capped = partial(_call, strategy, torch.bfloat16, divergence, softcap=30.0)
+            yield Example(f"{strategy}-softcap-{divergence}", capped, claims, _FEW)
+        capped = partial(_call, strategy, torch.bfloat16, "js", hard_weight=0.5, both=True, softcap=30.0)
+        yield Example(f"{strategy}-every-option-softcap", capped, claims, _FEW)

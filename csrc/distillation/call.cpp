@@ -35,6 +35,8 @@ DistillationCall::DistillationCall(c10::Device device, at::ScalarType dtype_, at
   rows = c10::multiply_integers(shape);
   inner = shape.empty() ? 1 : shape.back();
   use_divergence(*this, given.divergence, given.beta);
+  side[student].softcap = given.student_softcap.value_or(0);
+  side[1 - student].softcap = given.teacher_softcap.value_or(0);
   inv_temperature = 1 / given.temperature;
   soft = (1 - given.hard_weight) * given.temperature * given.temperature;
   hard = given.hard_weight;

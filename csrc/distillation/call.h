@@ -12,8 +12,9 @@ namespace tlk {
 
 // In the order of the ops' schemas.
 struct DistillationOptions {
-  using ArgumentTypes = Types<const std::optional<at::Tensor>&, const std::optional<at::Tensor>&, double,
-                              c10::string_view, double, double, int64_t, double>;
+  using ArgumentTypes =
+      Types<const std::optional<at::Tensor>&, const std::optional<at::Tensor>&, double, c10::string_view, double,
+            double, int64_t, double, std::optional<double>, std::optional<double>>;
 
   const std::optional<at::Tensor>&target, &row_weight;
   double temperature;
@@ -21,6 +22,7 @@ struct DistillationOptions {
   double beta, hard_weight;
   int64_t ignore_index;
   double label_smoothing;
+  std::optional<double> student_softcap, teacher_softcap;
 };
 
 struct DistillationCall : Distillation {

@@ -24,11 +24,12 @@ void CpuDistillationCall::use_mean() {
 
 void CpuDistillationCall::launch(const Distillation& part) const {
   if (part.rows == 0) return;
-  const DistillationRows kernel = distillation_kernels()(scalar_of(dtype), part.divergence, part.hard != 0);
+  const bool softcap = part.has_softcap();
+  const DistillationRows kernel = distillation_kernels()(scalar_of(dtype), part.divergence, part.hard != 0, softcap);
   struct alignas(64) Line {
     char bytes[64];
   };
-  const size_t bytes = size_t(kept_numbers(part.classes)) * c10::elementSize(compute);
+  const size_t bytes = size_t(kept_numbers(part.classes, softcap)) * c10::elementSize(compute);
   constexpr int64_t kGrain = 1 << 13;  // elements for which a second thread is worth its start
   at::parallel_for(0, part.rows, std::max<int64_t>(1, kGrain / part.classes), [&](int64_t begin, int64_t end) {
     const std::unique_ptr<Line[]> kept(new Line[(bytes + sizeof(Line) - 1) / sizeof(Line)]);

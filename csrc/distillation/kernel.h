@@ -19,7 +19,8 @@ struct Side {
   int64_t stride[2] = {};
   void* grad = nullptr;  // of the logits, in their type; may be their memory; null: not wanted
   int64_t grad_stride[2] = {};
-  double share = 0;  // of js
+  double share = 0;    // of js
+  double softcap = 0;  // the logits are softcap * tanh(x / softcap); 0: x
 };
 
 struct Distillation {
@@ -36,17 +37,21 @@ struct Distillation {
   PerPosition row_weight;  // compute type; may be null
   PerPosition grad_loss;   // upstream gradient, compute type; required if a gradient is wanted
   void* loss = nullptr;    // (rows), compute type; null: not wanted
+
+  bool has_softcap() const { return side[0].softcap != 0 || side[1].softcap != 0; }
 };
 
-// Rows begin to end - 1. `kept` is scratch of kept_numbers(classes) of the compute type, from a row's first sweep to
-// its later ones.
+// Rows begin to end - 1. `kept` is scratch of kept_numbers() of the compute type, from a row's first sweep to its later
+// ones. `softcap` says whether any side has one.
 using DistillationRows = void (*)(const Distillation&, int64_t begin, int64_t end, void* kept);
-using DistillationTable = DistillationRows(Scalar logits, Divergence divergence, bool hard);
+using DistillationTable = DistillationRows(Scalar logits, Divergence divergence, bool hard, bool softcap);
 
 constexpr int64_t kLeastBlock = 512;  // the least number of classes that share one kept peak
 
 constexpr int64_t whole_vectors(int64_t classes) { return (classes + 15) / 16 * 16; }
 constexpr int64_t blocks_of(int64_t classes) { return (classes + kLeastBlock - 1) / kLeastBlock; }
-constexpr int64_t kept_numbers(int64_t classes) { return 2 * (whole_vectors(classes) + blocks_of(classes)); }
+constexpr int64_t kept_numbers(int64_t classes, bool softcap) {
+  return 2 * ((softcap ? 2 : 1) * whole_vectors(classes) + blocks_of(classes));
+}
 
 }  // namespace tlk

@@ -67,13 +67,18 @@ def tf32() -> bool:
     return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
-def check_classes(target: Tensor, classes: int, ignore_index: int) -> None:
-    """Raise IndexError if a class index is out of range; on a GPU only with TLKERNELS_CHECK=1 in the environment."""
+def check_classes(
+    target: Tensor, classes: int, ignore_index: int, elsewhere: bool = False, name: str = "target"
+) -> None:
+    """Raise IndexError if a class index is out of range; on a GPU only with TLKERNELS_CHECK=1 in the environment.
+
+    With `elsewhere`, -1 is in range. `name` is the argument that the error names.
+    """
     if target.device.type == "cpu" or (CHECK and target.device.type == "cuda"):
         y = target.long()
-        bad = (y != ignore_index) & ((y < 0) | (y >= classes))
+        bad = (y != ignore_index) & ((y < (-1 if elsewhere else 0)) | (y >= classes))
         if bool(bad.any()):
-            raise IndexError(f"target: expected class indices in [0, {classes}), got {int(y[bad][0])}")
+            raise IndexError(f"{name}: expected class indices in [0, {classes}), got {int(y[bad][0])}")
 
 
 def check_num_valid(valid: Tensor, num_valid: int) -> None:

@@ -87,15 +87,17 @@ class Plan(NamedTuple):
     classes: int
 
 
-def plan(layers: Sequence[Layer], needs: Sequence[Needs]) -> Plan:
-    """Return the plan of a call; TLKERNELS_LINEAR=chunks or lean in the environment overrides the choice, for tests.
+def plan(layers: Sequence[Layer], needs: Sequence[Needs], only: str | None = None) -> Plan:
+    """Return the plan of a call, with the strategy `only` if given.
+
+    TLKERNELS_LINEAR=chunks or lean in the environment overrides the choice, for tests.
 
     Chunks: the library computes the logits of some rows, kernels replace them by their gradients, and the library
     multiplies those by the layer's tensors. Lean: kernels compute the logits tile by tile, twice if gradients are
     needed, and store only a block of gradients. A model of the time chooses; it depends on the shapes alone.
     """
     input, weight, _ = layers[0]
-    chosen = strategy(layers, needs)
+    chosen = only or strategy(layers, needs)
     gpu = machine(input.device)
     (rows, _), classes = input.shape, weight.shape[0]
     if chosen == "lean":
@@ -135,7 +137,7 @@ def in_place(layer: Layer, needs: Needs, rows: int) -> bool:
     return needs.weight and _stride(rows) <= weight.shape[1]
 
 
-def describe(layers: Sequence[Sequence[Tensor | None]], num_valid: int | None = None) -> str:
+def describe(layers: Sequence[Sequence[Tensor | None]], num_valid: int | None = None, only: str | None = None) -> str:
     """Describe a call's strategy, for `explain`; the layers' inputs may have any leading dimensions."""
     flat: list[Layer] = []
     for input, weight, bias in layers:
@@ -144,7 +146,7 @@ def describe(layers: Sequence[Sequence[Tensor | None]], num_valid: int | None = 
         flat.append((input.new_empty(()).expand(rows, input.shape[-1]), weight, bias))
     grad = torch.is_grad_enabled()
     needs = [Needs(*(t is not None and t.requires_grad and grad for t in layer)) for layer in layers]
-    chosen, rows, classes = plan(flat, needs)
+    chosen, rows, classes = plan(flat, needs, only)
     if chosen == "lean":
         return f"lean: without logits, gradients {classes} classes at a time"
     return f"in chunks of {rows} rows of logits"

@@ -7,11 +7,13 @@ Bytes. Up to a table's limit a tile of whole rows is in registers: the logits ar
 once. A longer row is swept twice by one program. The first sweep reads it from memory and computes its peak and sum,
 lane by lane with one exponential for each logit. The second reads it again, from L2 if a row for each multiprocessor
 fits there (H200: 132 rows of 128256 bfloat16 are 34 MB of 50), and writes the gradient. The losses of class indices
-alone need no second sweep. Ignored rows are not read.
+alone need no second sweep. With a given normaliser the first is not made. Ignored rows, and rows of weight 0, are not
+read.
 
 `second_order.py` has the formulas, and defines q, Q, p and a.
 """
 
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -130,34 +132,50 @@ def positions(*tensors: Tensor) -> Positions | None:
     return Positions(shape[0], inner, shape[1], strides)
 
 
+class PerPosition(NamedTuple):
+    """What has a number for each position, in the order of the kernel's arguments. Results are contiguous."""
+
+    weight: Tensor | None = None
+    """Multiplies the loss and its gradient; where it is 0, the position is not read."""
+    grad_loss: Tensor | None = None
+    """Upstream, None for 1."""
+    grad_lse: Tensor | None = None
+    """Upstream, None for 0."""
+    grad_entropy: Tensor | None = None
+    loss: Tensor | None = None
+    """Result; from here on all are, but for a normaliser and an entropy that are given."""
+    peak: Tensor | None = None
+    log_sum: Tensor | None = None
+    entropy: Tensor | None = None
+    correct: Tensor | None = None
+
+
 def sweep(
-    input: Tensor, target: Tensor, options: Options, *, grad: Tensor | None = None, factor: float = 1.0,
-    divisor: Tensor | None = None, upstream: Tensor | None = None, upstream_lse: Tensor | None = None,
-    loss: Tensor | None = None, peak: Tensor | None = None, log_sum: Tensor | None = None,
-    entropy: Tensor | None = None, correct: Tensor | None = None, total: Tensor | None = None,
+    input: Tensor, target: Tensor, options: Options, each: PerPosition, *, given: bool = False,
+    grad: Tensor | None = None, factor: float = 1.0, divisor: Tensor | None = None, total: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Fill the given results; those with a number for each position are contiguous, as `target` indices are.
+    """Fill the given results.
 
     Args:
-        grad: of the input's shape, for upstream * factor / divisor of the losses; may be the input itself.
-        factor, divisor: a number, and a 0-d tensor.
-        upstream, upstream_lse: a number for each position.
-        loss, peak, log_sum, entropy, correct: a number for each position, as the ops return them.
+        input, target, options: of the loss. With `num_classes` a class index of -1 counts, and is no class of `input`.
+        each: what has a number for each position.
+        given: whether `peak`, `log_sum` and `entropy` are read; else they are results.
+        grad: of the input's shape, for upstreams * factor / divisor; may be the input itself.
+        factor, divisor: a number, and a 0-d tensor, for the upstream of the losses.
         total: 0-d, factor * sum of the losses / divisor.
     """
-    probabilities = target.is_floating_point()
+    probabilities, elsewhere = target.is_floating_point(), options.num_classes is not None
     classes = input.shape[class_axis(input)]
     if not probabilities:
-        check_classes(target, classes, options.ignore_index)
+        check_classes(target, classes, options.ignore_index, elsewhere)
         target = target.contiguous()
     arranged = [input] + ([grad] if grad is not None else []) + ([target] if probabilities else [])
     layout = positions(*arranged)
     if layout is None:  # a layout that three strides do not describe
         copy = None if grad is None else torch.empty_like(input, memory_format=torch.contiguous_format)
         sweep(
-            input.contiguous(), target.contiguous(), options, grad=copy, factor=factor, divisor=divisor,
-            upstream=upstream, upstream_lse=upstream_lse, loss=loss, peak=peak, log_sum=log_sum, entropy=entropy,
-            correct=correct, total=total,
+            input.contiguous(), target.contiguous(), options, each, given=given, grad=copy, factor=factor,
+            divisor=divisor, total=total,
         )  # fmt: skip
         if grad is not None and copy is not None:
             grad.copy_(copy)
@@ -165,7 +183,8 @@ def sweep(
     columns = layout.in_columns
     smoothing, softcap = options.label_smoothing, options.softcap
     # A row with more in registers than its logits counts as a longer one.
-    size = classes * (4 if softcap else 2 if probabilities or smoothing or entropy is not None else 1)
+    more = probabilities or smoothing or each.entropy is not None or each.correct is not None
+    size = classes * (4 if softcap else 2 if more else 1)
     T = compute_dtype(input)
 
     def launches(config: Config) -> None:
@@ -174,11 +193,11 @@ def sweep(
         partial = None if total is None else input.new_empty(programs, dtype=T)
         launch(
             kernels.sweep if columns else kernels.sweep_rows, (programs,), input, target, options.weight,
-            _contiguous(upstream), _contiguous(upstream_lse), divisor, loss, peak, log_sum, entropy, correct, partial,
-            grad, layout.inner, classes, *layout.strides[0],
-            *(layout.strides[-1] if probabilities else layout.index_strides),
+            *(_contiguous(values) for values in each), divisor, partial, grad, layout.inner, classes,
+            *layout.strides[0], *(layout.strides[-1] if probabilities else layout.index_strides),
             *(layout.strides[1] if grad is not None else (0, 0, 0)), options.ignore_index, factor, smoothing,
-            options.temperature, softcap or 1.0, options.z_loss, PROBABILITIES=probabilities, SMOOTHING=smoothing != 0,
+            _spread(options, classes), options.temperature, softcap or 1.0, options.z_loss,
+            PROBABILITIES=probabilities, ELSEWHERE=elsewhere, GIVEN=given, SMOOTHING=smoothing != 0,
             SOFTCAP=softcap is not None, Z_LOSS=options.z_loss != 0, WHOLE=bool(config.meta["WHOLE"]), T=DTYPES[T],
             BP=BP, BC=BC, config=config._replace(meta={}),
         )  # fmt: skip
@@ -186,6 +205,11 @@ def sweep(
             sum_of(partial, total, factor, divisor)
 
     (COLUMNS if columns else ROWS).run(input.device, input.element_size(), size, launches, repeatable=grad is not input)
+
+
+def _spread(options: Options, classes: int) -> float:
+    """Return what smoothing gives to each class."""
+    return options.label_smoothing / max(1, options.num_classes or classes)
 
 
 def _tile(config: Config, P: int, classes: int, columns: bool, size: int) -> tuple[int, int]:
@@ -210,7 +234,7 @@ def _each(input: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 def forward(input: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, ...]:
     """Return loss, peak and log_sum of each position."""
     loss, peak, log_sum = _each(input), _each(input), _each(input)
-    sweep(input, target, Options(*options), loss=loss, peak=peak, log_sum=log_sum)
+    sweep(input, target, Options(*options), PerPosition(loss=loss, peak=peak, log_sum=log_sum))
     return loss, peak, log_sum
 
 
@@ -218,9 +242,8 @@ def forward_stats(input: Tensor, target: Tensor, *options: Any) -> tuple[Tensor,
     """Return loss, peak, log_sum, entropy and correctness of each position."""
     loss, peak, log_sum, entropy = (_each(input) for _ in range(4))
     correct = _each(input, torch.bool)
-    sweep(
-        input, target, Options(*options), loss=loss, peak=peak, log_sum=log_sum, entropy=entropy, correct=correct
-    )  # fmt: skip
+    results = PerPosition(loss=loss, peak=peak, log_sum=log_sum, entropy=entropy, correct=correct)
+    sweep(input, target, Options(*options), results)
     return loss, peak, log_sum, entropy, correct
 
 
@@ -228,9 +251,11 @@ def backward(
     grad_loss: Tensor, grad_lse: Tensor | None, grad_entropy: Tensor | None, input: Tensor, target: Tensor,
     peak: Tensor, log_sum: Tensor, entropy: Tensor | None, *options: Any,
 ) -> Tensor:  # fmt: skip
-    """Return the gradient of the input. `peak` and `log_sum` are computed again, as Q is: the row is read anyway."""
+    """Return the gradient of the input."""
     grad = torch.empty_like(input)
-    sweep(input, target, Options(*options), grad=grad, upstream=grad_loss, upstream_lse=grad_lse)
+    write_gradient(
+        (grad_loss, grad_lse, grad_entropy), input, target, (peak, log_sum, entropy), Options(*options), grad
+    )
     return grad
 
 
@@ -239,23 +264,40 @@ def backward_(
     peak: Tensor, log_sum: Tensor, entropy: Tensor | None, *options: Any,
 ) -> None:  # fmt: skip
     """Write the gradient over the input."""
-    sweep(input, target, Options(*options), grad=input, upstream=grad_loss, upstream_lse=grad_lse)
+    upstreams, normaliser = (grad_loss, grad_lse, grad_entropy), (peak, log_sum, entropy)
+    write_gradient(upstreams, input, target, normaliser, Options(*options), input)
+
+
+def write_gradient(
+    upstreams: Sequence[Tensor | None], input: Tensor, target: Tensor, normaliser: Sequence[Tensor | None],
+    options: Options, grad: Tensor,
+) -> None:  # fmt: skip
+    """Write the gradient for upstreams of loss, lse and entropy to `grad`, by (peak, log_sum, entropy)."""
+    *_, grad_entropy = upstreams
+    peak, log_sum, entropy = normaliser
+    given = peak, log_sum, None if grad_entropy is None else entropy
+    sweep(input, target, options, PerPosition(None, *upstreams, None, *given), given=True, grad=grad)
 
 
 def total(input: Tensor, target: Tensor, *arguments: Any) -> Tensor:
-    """Return the reduced loss; after the options comes whether it is the mean."""
-    *options, _row_weight, mean = arguments
-    return _reduced(input, target, Options(*options), mean, None)
+    """Return the reduced loss; after the options come the weights of rows and whether it is the mean."""
+    *options, row_weight, mean = arguments
+    return _reduced(input, target, Options(*options), row_weight, mean, None)
 
 
 def step(input: Tensor, target: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    """Return the reduced loss and its gradient; after the options comes whether it is the mean."""
-    *options, _row_weight, mean = arguments
+    """Return the reduced loss and its gradient; after the options come the weights of rows and whether it is the mean.
+
+    The weights do not change what the mean divides by.
+    """
+    *options, row_weight, mean = arguments
     grad = torch.empty_like(input)
-    return _reduced(input, target, Options(*options), mean, grad), grad
+    return _reduced(input, target, Options(*options), row_weight, mean, grad), grad
 
 
-def _reduced(input: Tensor, target: Tensor, options: Options, mean: bool, grad: Tensor | None) -> Tensor:
+def _reduced(
+    input: Tensor, target: Tensor, options: Options, row_weight: Tensor | None, mean: bool, grad: Tensor | None
+) -> Tensor:
     loss = input.new_empty((), dtype=compute_dtype(input))
     divisor, factor = None, 1.0
     classes = input.shape[class_axis(input)]
@@ -263,30 +305,35 @@ def _reduced(input: Tensor, target: Tensor, options: Options, mean: bool, grad: 
         factor = 1 / (input.numel() // classes) if input.numel() else float("inf")
     elif mean:
         divisor = count(target, classes, options.weight, options.ignore_index)
-    sweep(input, target, options, grad=grad, factor=factor, divisor=divisor, total=loss)
+    sweep(
+        input, target, options, PerPosition(row_weight), grad=grad, factor=factor, divisor=divisor, total=loss
+    )  # fmt: skip
     return loss
 
 
 def directional(
     direction: Tensor, grad_loss: Tensor, grad_lse: Tensor | None, grad_entropy: Tensor | None, input: Tensor,
-    target: Tensor, *options: Any,
+    target: Tensor, *arguments: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return the derivatives of <direction, gradient of the input> by the upstreams, input and probabilities."""
-    weight, ignore_index, smoothing, temperature, softcap, z_loss, _ = Options(*options)
-    v_entropy = input.new_empty((0,))
+    """Return the derivatives of <direction, gradient of the input> by the upstreams, the input and probabilities.
+
+    Those by an entropy without upstream and by class indices are empty.
+    """
+    options = Options(*arguments)
     probabilities = target.is_floating_point()
-    classes = input.shape[class_axis(input)]
+    classes, smoothing, softcap = input.shape[class_axis(input)], options.label_smoothing, options.softcap
     v_loss, v_lse, v_input = _each(input), _each(input), torch.empty_like(input)
+    v_entropy = input.new_empty((0,)) if grad_entropy is None else _each(input)
     v_target = torch.empty_like(target) if probabilities else input.new_empty((0,))
     if not probabilities:
         target = target.contiguous()
     layout = positions(input, direction, v_input, *((target, v_target) if probabilities else ()))
     if layout is None:
         copies = (tensor.contiguous() for tensor in (input, target))
-        results = directional(direction.contiguous(), grad_loss, grad_lse, grad_entropy, *copies, *options)
+        results = directional(direction.contiguous(), grad_loss, grad_lse, grad_entropy, *copies, *arguments)
         return *results[:3], v_input.copy_(results[3]), v_target.copy_(results[4])
     columns = layout.in_columns
-    size = classes * (4 if softcap else 2)
+    size = classes * (4 if softcap else 2) * (1 if grad_entropy is None else 2)
     config = (_SECOND_COLUMNS if columns else _SECOND).find(input.device, input.element_size(), size)
     BP, BC = _tile(config, layout.inner, classes, columns, size)
     T = compute_dtype(input)
@@ -294,9 +341,11 @@ def directional(
     launch(
         second_order.directional if columns else second_order.directional_rows,
         (layout.outer * triton.cdiv(layout.inner, BP),), direction, _contiguous(grad_loss), _contiguous(grad_lse),
-        input, target, weight, v_loss, v_lse, v_input, v_target if probabilities else None, layout.inner, classes,
-        *chain.from_iterable((*layout.strides[:3], *target_strides)), ignore_index, smoothing, temperature,
-        softcap or 1.0, z_loss, PROBABILITIES=probabilities, SMOOTHING=smoothing != 0, SOFTCAP=softcap is not None,
+        _contiguous(grad_entropy), input, target, options.weight, v_loss, v_lse,
+        None if grad_entropy is None else v_entropy, v_input, v_target if probabilities else None, layout.inner,
+        classes, *chain.from_iterable((*layout.strides[:3], *target_strides)), options.ignore_index, smoothing,
+        _spread(options, classes), options.temperature, softcap or 1.0, options.z_loss, PROBABILITIES=probabilities,
+        ELSEWHERE=options.num_classes is not None, SMOOTHING=smoothing != 0, SOFTCAP=softcap is not None,
         WHOLE=bool(config.meta["WHOLE"]), T=DTYPES[T], BP=BP, BC=BC, config=config._replace(meta={}),
     )  # fmt: skip
     return v_loss, v_lse, v_entropy, v_input, v_target

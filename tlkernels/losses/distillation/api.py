@@ -5,7 +5,7 @@ from torch.nn.modules.loss import _Loss
 
 from tlkernels._core.dispatch import resolve
 from tlkernels._core.module import LossModule
-from tlkernels.losses.distillation.call import Arguments, check, plain_options
+from tlkernels.losses.distillation.call import Arguments, Softcap, check, plain_options
 from tlkernels.losses.distillation.ops import IMPLEMENTATIONS
 
 
@@ -21,6 +21,7 @@ def distillation(
     ignore_index: int = -100,
     row_weight: Tensor | None = None,
     label_smoothing: float = 0.0,
+    softcap: Softcap = None,
     reduction: str = "mean",
     impl: str = "auto",
 ) -> Tensor:
@@ -28,6 +29,8 @@ def distillation(
 
     Replaces::
 
+        student_logits = softcap * torch.tanh(student_logits / softcap)             # unless softcap is None
+        teacher_logits = softcap * torch.tanh(teacher_logits / softcap)
         log_q, log_p = (teacher_logits / temperature).log_softmax(-1), (student_logits / temperature).log_softmax(-1)
         q, p = log_q.exp(), log_p.exp()
         log_m = (beta * q + (1 - beta) * p).log()
@@ -56,6 +59,8 @@ def distillation(
             is 0 even if their logits are not finite.
         row_weight: a factor for each row, of shape (...). The mean still divides by the number of rows.
         label_smoothing: in [0, 1]; the share of the uniform distribution in the target of the cross entropy.
+        softcap: None, or a number above 0: both logits x become softcap * tanh(x / softcap), before the temperature, in
+            the divergence and in the cross entropy. A pair (student's, teacher's) gives each side its own, or None.
         reduction: "none", "mean", "batchmean" or "sum". "mean" and "batchmean" are the same: both divide by the number
             of rows that are not ignored.
         impl: "auto" (default), "native", "triton" or "reference".
@@ -76,7 +81,7 @@ def distillation(
     2306.13649) for the generalised Jensen-Shannon divergence.
     """
     options = plain_options(
-        target, row_weight, temperature, divergence, beta, hard_weight, ignore_index, label_smoothing
+        target, row_weight, temperature, divergence, beta, hard_weight, ignore_index, label_smoothing, softcap
     )
     call = check(Arguments(student_logits, teacher_logits, options, reduction))
     loss: Tensor = resolve("distillation", IMPLEMENTATIONS, call, impl).run(call)
@@ -101,12 +106,14 @@ class DistillationLoss(LossModule, _Loss, function=distillation):
         hard_weight: float = 0.0,
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
+        softcap: Softcap = None,
         reduction: str = "mean",
         impl: str = "auto",
     ) -> None:
         super().__init__(reduction=reduction)
         self.temperature, self.divergence, self.beta, self.hard_weight = temperature, divergence, beta, hard_weight
-        self.ignore_index, self.label_smoothing, self.impl = ignore_index, label_smoothing, impl
+        self.ignore_index, self.label_smoothing = ignore_index, label_smoothing
+        self.softcap, self.impl = softcap, impl
 
     def forward(
         self,

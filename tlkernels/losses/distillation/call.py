@@ -11,6 +11,8 @@ from tlkernels._core.options import integer, number, smoothing
 
 REDUCTIONS = ("none", "mean", "batchmean", "sum")
 DIVERGENCES = ("forward_kl", "reverse_kl", "js", "tv")
+Softcap = float | tuple[float | None, float | None] | None
+"""One for both sides, or (student's, teacher's)."""
 
 
 class Options(NamedTuple):
@@ -24,6 +26,8 @@ class Options(NamedTuple):
     hard_weight: float
     ignore_index: int
     label_smoothing: float
+    student_softcap: float | None
+    teacher_softcap: float | None
 
 
 class Arguments(NamedTuple):
@@ -49,6 +53,12 @@ def counted_rows(student: Tensor, options: Options) -> Tensor | float:
     if options.target is None:
         return math.prod(student.shape[:-1])  # unlike numel() / C, this keeps a symbolic size
     return (options.target != options.ignore_index).sum()
+
+
+def triton_softcaps(options: Options) -> tuple[tuple[float, float], dict[str, bool]]:
+    """Return the softcaps of Triton's kernels, student's and teacher's, and whether they are used."""
+    student, teacher = options.student_softcap, options.teacher_softcap
+    return (student or 1.0, teacher or 1.0), {"S_CAPPED": student is not None, "T_CAPPED": teacher is not None}
 
 
 def check(call: Arguments) -> Arguments:
@@ -117,6 +127,7 @@ def plain_options(
     hard_weight: float,
     ignore_index: int,
     label_smoothing: float,
+    softcap: Softcap,
 ) -> Options:
     """Return the options as Python numbers.
 
@@ -136,4 +147,25 @@ def plain_options(
     if hard_weight and target is None:
         raise ValueError(f"target: expected class indices, since hard_weight is {hard_weight}, got None")
     ignore_index, label_smoothing = integer("ignore_index", ignore_index), smoothing(label_smoothing)
-    return Options(target, row_weight, temperature, divergence, beta, hard_weight, ignore_index, label_smoothing)
+    student, teacher = _softcaps(softcap)
+    return Options(
+        target, row_weight, temperature, divergence, beta, hard_weight, ignore_index, label_smoothing, student, teacher
+    )
+
+
+def _softcaps(softcap: Softcap) -> tuple[float | None, float | None]:
+    """Return the softcaps of student and teacher."""
+    if not isinstance(softcap, (tuple, list)):
+        cap = _softcap("softcap", softcap)
+        return cap, cap
+    if len(softcap) != 2:
+        raise ValueError(f"softcap: expected one number or a pair (student's, teacher's), got {len(softcap)} values")
+    student, teacher = softcap
+    return _softcap("softcap[0]", student), _softcap("softcap[1]", teacher)
+
+
+def _softcap(name: str, value: float | None) -> float | None:
+    cap = None if value is None else number(name, value)
+    if cap is not None and not 0 < cap < float("inf"):
+        raise ValueError(f"{name}: expected None or a finite number above 0, got {cap}")
+    return cap

@@ -32,7 +32,7 @@ from tlkernels.losses.distillation.call import Arguments, Options, counted_rows
 
 OPTIONS = (
     "Tensor? target, Tensor? row_weight, float temperature, str divergence, float beta, float hard_weight,"
-    " int ignore_index, float label_smoothing"
+    " int ignore_index, float label_smoothing, float? student_softcap, float? teacher_softcap"
 )
 _INPUT = f"Tensor student, Tensor teacher, {OPTIONS}"
 

@@ -20,7 +20,7 @@ def distillation(call: Arguments) -> Tensor:
 
 def losses(student: Tensor, teacher: Tensor, options: Options) -> Tensor:
     """Return the loss of each row, in the dtype of the computation."""
-    target, row_weight, temperature, divergence, beta, hard_weight, ignore_index, label_smoothing = options
+    target, row_weight, temperature, divergence, beta, hard_weight, ignore_index, label_smoothing, *caps = options
     dtype = compute_dtype(student, teacher)
     student, teacher = student.to(dtype), teacher.to(dtype)
     ignored = None
@@ -29,9 +29,10 @@ def losses(student: Tensor, teacher: Tensor, options: Options) -> Tensor:
         ignored = target == ignore_index
         student = student.masked_fill(ignored.unsqueeze(-1), 0)
         teacher = teacher.masked_fill(ignored.unsqueeze(-1), 0)
+    student, teacher = (_capped(x, cap) for x, cap in zip((student, teacher), caps, strict=True))
     log_q = (teacher / temperature).log_softmax(-1)
     log_p = (student / temperature).log_softmax(-1)
-    rows = (1 - hard_weight) * temperature**2 * _divergence(log_q, log_p, divergence, beta)
+    rows = (1 - hard_weight) * temperature**2 * divergence_of(log_q, log_p, divergence, beta)
     if target is not None:  # also if hard_weight is 0, since a class index out of range is an error
         hard = F.cross_entropy(
             student.reshape(-1, student.shape[-1]),
@@ -46,7 +47,11 @@ def losses(student: Tensor, teacher: Tensor, options: Options) -> Tensor:
     return rows if ignored is None else rows.masked_fill(ignored, 0)
 
 
-def _divergence(log_q: Tensor, log_p: Tensor, name: str, beta: float) -> Tensor:
+def _capped(logits: Tensor, softcap: float | None) -> Tensor:
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def divergence_of(log_q: Tensor, log_p: Tensor, name: str, beta: float) -> Tensor:
     """Return the divergence of each row; the teacher's distribution is q, the student's p."""
     if name == "forward_kl":
         return _kl(log_q, log_p)

@@ -30,7 +30,8 @@ from tlkernels._core.triton import check_classes
 from tlkernels._core.triton.kernels import DTYPES, count, sum_of
 from tlkernels._core.triton.launch import Config, Table, launch
 from tlkernels.losses.distillation import triton_kernels as kernels
-from tlkernels.losses.distillation.call import DIVERGENCES, Options
+from tlkernels.losses.distillation import triton_second_order
+from tlkernels.losses.distillation.call import DIVERGENCES, Options, triton_softcaps
 
 # By the number of classes. 2026-11-21, by reasoning and from the compiler's report, unmeasured: as in cross
 # entropy, with two tensors in registers.
@@ -120,7 +121,7 @@ def sweep(
     # The Jensen-Shannon divergence has more in registers, as if the row were longer.
     size = classes * (2 if divergence == "js" else 1)
     target, row_weight, upstream = map(_contiguous, (options.target, options.row_weight, upstream))
-    hard = options.hard_weight != 0
+    hard, (caps, capped) = options.hard_weight != 0, triton_softcaps(options)
     heavy = divergence == "js" or hard or (grad_student is not None and grad_teacher is not None)
 
     def launches(config: Config) -> None:
@@ -137,9 +138,9 @@ def sweep(
         launch(
             kernels.distillation, (programs,), student, teacher, target, row_weight, upstream, divisor, loss, partial,
             grad_student, grad_teacher, rows, inner, classes, *strides, options.ignore_index, factor,
-            options.temperature, options.beta, options.hard_weight, options.label_smoothing,
-            DIVERGENCE=DIVERGENCES.index(divergence), HARD=hard, WHOLE=bool(config.meta["WHOLE"]), T=DTYPES[T], BP=BP,
-            BC=BC, config=config._replace(meta={}),
+            options.temperature, options.beta, options.hard_weight, options.label_smoothing, *caps,
+            DIVERGENCE=DIVERGENCES.index(divergence), **capped, HARD=hard, WHOLE=bool(config.meta["WHOLE"]),
+            T=DTYPES[T], BP=BP, BC=BC, config=config._replace(meta={}),
         )  # fmt: skip
         if total is not None and partial is not None:
             sum_of(partial, total, factor, divisor)
@@ -203,7 +204,9 @@ def second(
     (*options, needs), where `needs` are those of student and teacher.
     """
     *given, (needs_student, needs_teacher) = arguments
-    target, row_weight, temperature, divergence, beta, hard_weight, ignore_index, smoothing = Options(*given)
+    options = Options(*given)
+    target, row_weight, temperature, divergence, beta, hard_weight, ignore_index, smoothing, *_ = options
+    caps, capped = triton_softcaps(options)
     inner, strides = _rows(student, teacher)
     if inner is None:
         student, teacher = student.contiguous(), teacher.contiguous()
@@ -219,9 +222,10 @@ def second(
     BC = min(config.meta["ELEMENTS"], triton.next_power_of_2(classes))
     BP = min(config.meta["ELEMENTS"] // BC, triton.next_power_of_2(max(1, rows)))
     launch(
-        kernels.second, (triton.cdiv(rows, BP),), v_student, v_teacher, grads, student, teacher, target, row_weight,
-        by_rows, by_student if needs_student else None, by_teacher if needs_teacher else None, rows, inner, classes,
-        *strides, ignore_index, temperature, beta, hard_weight, smoothing, DIVERGENCE=DIVERGENCES.index(divergence),
-        HARD=hard_weight != 0, T=DTYPES[T], BP=BP, BC=BC, config=config._replace(meta={}),
+        triton_second_order.second, (triton.cdiv(rows, BP),), v_student, v_teacher, grads, student, teacher, target,
+        row_weight, by_rows, by_student if needs_student else None, by_teacher if needs_teacher else None, rows, inner,
+        classes, *strides, ignore_index, temperature, beta, hard_weight, smoothing, *caps,
+        DIVERGENCE=DIVERGENCES.index(divergence), **capped, HARD=hard_weight != 0, T=DTYPES[T], BP=BP, BC=BC,
+        config=config._replace(meta={}),
     )  # fmt: skip
     return by_rows, by_student, by_teacher

@@ -90,6 +90,9 @@ class _Results(NamedTuple):
 class _Launcher:
     """Launches the kernels of one call of flat tensors. Rows that are left out are in no tensor of it."""
 
+    strategy: str | None = None
+    """The only one, if not None."""
+
     def __init__(
         self, layer: linear.Layer, target: Tensor, options: Options, row_weight: Tensor | None, num_valid: int | None,
         needs: linear.Needs,
@@ -100,12 +103,13 @@ class _Launcher:
         self.probabilities = target.is_floating_point()
         valid = None
         if not self.probabilities:
-            check_classes(target, self.classes, options.ignore_index)
+            check_classes(target, self.classes, options.ignore_index, options.num_classes is not None)
             target = target.to(torch.int64)
             valid = target != options.ignore_index
         used = None if row_weight is None else row_weight != 0
         # Probabilities would have to be copied.
-        ahead = not self.probabilities and linear.strategy([layer], [needs]) == "lean"
+        strategy = self.strategy or linear.strategy([layer], [needs])
+        ahead = not self.probabilities and strategy == "lean"
         self.counted = linear.counted_rows(valid, used, num_valid, ahead)
         if self.counted.miscounted is not None:  # with a class out of range every row is NaN
             bad = self.classes + (options.ignore_index == self.classes)
@@ -131,7 +135,7 @@ class _Launcher:
 
         `upstreams` are the gradients of the losses, the lse and the entropy.
         """
-        plan = linear.plan([self.layer], [self.needs])
+        plan = linear.plan([self.layer], [self.needs], self.strategy)
         sweep = linear.Sweep(self.layer, self.needs, plan, self.counted.absent)
         for begin in range(0, self.rows, plan.rows):
             end = min(begin + plan.rows, self.rows)

@@ -5,7 +5,7 @@ from torch.nn.modules.loss import _Loss
 
 from tlkernels._core.dispatch import resolve
 from tlkernels._core.module import LossModule
-from tlkernels.losses.distillation.call import plain_options
+from tlkernels.losses.distillation.call import Softcap, plain_options
 from tlkernels.losses.linear_distillation.call import Arguments, Layers, check
 from tlkernels.losses.linear_distillation.ops import IMPLEMENTATIONS
 
@@ -26,6 +26,7 @@ def linear_distillation(
     ignore_index: int = -100,
     row_weight: Tensor | None = None,
     label_smoothing: float = 0.0,
+    softcap: Softcap = None,
     reduction: str = "mean",
     impl: str = "auto",
 ) -> Tensor:
@@ -55,6 +56,8 @@ def linear_distillation(
             nothing to any gradient even if their features are not finite.
         row_weight: a factor for each row, of shape (...). The mean still divides by the number of rows.
         label_smoothing: in [0, 1]; the share of the uniform distribution in the target of the cross entropy.
+        softcap: None, or a number above 0: both logits x become softcap * tanh(x / softcap), before the temperature, in
+            the divergence and in the cross entropy. A pair (student's, teacher's) gives each side its own, or None.
         reduction: "none", "mean", "batchmean" or "sum". "mean" and "batchmean" are the same: both divide by the number
             of rows that are not ignored.
         impl: "auto" (default), "native", "triton" or "reference". "reference" stores all logits.
@@ -74,7 +77,7 @@ def linear_distillation(
     """
     layers = Layers(student_input, student_weight, student_bias, teacher_input, teacher_weight, teacher_bias)
     options = plain_options(
-        target, row_weight, temperature, divergence, beta, hard_weight, ignore_index, label_smoothing
+        target, row_weight, temperature, divergence, beta, hard_weight, ignore_index, label_smoothing, softcap
     )
     call = check(Arguments(layers, options, reduction))
     loss: Tensor = resolve("linear_distillation", IMPLEMENTATIONS, call, impl).run(call)
@@ -99,12 +102,14 @@ class LinearDistillationLoss(LossModule, _Loss, function=linear_distillation):
         hard_weight: float = 0.0,
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
+        softcap: Softcap = None,
         reduction: str = "mean",
         impl: str = "auto",
     ) -> None:
         super().__init__(reduction=reduction)
         self.temperature, self.divergence, self.beta, self.hard_weight = temperature, divergence, beta, hard_weight
-        self.ignore_index, self.label_smoothing, self.impl = ignore_index, label_smoothing, impl
+        self.ignore_index, self.label_smoothing = ignore_index, label_smoothing
+        self.softcap, self.impl = softcap, impl
 
     def forward(
         self,

@@ -28,7 +28,8 @@ from tlkernels._core.dtypes import compute_dtype
 from tlkernels._core.triton import check_classes, linear
 from tlkernels._core.triton.kernels import DTYPES, sum_of
 from tlkernels._core.triton.launch import Config, Table, launch
-from tlkernels.losses.distillation.call import DIVERGENCES, Options, counted_rows
+from tlkernels.losses.distillation.call import DIVERGENCES, Options, counted_rows, triton_softcaps
+from tlkernels.losses.linear_distillation import triton_gradients
 from tlkernels.losses.linear_distillation import triton_kernels as kernels
 from tlkernels.losses.linear_distillation.call import Layers
 
@@ -77,6 +78,7 @@ class _Launcher:
         self.loss = x.new_empty(self.rows, dtype=self.wide)
         self.kept = x.new_empty((_KEPT, self.rows), dtype=self.wide)
         self.hard = bool(options.hard_weight)
+        self.caps, self.capped = triton_softcaps(options)
         self.divergence = DIVERGENCES.index(options.divergence)
         self.kinds: dict[str, Any] = {"DIVERGENCE": self.divergence, "T": DTYPES[self.wide]}
         self.types = {"S_TYPE": DTYPES[compute_dtype(x)], "T_TYPE": DTYPES[compute_dtype(teacher)]}
@@ -145,7 +147,7 @@ class _Launcher:
             blocks = triton.cdiv(rows, config.meta["BLOCK"])
             tiles = triton.cdiv(self.classes, config.meta["DEEP"] * config.meta["LANES"])
             splits, tiles_of_one = linear.split(self.loss.device, blocks, tiles)
-            common = {"config": config, "PRECISION": linear.precision(), **self.kinds, **self.types}
+            common = {"config": config, "PRECISION": linear.precision(), **self.kinds, **self.types, **self.capped}
 
             def finish(sums: Tensor | None, averages: Tensor | None) -> None:
                 row = _FINISH.find(self.loss.device, 0, rows)
@@ -158,14 +160,14 @@ class _Launcher:
             sums = new((_FIELDS, splits, rows))
             launch(
                 kernels.normalise, (blocks, splits), *operands, target, sums, rows, self.classes, *self._features(),
-                tiles_of_one, inv_temperature, HARD=self.hard, **common,
+                tiles_of_one, inv_temperature, *self.caps, HARD=self.hard, **common,
             )  # fmt: skip
             finish(sums, None)
             if self.options.divergence in ("js", "tv"):
                 averages = new((2, splits, rows))
                 launch(
                     kernels.average, (blocks, splits), *operands, kept, averages, rows, self.classes, *self._features(),
-                    self.rows, tiles_of_one, inv_temperature, beta, **common,
+                    self.rows, tiles_of_one, inv_temperature, beta, *self.caps, **common,
                 )  # fmt: skip
                 finish(None, averages)
 
@@ -187,11 +189,11 @@ class _Launcher:
         def launches(config: Config) -> None:
             tiles = triton.cdiv(last - first, config.meta["DEEP"] * config.meta["LANES"])
             launch(
-                kernels.gradient, (triton.cdiv(rows, config.meta["BLOCK"]) * tiles,), *operands, target, row_weight,
-                self.kept[:, begin:], upstream[begin:end] if each else upstream, upstream.stride(0) if each else 0,
-                *outputs, rows, self.classes, *self._features(), first, last, self.rows, self.options.ignore_index,
-                *self._numbers(), config=config, HARD=self.hard, PRECISION=linear.precision(), **self.kinds,
-                **self.types,
+                triton_gradients.gradient, (triton.cdiv(rows, config.meta["BLOCK"]) * tiles,), *operands, target,
+                row_weight, self.kept[:, begin:], upstream[begin:end] if each else upstream,
+                upstream.stride(0) if each else 0, *outputs, rows, self.classes, *self._features(), first, last,
+                self.rows, self.options.ignore_index, *self._numbers(), *self.caps, config=config, HARD=self.hard,
+                PRECISION=linear.precision(), **self.kinds, **self.types, **self.capped,
             )  # fmt: skip
 
         self._run(table, launches, repeatable=not self.in_chunks)
