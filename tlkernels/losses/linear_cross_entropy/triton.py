@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tlkernels._core.dtypes import compute_dtype
 from tlkernels._core.triton import check_classes, linear
+from tlkernels._core.triton.counted import counted_rows
 from tlkernels._core.triton.kernels import DTYPES, sum_of
 from tlkernels._core.triton.launch import Config, Table, launch
 from tlkernels.losses.cross_entropy.call import Arguments as CrossEntropyArguments
@@ -110,7 +111,7 @@ class _Launcher:
         # Probabilities would have to be copied.
         strategy = self.strategy or linear.strategy([layer], [needs])
         ahead = not self.probabilities and strategy == "lean"
-        self.counted = linear.counted_rows(valid, used, num_valid, ahead)
+        self.counted = counted_rows(valid, used, num_valid, ahead)
         if self.counted.miscounted is not None:  # with a class out of range every row is NaN
             bad = self.classes + (options.ignore_index == self.classes)
             target = target.masked_fill(self.counted.miscounted, bad)
