@@ -115,6 +115,74 @@ def linear_distillation(shape: Shape, cast: Cast) -> Work:
     return Work((x, w), ours, eager, floor)
 
 
+def _policy(log_probs: Tensor, entropy: Tensor) -> Tensor:
+    """The loss of a policy gradient, with an entropy bonus."""
+    gain: Tensor = log_probs * torch.linspace(0.5, 1.5, len(log_probs)).to(log_probs).unsqueeze(-1)
+    return -gain.mean() - 0.01 * entropy.mean()
+
+
+def _policy_lines(logits: Tensor, index: Tensor) -> Tensor:
+    log_p = logits.log_softmax(-1)
+    return _policy(log_p.gather(-1, index), -(log_p.exp() * log_p).sum(-1))
+
+
+def selective_log_softmax(shape: Shape, cast: Cast, *, selected: int = 1) -> Work:
+    x, index = cast(normal(*shape, scale=3)), classes_of(shape[1], shape[0], selected)
+    out = torch.empty_like(x)
+
+    def ours(x: Tensor, impl: str = "auto") -> Tensor:
+        return _policy(*tlk.selective_log_softmax(x, index, return_entropy=True, impl=impl))
+
+    return Work((x,), ours, lambda x: _policy_lines(x, index), lambda: out.copy_(x))
+
+
+def linear_selective_log_softmax(shape: Shape, cast: Cast) -> Work:
+    """The floor is four products: the backward computes the logits again."""
+    rows, features, classes = shape
+    x, w = cast(normal(rows, features)), cast(normal(classes, features, scale=features**-0.5))
+    index = classes_of(classes, rows, 1)
+    logits = x.new_empty(rows, classes)
+    grad_x, grad_w = torch.empty_like(x), torch.empty_like(w)
+
+    def floor() -> None:
+        torch.mm(x, w.T, out=logits)
+        torch.mm(x, w.T, out=logits)
+        torch.mm(logits, w, out=grad_x)
+        torch.mm(logits.T, x, out=grad_w)
+
+    def ours(x: Tensor, w: Tensor, impl: str = "auto") -> Tensor:
+        return _policy(*tlk.linear_selective_log_softmax(x, w, index, return_entropy=True, impl=impl))
+
+    return Work((x, w), ours, lambda x, w: _policy_lines(F.linear(x, w), index), floor)
+
+
+def topk_distillation(shape: Shape, cast: Cast, *, kept: int = 64) -> Work:
+    """Peers: `selective_log_softmax` of the same classes, and eager distillation from all of the teacher's classes."""
+    student, teacher = cast(normal(*shape, scale=3)), cast(normal(*shape, scale=2, seed=1))
+    log_probs, index = teacher.log_softmax(-1).topk(min(kept, shape[1] - 1))
+    out = torch.empty_like(student)
+
+    def with_rest(log_p: Tensor) -> Tensor:
+        return torch.cat([log_p, torch.log1p(-log_p.exp().sum(-1, keepdim=True))], -1)
+
+    def eager(s: Tensor) -> Tensor:
+        log_p = F.log_softmax(s / 2, -1).gather(-1, index)
+        return 4 * _divergence("forward_kl", with_rest(log_p), F.log_softmax(with_rest(log_probs) / 2, -1))
+
+    def selective(s: Tensor) -> Tensor:
+        selected = tlk.selective_log_softmax(s, index)
+        assert isinstance(selected, Tensor)
+        return selected.mean()
+
+    def dense(s: Tensor) -> Tensor:
+        return 4 * _divergence("forward_kl", F.log_softmax(s / 2, -1), F.log_softmax(teacher / 2, -1))
+
+    def ours(s: Tensor, impl: str = "auto") -> Tensor:
+        return tlk.topk_distillation(s, index, log_probs, temperature=2.0, impl=impl)
+
+    return Work((student,), ours, eager, lambda: out.copy_(student), {"selective": selective, "dense": dense})
+
+
 def _four_products(a: Tensor, b: Tensor) -> Callable[[], object]:
     """Similarities twice and both gradients in tiles of 512 x 512: what a loss without an N x N tensor needs."""
     tile = a.new_empty(512, 512)
@@ -261,6 +329,14 @@ def _others() -> Iterator[Case]:
         yield Case("distillation", (2048, 32000), F32, distillation, {}, BOTH, {"divergence": divergence})
     bars = {"floor": 1 / 1.15}
     yield Case("linear_distillation", (1024, 384, 384, 30522), F32, linear_distillation, bars, seconds=15.0)
+    bars = {"eager": 6.0, "floor": 0.5}
+    yield Case("selective_log_softmax", (4096, 32000), F32, selective_log_softmax, bars, BOTH)
+    bars = {"floor": 1 / 1.1}
+    yield Case(
+        "linear_selective_log_softmax", (2048, 576, 49152), F32, linear_selective_log_softmax, bars, seconds=20.0
+    )
+    bars = {"selective": 1 / 1.15, "dense": 15.0}
+    yield Case("topk_distillation", (2048, 32000), F32, topk_distillation, bars)
     for rows, least in ((8192, 1.6), (16384, 2.0)):
         yield Case("info_nce", (rows, 384), F32, info_nce, {"eager": least, "floor": 1 / 1.2}, seconds=20.0)
     for make in (nt_xent, sup_con, sigmoid_contrastive):

@@ -34,14 +34,14 @@ def pytorch(student_input, student_weight, teacher_index, teacher_log_probs, tar
     return dense(logits, teacher_index, teacher_log_probs, target, **options)
 
 
-def make(rows, features, classes, kept, dtype, teacher_dtype=None, target=False, weighted=False, ragged=False,
+def make(rows, features, classes, kept, dtype, teacher_dtype=None, target=False, weighted=False, ragged=False, low=0.0,
          **options):  # fmt: skip
     """Return a function of the seed that gives the arguments."""
 
     def arguments(seed):
         generator = harness.generator(seed)
         weight = torch.randn(classes, features, generator=generator, dtype=F64) / features**0.5
-        index, log_probs = teacher(rows, classes, kept, teacher_dtype or dtype, generator, ragged)
+        index, log_probs = teacher(rows, classes, kept, teacher_dtype or dtype, generator, ragged, low)
         return {
             "student_input": torch.randn(*rows, features, generator=generator, dtype=F64).to(dtype),
             "student_weight": weight.to(dtype),
@@ -80,7 +80,7 @@ CASES = [
     ),
     case((6,), 16, 37, 5, BF16, teacher_dtype=F32, **HARD),
     *(
-        case((3,), 3, 5, 2, F64, (*LAYER, "teacher_log_probs"), small=True, divergence=divergence, **options)
+        case((3,), 3, 5, 2, F64, (*LAYER, "teacher_log_probs"), small=True, low=2.0, divergence=divergence, **options)
         for divergence, options in (("forward_kl", {**HARD, **WARM}), ("js", {"tail": "ignore", "reduction": "none"}))
     ),
 ]

@@ -128,7 +128,7 @@ def test_gradient_of_entropy(shape, options, dtype, target):
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("shape", [(6, 40), (5, 5000), (3, 30, 7)], ids=str)
 def test_parts_of_a_vocabulary(shape, softcap, target):
-    """The ops on a part of the classes: the target may be in the other, and the backward takes the whole's normaliser."""
+    """The target may be in another part, and the backward takes the normaliser of the whole vocabulary."""
     input = torch.randn(shape, dtype=F64)
     classes = torch.randint(0, shape[1], shape[:1] + shape[2:])
     classes.view(-1)[0] = -100
@@ -151,7 +151,7 @@ def test_parts_of_a_vocabulary(shape, softcap, target):
         counted = (classes != -100).to(F64)
         loss = torch.zeros_like(lse)
         spread, grads = [], []
-        for (x, index, options), (rows, peak, log_sum) in zip(parts, results, strict=True):
+        for (_, index, options), (rows, peak, log_sum) in zip(parts, results, strict=True):
             q = options[0].sum() * 0.1 / shape[1] + torch.where(index >= 0, options[0][index.clamp(0)] * 0.9, 0)
             spread.append(q * counted)
             loss += rows + q * counted * (lse - peak * (softcap or 1) - log_sum)

@@ -69,6 +69,9 @@ def variables():
     named |= {name: torch.randn(rows, classes) for name in ("logits", "student", "teacher", "prediction", "value")}
     named |= {name: torch.randn(rows, features) for name in ("hidden", "student_hidden", "teacher_hidden")}
     named |= {name: torch.nn.Linear(features, classes) for name in ("head", "student_head", "teacher_head")}
+    named["advantage"] = torch.randn(rows)
+    # All classes, so that a teacher's top k is the teacher.
+    named["teacher_log_probs"], named["teacher_index"] = named["teacher"].log_softmax(-1).topk(classes)
     named.update(target=labels, labels=labels, scale=3.0, bias=-1.0, temperature=0.5, T=2.0, N=rows)
     return named
 
@@ -80,8 +83,8 @@ def test_both_sides_of_a_swap_are_equal(page):
     assert swaps
     for swap in swaps:
         before, after = ({"torch": torch, "F": F, "tlkernels": tlkernels, **variables()} for _ in range(2))
-        exec("\n".join(line[1:] for line in swap if line.startswith("-")), before)
-        exec("\n".join(line[1:] for line in swap if line.startswith("+")), after)
+        exec("\n".join(line[1:] for line in swap if not line.startswith("+")), before)
+        exec("\n".join(line[1:] for line in swap if not line.startswith("-")), after)
         torch.testing.assert_close(after["loss"], before["loss"])
 
 

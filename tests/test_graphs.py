@@ -119,15 +119,19 @@ def test_resident_memory_does_not_grow(name, reduction):
     def argument(parameter):
         if parameter == "labels" or (parameter == "target" and name not in ("mse", "rmse")):
             return torch.zeros(rows, dtype=torch.int64)
+        if "index" in parameter:
+            return torch.zeros(rows, width, dtype=torch.int64)
         return torch.randn(width if "weight" in parameter else rows, width).requires_grad_()
 
     function = LOSSES[name].function
     needed = [p.name for p in inspect.signature(function).parameters.values() if p.default is p.empty]
     arguments = {parameter: argument(parameter) for parameter in needed}
 
+    reduced = {"reduction": reduction} if "reduction" in inspect.signature(function).parameters else {}
+
     def use(times):
         for _ in range(times):
-            function(**arguments, reduction=reduction, impl="native")
+            function(**arguments, **reduced, impl="native")
 
     use(times // 5)
     before = resident()

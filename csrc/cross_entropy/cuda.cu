@@ -14,7 +14,7 @@ using at::Tensor;
 CudaCrossEntropyCall::CudaCrossEntropyCall(const Tensor& like, at::IntArrayRef logits, PositionSizes shape_,
                                            int64_t classes_, const Tensor& target_, const CrossEntropyOptions& options)
     : CrossEntropyCall(like.scalar_type(), logits, std::move(shape_), classes_, target_, options), device_(like) {
-  if (indices) check_classes(target, classes, ignore_index);
+  if (indices) check_classes(target, classes, ignore_index, elsewhere ? -1 : 0);
 }
 
 void CudaCrossEntropyCall::use_mean() {

@@ -27,11 +27,11 @@ inline bool checks_values() {
 }
 
 // Raises IndexError with TLKERNELS_CHECK=1 if a class index is out of range. Without the check, its loss is NaN.
-inline void check_classes(const at::Tensor& target, int64_t classes, int64_t ignore_index) {
+inline void check_classes(const at::Tensor& target, int64_t classes, int64_t ignore_index, int64_t least = 0) {
   if (!checks_values()) return;
-  const at::Tensor bad = target.ne(ignore_index).logical_and_(target.lt(0).logical_or_(target.ge(classes)));
-  TORCH_CHECK_INDEX(!bad.any().item<bool>(), "target: expected class indices in [0, ", classes, ") or ignore_index (",
-                    ignore_index, "), got ", target.masked_select(bad)[0].item<int64_t>());
+  const at::Tensor bad = target.ne(ignore_index).logical_and_(target.lt(least).logical_or_(target.ge(classes)));
+  TORCH_CHECK_INDEX(!bad.any().item<bool>(), "target: expected class indices in [", least, ", ", classes,
+                    ") or ignore_index (", ignore_index, "), got ", target.masked_select(bad)[0].item<int64_t>());
 }
 
 inline void check_launch(cudaError_t error, const char* what) {
