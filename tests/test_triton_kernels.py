@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import harness
@@ -23,8 +24,6 @@ pytestmark = pytest.mark.skipif(not (core.INTERPRETED and core.available()), rea
 @pytest.mark.parametrize("loss", ["cross_entropy", "distillation"])
 def test_a_class_index_out_of_range_is_nan_and_touches_no_memory(monkeypatch, loss, classes, bad):
     """As on a GPU, where the host does not check the targets; an access so far out of range would end the process."""
-    from importlib import import_module
-
     monkeypatch.setattr(import_module(f"tlkernels.losses.{loss}.triton"), "check_classes", lambda *_: None)
     bad = classes if bad == 7 else bad
     input, target = torch.randn(4, classes), torch.tensor([0, 1, bad, 3])
@@ -37,6 +36,34 @@ def test_a_class_index_out_of_range_is_nan_and_touches_no_memory(monkeypatch, lo
     assert rows.isnan().tolist() == [False, False, True, False]
     assert grad.isnan().all(1).tolist() == [False, False, True, False]
     assert not grad[[0, 1, 3]].isnan().any()
+
+
+@pytest.mark.parametrize("bad", [-2, 7, 2**40, -(2**62)])
+@pytest.mark.parametrize("classes", [7, 3000], ids=["whole", "swept"])
+def test_a_selected_class_out_of_range_makes_its_row_nan(monkeypatch, classes, bad):
+    """As above; a row without a class beside it has zeros."""
+    from tlkernels.losses.cross_entropy import triton as rows
+    from tlkernels.losses.linear_selective_log_softmax import triton as linear
+    from tlkernels.losses.selective_log_softmax import triton as dense
+
+    for module in (rows, dense):
+        monkeypatch.setattr(module, "check_classes", lambda *_, **__: None)
+    monkeypatch.setattr(import_module("tlkernels.losses.linear_cross_entropy.triton"), "check_classes", lambda *_: None)
+    index = torch.tensor([[0, 1], [classes if bad == 7 else bad, 2], [-1, -1], [3, -1]])
+    logits, g = torch.randn(4, classes), torch.randn(4, 2)
+    layer = torch.eye(4), logits.t().contiguous(), None
+    log_probs, entropy, peak, log_sum = dense.forward(logits, index, 1.0, None, True)
+    by_layer = linear.forward(*layer, index, 1.0, None, True)
+    for values in (log_probs, by_layer[0]):
+        assert values.isnan().tolist() == [[False] * 2, [True] * 2, [False] * 2, [False] * 2]
+        assert values[2].tolist() == [-torch.inf] * 2
+    grad = dense.backward(g, None, logits, index, peak, log_sum, entropy, 1.0, None)
+    _, by_weight, _ = linear.backward(
+        g, None, *layer, index, *by_layer[2:], by_layer[1], 1.0, None, (False, True, False)
+    )
+    assert grad.isnan().all(1).tolist() == [False, True, False, False]
+    assert not grad[[0, 2, 3]].isnan().any() and not grad[2].any()
+    assert by_weight.isnan().all()  # row 1 reaches every class
 
 
 @pytest.mark.parametrize("setting", ["highest", "high"])
