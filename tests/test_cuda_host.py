@@ -16,6 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tlkernels as tlk
 from tlkernels._core import autograd, ops
+from tlkernels.losses.linear_selective_log_softmax import ops as linear_selective
+from tlkernels.losses.selective_log_softmax import ops as selective
 
 pytestmark = pytest.mark.skipif(not harness.on_cuda_host("cross_entropy"), reason="no compiler, or no checkout")
 TARGET = harness.Target("native", harness.CUDA_HOST)
@@ -131,6 +133,9 @@ def test_rows_at_any_address(name, dtype):
 
 @pytest.mark.parametrize("name", [*ROW_STRATEGIES, *COLUMN_STRATEGIES])
 def test_statistics_and_gradient_in_place(name):
+    def total(output):
+        return output.loss + (output.lse * 0.1 - output.entropy.square()).sum()
+
     for dtype in (F32, BF16):
         shape = (3, 21, 4) if name.startswith("column") else (3, 101)
         x = harness.logits(shape, dtype, torch.Generator().manual_seed(0)).contiguous()
@@ -142,14 +147,14 @@ def test_statistics_and_gradient_in_place(name):
                 stats = tlk.cross_entropy_stats(x, target, impl="native")
                 right = tlk.cross_entropy_stats(x, x.argmax(1), impl="native")
                 leaf = x.clone().requires_grad_()
-                loss = tlk.cross_entropy(leaf * 1, target, inplace_grad=True, impl="native")
-                (grad,) = torch.autograd.grad(loss, leaf)
+                output = tlk.cross_entropy_stats(leaf * 1, target, inplace_grad=True, impl="native")
+                (grad,) = torch.autograd.grad(total(output), leaf)
             assert torch.equal(stats.correct, expected.correct)
             assert right.correct.all()
             torch.testing.assert_close(stats.lse, expected.lse, rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(stats.entropy, expected.entropy, rtol=1e-4, atol=1e-5)
             leaf = x.clone().requires_grad_()
-            (right_grad,) = torch.autograd.grad(tlk.cross_entropy(leaf, target, impl="reference"), leaf)
+            (right_grad,) = torch.autograd.grad(total(tlk.cross_entropy_stats(leaf, target, impl="reference")), leaf)
             torch.testing.assert_close(grad, right_grad)
 
 
@@ -168,6 +173,28 @@ def test_class_index_out_of_range_is_nan_in_its_row(name):
         assert grad[1].isnan().all()
         assert loss[others].isfinite().all()
         assert grad[others].isfinite().all()
+
+
+@pytest.mark.parametrize("bad", [7, -2, 2**40, -(2**40)])
+@pytest.mark.parametrize(("kernels", "layer"), [(selective, ()), (linear_selective, (torch.eye(7), None))],
+                         ids=["dense", "linear"])  # fmt: skip
+def test_selected_class_out_of_range_is_nan_in_its_row(kernels, layer, bad):
+    """-1 means no class; a row without one is left out."""
+    x = torch.randn(4, 7)
+    x[2] = float("nan")
+    x.requires_grad_()
+    index, others = torch.tensor([[3, 3, -1], [0, bad, 1], [-1, -1, -1], [6, 0, 6]]), torch.tensor([0, 3])
+    with harness.forced(TARGET):
+        log_probs, entropy, _, _ = kernels.NATIVE.forward(x, *layer, index, 1.0, None, True)
+        (grad,) = torch.autograd.grad(log_probs[index >= 0].sum() + entropy.sum(), x)
+    right = x.detach().log_softmax(1).gather(1, index.clamp(0, 6)).masked_fill(index < 0, -torch.inf)
+    torch.testing.assert_close(log_probs[others], right[others])
+    assert log_probs[1].isnan().all()
+    assert grad[1].isnan().all()
+    assert (log_probs[2] == -torch.inf).all()
+    assert not grad[2].any()
+    assert entropy[2] == 0
+    assert grad[others].isfinite().all()
 
 
 @pytest.mark.parametrize("name", [*ROW_STRATEGIES, *COLUMN_STRATEGIES])

@@ -31,7 +31,10 @@ Tensor CountedRows::part(const Tensor& rows, int64_t begin, int64_t end) const {
 }
 
 Tensor CountedRows::spread(const Tensor& kept, int64_t rows) const {
-  return numbers.defined() ? at::zeros({rows}, kept.options()).index_copy_(0, numbers, kept) : kept;
+  if (!numbers.defined()) return kept;
+  c10::DimVector sizes(kept.sizes().begin(), kept.sizes().end());
+  sizes[0] = rows;
+  return at::zeros(sizes, kept.options()).index_copy_(0, numbers, kept);
 }
 
 Tensor LinearSweep::input_gradient(int64_t begin, int64_t end, at::ScalarType type) {

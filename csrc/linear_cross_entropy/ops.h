@@ -51,12 +51,20 @@ struct CrossEntropyOnFeatures : DeviceCall {
   at::Tensor spread(const at::Tensor& values) const { return counted_.spread(values, layer.rows()); }
 
   LinearGradients run(LinearNeeds needs) {
+    const auto nothing = [](int64_t, const at::Tensor&) {};
+    return run(needs, nothing, nothing);
+  }
+  // Also calls before(begin, logits) and after(begin, logits) for each chunk, before and after its kernels.
+  template <class Before, class After>
+  LinearGradients run(LinearNeeds needs, Before before, After after) {
     const int64_t copy_bytes = copies_probabilities() ? classes * int64_t(c10::elementSize(probabilities_type())) : 0;
     Sweep sweep(layer, counted_, needs, Sweep::rows_of_a_chunk(layer, counted_, needs[1], copy_bytes));
     for (int64_t begin = 0; begin < this->rows; begin += sweep.chunk_rows()) {
       const int64_t end = std::min(this->rows, begin + sweep.chunk_rows());
       at::Tensor logits = sweep.logits(begin, end);
+      before(begin, logits);
       run_chunk(begin, logits, sweep.differentiates());
+      after(begin, logits);
       if (sweep.differentiates()) sweep.take(begin, end, logits);
     }
     return sweep.gradients();
