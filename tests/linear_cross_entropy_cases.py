@@ -16,14 +16,15 @@ F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float1
 LAYER = ("input", "linear_weight", "linear_bias")
 
 
-def pytorch(input, linear_weight, target, *, linear_bias=None, weight=None, **options):
+def pytorch(input, linear_weight, target, *, linear_bias=None, weight=None, row_weight=None, **options):
     """The PyTorch lines of the docstring, in the dtype of the input."""
     rows, classes = input.shape[:-1], linear_weight.shape[0]
     logits = F.linear(input, linear_weight, linear_bias).reshape(-1, classes)
     if target.is_floating_point():
         target, weight = target.to(input.dtype), weight if weight is None else weight.to(input.dtype)
     target = target.reshape(-1, classes) if target.is_floating_point() else target.reshape(-1)
-    loss = cross_entropy_cases.pytorch(logits, target, weight, **options)
+    row_weight = row_weight if row_weight is None else row_weight.reshape(-1)
+    loss = cross_entropy_cases.pytorch(logits, target, weight, row_weight=row_weight, **options)
     return loss.reshape(rows) if options.get("reduction") == "none" else loss
 
 
@@ -46,6 +47,8 @@ def make(rows, features, classes, dtype, target, biased, weighted, options, seed
         arguments["target"] = draw(*rows, classes).softmax(-1).to(F32 if target == "probabilities32" else dtype)
     if weighted:
         arguments["weight"] = torch.rand(classes, generator=generator).to(dtype)
+    if "row_weight" in options:  # some 0, some negative
+        options = options | {"row_weight": (torch.randint(-2, 5, rows, generator=generator) * 0.375).to(dtype)}
     return arguments | options
 
 
@@ -59,6 +62,7 @@ def case(
     weighted=False,
     small=False,
     large=False,
+    by_row_weight=False,
     **options,
 ):
     words = ["x".join(map(str, (*rows, features, classes))), str(dtype).removeprefix("torch."), target]
@@ -67,7 +71,7 @@ def case(
         "-".join(words),
         dtype,
         partial(make, rows, features, classes, dtype, target, biased, weighted, options),
-        LAYER if biased else LAYER[:2],
+        (LAYER if biased else LAYER[:2]) + ("row_weight",) * by_row_weight,
         small,
         large,
     )
@@ -109,6 +113,9 @@ CASES = [
         )
     ),
     case((9,), 8, 37, BF16, "probabilities32", True, True, **MIXED),
+    *(case((30,), 17, 37, dtype, biased=True, row_weight=True) for dtype in (F64, F32, BF16, F16)),
+    case((3, 8), 17, 37, F32, weighted=True, by_row_weight=True, row_weight=True, **MIXED),
+    case((30,), 17, 37, F32, "probabilities", row_weight=True, reduction="none"),
     # Three tiles of the weight.
     case((5,), 2000, 1500, BF16, biased=True),
     case((5,), 2000, 1500, F16, "probabilities"),
@@ -117,6 +124,7 @@ CASES = [
     case((500,), 3, 70001, BF16, biased=True, large=True),
     case((4,), 3, 5, F64, biased=True, small=True),
     case((2, 2), 2, 3, F64, biased=True, weighted=True, small=True, **MIXED),
+    case((4,), 2, 3, F64, small=True, by_row_weight=True, row_weight=True, **MIXED),
     case((3,), 2, 4, F64, "probabilities", small=True, reduction="sum", **MIXED),
     case((), 3, 4, F64, small=True),
 ]

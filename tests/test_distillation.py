@@ -318,11 +318,12 @@ class TestCudaOnHost:
          (80, 20001, F32), (80, 43001, BF16), (86, 20001, F32), (86, 7001, F64)],
     )  # fmt: skip
     @pytest.mark.parametrize("divergence", DIVERGENCES)
-    def test_every_way_to_keep_a_row(self, monkeypatch, sm, classes, dtype, divergence):
+    @pytest.mark.parametrize("softcap", [None, (5.0, 30.0)], ids=["plain", "softcap"])
+    def test_every_way_to_keep_a_row(self, monkeypatch, sm, classes, dtype, divergence, softcap):
         if classes > 100_000 and divergence != "js":
             pytest.skip("the largest rows once")
         monkeypatch.setenv("TLKERNELS_CUDA_HOST_SM", str(sm))
-        arguments = make((2, classes), dtype, divergence=divergence, **HARD)(0)
+        arguments = make((2, classes), dtype, divergence=divergence, softcap=softcap, **HARD)(0)
         tensors, put = harness.split(arguments, ("student_logits", "teacher_logits"))
         results = []
         for loss, given in ((tlk.distillation, tensors), (pytorch, tensors), (pytorch, [x.double() for x in tensors])):

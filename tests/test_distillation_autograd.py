@@ -35,8 +35,9 @@ def test_only_the_gradients_that_are_needed(impl, divergence):
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_second_gradient(impl, divergence, reduction):
-    arguments = make((4, 6), F64, **HARD, scale=0.3, divergence=divergence, reduction=reduction)(0)
+@pytest.mark.parametrize("softcap", [None, (2.0, 3.0), (None, 1.0)], ids=str)
+def test_second_gradient(impl, divergence, reduction, softcap):
+    arguments = make((4, 6), F64, **HARD, scale=0.3, divergence=divergence, reduction=reduction, softcap=softcap)(0)
     student, teacher = (arguments.pop(name).requires_grad_() for name in ("student_logits", "teacher_logits"))
     results = []
     for loss in (lambda *x: tlk.distillation(*x, impl=impl, **arguments), lambda *x: pytorch(*x, **arguments)):
@@ -79,7 +80,8 @@ def test_transforms_take_the_reference():
 
 
 @pytest.mark.parametrize("name", ["native", "reference"])
-@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"divergence": "js", "temperature": 2.0}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"divergence": "js", "temperature": 2.0},
+                                     {"softcap": (5.0, None)}], ids=str)  # fmt: skip
 def test_compile(name, options):
     student, teacher = torch.randn(6, 50, requires_grad=True), torch.randn(6, 50)
 

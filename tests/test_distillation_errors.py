@@ -31,6 +31,16 @@ ERRORS = [
     (ValueError, "beta: expected a number between 0 and 1, .* got 1.0", (S, T), {"beta": 1.0}),
     (ValueError, r"hard_weight: expected a number in \[0, 1\], got -0.1", (S, T, Y), {"hard_weight": -0.1}),
     (ValueError, r"label_smoothing: expected a number in \[0, 1\], got 2", (S, T, Y), {"label_smoothing": 2}),
+    (TypeError, "softcap: expected a number, got str", (S, T), {"softcap": "30"}),
+    (TypeError, "softcap: expected a number, got bool", (S, T), {"softcap": True}),
+    (ValueError, "softcap: expected None or a finite number above 0, got 0", (S, T), {"softcap": 0}),
+    (ValueError, "softcap: expected None or a finite number above 0, got -1", (S, T), {"softcap": -1.0}),
+    (ValueError, "softcap: expected None or a finite number above 0, got inf", (S, T), {"softcap": float("inf")}),
+    (ValueError, "softcap: expected None or a finite number above 0, got nan", (S, T), {"softcap": float("nan")}),
+    (ValueError, "softcap: expected one number or a pair .* got 3 values", (S, T), {"softcap": (1.0, 2.0, 3.0)}),
+    (ValueError, "softcap: expected one number or a pair .* got 0 values", (S, T), {"softcap": []}),
+    (TypeError, r"softcap\[1\]: expected a number, got str", (S, T), {"softcap": (1.0, "2")}),
+    (ValueError, r"softcap\[0\]: expected None or a finite number above 0, got 0", (S, T), {"softcap": (0, None)}),
     (TypeError, "ignore_index: expected an int, got float", (S, T), {"ignore_index": 1.0}),
     (ValueError, "reduction: expected one of .* got 'median'", (S, T), {"reduction": "median"}),
     (ValueError, "impl: expected 'auto' or one of .* got 'cuda'", (S, T), {"impl": "cuda"}),
@@ -63,7 +73,7 @@ def test_every_option_reaches_the_module():
     target = torch.tensor([0, 1, 2, 3])
     before = tlk.DistillationLoss(**plain)(S, T, target)
     for option in ({"temperature": 2.0}, {"divergence": "tv"}, {"beta": 0.2}, {"hard_weight": 0.1}, {"ignore_index": 1},
-                   {"label_smoothing": 0.2}, {"reduction": "sum"}):  # fmt: skip
+                   {"label_smoothing": 0.2}, {"softcap": (None, 0.5)}, {"reduction": "sum"}):  # fmt: skip
         for name in helpers.IMPLEMENTATIONS:
             module = tlk.DistillationLoss(**{**plain, **option}, impl=name)
             assert not torch.allclose(module(S, T, target), before)

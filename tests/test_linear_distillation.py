@@ -25,12 +25,19 @@ def gradients(loss, arguments, names):
     return value.detach(), *torch.autograd.grad(value, leaves, upstream)
 
 
+_HARD = {name: value for name, value in HARD.items() if name != "temperature"}
 OPTIONS = [
     {"divergence": divergence, "temperature": temperature, "beta": beta, "reduction": reduction, **hard}
     for divergence, temperature, beta, reduction in itertools.product(
         DIVERGENCES, (1.0, 2.5), (0.5, 0.2), ("none", "sum", "mean", "batchmean")
     )
-    for hard in ({}, {k: v for k, v in HARD.items() if k != "temperature"}, {"target": True, "ignore_index": 2})
+    for hard in (
+        {},
+        _HARD,
+        {"target": True, "ignore_index": 2},
+        {**_HARD, "softcap": (1.0, 2.0)},
+        {"softcap": (None, 0.5)},
+    )
     if beta == 0.5 or divergence == "js"
 ]
 
@@ -213,6 +220,9 @@ ERRORS = [
     (ValueError, "teacher_weight: .* device cpu, got meta", (S, W, T, U.to("meta")), {}),
     (ValueError, "target: expected class indices, since hard_weight", (S, W, T, U), {"hard_weight": 0.5}),
     (ValueError, "beta: expected a number between 0 and 1", (S, W, T, U), {"beta": 0.0}),
+    (TypeError, "softcap: expected a number, got str", (S, W, T, U), {"softcap": "30"}),
+    (ValueError, "softcap: expected None or a finite number above 0, got 0", (S, W, T, U), {"softcap": 0}),
+    (ValueError, "softcap: expected one number or a pair .* got 1 values", (S, W, T, U), {"softcap": [1.0]}),
     (ValueError, "student_input: expected shape (..., features), got ()", (S[0, 0], W, T, U), {}),
     (NotImplementedError, "triton", tuple(t.to("meta") for t in (S, W, T, U)), {"impl": "triton"}),
 ]
@@ -236,7 +246,7 @@ def test_every_option_reaches_the_module():
     target, options = torch.tensor([0, 1, 2, 3]), {"hard_weight": 0.5, "divergence": "js"}
     before = tlk.LinearDistillationLoss(**options)(S, W, T, U, target)
     for option in ({"temperature": 2.0}, {"divergence": "tv"}, {"beta": 0.2}, {"hard_weight": 0.1}, {"ignore_index": 1},
-                   {"label_smoothing": 0.2}, {"reduction": "sum"}):  # fmt: skip
+                   {"label_smoothing": 0.2}, {"softcap": (None, 0.5)}, {"reduction": "sum"}):  # fmt: skip
         module = tlk.LinearDistillationLoss(**{**options, **option})
         assert not torch.allclose(module(S, W, T, U, target), before)
         assert str(next(iter(option))) in repr(module)

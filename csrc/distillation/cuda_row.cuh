@@ -81,7 +81,8 @@ struct DistillationRow {
     if (!kCap || c.side[side].softcap == 0) return x;
     return inside ? tanh(x / cap[side]) : -A(INFINITY);
   }
-  // A difference of f, as one of x.
+  // A difference of f, as one of x. `side` is a constant everywhere: with a variable index the row would not stay in
+  // registers.
   TLK_DEVICE A of_x(A difference, int side) const { return kCap ? difference * cap[side] : difference; }
   // The derivative of x by the logit: small near the cap, so from f, not from x, which is rounded again.
   TLK_DEVICE A cap_slope(A f, int side) const {
@@ -297,7 +298,8 @@ struct DistillationRow {
     const bool ignored = c.target && target == c.ignore_index;
     if (ignored || target < 0 || target >= c.classes) return fill(ignored ? A(0) : A(NAN));
     // Read before a gradient may overwrite the logits.
-    const A target_f = hard ? capped(widen((c.student ? x[1] : x[0])[target]), c.student, true) : A(0);
+    A target_f = hard ? widen((c.student ? x[1] : x[0])[target]) : A(0);
+    if (kCap && hard) target_f = c.student ? capped(target_f, 1, true) : capped(target_f, 0, true);
     Sums z;
     add_up(z);
     Distributions both = {};
@@ -320,7 +322,7 @@ struct DistillationRow {
     if (c.loss && team.leads()) {
       A value = A(c.soft) * divergence;
       if (hard) {
-        const A target_distance = of_x((c.student ? z.peak[1] : z.peak[0]) - target_f, c.student);
+        const A target_distance = c.student ? of_x(z.peak[1] - target_f, 1) : of_x(z.peak[0] - target_f, 0);
         A cross_entropy = log(z.hard_sum) + A(1 - c.smoothing) * target_distance;
         if (spread) cross_entropy += A(c.smoothing / double(c.classes)) * z.hard_distance;
         value += A(c.hard) * cross_entropy;

@@ -65,10 +65,10 @@ def _halved(row: Config) -> Config:
     return row._replace(meta=meta, num_warps=max(1, row.num_warps // 2))
 
 
-# The second derivative holds twice as much of a tile.
-_SECOND, _SECOND_COLUMNS = (
+# The gradient with the entropy's and the second derivative hold more of a tile.
+_HALVED_ROWS, _HALVED_COLUMNS = (
     Table(
-        f"{table.name}, second derivative",
+        f"{table.name}, halved",
         *(row if row.meta["WHOLE"] else _halved(row) for row in table.rows),
     )
     for table in (ROWS, COLUMNS)
@@ -204,7 +204,8 @@ def sweep(
         if total is not None and partial is not None:
             sum_of(partial, total, factor, divisor)
 
-    (COLUMNS if columns else ROWS).run(input.device, input.element_size(), size, launches, repeatable=grad is not input)
+    tables = (ROWS, COLUMNS) if each.grad_entropy is None else (_HALVED_ROWS, _HALVED_COLUMNS)
+    tables[columns].run(input.device, input.element_size(), size, launches, repeatable=grad is not input)
 
 
 def _spread(options: Options, classes: int) -> float:
@@ -334,7 +335,7 @@ def directional(
         return *results[:3], v_input.copy_(results[3]), v_target.copy_(results[4])
     columns = layout.in_columns
     size = classes * (4 if softcap else 2) * (1 if grad_entropy is None else 2)
-    config = (_SECOND_COLUMNS if columns else _SECOND).find(input.device, input.element_size(), size)
+    config = (_HALVED_COLUMNS if columns else _HALVED_ROWS).find(input.device, input.element_size(), size)
     BP, BC = _tile(config, layout.inner, classes, columns, size)
     T = compute_dtype(input)
     target_strides = layout.strides[3:] or (layout.index_strides, (0, 0, 0))

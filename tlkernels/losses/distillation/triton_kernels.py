@@ -10,11 +10,19 @@ FORWARD, REVERSE, JS, TV = (tl.constexpr(DIVERGENCES.index(name)) for name in ("
 
 
 @triton.jit
-def load(at, valid, cap, T: tl.constexpr, EVICTION: tl.constexpr = ""):
-    """Return f of a tile, -inf where not valid: tanh(logit / cap), or the logits if cap is None."""
-    f = tl.load(at, valid, other=float("-inf"), eviction_policy=EVICTION).to(T)
+def _capped(logit, cap):
+    """Return f: tanh(logit / cap), or the logit if cap is None."""
+    f = logit
     if cap is not None:
-        f, _ = tanh_and_slope(f / cap)
+        f, _ = tanh_and_slope(logit / cap)
+    return f
+
+
+@triton.jit
+def load(at, valid, cap, T: tl.constexpr, EVICTION: tl.constexpr = ""):
+    """Return f of a tile, -inf where not valid."""
+    f = _capped(tl.load(at, valid, other=float("-inf"), eviction_policy=EVICTION).to(T), cap)
+    if cap is not None:
         f = tl.where(valid, f, float("-inf"))  # not -1
     return f
 
@@ -150,9 +158,8 @@ def distillation(
     at_g = (row * C)[:, None] + classes[None, :].to(tl.int64)
     if HARD:
         target_at = row_s + y * s_class
-        target_f = tl.load(student + target_at, counted & (y >= 0) & (y < C), other=0.0).to(T)
-        if s_cap is not None:
-            target_f, _ = tanh_and_slope(target_f / s_cap)
+        target_logit = tl.load(student + target_at, counted & (y >= 0) & (y < C), other=0.0).to(T)
+        target_f = _capped(target_logit, s_cap)
 
     g = tl.full([BP], factor, T)
     if divisor is not None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tlkernels._core.dtypes import compute_dtype
 from tlkernels._core.triton import check_classes, linear
+from tlkernels._core.triton.counted import counted_rows
 from tlkernels._core.triton.kernels import DTYPES, sum_of
 from tlkernels._core.triton.launch import Config, Table, launch
 from tlkernels.losses.cross_entropy.call import Arguments as CrossEntropyArguments
@@ -110,7 +111,7 @@ class _Launcher:
         # Probabilities would have to be copied.
         strategy = self.strategy or linear.strategy([layer], [needs])
         ahead = not self.probabilities and strategy == "lean"
-        self.counted = linear.counted_rows(valid, used, num_valid, ahead)
+        self.counted = counted_rows(valid, used, num_valid, ahead)
         if self.counted.miscounted is not None:  # with a class out of range every row is NaN
             bad = self.classes + (options.ignore_index == self.classes)
             target = target.masked_fill(self.counted.miscounted, bad)
@@ -211,7 +212,7 @@ class _Launcher:
             partial = input.new_empty((_FIELDS, splits, rows), dtype=self.wide)
             best = None if correct_class is None else input.new_empty((splits, rows), dtype=torch.int32)
             launch(
-                kernels.statistics, (blocks, splits), *operands, *target, self.counted.count, partial, best, rows,
+                kernels.statistics, (blocks, splits), *operands, *target, self.counted.total, partial, best, rows,
                 self.classes, input.shape[1], tiles_of_one, *self._numbers(), self.spread, config=config,
                 **self._sweep_constants(),
             )  # fmt: skip
@@ -239,7 +240,7 @@ class _Launcher:
             launch(
                 kernels.gradient, (triton.cdiv(rows, config.meta["BLOCK"]) * tiles,), *operands, *target, weight_sum,
                 self._weights(begin, end), results.peak, results.log_sum, results.mass, results.entropy, *upstreams,
-                self.counted.count, gradient, gradient.stride(0), rows, self.classes, input.shape[1], first, last,
+                self.counted.total, gradient, gradient.stride(0), rows, self.classes, input.shape[1], first, last,
                 self.options.ignore_index, *self._numbers(), self.options.z_loss, self.spread, config=config,
                 **self.elsewhere, **self._sweep_constants(),
             )  # fmt: skip

@@ -19,8 +19,8 @@ def classes_of_tile(first, DEEP: tl.constexpr, LANES: tl.constexpr):
 
 @triton.jit
 def capped(x, softcap, CAPPED: tl.constexpr):
-    """Return the logits after the softcap, and their derivative, or None without one."""
-    slope = None
+    """Return the logits after the softcap, and their derivative."""
+    slope = number(1.0, x.dtype)
     if CAPPED:
         f, slope = tanh_and_slope(x / softcap)
         x = softcap * f

@@ -7,7 +7,7 @@ from tlkernels._core.triton.kernels import number
 from tlkernels.losses.cross_entropy.triton_kernels import bounded
 
 IGNORED = tl.constexpr(-100)
-"""The target of a row without a class; that of a row with one is -1, and the number of classes with one out of range."""
+"""The target of a row without a class. That of a row with classes is -1, or C if one of them is out of range."""
 
 
 @triton.jit(do_not_specialize=["N"])
