@@ -163,6 +163,37 @@ def test_row_weight_leaves_the_denominator_alone(impl):
     torch.testing.assert_close(loss, (rows * weight).sum() / 4)
 
 
+@pytest.mark.parametrize("hard", [{}, {"hard_weight": 0.4, "label_smoothing": 0.1}], ids=["soft", "hard"])
+@pytest.mark.parametrize("fill", [math.nan, INF, -INF], ids=str)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_rows_of_weight_0_do_not_take_part(impl, divergence, fill, hard):
+    """Whatever they hold; the mean still divides by their number. Second derivatives are 0 too."""
+    student, teacher = torch.randn(2, 5, 40, dtype=F64)
+    weight = torch.tensor([0.0, 2.0, 0.0, -1.0, 0.5], dtype=F64)
+    options = {"row_weight": weight, "target": torch.tensor([0, 1, 2, -100, 3]), "divergence": divergence, **hard}
+    filled = [x.masked_fill((weight == 0).unsqueeze(-1), fill) for x in (student, teacher)]
+    results = []
+    for loss, logits in ((lambda *x: tlk.distillation(*x, impl=impl, **options), filled),
+                         (lambda *x: pytorch(*x, **options), (student, teacher))):  # fmt: skip
+        leaves = [x.clone().requires_grad_() for x in logits]
+        value = loss(*leaves)
+        grads = torch.autograd.grad(value, leaves, create_graph=True)
+        total = sum((grad * torch.cos(grad)).sum() for grad in grads)
+        results.append((value, *grads, *torch.autograd.grad(total, leaves)))
+    same(*results, rtol=1e-9, atol=1e-11)
+
+
+def test_a_derivative_by_row_weight_is_right_where_it_is_0():
+    """Where one may be asked for, the row takes part."""
+    student, teacher, weight = torch.randn(4, 9), torch.randn(4, 9), torch.tensor([0.0, 1.0, 0.0, 2.0])
+    rows = tlk.distillation(student, teacher, reduction="none")
+    loss = lambda w: tlk.distillation(student, teacher, row_weight=w, reduction="sum")  # noqa: E731
+    torch.testing.assert_close(torch.autograd.grad(loss(weight.requires_grad_()), weight)[0], rows)
+    torch.testing.assert_close(torch.func.grad(loss)(weight.detach()), rows)
+    torch.testing.assert_close(torch.func.jvp(loss, (weight.detach(),), (torch.ones(4),))[1], rows.sum())
+    torch.testing.assert_close(torch.func.jacfwd(loss)(weight.detach()), rows)
+
+
 @pytest.mark.parametrize("shape", [(4, 9), (2, 3, 9)], ids=str)
 def test_mean_is_batchmean_of_rows(impl, shape):
     """As F.kl_div's "batchmean"; its "mean" also divides by the number of classes."""

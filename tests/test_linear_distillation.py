@@ -163,6 +163,20 @@ def test_every_row_ignored(impl):
     assert all(not grad.any() for grad in grads)
 
 
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_rows_of_weight_0_do_not_take_part(impl, divergence, reduction):
+    arguments = make((5,), 37, F64, divergence=divergence, reduction=reduction, **HARD)(0)
+    arguments["row_weight"] = weight = torch.tensor([0.0, 2.0, 0.0, -1.0, 0.5], dtype=F64)
+    right, *expected = gradients(pytorch, arguments, LAYERS)
+    for side, fill in (("student", torch.nan), ("teacher", torch.inf)):
+        arguments[f"{side}_input"] = arguments[f"{side}_input"].masked_fill((weight == 0).unsqueeze(-1), fill)
+    loss, *grads = gradients(lambda **a: tlk.linear_distillation(**a, impl=impl), arguments, LAYERS)
+    torch.testing.assert_close(loss, right)
+    for grad, other in zip(grads, expected, strict=True):
+        torch.testing.assert_close(grad, other)
+
+
 def test_autocast(impl):
     """The products are bfloat16, the loss is float32, the gradients have the parameters' dtype."""
     arguments = make((64,), 50, F32)(0)

@@ -325,7 +325,7 @@ struct DistillationKernel {
       row.next[side] = static_cast<const T*>(s.x) + offset(s.stride, next, c.inner);
       row.grad[side] = s.grad ? static_cast<T*>(s.grad) + offset(s.grad_stride, i, c.inner) : nullptr;
     }
-    if (c.target && c.target[i] == c.ignore_index) return ignore(row, i);
+    if ((c.target && c.target[i] == c.ignore_index) || per_row(c.row_weight, i) == 0) return ignore(row, i);
     if (row.grad[0])
       row.grad[1] ? compute<true, true>(row, i) : compute<true, false>(row, i);
     else

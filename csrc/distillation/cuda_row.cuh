@@ -298,7 +298,8 @@ struct DistillationRow {
 
   TLK_DEVICE void run() {
     const int64_t target = c.target ? c.target[row] : 0;
-    const bool ignored = c.target && target == c.ignore_index;
+    const A weight = per_row(c.row_weight);
+    const bool ignored = (c.target && target == c.ignore_index) || weight == 0;
     if (ignored || target < 0 || target >= c.classes) return fill(ignored ? A(0) : A(NAN));
     // Read before a gradient may overwrite the logits.
     A target_f = hard ? widen((c.student ? x[1] : x[0])[target]) : A(0);
@@ -321,7 +322,6 @@ struct DistillationRow {
       divergence = mean_slopes(both);
     }
     team.has_read();
-    const A weight = per_row(c.row_weight);
     if (c.loss && team.leads()) {
       A value = A(c.soft) * divergence;
       if (hard) {

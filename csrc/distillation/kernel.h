@@ -34,7 +34,7 @@ struct Distillation {
   double smoothing = 0;
   const int64_t* target = nullptr;  // (rows): class indices; null: no row is ignored
   int64_t ignore_index = 0;
-  PerPosition row_weight;  // compute type; may be null
+  PerPosition row_weight;  // compute type; may be null. A row of weight 0 is ignored
   PerPosition grad_loss;   // upstream gradient, compute type; required if a gradient is wanted
   void* loss = nullptr;    // (rows), compute type; null: not wanted
 

@@ -249,6 +249,15 @@ def one_sweep(sweep: Sweep, *args: Any, dtype: torch.dtype | None = None) -> Ten
     return _attach(loss, sweep, args, where_needed(grads, needs)) if any(needs) else loss
 
 
+def is_differentiated(tensor: Tensor) -> bool:
+    """Return whether a derivative by `tensor` may be asked for."""
+    if tensor.requires_grad or torch.compiler.is_compiling():
+        return tensor.requires_grad
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return True
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
+
+
 def needs_grad(args: Args) -> bool:
     """Return whether autograd will ask for the gradient of one of `args`."""
     return torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)

@@ -57,7 +57,8 @@ def distillation(
         hard_weight: in [0, 1]; the share of the cross entropy. Above 0 it requires `target`.
         ignore_index: the class index to ignore. Ignored rows count neither in the loss nor in the mean. Their gradient
             is 0 even if their logits are not finite.
-        row_weight: a factor for each row, of shape (...). The mean still divides by the number of rows.
+        row_weight: a factor for each row, of shape (...). The mean still divides by the number of rows. Where it
+            requires no gradient, the loss and gradient of a row of weight 0 are 0 even if its logits are not finite.
         label_smoothing: in [0, 1]; the share of the uniform distribution in the target of the cross entropy.
         softcap: None, or a number above 0: both logits x become softcap * tanh(x / softcap), before the temperature, in
             the divergence and in the cross entropy. A pair (student's, teacher's) gives each side its own, or None.

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tlkernels._core.autograd import is_differentiated
 from tlkernels._core.dtypes import FLOATING, INTEGER, loss_dtype
 from tlkernels._core.options import integer, number, smoothing
 
@@ -53,6 +54,15 @@ def counted_rows(student: Tensor, options: Options) -> Tensor | float:
     if options.target is None:
         return math.prod(student.shape[:-1])  # unlike numel() / C, this keeps a symbolic size
     return (options.target != options.ignore_index).sum()
+
+
+def absent_rows(options: Options) -> Tensor | None:
+    """Return which rows do not take part: ignored ones, and those of weight 0 if `row_weight` needs no gradient."""
+    target, row_weight = options.target, options.row_weight
+    absent = None if target is None else target == options.ignore_index
+    if row_weight is None or is_differentiated(row_weight):
+        return absent
+    return row_weight == 0 if absent is None else absent | (row_weight == 0)
 
 
 def triton_softcaps(options: Options) -> tuple[tuple[float, float], dict[str, bool]]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tlkernels._core.dtypes import compute_dtype
 from tlkernels._core.reduction import reduce
-from tlkernels.losses.distillation.call import Arguments, Options
+from tlkernels.losses.distillation.call import Arguments, Options, absent_rows
 
 
 def distillation(call: Arguments) -> Tensor:
@@ -23,12 +23,10 @@ def losses(student: Tensor, teacher: Tensor, options: Options) -> Tensor:
     target, row_weight, temperature, divergence, beta, hard_weight, ignore_index, label_smoothing, *caps = options
     dtype = compute_dtype(student, teacher)
     student, teacher = student.to(dtype), teacher.to(dtype)
-    ignored = None
-    if target is not None:
-        target = target.long()
-        ignored = target == ignore_index
-        student = student.masked_fill(ignored.unsqueeze(-1), 0)
-        teacher = teacher.masked_fill(ignored.unsqueeze(-1), 0)
+    absent = absent_rows(options)
+    if absent is not None:
+        student = student.masked_fill(absent.unsqueeze(-1), 0)
+        teacher = teacher.masked_fill(absent.unsqueeze(-1), 0)
     student, teacher = (_capped(x, cap) for x, cap in zip((student, teacher), caps, strict=True))
     log_q = (teacher / temperature).log_softmax(-1)
     log_p = (student / temperature).log_softmax(-1)
@@ -36,7 +34,7 @@ def losses(student: Tensor, teacher: Tensor, options: Options) -> Tensor:
     if target is not None:  # also if hard_weight is 0, since a class index out of range is an error
         hard = F.cross_entropy(
             student.reshape(-1, student.shape[-1]),
-            target.reshape(-1),
+            target.reshape(-1).long(),
             ignore_index=ignore_index,
             reduction="none",
             label_smoothing=label_smoothing,
@@ -44,7 +42,7 @@ def losses(student: Tensor, teacher: Tensor, options: Options) -> Tensor:
         rows = rows + hard_weight * hard if hard_weight else rows
     if row_weight is not None:
         rows = rows * row_weight.to(dtype)
-    return rows if ignored is None else rows.masked_fill(ignored, 0)
+    return rows if absent is None else rows.masked_fill(absent, 0)
 
 
 def _capped(logits: Tensor, softcap: float | None) -> Tensor:

@@ -99,10 +99,12 @@ def second(
     classes = tl.arange(0, BC)
     mask = row < N
     counted, bad = mask, mask & False
+    if row_weight is not None:
+        counted &= tl.load(row_weight + row, mask, other=0.0) != 0
     y = tl.full([BP], -1, tl.int64)
     if target is not None:
         y = tl.load(target + row, mask, other=0).to(tl.int64)
-        counted = mask & (y != ignore_index)
+        counted &= y != ignore_index
         bad = counted & ((y < 0) | (y >= C))
     row_s = row // inner * s_outer + row % inner * s_inner
     row_t = row // inner * t_outer + row % inner * t_inner

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from tlkernels._core.reduction import reduce
 from tlkernels.losses.distillation import reference
-from tlkernels.losses.distillation.call import Options
+from tlkernels.losses.distillation.call import Options, absent_rows
 from tlkernels.losses.linear_distillation.call import Arguments, Layers
 
 
@@ -18,10 +18,10 @@ def linear_distillation(call: Arguments) -> Tensor:
 
 def losses(layers: Layers, options: Options) -> Tensor:
     """Return the loss of each row, in the dtype of the computation."""
-    if options.target is not None:  # ignored rows add nothing to the layers' gradients, not even 0 * NaN
-        ignored = (options.target == options.ignore_index).unsqueeze(-1)
+    absent = absent_rows(options)
+    if absent is not None:  # they add nothing to the layers' gradients, not even 0 * NaN
         layers = layers._replace(
-            student_input=layers.student_input.masked_fill(ignored, 0),
-            teacher_input=layers.teacher_input.masked_fill(ignored, 0),
+            student_input=layers.student_input.masked_fill(absent.unsqueeze(-1), 0),
+            teacher_input=layers.teacher_input.masked_fill(absent.unsqueeze(-1), 0),
         )
     return reference.losses(F.linear(*layers.student), F.linear(*layers.teacher), options)

@@ -28,7 +28,7 @@ from tlkernels._core.dtypes import compute_dtype
 from tlkernels._core.triton import check_classes, linear
 from tlkernels._core.triton.kernels import DTYPES, sum_of
 from tlkernels._core.triton.launch import Config, Table, launch
-from tlkernels.losses.distillation.call import DIVERGENCES, Options, counted_rows, triton_softcaps
+from tlkernels.losses.distillation.call import DIVERGENCES, Options, absent_rows, counted_rows, triton_softcaps
 from tlkernels.losses.linear_distillation import triton_gradients
 from tlkernels.losses.linear_distillation import triton_kernels as kernels
 from tlkernels.losses.linear_distillation.call import Layers
@@ -88,10 +88,10 @@ class _Launcher:
         sides = [linear.Needs(*needs[k : k + 3]) for k in (0, 3)]
         plan = linear.plan(self.layers, sides)
         self.in_chunks = plan.strategy == "chunks"
-        ignored = None
-        if any(needs) and self.target is not None:
-            ignored = (self.target == self.options.ignore_index).unsqueeze(1)
-        sweeps = [linear.Sweep(layer, side, plan, ignored) for layer, side in zip(self.layers, sides, strict=True)]
+        absent = absent_rows(self.options) if any(needs) else None
+        if absent is not None:
+            absent = absent.reshape(-1, 1)
+        sweeps = [linear.Sweep(layer, side, plan, absent) for layer, side in zip(self.layers, sides, strict=True)]
         for begin in range(0, self.rows, plan.rows):
             end = min(begin + plan.rows, self.rows)
             logits = [None if sweep.lean else sweep.compute(begin, end) for sweep in sweeps]

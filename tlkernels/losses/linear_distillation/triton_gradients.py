@@ -61,13 +61,15 @@ def gradient(
     s_average = tl.load(kept + 4 * kept_rows + r, mask, other=0.0)
     t_average = tl.load(kept + 5 * kept_rows + r, mask, other=0.0)
     g = tl.load(upstream + r * upstream_row, mask, other=0.0).to(T)
-    if row_weight is not None:
-        g *= tl.load(row_weight + r, mask, other=0.0).to(T)
     counted = mask
+    if row_weight is not None:
+        weight = tl.load(row_weight + r, mask, other=0.0).to(T)
+        g *= weight
+        counted &= weight != 0
     y = r
     if target is not None:
         y = tl.load(target + r, mask, other=-1)
-        counted = mask & (y != ignore_index)
+        counted &= y != ignore_index
         g = tl.where((y >= 0) & (y < classes), g, float("nan"))
     g = tl.where(counted, g, 0.0)[None, None, :]  # it is infinite if no row counts
     ps = tl.exp(s_gap * inv_t - s_log_sum[None, None, :])

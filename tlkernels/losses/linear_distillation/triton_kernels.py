@@ -313,9 +313,12 @@ def finish(
         if HARD:
             result += hard
         if row_weight is not None:
-            result *= tl.load(row_weight + r, mask, other=0.0).to(T)
+            weight = tl.load(row_weight + r, mask, other=0.0).to(T)
+            result *= weight
         if target is not None:
             y = tl.load(target + r, mask, other=-1)
             result = tl.where((y >= 0) & (y < classes), result, float("nan"))
             result = tl.where(y == ignore_index, 0.0, result)
+        if row_weight is not None:
+            result = tl.where(weight == 0, 0.0, result)
         tl.store(loss + r, result, mask)
