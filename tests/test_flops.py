@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import IMPLEMENTATIONS
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import tlkernels as tlk
@@ -195,10 +196,16 @@ def test_counting_changes_no_bit(any_impl):
         assert all(map(torch.equal, run(), right))
 
 
+class CallingMode(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.usefixtures("needs_native")
-def test_other_modes_still_have_autograd_by_rules():
-    """With fake tensors nothing is computed, and a reduced loss is not computed along with its gradients."""
-    with FakeTensorMode(), FlopCounterMode(display=False) as counter:
+@pytest.mark.parametrize("mode", [FakeTensorMode, CallingMode])
+def test_with_another_mode_the_backward_is_the_rule(mode):
+    """A mode may replace tensors, so a reduced loss is not computed along with its gradients."""
+    with mode(), FlopCounterMode(display=False) as counter:
         input, weight = normal(N, D), normal(C, D)
         tlk.linear_cross_entropy(input, weight, labels(), impl="native").backward()
     assert counter.get_total_flops() == 4 * LOGITS

@@ -182,7 +182,10 @@ def where_needed(grads: Tensors, needs: Needs) -> list[Tensor | None]:
 
 
 def eager(*args: Any) -> bool:
-    """Return whether `args` hold plain tensors outside of any compiler, transform, tracer and dispatch mode."""
+    """Return whether `args` hold plain tensors outside of any compiler, transform, tracer and dispatch mode.
+
+    `FlopCounterMode` counts what a call does without it.
+    """
     if (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
