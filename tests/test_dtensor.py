@@ -135,7 +135,7 @@ def shares(dtype):
     given = {name: draw(shape).to(dtype) for name, shape in (rows | shared).items()}
     given |= {"by_row": draw(ROWS).abs().to(dtype), "by_class": draw(CLASSES).abs().to(dtype), "y": Y}
     given |= {"pixels": Y[:, None].repeat(1, 3), "tokens": Y[:, None].repeat(1, 2), "q": given["t"].softmax(1)}
-    return given, {*shared, "by_class"}
+    return given | {"valid": 6}, {*shared, "by_class"}
 
 
 CALLS = {
@@ -149,7 +149,9 @@ CALLS = {
     "probabilities": (lambda g, **o: tlk.cross_entropy(g["x"], g["q"], softcap=3.0, **o), ("x",)),
     "image": (lambda g, **o: tlk.cross_entropy(g["image"], g["pixels"], **o), ("image",)),
     "linear": (
-        lambda g, **o: tlk.linear_cross_entropy(g["h"], g["w"], g["tokens"], linear_bias=g["b"], num_valid=6, **o),
+        lambda g, **o: tlk.linear_cross_entropy(
+            g["h"], g["w"], g["tokens"], linear_bias=g["b"], num_valid=g["valid"], **o
+        ),
         ("h", "w", "b"),
     ),
     "distillation": (
@@ -185,15 +187,17 @@ def check_call(name, mesh, dtype, reduction, impl, dim=0, masked=False):
     call, wanted = CALLS[name]
     given, shared = shares(dtype)
     if masked:
-        given |= {key: torch.full_like(given[key], -100) for key in ("y", "pixels", "tokens")}
+        given |= {key: torch.full_like(given[key], -100) for key in ("y", "pixels", "tokens")} | {"valid": 0}
     options = {"reduction": reduction}
     expected = result_of(call, given, wanted, impl="reference", **options)
     placed = {
-        key: distribute_tensor(tensor, mesh, [Replicate() if key in shared else Shard(dim)] * mesh.ndim)
+        key: distribute_tensor(
+            tensor, mesh, [Replicate() if key in shared or tensor.dim() <= dim else Shard(dim)] * mesh.ndim
+        )
         for key, tensor in given.items()
-        if key in shared or tensor.dim() > dim
+        if isinstance(tensor, torch.Tensor)
     }
-    found = result_of(call, placed, wanted, impl=impl, **options)
+    found = result_of(call, {**given, **placed}, wanted, impl=impl, **options)
     assert found[0].dtype == dtype
     assert all(isinstance(value, DTensor) for value in found)
     tolerance = {"rtol": DTYPES[dtype], "atol": DTYPES[dtype], "equal_nan": True}
