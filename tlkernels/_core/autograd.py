@@ -195,7 +195,7 @@ def eager(*args: Any) -> bool:
         return False
     # all() of a generator takes a microsecond longer, which is noticeable in small calls.
     for arg in args:  # noqa: SIM110
-        if isinstance(arg, Tensor) and type(arg) not in _PLAIN:
+        if isinstance(arg, Tensor) and type(arg) not in PLAIN:
             return False
     return True
 
@@ -209,7 +209,8 @@ def plain(*args: Any) -> bool:
     )
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN = (Tensor, torch.nn.Parameter)
+"""The types of tensors without operators of their own."""
 
 
 def apply(op: Any, *args: Any) -> Any:
@@ -288,7 +289,7 @@ def refuse_triton(*tensors: Tensor | None) -> str | None:
 def _refuse_subclasses(*tensors: Tensor | None) -> str | None:
     """Return why kernels cannot serve these tensors if one is a subclass with its own operators, or None."""
     for tensor in tensors:
-        if tensor is None or type(tensor) in _PLAIN or isinstance(tensor, _TRACED):
+        if tensor is None or type(tensor) in PLAIN or isinstance(tensor, _TRACED):
             continue
         kind = type(tensor)
         if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:  # such as DTensor

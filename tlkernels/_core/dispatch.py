@@ -77,7 +77,8 @@ def _report(loss: str, implementations: Sequence[Implementation], call: Any, imp
     order = [implementation.name for implementation in tried]
     chosen = next((name for name in order if reasons[name] is None and _requested(by_name[name], impl)), None)
     how = by_name[chosen].how if chosen else None
-    served = f"served by {chosen}{', ' + how(call) if how else ''}"
+    way = how(call) if how else ""
+    served = f"served by {chosen}{', ' + way if way else ''}"
     lines = [f"{loss}(impl={impl!r}): " + (served if chosen else "cannot be served")]
     for name in [*order, *(name for name in NAMES if name not in by_name)]:
         if name != chosen:

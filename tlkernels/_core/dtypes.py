@@ -1,5 +1,9 @@
 """Dtypes of inputs, of the computation and of results."""
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -18,12 +22,36 @@ def autocasts(device: torch.device) -> bool:
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
+class _Wide(threading.local):
+    losses = False
+
+
+_wide = _Wide()
+
+
+@contextmanager
+def wide_losses() -> Iterator[None]:
+    """Make losses at least float32 within the context, as under autocast: they are parts of a loss."""
+    before, _wide.losses = _wide.losses, True
+    try:
+        yield
+    finally:
+        _wide.losses = before
+
+
 def loss_dtype(first: Tensor, *others: Tensor) -> torch.dtype:
     """Return the dtype of a loss of these tensors: the promoted one; under autocast at least float32, as in PyTorch."""
     dtype = first.dtype
     for tensor in others:
         dtype = torch.promote_types(dtype, tensor.dtype)
-    return torch.promote_types(dtype, torch.float32) if autocasts(first.device) else dtype
+    return at_least_float32(dtype, first.device)
+
+
+def at_least_float32(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return the dtype of a loss of `dtype`: at least float32 under autocast and within `wide_losses`."""
+    if autocasts(device) or (not torch.compiler.is_compiling() and _wide.losses):
+        return torch.promote_types(dtype, torch.float32)
+    return dtype
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

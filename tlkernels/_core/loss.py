@@ -4,8 +4,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch import Tensor
 
 from tlkernels._core.autograd import (
+    PLAIN,
     Args,
     Needs,
     Tensors,
@@ -99,6 +101,60 @@ def in_one_sweep(inputs: Tensors, args: Sequence[Any], reduction: str) -> bool:
     return True
 
 
+class Rows(NamedTuple):
+    """Which tensors of a call have rows, for DTensors whose rows are sharded; see `dtensor.py`.
+
+    The first tensor of a call has rows. All others have them too, in the same dimensions, unless they are `shared`.
+    """
+
+    axis: int | None
+    """The dimension of classes or features, the last if it has fewer; None if every dimension has rows. Tensors that
+    have a dimension less than the first one do not have it."""
+    shared: tuple[str, ...] = ()
+    """The names of the fields of tensors without rows."""
+    local: Callable[[Any], Any] = lambda call: call
+    """Returns the call on a rank's rows, without what holds for all rows."""
+    finished: Callable[[Any, Tensor], Tensor] = lambda call, loss: loss.to(call.dtype)
+    """Returns the loss from the reduced value, in the dtype of the computation."""
+
+    def axis_of(self, tensor: Tensor) -> int | None:
+        """Return the dimension of classes or features of the first tensor."""
+        return None if self.axis is None else min(self.axis % max(tensor.dim(), 1), tensor.dim() - 1)
+
+
+def _is_dtensor(tensor: Tensor | None) -> bool:
+    """Return whether this is a DTensor, without importing its module."""
+    return type(tensor) not in PLAIN and any(base.__name__ == "DTensor" for base in type(tensor).__mro__)
+
+
+def _on_dtensors(rows: Rows | None, tensors: Callable[[Any], Tensors], by: Implementation) -> Implementation:
+    """Return the implementation that also serves DTensors whose rows are sharded."""
+    if rows is None:
+        return by
+
+    def refuse(call: Any) -> str | None:
+        reason = by.refuse(call)
+        if reason is None or torch.compiler.is_compiling() or not any(map(_is_dtensor, tensors(call))):
+            return reason
+        from tlkernels._core import dtensor
+
+        return dtensor.refuse(call, rows, by.refuse)
+
+    def run(call: Any) -> Any:
+        if not _is_dtensor(tensors(call)[0]):
+            return by.run(call)
+        from tlkernels._core import dtensor
+
+        return dtensor.run(call, rows, by.run)
+
+    def how(call: Any) -> str:
+        if _is_dtensor(tensors(call)[0]):
+            return "each rank its own rows"
+        return by.how(call) if by.how else ""
+
+    return by._replace(refuse=refuse, run=run, how=how)
+
+
 def implementations(
     *,
     native: Callable[[Any], Any],
@@ -110,6 +166,7 @@ def implementations(
     refuse_reference: Callable[[Any], str | None] = lambda call: None,
     strategy: Callable[[Any], str] | None = None,
     native_strategy: Callable[[Any], str] | None = None,
+    rows: Rows | None = None,
 ) -> tuple[Implementation, ...]:
     """Return the implementations of a loss, in the order in which `auto` tries them.
 
@@ -123,8 +180,9 @@ def implementations(
         refuse_reference: returns why the reference cannot, or None.
         strategy: says in which way Triton serves a call.
         native_strategy: says in which way the extension does.
+        rows: which tensors have rows; without it kernels do not serve DTensors.
     """
-    return (
+    kernels = (
         Implementation(
             "native",
             lambda call: refuse_native(*tensors(call), served=served) or refuse(call),
@@ -138,5 +196,8 @@ def implementations(
             by_name_only=INTERPRETED,
             how=strategy,
         ),
+    )
+    return (
+        *(_on_dtensors(rows, tensors, each) for each in kernels),
         Implementation("reference", refuse_reference, in_pytorch(reference)),
     )

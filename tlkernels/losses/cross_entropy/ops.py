@@ -32,7 +32,7 @@ from tlkernels._core.autograd import (
     where_needed,
 )
 from tlkernels._core.dtypes import compute_dtype
-from tlkernels._core.loss import Op, define_ops, implementations, take
+from tlkernels._core.loss import Op, Rows, define_ops, implementations, take
 from tlkernels._core.reduction import reduce
 from tlkernels.losses.cross_entropy import inplace, reference, transforms, vocab_parallel
 from tlkernels.losses.cross_entropy.call import Arguments, CrossEntropyOutput, Options
@@ -305,4 +305,5 @@ IMPLEMENTATIONS = implementations(
     tensors=_tensors,
     refuse=_refuse,
     refuse_reference=_refuse_reference,
+    rows=Rows(1, ("weight",)),
 )

@@ -25,7 +25,7 @@ from tlkernels._core.autograd import (
     where_needed,
 )
 from tlkernels._core.dtypes import cast, compute_dtype
-from tlkernels._core.loss import Op, define_ops, gradients_by, implementations, in_one_sweep, take
+from tlkernels._core.loss import Op, Rows, define_ops, gradients_by, implementations, in_one_sweep, take
 from tlkernels._core.reduction import reduce
 from tlkernels.losses.distillation import reference
 from tlkernels.losses.distillation.call import Arguments, Options, counted_rows
@@ -167,4 +167,5 @@ IMPLEMENTATIONS = implementations(
     served=native.served("distillation_fwd"),
     tensors=_tensors,
     refuse=lambda call: refuse_options(call.options),
+    rows=Rows(-1),
 )

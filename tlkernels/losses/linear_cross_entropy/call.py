@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tlkernels._core.autograd import Tensors
-from tlkernels._core.dtypes import FLOATING, autocasts
+from tlkernels._core.autograd import PLAIN, Tensors
+from tlkernels._core.dtypes import FLOATING, autocasts, loss_dtype
 from tlkernels._core.options import integer
 from tlkernels.losses.cross_entropy.call import Arguments as CrossEntropyArguments
 from tlkernels.losses.cross_entropy.call import CrossEntropyOutput, Options
@@ -31,6 +31,15 @@ class Arguments(NamedTuple):
     def layer(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """The tensors of the linear layer."""
         return self.input, self.linear_weight, self.linear_bias
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the loss: the input's; under autocast float32, as in PyTorch."""
+        return loss_dtype(self.input)
+
+    def denominator(self) -> Tensor | float:
+        """Return the divisor of "mean", as in cross entropy."""
+        return self.flat().on_shape().denominator()
 
     def with_layer(self, layer: Tensors) -> "Arguments":
         """Return the call with other tensors in its layer."""
@@ -107,8 +116,19 @@ def check(call: Arguments) -> Arguments:
         )
     if call.num_valid is not None:
         call = call._replace(num_valid=_checked_num_valid(call.num_valid, target, rows.numel()))
-    check_cross_entropy(call.flat().on_shape())
+    check_cross_entropy(_without_memory(call).flat().on_shape())
     return call
+
+
+def _without_memory(call: Arguments) -> Arguments:
+    """Return a call of the same shapes that can be flattened, as DTensors with uneven shards cannot."""
+    if type(call.target) in PLAIN:
+        return call
+    target, row_weight = (
+        tensor.new_empty(()).expand(tensor.shape) if isinstance(tensor, Tensor) else tensor
+        for tensor in (call.target, call.row_weight)
+    )
+    return call._replace(input=call.input.new_empty(()).expand(call.input.shape), target=target, row_weight=row_weight)
 
 
 def _checked_num_valid(num_valid: int, target: Tensor, rows: int) -> int:

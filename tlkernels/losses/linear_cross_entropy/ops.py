@@ -25,7 +25,7 @@ from tlkernels._core.autograd import (
     where_needed,
 )
 from tlkernels._core.dtypes import cast, compute_dtype
-from tlkernels._core.loss import Op, define_ops, implementations, in_one_sweep, take
+from tlkernels._core.loss import Op, Rows, define_ops, implementations, in_one_sweep, take
 from tlkernels._core.reduction import reduce
 from tlkernels._core.triton import linear
 from tlkernels.losses.cross_entropy import vocab_parallel
@@ -231,4 +231,5 @@ IMPLEMENTATIONS = implementations(
     refuse=_refuse,
     native_strategy=_native_strategy,
     strategy=_triton_strategy,
+    rows=Rows(-1, ("linear_weight", "linear_bias", "weight"), lambda call: call._replace(num_valid=None)),
 )

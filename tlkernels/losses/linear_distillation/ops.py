@@ -23,7 +23,7 @@ from tlkernels._core.autograd import (
     one_sweep,
 )
 from tlkernels._core.dtypes import cast
-from tlkernels._core.loss import Op, define_ops, gradients_by, implementations, in_one_sweep, take
+from tlkernels._core.loss import Op, Rows, define_ops, gradients_by, implementations, in_one_sweep, take
 from tlkernels._core.reduction import reduce
 from tlkernels._core.triton import linear
 from tlkernels.losses.distillation.call import Options, counted_rows
@@ -149,4 +149,5 @@ IMPLEMENTATIONS = implementations(
     tensors=_tensors,
     refuse=lambda call: refuse_options(call.options),
     strategy=lambda call: linear.describe([call.layers.student, call.layers.teacher]),
+    rows=Rows(-1, ("student_weight", "student_bias", "teacher_weight", "teacher_bias")),
 )

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tlkernels._core.dtypes import FLOATING, autocasts, cast
+from tlkernels._core.dtypes import FLOATING, at_least_float32, cast
 from tlkernels._core.reduction import REDUCTIONS, sum_in_order
 
 _INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -34,9 +34,7 @@ class Arguments(NamedTuple):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the loss: the common one; under autocast float32, as in PyTorch."""
-        if autocasts(self.input.device):
-            return torch.promote_types(self.common, torch.float32)
-        return self.common
+        return at_least_float32(self.common, self.input.device)
 
     @property
     def compute(self) -> torch.dtype:

@@ -21,7 +21,7 @@ from tlkernels._core.autograd import (
     refuse_transforms,
 )
 from tlkernels._core.dtypes import compute_dtype
-from tlkernels._core.loss import Op, define_ops, gradients_by, implementations, in_one_sweep
+from tlkernels._core.loss import Op, Rows, define_ops, gradients_by, implementations, in_one_sweep
 from tlkernels.losses.mse import reference
 from tlkernels.losses.mse.call import Arguments
 
@@ -140,4 +140,6 @@ IMPLEMENTATIONS = implementations(
     served=native.served("mse_fwd"),
     tensors=lambda call: (call.input, call.target, call.weight),
     refuse=_refuse,
+    # The root of rmse is that of the whole sum.
+    rows=Rows(None, (), lambda call: call if call.reduction == "none" else call._replace(eps=None), Arguments.finished),
 )
