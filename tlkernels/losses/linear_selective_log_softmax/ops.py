@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from tlkernels._core import native
+from tlkernels._core import flops, native
 from tlkernels._core.autograd import Args, Needs, Rule, Tensors, apply, differentiable, refuse_transforms, where_needed
 from tlkernels._core.loss import Op, define_ops, implementations, take
 from tlkernels._core.triton import linear
@@ -62,6 +62,7 @@ NATIVE, TRITON = define_ops(
             _fake_backward,
         ),
     },
+    flops=flops.of_linear_layer,
 )
 
 
