@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -47,7 +48,7 @@ def examples() -> Iterator[Example]:
         for classes in sizes:
             z, rows = meta((4096, classes), dtype), meta((4096,), wide)
             normaliser = rows, rows, rows
-            call = rows, None, None, z, y, *normaliser, *_PLAIN
+            call: tuple[Any, ...] = rows, None, None, z, y, *normaliser, *_PLAIN
             yield Example(f"backward-{classes}-{dtype}", partial(backward, *call), _WIDE)
             call = rows, rows, rows, z, y, *normaliser, *_SMOOTH[:-1], 2 * classes
             yield Example(f"backward-part-{classes}-{dtype}", partial(backward, *call), _WIDE)

@@ -26,7 +26,8 @@ def _call(
     x, w, b = meta((rows, features), dtype), meta((classes, features), dtype), meta((classes,), dtype)
     target = meta((rows, classes), dtype) if probabilities else meta((rows,), torch.int64)
     layer = (x, w, b if every_option else None)
-    options = (b if every_option else None, -100, smoothing, 1.0, softcap, 0.0)
+    row_weight = meta((rows,), torch.float32) if every_option else None
+    options = (b if every_option else None, -100, smoothing, 1.0, softcap, 0.0, None, row_weight, None)
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
     try:
@@ -34,7 +35,7 @@ def _call(
             if every_option:
                 g = meta((rows,), torch.float32)
                 forward_stats(*layer, target, *options)
-                backward(g, g, *layer, target, *options, (True, True, True))
+                backward(g, g, g, *layer, target, g, g, g, *options, (True, True, True))
             else:
                 step(*layer, target, *options, True, (True, True, False))
     finally:

@@ -274,10 +274,11 @@ def write_gradient(
     options: Options, grad: Tensor,
 ) -> None:  # fmt: skip
     """Write the gradient for upstreams of loss, lse and entropy to `grad`, by (peak, log_sum, entropy)."""
-    *_, grad_entropy = upstreams
+    grad_loss, grad_lse, grad_entropy = upstreams
     peak, log_sum, entropy = normaliser
-    given = peak, log_sum, None if grad_entropy is None else entropy
-    sweep(input, target, options, PerPosition(None, *upstreams, None, *given), given=True, grad=grad)
+    entropy = None if grad_entropy is None else entropy
+    rows = PerPosition(None, grad_loss, grad_lse, grad_entropy, None, peak, log_sum, entropy)
+    sweep(input, target, options, rows, given=True, grad=grad)
 
 
 def total(input: Tensor, target: Tensor, *arguments: Any) -> Tensor:
