@@ -61,11 +61,12 @@ class _LossPerRow(Function):
         if weight_t is not None:
             raise NotImplementedError("weight: cross_entropy's kernels compute no derivative by it")
         ones = torch.ones_like(input.select(class_axis(input), 0), dtype=compute_dtype(input))
-        zeros: Tensor | None = torch.zeros_like(ones)
-        loss_t = lse_t = entropy_t = zeros
+        zeros = torch.zeros_like(ones)
+        loss_t, lse_t, entropy_t = zeros, zeros, zeros
         if input_t is not None:
             along = directional(input_t, ones, None, zeros if ctx.stats else None, input, target, options)
-            loss_t, lse_t, entropy_t = along.loss, along.lse, along.entropy
+            loss_t, lse_t = along.loss, along.lse
+            entropy_t = zeros if along.entropy is None else along.entropy
         if target_t is not None:
             slope = target_gradient(ones, input, target, options)
             loss_t = loss_t + (slope * target_t).sum(class_axis(input))
@@ -116,12 +117,12 @@ class _Gradient(Function):
     def backward(ctx: Any, direction: Tensor | None) -> Any:
         if direction is None:
             return (None,) * 11
-        *upstream, input, target, weight, _, _, _ = ctx.saved_tensors
+        grad_loss, grad_lse, grad_entropy, input, target, weight, *_ = ctx.saved_tensors
         _, needs_lse, needs_entropy, _, needs_target, needs_weight, *_ = ctx.needs_input_grad
         if needs_weight:
             raise NotImplementedError("weight: cross_entropy's kernels compute no gradient for it")
         options = ctx.options._replace(weight=weight)
-        along = directional(direction, *upstream, input, target, options)
+        along = directional(direction, grad_loss, grad_lse, grad_entropy, input, target, options)
         by_lse, by_entropy = along.lse if needs_lse else None, along.entropy if needs_entropy else None
         return along.loss, by_lse, by_entropy, along.input, along.target if needs_target else None, *(None,) * 6
 
