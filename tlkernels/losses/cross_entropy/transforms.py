@@ -61,11 +61,12 @@ class _LossPerRow(Function):
         if weight_t is not None:
             raise NotImplementedError("weight: cross_entropy's kernels compute no derivative by it")
         ones = torch.ones_like(input.select(class_axis(input), 0), dtype=compute_dtype(input))
-        zeros: Any = torch.zeros_like(ones)
-        loss_t = lse_t = entropy_t = zeros
+        zeros = torch.zeros_like(ones)
+        loss_t, lse_t, entropy_t = zeros, zeros, zeros
         if input_t is not None:
             along = directional(input_t, ones, None, zeros if ctx.stats else None, input, target, options)
-            loss_t, lse_t, entropy_t = along.loss, along.lse, along.entropy
+            loss_t, lse_t = along.loss, along.lse
+            entropy_t = zeros if along.entropy is None else along.entropy
         if target_t is not None:
             slope = target_gradient(ones, input, target, options)
             loss_t = loss_t + (slope * target_t).sum(class_axis(input))
