@@ -24,7 +24,8 @@ template <class T, Divergence kD, bool kWhole, int kGrads, bool kCap>
 struct DistillationRow {
   using A = Compute<T>;
   static constexpr int L = kLanes<T>;
-  static constexpr int kPacks = kD == Divergence::js ? kRowPacks<T> / 2 : kRowPacks<T>;  // more would spill
+  static constexpr bool kFewPacks = kD == Divergence::js || (kCap && !kWhole && sizeof(T) == 2);  // more would spill
+  static constexpr int kPacks = kFewPacks ? kRowPacks<T> / 2 : kRowPacks<T>;
 
   const DistillationOnDevice& c;
   const RowPlan& plan;
