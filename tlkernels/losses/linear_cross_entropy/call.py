@@ -116,11 +116,12 @@ def _without_memory(call: Arguments) -> Arguments:
     """Return a call of the same shapes that can be flattened, as DTensors with uneven shards cannot."""
     if type(call.target) in PLAIN:
         return call
-    target, row_weight = (
-        tensor.new_empty(()).expand(tensor.shape) if isinstance(tensor, Tensor) else tensor
-        for tensor in (call.target, call.row_weight)
-    )
-    return call._replace(input=call.input.new_empty(()).expand(call.input.shape), target=target, row_weight=row_weight)
+
+    def empty(tensor: Tensor) -> Tensor:
+        return tensor.new_empty(()).expand(tensor.shape)
+
+    row_weight = empty(call.row_weight) if isinstance(call.row_weight, Tensor) else call.row_weight
+    return call._replace(input=empty(call.input), target=empty(call.target), row_weight=row_weight)
 
 
 def _checked_num_valid(num_valid: int, target: Tensor, rows: int) -> int:
