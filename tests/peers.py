@@ -111,6 +111,15 @@ CAPPED = {name: loss for name, loss in HARD_LOSSES.items() if takes(name, "softc
 """Those of HARD_LOSSES that have a softcap. Distillation caps the logits of its divergence, not of its hard part."""
 
 
+def _linear_selected(logits, index, **options):
+    eye = torch.eye(len(logits), dtype=logits.dtype)
+    return tlk.linear_selective_log_softmax(eye, logits.t(), index, **options)
+
+
+SELECTED = {"selective_log_softmax": tlk.selective_log_softmax, "linear_selective_log_softmax": _linear_selected}
+"""Log-probabilities as functions of (logits, class indices)."""
+
+
 def gradient(loss, run, *logits, upstream=1.0, **options):
     """Return the loss, and the gradient of the first logits."""
     leaf = logits[0].detach().clone().requires_grad_()

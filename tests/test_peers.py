@@ -15,6 +15,7 @@ from peers import (
     CAPPED,
     DIVERGENCES,
     HARD_LOSSES,
+    SELECTED,
     exact_cross_entropy,
     gradient,
     over,
@@ -223,13 +224,8 @@ def test_the_softcap_comes_before_the_temperature(loss, run):
 CALLS = [{}, {"softcap": 7.3}, {"temperature": 0.7}, {"softcap": 30.0, "temperature": 1.3}]
 
 
-@pytest.mark.parametrize("dtype", [F64, F32, BF16, F16], ids=str)
-@pytest.mark.parametrize("options", CALLS, ids=harness.words)
-@over(HARD_LOSSES)
-def test_no_log_probability_is_above_0(loss, run, options, dtype):
-    """Rounding of the normaliser made log-probabilities of sure tokens positive (verl #2656)."""
-    if options and loss not in CAPPED:
-        return
+def sure_rows(dtype):
+    """Return logits of all sizes, whose targets are level or far ahead, and the targets."""
     generator = harness.generator(6)
     rows = []
     for lead in (0, 3, 10, 17, 40, 1e3):
@@ -237,8 +233,28 @@ def test_no_log_probability_is_above_0(loss, run, options, dtype):
             logits = 3 * torch.randn(29, generator=generator)
             logits[5] = logits.max() + lead
             rows.append(logits + offset)
-    logits, target = torch.stack(rows).to(dtype), torch.full((len(rows),), 5)
+    return torch.stack(rows).to(dtype), torch.full((len(rows),), 5)
+
+
+@pytest.mark.parametrize("dtype", [F64, F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("options", CALLS, ids=harness.words)
+@over(HARD_LOSSES)
+def test_no_log_probability_is_above_0(loss, run, options, dtype):
+    """Rounding of the normaliser made log-probabilities of sure tokens positive (verl #2656)."""
+    if options and loss not in CAPPED:
+        return
     with running(run) as impl:
-        value = HARD_LOSSES[loss](logits, target, reduction="none", impl=impl, **options)
+        value = HARD_LOSSES[loss](*sure_rows(dtype), reduction="none", impl=impl, **options)
     assert value.isfinite().all()
     assert (value >= 0).all(), f"log-probability {float(-value.min())}"
+
+
+@pytest.mark.parametrize("dtype", [F64, F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("options", CALLS, ids=harness.words)
+@over(SELECTED)
+def test_no_selected_log_probability_is_above_0(loss, run, options, dtype):
+    """The same of the log-probabilities that policy gradients take (verl #2656)."""
+    with running(run) as impl:
+        value = SELECTED[loss](*sure_rows(dtype), impl=impl, **options)
+    assert value.isfinite().all()
+    assert (value <= 0).all(), f"log-probability {float(value.max())}"
