@@ -5,10 +5,20 @@
 namespace tlk {
 namespace TLK_ISA {
 
+template <class A>
+void bound(const void* x, void* f, int64_t numbers, double softcap) {
+  const A *from = static_cast<const A*>(x), cap = A(softcap);
+  A* const to = static_cast<A*>(f);
+  sweep<A>(0, numbers, [&](int64_t k, int, int n) __attribute__((always_inline)) {
+    store_some(to + k, n, tanh(load_some(from + k, n, A(0)) / cap));
+  });
+}
+
 template <class T, class P>
 CrossEntropyKernels select(bool softcap) {
-  return softcap ? CrossEntropyKernels{rows<T, P, true>, tiles<T, P, true>}
-                 : CrossEntropyKernels{rows<T, P, false>, tiles<T, P, false>};
+  constexpr CrossEntropyBound to_bound = bound<typename Compute<T>::type>;
+  return softcap ? CrossEntropyKernels{rows<T, P, true>, tiles<T, P, true>, to_bound}
+                 : CrossEntropyKernels{rows<T, P, false>, tiles<T, P, false>, to_bound};
 }
 
 CrossEntropyKernels cross_entropy(Scalar logits, Scalar probabilities, bool softcap) {

@@ -57,9 +57,13 @@ struct CrossEntropy {
 using CrossEntropyRows = void (*)(const CrossEntropy&, int64_t begin, int64_t end, void* scratch);
 using CrossEntropyTiles = void (*)(const CrossEntropy&, int64_t begin, int64_t end, int width, void* scratch);
 
+// Writes tanh(x / softcap) of numbers of the compute type, as the kernels above compute it.
+using CrossEntropyBound = void (*)(const void* x, void* f, int64_t numbers, double softcap);
+
 struct CrossEntropyKernels {
   CrossEntropyRows rows;
   CrossEntropyTiles tiles;
+  CrossEntropyBound bound;
 };
 
 // `probabilities`: the type of targets that are probabilities, the logits' type or float.

@@ -2,6 +2,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <memory>
 #include <vector>
 
 #include "../cross_entropy/cpu_call.h"
@@ -29,7 +30,26 @@ static void for_classes(const SelectedClasses& part, at::ScalarType logits, Body
   });
 }
 
-void CpuSelective::write_log_probs(const SelectedClasses& part, at::ScalarType logits) const {
+// f of the logits at `x`, by the tanh of cross entropy's kernels: another one would differ from the peak, which is the
+// largest f, by a rounding, and a log-probability could be above 0.
+static std::unique_ptr<char[]> bounded(SelectedClasses& part, const void* x, at::ScalarType logits) {
+  if (part.softcap == 0) return nullptr;
+  const int64_t numbers = part.rows * part.count;
+  std::unique_ptr<char[]> f(new char[size_t(numbers) * sizeof(double)]);
+  cross_entropy_kernels()(scalar_of(logits), scalar_of(logits), true).bound(x, f.get(), numbers, part.softcap);
+  part.f = f.get();
+  return f;
+}
+
+void CpuSelective::write_log_probs(const SelectedClasses& given, at::ScalarType logits) const {
+  SelectedClasses part = given;
+  std::unique_ptr<char[]> x, f;
+  if (part.softcap != 0) {
+    x.reset(new char[size_t(part.rows * part.count) * sizeof(double)]);
+    part.x = x.get();
+    gather(part, logits);
+    f = bounded(part, part.x, logits);
+  }
   for_classes(part, logits, [&](int64_t i, auto type) { write_log_prob<decltype(type)>(part, i); });
 }
 
@@ -53,7 +73,9 @@ static void write_row_gradients(const SelectedClasses& part, int64_t row, Comput
     if (part.index[i] >= 0) sums[part.index[i]] = 0;
 }
 
-void CpuSelective::write_gradients(const SelectedClasses& part, at::ScalarType logits) const {
+void CpuSelective::write_gradients(const SelectedClasses& given, at::ScalarType logits) const {
+  SelectedClasses part = given;
+  const std::unique_ptr<char[]> f = bounded(part, part.x, logits);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, logits, "selective_log_softmax_bwd", [&] {
     const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, part.count));
     at::parallel_for(0, part.rows, grain, [&](int64_t begin, int64_t end) {

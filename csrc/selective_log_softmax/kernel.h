@@ -38,6 +38,7 @@ struct SelectedClasses {
   // Of the compute type, contiguous.
   const void *peak = nullptr, *log_sum = nullptr, *entropy = nullptr;  // (rows)
   void* x = nullptr;                                                   // (rows, count): logits of the classes
+  const void* f = nullptr;                                             // (rows, count): f of them; null: not computed
   void* log_probs = nullptr;                                           // (rows, count)
   const void* grad_log_probs = nullptr;                                // (rows, count); null in the forward
   void* grad_lse = nullptr;                                            // (rows): -sum_k g_k
@@ -72,8 +73,10 @@ TLK_EVERYWHERE ComputeOf<T> selected_logit(const SelectedClasses& c, int64_t i) 
   return ComputeOf<T>(static_cast<const T*>(c.logits)[i / c.count * c.row_stride + c.index[i] * c.class_stride]);
 }
 
+// f of class index[i], whose logit is x.
 template <class A>
-TLK_EVERYWHERE A capped(const SelectedClasses& c, A x) {
+TLK_EVERYWHERE A capped(const SelectedClasses& c, int64_t i, A x) {
+  if (c.f) return static_cast<const A*>(c.f)[i];
   return c.softcap != 0 ? A(tanh(x / A(c.softcap))) : x;
 }
 template <class A>
@@ -87,7 +90,7 @@ TLK_EVERYWHERE void write_log_prob(const SelectedClasses& c, int64_t i) {
   using A = ComputeOf<T>;
   const int64_t row = i / c.count;
   A value = -A(INFINITY);
-  if (c.index[i] != -1) value = log_probability(c, row, capped(c, selected_logit<T>(c, i)));
+  if (c.index[i] != -1) value = log_probability(c, row, capped(c, i, selected_logit<T>(c, i)));
   const bool in_range = c.target[row] == kElsewhere || c.target[row] == kNoClass;
   static_cast<A*>(c.log_probs)[i] = in_range ? value : A(NAN);
 }
@@ -98,7 +101,7 @@ template <class T>
 TLK_EVERYWHERE void write_selected_gradient(const SelectedClasses& c, int64_t i, ComputeOf<T> sum) {
   using A = ComputeOf<T>;
   const int64_t row = i / c.count;
-  const A f = capped(c, static_cast<const A*>(c.x)[i]);
+  const A f = capped(c, i, static_cast<const A*>(c.x)[i]);
   const A log_p = log_probability(c, row, f), p = A(exp(log_p));
   A rest = static_cast<const A*>(c.grad_lse)[row];
   if (c.grad_entropy.data && p != 0) {
