@@ -4,8 +4,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from tlkernels._core.autograd import is_differentiated
 from tlkernels._core.dtypes import FLOATING, INTEGER, compute_dtype, loss_dtype
 from tlkernels._core.options import integer, number, smoothing
 from tlkernels._core.reduction import REDUCTIONS, sum_in_order
@@ -97,15 +97,6 @@ class Arguments(NamedTuple):
     def weighted(self, rows: Tensor) -> Tensor:
         """Return the losses of positions times their weights."""
         return rows if self.row_weight is None else rows * self.row_weight.to(rows.dtype)
-
-
-def is_differentiated(tensor: Tensor) -> bool:
-    """Return whether a derivative by `tensor` may be asked for."""
-    if tensor.requires_grad or torch.compiler.is_compiling():
-        return tensor.requires_grad
-    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        return True
-    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def class_axis(input: Tensor) -> int:

@@ -165,10 +165,15 @@ def sweep(
             e = tl.exp((u - peak[:, None]) * k)
             total = tl.sum(e, 1)
             log_sum = tl.log(total)
-        q = tl.zeros([BP, BC], T)
+        q_of_target = tl.where(classes[None, :] == y[:, None], target_q[:, None], 0.0)
+        q = q_of_target
         if SPREAD:
-            q = spread_target(target, weight, at_t, valid, classes, C, smoothing, spread, PROBABILITIES, SMOOTHING, T)
-            Q += tl.sum(q, 1)
+            spread_q = spread_target(
+                target, weight, at_t, valid, classes, C, smoothing, spread, PROBABILITIES, SMOOTHING, T
+            )
+            # Q is a sum of the q below, rounded as they are: with one class Q * p - q is exactly 0.
+            q = spread_q + q_of_target
+            Q = tl.sum(q, 1)
     else:
         if not GIVEN:
             peak, total = peak_and_sum(input + at, x_class, counted, classes, C, softcap, k, SOFTCAP, T, BC)
@@ -209,7 +214,7 @@ def sweep(
     if WHOLE:
         depth = (peak[:, None] - u) * k
         if SPREAD and LOSS:
-            q_depth = tl.sum(tl.where(valid, q * depth, 0.0), 1)
+            q_depth = tl.sum(tl.where(valid, spread_q * depth, 0.0), 1)
         if ENTROPY or grad is not None:
             p = tl.exp(-depth - log_sum[:, None]) if GIVEN else e * (1 / total)[:, None]
         if ENTROPY:
@@ -220,7 +225,6 @@ def sweep(
                 t = tl.load(target + at_t, valid, other=float("-inf")).to(T)
                 best_t, best_t_class = t, best_class
         if grad is not None:
-            q += tl.where(classes[None, :] == y[:, None], target_q[:, None], 0.0)
             d = g[:, None] * (Q[:, None] * p - q) + b[:, None] * p
             if upstream_entropy is not None:
                 d += h[:, None] * tl.where(p == 0, 0.0, p * (depth - mean_depth[:, None]))

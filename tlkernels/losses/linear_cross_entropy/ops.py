@@ -20,6 +20,7 @@ from tlkernels._core.autograd import (
     Tensors,
     apply,
     differentiable,
+    is_differentiated,
     one_sweep,
     refuse_transforms,
     where_needed,
@@ -29,7 +30,7 @@ from tlkernels._core.loss import Op, Rows, define_ops, implementations, in_one_s
 from tlkernels._core.reduction import reduce
 from tlkernels._core.triton import linear
 from tlkernels.losses.cross_entropy import vocab_parallel
-from tlkernels.losses.cross_entropy.call import CrossEntropyOutput, Options, is_differentiated
+from tlkernels.losses.cross_entropy.call import CrossEntropyOutput, Options
 from tlkernels.losses.cross_entropy.ops import OPTIONS
 from tlkernels.losses.linear_cross_entropy import reference
 from tlkernels.losses.linear_cross_entropy.call import Arguments, shaped
