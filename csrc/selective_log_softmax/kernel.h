@@ -83,7 +83,7 @@ template <class A>
 TLK_EVERYWHERE A log_probability(const SelectedClasses& c, int64_t row, A f) {
   const A to_z = A(c.inv_temperature * (c.softcap != 0 ? c.softcap : 1));
   const A log_p = (f - static_cast<const A*>(c.peak)[row]) * to_z - static_cast<const A*>(c.log_sum)[row];
-  return log_p > 0 ? A(0) : log_p;  // tanh here and in the rows' kernels may differ by a rounding; NaN stays
+  return log_p > 0 ? A(0) : log_p;  // on a GPU tanh may be rounded otherwise than in the rows' kernel
 }
 
 template <class T>
