@@ -72,7 +72,7 @@ def _rows(values: Tensor | None, begin: int, end: int) -> tuple[Tensor | None, i
     return values[begin:end], values.stride(0)
 
 
-class _Results(NamedTuple):
+class Results(NamedTuple):
     """Results of each row, in the order of the arguments of `finish`."""
 
     loss: Tensor | None
@@ -83,12 +83,12 @@ class _Results(NamedTuple):
     entropy: Tensor | None
     correct: Tensor | None
 
-    def narrow(self, begin: int, end: int) -> "_Results":
+    def narrow(self, begin: int, end: int) -> "Results":
         """Return those of some rows."""
-        return _Results(*(None if tensor is None else tensor[begin:end] for tensor in self))  # type: ignore[arg-type]
+        return Results(*(None if tensor is None else tensor[begin:end] for tensor in self))  # type: ignore[arg-type]
 
 
-class _Launcher:
+class Launcher:
     """Launches the kernels of one call of flat tensors. Rows that are left out are in no tensor of it."""
 
     strategy: str | None = None
@@ -131,7 +131,7 @@ class _Launcher:
         }
         self.elsewhere = {"ELSEWHERE": options.num_classes is not None}
 
-    def run(self, results: _Results, *upstreams: Tensor | None, given: bool = False) -> tuple[Tensor, ...]:
+    def run(self, results: Results, *upstreams: Tensor | None, given: bool = False) -> tuple[Tensor, ...]:
         """Fill `results`, unless they are given, and return the gradients that are needed.
 
         `upstreams` are the gradients of the losses, the lse and the entropy.
@@ -197,7 +197,7 @@ class _Launcher:
         with_k = lambda config: launches(config._replace(meta={"BLOCK_K": 16, **config.meta}))  # noqa: E731
         table.run(input.device, input.element_size(), self.rows * self.classes, with_k, repeatable)
 
-    def statistics(self, begin: int, end: int, logits: Tensor | None, results: _Results) -> None:
+    def statistics(self, begin: int, end: int, logits: Tensor | None, results: Results) -> None:
         """Fill `results`, those of rows `begin` to `end`."""
         input, rows = self.layer[0], end - begin
         operands, target, table = self._operands(begin, end, logits, results.correct is not None)
@@ -227,7 +227,7 @@ class _Launcher:
         self._run(table, launches)
 
     def gradient(
-        self, begin: int, end: int, first: int, last: int, logits: Tensor | None, gradient: Tensor, results: _Results,
+        self, begin: int, end: int, first: int, last: int, logits: Tensor | None, gradient: Tensor, results: Results,
         upstreams: Sequence[Any],
     ) -> None:  # fmt: skip
         """Write the gradient of the logits of rows `begin` to `end` and classes `first` to `last`."""
@@ -247,7 +247,7 @@ class _Launcher:
 
         self._run(table, launches, repeatable=logits is None)
 
-    def results(self, stats: bool = False) -> _Results:
+    def results(self, stats: bool = False) -> Results:
         """Return memory for the results of each row, with statistics if asked for."""
         input = self.layer[0]
 
@@ -256,7 +256,7 @@ class _Launcher:
 
         loss, peak, log_sum = (input.new_empty(self.rows, dtype=self.wide) for _ in range(3))
         mass = new(self.probabilities and any(self.needs))
-        return _Results(loss, peak, log_sum, mass, new(stats), new(stats, torch.bool))
+        return Results(loss, peak, log_sum, mass, new(stats), new(stats, torch.bool))
 
     def spread_out(self, results: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
         """Return results of all rows, 0 in those that are left out."""
@@ -268,10 +268,10 @@ _NOTHING = linear.Needs(False, False, False)
 
 def _launcher(
     input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *rest: Any, needs: linear.Needs = _NOTHING
-) -> _Launcher:
+) -> Launcher:
     """Return the launcher of an op's arguments up to `num_valid`."""
     *options, row_weight, num_valid = rest
-    return _Launcher((input, weight, bias), target, Options(*options), row_weight, num_valid, needs)
+    return Launcher((input, weight, bias), target, Options(*options), row_weight, num_valid, needs)
 
 
 def _denominator(input: Tensor, weight: Tensor, target: Tensor, options: Options) -> Tensor:
@@ -309,7 +309,7 @@ def backward(
     kept = launcher.counted.kept
     upstreams = (None if values is None else kept(values) for values in (grad_loss, grad_lse, grad_entropy))
     entropy = None if entropy is None else kept(entropy).contiguous()
-    normaliser = _Results(None, kept(peak).contiguous(), kept(log_sum).contiguous(), None, entropy, None)
+    normaliser = Results(None, kept(peak).contiguous(), kept(log_sum).contiguous(), None, entropy, None)
     return launcher.run(normaliser, *upstreams, given=True)
 
 

@@ -15,11 +15,11 @@ from torch import Tensor
 from tlkernels._core.dtypes import compute_dtype
 from tlkernels._core.triton import linear
 from tlkernels.losses.cross_entropy.call import Options
-from tlkernels.losses.linear_cross_entropy.triton import _Launcher, _Results
+from tlkernels.losses.linear_cross_entropy.triton import Launcher, Results
 from tlkernels.losses.selective_log_softmax.triton import gather, options_of, scatter, summarise
 
 
-class _Selected(_Launcher):
+class _Selected(Launcher):
     """Launches the kernels of one call of flat tensors."""
 
     strategy = "chunks"
@@ -34,7 +34,7 @@ class _Selected(_Launcher):
         self.log_probs = input.new_empty(index.shape, dtype=compute_dtype(input))
         super().__init__(layer, target, options, None, None, needs)
 
-    def statistics(self, begin: int, end: int, logits: Tensor | None, results: _Results) -> None:
+    def statistics(self, begin: int, end: int, logits: Tensor | None, results: Results) -> None:
         """Fill `results` and the log-probabilities, those of rows `begin` to `end`."""
         super().statistics(begin, end, logits, results)
         assert logits is not None
@@ -44,7 +44,7 @@ class _Selected(_Launcher):
         )  # fmt: skip
 
     def gradient(
-        self, begin: int, end: int, first: int, last: int, logits: Tensor | None, gradient: Tensor, results: _Results,
+        self, begin: int, end: int, first: int, last: int, logits: Tensor | None, gradient: Tensor, results: Results,
         upstreams: Sequence[Any],
     ) -> None:  # fmt: skip
         """Write the gradient of the logits of rows `begin` to `end`."""
@@ -81,6 +81,6 @@ def backward(
     """Return the gradients of input, weight and bias; those that are not needed have no elements."""
     options = options_of(weight.shape[0], temperature, softcap)
     launcher = _Selected((input, weight, bias), index, options, linear.Needs(*needs), grad_log_probs.contiguous())
-    normaliser = _Results(None, peak, log_sum, None, None if grad_entropy is None else entropy, None)
+    normaliser = Results(None, peak, log_sum, None, None if grad_entropy is None else entropy, None)
     grad_entropy = None if grad_entropy is None else grad_entropy.contiguous()
     return launcher.run(normaliser, peak.new_zeros(()), launcher.grad_lse, grad_entropy, given=True)
