@@ -32,7 +32,7 @@ USAGE = "usage: GPU_BUDGET=555 python3 -m scripts.gpu FOLDER"
 SMOKE, BATTERY, FIGURES = 60 / 555, 290 / 555, 510 / 555
 MOST_SLOTS = 12
 """Processes of the battery; each has a CUDA context of half a gigabyte on the card."""
-ROWS, PRODUCTS = ("cross_entropy", "distillation"), ("info_nce", "linear")
+ROWS, PRODUCTS = ("cross_entropy", "distillation", "selective"), ("info_nce", "linear")
 SANITIZERS = (
     ("memcheck", "native", ROWS + PRODUCTS),
     ("synccheck", "native", ROWS + PRODUCTS),

@@ -72,6 +72,21 @@ def distillation(impl: str) -> None:
             step(loss, cuda(2, classes, dtype=dtype), cuda(2, classes, dtype=dtype))
 
 
+def selective(impl: str) -> None:
+    """Selected classes, one of them twice, and the entropy; a capped distillation."""
+    index = torch.tensor([[0, 5, 0], [3, 1, 2]]).cuda()
+
+    def loss(x: Tensor, softcap: float | None) -> Tensor:
+        log_probs, entropy = tlk.selective_log_softmax(x, index, softcap=softcap, return_entropy=True, impl=impl)
+        return log_probs.sum() + entropy.sum()
+
+    for dtype, classes in itertools.product((BF16, F32), (45, 5003, 66001)):
+        for softcap in (None, 9.0):
+            step(partial(loss, softcap=softcap), cuda(2, classes, dtype=dtype))
+        capped = partial(tlk.distillation, softcap=(9.0, None), impl=impl)
+        step(capped, cuda(2, classes, dtype=dtype), cuda(2, classes, dtype=dtype))
+
+
 def info_nce(impl: str) -> None:
     """InfoNCE, NT-Xent and SupCon; features that are no multiple of a tile, and more rows than a block of columns."""
     for rows, features, dtype in ((70, 40, BF16), (2200, 40, BF16), (70, 33, F16), (70, 40, F32)):
@@ -90,6 +105,10 @@ def linear(impl: str) -> None:
     teacher, teacher_weight = cuda(40, 24), cuda(300, 24)
     step(lambda x, w: tlk.linear_cross_entropy(x, w, y, impl=impl), x, w)
     step(lambda x, w: tlk.linear_distillation(x, w, teacher, teacher_weight, impl=impl), x, w)
+    y[::2] = -100
+    step(lambda x, w: tlk.linear_cross_entropy(x, w, y, num_valid=20, impl=impl), x, w)
+    index = y.clamp(min=0)
+    step(lambda x, w: tlk.linear_selective_log_softmax(x, w, index, impl=impl), x, w)
 
 
 def only_triton(impl: str) -> None:
@@ -104,7 +123,7 @@ def only_triton(impl: str) -> None:
 def main(impl: str, *names: str) -> None:
     """Run the groups with these names, or all."""
     torch.manual_seed(0)
-    for group in (cross_entropy, distillation, info_nce, linear, only_triton):
+    for group in (cross_entropy, distillation, selective, info_nce, linear, only_triton):
         if not names or group.__name__ in names:
             group(impl)
             print(f"{group.__name__}: ran", flush=True)
