@@ -13,21 +13,23 @@ namespace tlk {
 enum class Place { lanes, registers, shared, memory, column_shared, column_memory };
 
 // The first strategy that can serve a call is taken. A row of V logits of b bytes, with its gradient, moves
-// (reads + 1) * V * b bytes. By reasoning on 2026-11-21, where no figure is given; figures are of forward and backward
-// in bfloat16 on an H200 on 2026-11-27 (bench/results), with up to 0.3 ms of the host's time:
+// (reads + 1) * V * b bytes. By reasoning on 2026-11-21, where no figure is given; figures are ms on an H200 for
+// forward and backward in bfloat16, 2026-11-27 (bench/results):
 //
 //   lanes          Short rows: 2 to 32 lanes with 8 numbers each, several rows per warp. A whole warp would be mostly
-//                  idle on 45 classes, and its reductions would take as long as on a long row.
+//                  idle on 45 classes: 65536 x 45 takes 0.034, by warps 0.114.
 //   warp           Four loads of 16 bytes per lane, no barrier; eight rows per block, as blocks are slow to start.
-//   registers      The same in a block of up to 512 threads with 64 registers, so that one block computes while another
-//                  loads. 32768 x 32768 in 1024 threads take 2.14 ms, shared 1.79.
-//   shared         All loads of a row are in flight at once. Up to half of a multiprocessor's shared memory, for the
-//                  same reason; without clusters up to all of it, which beats a second read.
-//   cluster        2 to 8 of these blocks share a row and exchange four numbers per reduction: 128256 bfloat16 are
-//                  4 x 63 KB, three blocks per multiprocessor.
-//   sweeps         The row is read twice, the second time from L2 if one row per multiprocessor fits there: one block
-//                  of 1024 threads each. 16384 x 131072 take 3.73 ms, a cluster 4.51; 8192 x 262144 3.79 and 4.67. Of
-//                  rows that are not aligned only as the last resort: 8192 x 50257 take 1.87 ms, shared 1.27.
+//   registers      The same in a block. 32768 x 4096 takes 0.20, shared 0.60.
+//   shared         All loads of a row are in flight at once, and several blocks share a multiprocessor, so that one
+//                  computes while another loads. Fewer threads have more numbers each, so the reductions cost less, if
+//                  three blocks fit: 32768 x 16384 takes 0.66 with 256 threads, 0.95 with 512, in registers 0.88; 32768
+//                  x 32768 1.21, 1.41 and 2.14. Not of rows that are not aligned: 8192 x 50257 takes 1.14 with 256
+//                  threads, 1.01 with 512. Without clusters up to all of a multiprocessor's memory, which beats a
+//                  second read.
+//   sweeps         The row is read twice, the second time from L2 if the rows in flight fit there. 16384 x 131072 takes
+//                  3.16 with 512 threads, 3.21 with 1024, by a cluster 3.74; 8192 x 262144 3.17, 3.23 and 3.87. Of rows
+//                  that are not aligned only as the last resort: 8192 x 50257 takes 1.17.
+//   cluster        2 to 8 blocks share a row and exchange four numbers per reduction.
 //   columns        Classes that are not contiguous: one thread per position, neighbouring positions next to each
 //                  other. With 32 KB for a block of 128 threads, seven blocks fit on a multiprocessor.
 //   column sweeps  More classes: read twice, at full occupancy.
@@ -50,12 +52,16 @@ struct CrossEntropyStrategy {
 
 constexpr int64_t kHalfShared = 112 << 10;  // half of a multiprocessor's shared memory, sm_90
 
+constexpr int64_t kThirdShared = 74 << 10;  // a third of it
+
 constexpr CrossEntropyStrategy kCrossEntropyStrategies[] = {
     {"lanes", Place::lanes, 128, 1, 80, 0, 1, false},
     {"warp", Place::registers, 256, 1, 80, kBytesInLane * kWarp, 1, false},
+    {"registers", Place::registers, 256, 1, 80, kBytesInLane * 256, 1, false},
+    {"shared", Place::shared, 256, 1, 90, kThirdShared, 1, true},
     {"registers", Place::registers, 512, 1, 80, kBytesInLane * 512, 1, false},
     {"shared", Place::shared, 512, 1, 80, kHalfShared, 1, false},
-    {"sweeps", Place::memory, 1024, 1, 90, 0, 2, true},
+    {"sweeps", Place::memory, 512, 1, 90, 0, 2, true},
     {"cluster", Place::shared, 512, 8, 90, kHalfShared, 1, false},
     {"large shared", Place::shared, 512, 1, 80, 227 << 10, 1, false},
     {"sweeps", Place::memory, 1024, 1, 80, 0, 2, false},

@@ -38,37 +38,43 @@ class Row(NamedTuple):
     """The columns of a row are contiguous, and some rows do not start at a multiple of 16 bytes."""
 
 
-_LOGITS = ("cross_entropy", "cross_entropy_stats", "distillation")
+_CE = ("cross_entropy", "cross_entropy_stats")
+_SELECTED = ("selective_log_softmax", "topk_distillation")
 _LINEAR_CE = ("linear_cross_entropy", "linear_cross_entropy_stats")
+_LINEAR_SELECTED = ("linear_selective_log_softmax", "linear_topk_distillation")
+_LINEAR = (*_LINEAR_CE, *_LINEAR_SELECTED, "linear_distillation")
 _EMBEDDINGS = ("info_nce", "nt_xent", "sup_con")
 _BF16 = (torch.bfloat16,)
-_PYTHON = "2026-11-26, H200: Triton's Python takes 127 us a call before its launches; the kernels take "
+_H200 = "2026-11-27, H200, ms of native and Triton: "
+_HOST = "2026-11-27, H200: the host takes 0.3 to 0.7 ms to launch native, Triton 0.6 to 2.7; the kernels take "
 
 TABLE: tuple[Row, ...] = (
+    Row(_EMBEDDINGS, "native", MEASURED, _HOST + "0.07 and 0.05 for 64 x 128", rows=64),
+    Row(("distillation",), "native", MEASURED, _HOST + "0.43 for 65536 x 45", nbytes=6 << 20),
     # Small calls: kernels at half of 4.3 TB/s, of 790 TFLOP/s, or in float32 of 53 TFLOP/s.
-    Row(_LOGITS, "native", BY_MODEL, _PYTHON + "125 us for 128 MiB", nbytes=128 << 20),
-    Row((*_LINEAR_CE, "linear_distillation"), "native", BY_MODEL, _PYTHON + "127 us for 1024 x 256 x 32000",
-        nbytes=512 << 10),
-    Row(_EMBEDDINGS, "native", BY_MODEL, _PYTHON + "109 us for 2048 x 1024", rows=2048,
-        dtypes=(torch.bfloat16, torch.float16)),
-    Row(_EMBEDDINGS, "native", BY_MODEL, _PYTHON + "101 us for 512 x 1024 in float32", rows=512),
-    Row(_LOGITS, "native", BY_MODEL, "2026-11-26, H200: 8192 x 50257 in bfloat16 reaches 0.45 of the bandwidth, Triton "
-        "0.30: it reads such rows number by number", unaligned=True),
-    Row(_LOGITS, "native", BY_MODEL, "2026-11-26, H200: cross entropy of 16384 x 131072 in bfloat16 reaches 0.70 of "
-        "the bandwidth, Triton 0.45, distillation of 8192 x 128256 0.57 and 0.42: Triton reads such rows twice",
-        architecture="sm_9*", row_bytes_over=64 << 10),
-    Row(_LOGITS, "native", BY_MODEL, "2026-11-26, H200: cross entropy of 32768 x 4096 reaches 0.65 of the bandwidth, "
-        "Triton 0.60, of 32768 x 32768 0.66 and 0.57, distillation of 16384 x 32000 0.60 and 0.50",
-        architecture="sm_9*", dtypes=_BF16),
+    Row((*_CE, *_SELECTED, "distillation"), "native", BY_MODEL, _HOST + "0.13 for 128 MiB", nbytes=128 << 20),
+    Row(_LINEAR, "native", BY_MODEL, _HOST + "0.13 for 1024 x 256 x 32000", nbytes=512 << 10),
+    Row(_EMBEDDINGS, "native", BY_MODEL, _HOST + "0.1 for 512 x 1024 in float32", rows=512),
     Row(_LINEAR_CE, "triton", BY_MODEL, "2026-11-26, H200: up to 265 features Triton makes the logits in its kernels, "
         "twice, in less time than it takes to store and read them", architecture="sm_9*", dtypes=_BF16, columns=256),
-    Row(_LINEAR_CE, "native", BY_MODEL, "2026-11-26, H200: 4096 x 4096 x 128256 takes 17.6 ms, Triton 18.2 ms",
+    Row((*_CE, *_SELECTED), "native", MEASURED, _H200 + "32768 x 4096 0.20, 0.22; 32768 x 32768 1.41, 1.79; 16384 x "
+        "131072 3.37, 3.71; 8192 x 262144 3.32, 3.71; 8192 x 50257 1.01, 1.12; 256 x 1000, host 0.44, 0.85; top-64 of "
+        "8192 x 151936 2.41, 2.78", architecture="sm_9*", dtypes=_BF16),
+    Row(("distillation",), "triton", MEASURED, _H200 + "16384 x 32000 2.72, 2.11; 8192 x 128256 6.24, 3.81; in float32 "
+        "(js) 4096 x 128256 10.2, 4.15", architecture="sm_9*"),
+    Row((*_LINEAR_CE, *_LINEAR_SELECTED), "native", MEASURED, _H200 + "linear_cross_entropy 4096 x 4096 x 128256 17.3, "
+        "21.1; linear_selective_log_softmax 26.3, 27.7", architecture="sm_9*", dtypes=_BF16),
+    Row(("linear_distillation",), "triton", MEASURED, _H200 + "4096 x 4096 x 128256 29.4, 25.7",
         architecture="sm_9*", dtypes=_BF16),
-    Row(_EMBEDDINGS, "triton", BY_MODEL, "2026-11-26, H200: 65536 x 1024 reaches 0.63 of the library's rate, native "
-        "0.54, 65536 x 512 0.52 and 0.43", architecture="sm_9*", dtypes=_BF16),
+    Row(_EMBEDDINGS, "triton", MEASURED, _H200 + "info_nce 65536 x 1024 133, 63; 16384 x 1024 8.7, 4.0; 65536 x 512 "
+        "89, 40; nt_xent 32768 x 768 21, 11; sup_con 23, 15", architecture="sm_9*", dtypes=_BF16),
+    Row(_CE, "native", BY_MODEL, "2026-11-26, H200: 8192 x 50257 in bfloat16 reaches 0.45 of the bandwidth, Triton "
+        "0.30: it reads such rows number by number", unaligned=True),
+    Row(_CE, "native", BY_MODEL, "2026-11-26, H200: 16384 x 131072 in bfloat16 reaches 0.70 of the bandwidth, Triton "
+        "0.45: it reads such rows twice", architecture="sm_9*", row_bytes_over=64 << 10),
 )  # fmt: skip
-"""The first matching row decides. Measured rows come before those by model. bench/gpu.py times both implementations; no
-row here comes from it yet."""
+"""The first matching row decides. Measured rows come from bench/gpu.py (bench/results); a row by model is before one
+that was measured only if it is for smaller sizes."""
 
 
 def on_gpu(call: Any) -> Tensor | None:

@@ -165,15 +165,10 @@ def sweep(
             e = tl.exp((u - peak[:, None]) * k)
             total = tl.sum(e, 1)
             log_sum = tl.log(total)
-        q_of_target = tl.where(classes[None, :] == y[:, None], target_q[:, None], 0.0)
-        q = q_of_target
         if SPREAD:
-            spread_q = spread_target(
-                target, weight, at_t, valid, classes, C, smoothing, spread, PROBABILITIES, SMOOTHING, T
-            )
-            # Q is a sum of the q below, rounded as they are: with one class Q * p - q is exactly 0.
-            q = spread_q + q_of_target
-            Q = tl.sum(q, 1)
+            q = spread_target(target, weight, at_t, valid, classes, C, smoothing, spread, PROBABILITIES, SMOOTHING, T)
+            q += tl.where(classes[None, :] == y[:, None], target_q[:, None], 0.0)
+            Q = tl.sum(q, 1)  # with the target's: with one class Q * p - q is exactly 0, however sums are rounded
     else:
         if not GIVEN:
             peak, total = peak_and_sum(input + at, x_class, counted, classes, C, softcap, k, SOFTCAP, T, BC)
@@ -208,13 +203,14 @@ def sweep(
             mean_depth = tl.load(entropy_of + row, counted, other=0.0) - log_sum
         g = tl.where(bad, float("nan"), g)
 
-    # Depth: of a logit below the peak. Its sum over q is the loss of the spread target, over p the entropy.
+    # Depth: of a logit below the peak. Its sum over q is the loss of the spread target (in a whole row of q with the
+    # class index's share), over p the entropy.
     q_depth = tl.zeros([BP], T)
     p_depth = tl.zeros([BP], T)
     if WHOLE:
         depth = (peak[:, None] - u) * k
         if SPREAD and LOSS:
-            q_depth = tl.sum(tl.where(valid, spread_q * depth, 0.0), 1)
+            q_depth = tl.sum(tl.where(valid, q * depth, 0.0), 1)
         if ENTROPY or grad is not None:
             p = tl.exp(-depth - log_sum[:, None]) if GIVEN else e * (1 / total)[:, None]
         if ENTROPY:
@@ -225,6 +221,8 @@ def sweep(
                 t = tl.load(target + at_t, valid, other=float("-inf")).to(T)
                 best_t, best_t_class = t, best_class
         if grad is not None:
+            if not SPREAD:
+                q = tl.where(classes[None, :] == y[:, None], target_q[:, None], 0.0)
             d = g[:, None] * (Q[:, None] * p - q) + b[:, None] * p
             if upstream_entropy is not None:
                 d += h[:, None] * tl.where(p == 0, 0.0, p * (depth - mean_depth[:, None]))
@@ -278,7 +276,9 @@ def sweep(
         p_depth = tl.sum(p_depths, 1)
 
     if LOSS:
-        value = Q * log_sum + target_q * ((peak - u_y) * k) + q_depth
+        value = Q * log_sum + q_depth
+        if not (WHOLE and SPREAD):
+            value += target_q * ((peak - u_y) * k)
         if Z_LOSS:
             value += z_loss * lse * lse
         if row_weight is not None:

@@ -118,10 +118,10 @@ def sweep(
     rows = student.shape[:-1].numel()
     T = compute_dtype(student, teacher)
     itemsize = 8 if T.itemsize == 8 else max(student.element_size(), teacher.element_size())
-    # The Jensen-Shannon divergence has more in registers, as if the row were longer.
-    size = classes * (2 if divergence == "js" else 1)
     target, row_weight, upstream = map(_contiguous, (options.target, options.row_weight, upstream))
     hard, (caps, capped) = options.hard_weight != 0, triton_softcaps(options)
+    # The Jensen-Shannon divergence and a softcap have more in registers, as if the row were longer.
+    size = classes * (2 if divergence == "js" or any(capped.values()) else 1)
     heavy = divergence == "js" or hard or (grad_student is not None and grad_teacher is not None)
 
     def launches(config: Config) -> None:

@@ -19,7 +19,7 @@ def _capped(logit, cap):
 
 
 @triton.jit
-def load(at, valid, cap, T: tl.constexpr, EVICTION: tl.constexpr = ""):
+def load(at, valid, cap, T: tl.constexpr, EVICTION: tl.constexpr):
     """Return f of a tile, -inf where not valid."""
     f = _capped(tl.load(at, valid, other=float("-inf"), eviction_policy=EVICTION).to(T), cap)
     if cap is not None:
@@ -176,7 +176,7 @@ def distillation(
 
     if WHOLE:
         valid = counted[:, None] & (classes < C)[None, :]
-        s, t = load(student + at_s, valid, s_cap, T), load(teacher + at_t, valid, t_cap, T)
+        s, t = load(student + at_s, valid, s_cap, T, ""), load(teacher + at_t, valid, t_cap, T, "")
         peak_s, peak_t = tl.max(s, 1), tl.max(t, 1)
         d_s, d_t = of_x(s - peak_s[:, None], s_cap), of_x(t - peak_t[:, None], t_cap)
         p, q = tl.exp(d_s * k), tl.exp(d_t * k)
@@ -223,8 +223,8 @@ def distillation(
         for start in range(0, C, BC):
             c, far = start + classes, tl.cast(start, tl.int64)
             valid = counted[:, None] & (c < C)[None, :]
-            s = load(student + at_s + far * s_class, valid, s_cap, T)
-            t = load(teacher + at_t + far * t_class, valid, t_cap, T)
+            s = load(student + at_s + far * s_class, valid, s_cap, T, "")
+            t = load(teacher + at_t + far * t_class, valid, t_cap, T, "")
             d_s, d_t = of_x(s - peak_s[:, None], s_cap), of_x(t - peak_t[:, None], t_cap)
             log_p, log_q = d_s * k - log_s[:, None], d_t * k - log_t[:, None]
             p, q = tl.exp(log_p), tl.exp(log_q)

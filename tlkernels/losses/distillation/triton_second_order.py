@@ -30,7 +30,7 @@ def _second_tile(
     beta, DIVERGENCE: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """Return a tile's p, q, slopes, directions by x, both f, and the student's x minus its peak."""
-    s, t = load(student + at_s, valid, s_cap, T), load(teacher + at_t, valid, t_cap, T)
+    s, t = load(student + at_s, valid, s_cap, T, ""), load(teacher + at_t, valid, t_cap, T, "")
     d_s, d_t = of_x(s - peak_s[:, None], s_cap), of_x(t - peak_t[:, None], t_cap)
     log_p, log_q = d_s * k - log_s[:, None], d_t * k - log_t[:, None]
     p, q = tl.exp(log_p), tl.exp(log_q)
@@ -118,8 +118,8 @@ def second(
     for start in range(0, C, BC):
         c = tl.cast(start, tl.int64) + classes
         valid = counted[:, None] & (c < C)[None, :]
-        s = load(student + row_s[:, None] + c[None, :] * s_class, valid, s_cap, T)
-        t = load(teacher + row_t[:, None] + c[None, :] * t_class, valid, t_cap, T)
+        s = load(student + row_s[:, None] + c[None, :] * s_class, valid, s_cap, T, "")
+        t = load(teacher + row_t[:, None] + c[None, :] * t_class, valid, t_cap, T, "")
         peaks_s, sums_s, sums_1 = lanes(s, s_cap, peaks_s, sums_s, sums_1, k, HARD)
         peaks_t, sums_t, _ = lanes(t, t_cap, peaks_t, sums_t, sums_t, k, False)
     peak_s, peak_t = tl.max(peaks_s, 1), tl.max(peaks_t, 1)
