@@ -13,7 +13,7 @@ BENCH_ARGS ?=
 COMPILE_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full test-sixth lint docs bench readme sanitize cuda-compile wheel gpu-kit gpu-run clean FORCE
+.PHONY: help setup demo test test-full test-part lint docs bench readme sanitize cuda-compile wheel gpu-kit gpu-run clean FORCE
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*##/\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -30,13 +30,13 @@ test-full: setup build/cuda_host sanitize  ## every test there is, and every com
 	$(PY) -m pytest -n auto --dist worksteal -m '' $(TEST_ARGS)
 	$(MAKE) cuda-compile
 
-# Architecture k is compiled with sixth k; the resource report of Triton's kernels is among the tests.
+# Architecture k is compiled with parts k and k + 6; the resource report of Triton's kernels is among the tests.
 ARCHITECTURES := sm_80 sm_86 sm_89 sm_90a sm_100a sm_120
-test-sixth: setup build/cuda_host  ## one sixth of what `make test` leaves out (SIXTH=1 ... 6)
-	$(PY) -m pytest -n auto --dist worksteal -m full --sixth $(SIXTH) $(TEST_ARGS)
-	$(MAKE) sanitize TEST_ARGS='--sixth $(SIXTH)'
+test-part: setup build/cuda_host  ## one twelfth of what `make test` leaves out (PART=1 ... 12)
+	$(PY) -m pytest -n auto --dist worksteal -m full --part $(PART) $(TEST_ARGS)
+	$(MAKE) sanitize TEST_ARGS='--part $(PART)'
 	if $(PY) -c 'from csrc import nvcc; raise SystemExit(nvcc.compiler() is None)'; then \
-		TLKERNELS_CUDA_ARCHS=$(word $(SIXTH),$(ARCHITECTURES)) $(MAKE) cuda-compile COMPILE_ARGS=--quick; fi
+		TLKERNELS_CUDA_ARCHS=$(word $(PART),$(ARCHITECTURES) $(ARCHITECTURES)) $(MAKE) cuda-compile COMPILE_ARGS=--quick; fi
 
 # The CUDA kernels for the host run; before the tests, so that their processes need not wait for one another.
 .PHONY: build/cuda_host

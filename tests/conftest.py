@@ -30,11 +30,11 @@ if triton.INTERPRETED and triton.available():
 
 FEW = 8
 """A test with at most so many parameter sets is in the quick part with all of them."""
-SIXTHS = range(1, 7)
+PARTS = range(1, 13)
 
 
 def pytest_addoption(parser):
-    parser.addoption("--sixth", type=int, choices=SIXTHS, help="run one sixth of the selected tests")
+    parser.addoption("--part", type=int, choices=PARTS, help="run one twelfth of the selected tests")
 
 
 def quick_part(ids):
@@ -53,9 +53,27 @@ def quick_part(ids):
     return covering(cases)
 
 
+def seen_elsewhere(item):
+    """Return whether other tests in the quick part run the same kernels on the same target.
+
+    test_every_loss.py has every option on every instruction set; other tests take the best set. The tests of peers'
+    mistakes leave out Triton and the host run of CUDA's kernels, which take longest. A module is called with float32.
+    """
+    if item.originalname == "test_module_is_the_function" and "float32" not in item.callspec.id:
+        return True
+    for target in item.callspec.params.values():
+        if not isinstance(target, harness.Target):
+            continue
+        if target.isa in native.isas()[1:] and item.path.name != "test_every_loss.py":
+            return True
+        if item.path.name.startswith("test_peers") and (target.impl == "triton" or target.isa == harness.CUDA_HOST):
+            return True
+    return False
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_collection_modifyitems(config, items):
-    """Mark the tests that run on a GPU and those that are not in the quick part; keep one sixth if asked for.
+    """Mark the tests that run on a GPU and those that are not in the quick part; keep one part if asked for.
 
     A test runs on a GPU if one of its parameters is an implementation or a target that does.
     """
@@ -66,6 +84,8 @@ def pytest_collection_modifyitems(config, items):
         params = item.callspec.params
         if "cuda" in map(harness.device, params.values()):
             item.add_marker("gpu")
+        if seen_elsewhere(item):
+            item.add_marker("full")
         if not item.get_closest_marker("full"):
             grids[item.nodeid.partition("[")[0], id(params.get("loss"))].append(item)
     for grid in grids.values():
@@ -74,10 +94,10 @@ def pytest_collection_modifyitems(config, items):
             if k not in quick:
                 item.add_marker("full")
     result = yield
-    sixth = config.getoption("sixth")
-    if sixth is not None:
-        # By a hash of its name: a test stays in its sixth when others are added or removed.
-        chosen = [item for item in items if crc32(item.nodeid.encode()) % len(SIXTHS) == sixth - 1]
+    part = config.getoption("part")
+    if part is not None:
+        # By a hash of its name: a test stays in its part when others are added or removed.
+        chosen = [item for item in items if crc32(item.nodeid.encode()) % len(PARTS) == part - 1]
         config.hook.pytest_deselected(items=list(set(items) - set(chosen)))
         items[:] = chosen
     return result

@@ -262,7 +262,7 @@ def work(rank, ranks, store, errors):
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [2, *(pytest.param(ranks, marks=pytest.mark.full) for ranks in (1, 4))])
 def test_rows_sharded_over_ranks(ranks, tmp_path):
     """As the whole batch on one process, by the kernels on each rank's own rows."""
     context = mp.get_context("spawn")

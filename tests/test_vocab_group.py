@@ -321,7 +321,7 @@ def process(rank, ranks, path, failures):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("ranks", PARTS)
+@pytest.mark.parametrize("ranks", [2, *(pytest.param(ranks, marks=pytest.mark.full) for ranks in (1, 4))])
 def test_split_vocabulary(ranks, tmp_path):
     failures = mp.get_context("spawn").SimpleQueue()
     mp.spawn(process, (ranks, os.fspath(tmp_path / "store"), failures), nprocs=ranks)

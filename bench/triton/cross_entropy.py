@@ -14,11 +14,15 @@ _PLAIN = (None, -100, 0.0, 1.0, None, 0.0, None)
 _SMOOTH = (None, -100, 0.1, 2.0, 30.0, 1e-4, None)
 _FEW = "8 to 32 bytes of a thread, once a row of which it holds 128 bytes: of 16 warps, each thread has 128 registers"
 _SPILLS = {
-    ("sweep", "sm_80", "spills: 14,"): _FEW,
-    ("sweep", "sm_90", "spills: 2,"): _FEW,
-    ("sweep", "sm_100", "spills: 12,"): _FEW,
+    ("sweep", "sm_80", "spills: 46,"): _FEW,
+    ("sweep", "sm_90", "spills: 4,"): _FEW,
+    ("sweep", "sm_100", "spills: 18,"): _FEW,
 }
-_SCALARS = {("sweep", "gfx942", "spills"): "scalar registers, kept in lanes of vector registers: no memory"}
+_WITH_OPTIONS = {("sweep", "sm_120", "spills: 30,"): "of a row in registers with every option at once"}
+_SCALARS = {
+    (kernel, "gfx942", "spills"): "scalar registers, kept in lanes of vector registers: no memory"
+    for kernel in ("sweep", "directional")
+}
 
 
 def examples() -> Iterator[Example]:
@@ -36,7 +40,7 @@ def examples() -> Iterator[Example]:
     for classes in (8192, 32000):
         z, weight = meta((4096, classes), torch.bfloat16), meta((classes,), torch.bfloat16)
         every = (weight, *_SMOOTH[1:], rows, True)
-        yield Example(f"step-weighted-{classes}", partial(step, z, y, *every), _WIDE)
+        yield Example(f"step-weighted-{classes}", partial(step, z, y, *every), _WIDE, _WITH_OPTIONS)
         yield Example(f"step-probabilities-{classes}", partial(step, z, z, *every), _WIDE)
         yield Example(f"stats-{classes}", partial(forward_stats, z, y, *_PLAIN), {"sweep": ("LDG.E.128",)})
     for dtype, *sizes in (
@@ -62,7 +66,7 @@ def examples() -> Iterator[Example]:
                 entropy = "" if upstreams[2] is None else "-entropy"
                 yield Example(
                     f"directional-{classes}-{options}{entropy}", partial(directional, z, *upstreams, z, y, *options),
-                    {"directional": ("LDG.E.128", "STG.E.128")},
+                    {"directional": ("LDG.E.128", "STG.E.128")}, _SCALARS,
                 )  # fmt: skip
     yield Example("step-odd", partial(step, meta((4096, 50257), torch.bfloat16), y, *_PLAIN, None, True))
     for classes in (21, 300):

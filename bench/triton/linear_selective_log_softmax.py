@@ -8,6 +8,7 @@ import torch
 from bench.triton import Example, meta
 from tlkernels.losses.linear_selective_log_softmax.triton import backward, forward
 
+_FEW = {("statistics", "sm_100", "spills: 4,"): "two words in float64"}
 _WIDE = {"statistics": ("LDG.E.128",), "gradient": ("LDG.E.128", "STG.E.128")}
 
 
@@ -24,6 +25,6 @@ def examples() -> Iterator[Example]:
             normaliser = row, row, row if entropy else meta((0,), wide)
             name = f"{selected}-{softcap}-{dtype}"
             claims = _WIDE if dtype == torch.bfloat16 else {}
-            yield Example(f"forward-{name}", partial(forward, *layer, index, 1.0, softcap, entropy), claims)
+            yield Example(f"forward-{name}", partial(forward, *layer, index, 1.0, softcap, entropy), claims, _FEW)
             call = *upstreams, *layer, index, *normaliser, 1.0, softcap, (True, True, False)
             yield Example(f"backward-{name}", partial(backward, *call), claims)
