@@ -145,7 +145,8 @@ def linear_distillation(shape: Shape, cast: Cast) -> Work:
 
 def _policy(log_probs: Tensor, entropy: Tensor) -> Tensor:
     """The loss of a policy gradient, with an entropy bonus."""
-    gain: Tensor = log_probs * torch.linspace(0.5, 1.5, len(log_probs)).to(log_probs).unsqueeze(-1)
+    weights = torch.linspace(0.5, 1.5, len(log_probs), device=log_probs.device, dtype=log_probs.dtype)
+    gain: Tensor = log_probs * weights.unsqueeze(-1)
     return -gain.mean() - 0.01 * entropy.mean()
 
 
@@ -191,10 +192,12 @@ def topk_distillation(shape: Shape, cast: Cast, *, kept: int = 64) -> Work:
     out = torch.empty_like(student)
 
     def with_rest(log_p: Tensor) -> Tensor:
-        return torch.cat([log_p, torch.log1p(-log_p.exp().sum(-1, keepdim=True))], -1)
+        wide = log_p.float()  # a rest of bfloat16 has no digit
+        kept_mass = wide.exp().sum(-1, keepdim=True).clamp(max=1 - torch.finfo(torch.float32).eps)
+        return torch.cat([wide, torch.log1p(-kept_mass)], -1)
 
     def eager(s: Tensor) -> Tensor:
-        log_p = F.log_softmax(s / 2, -1).gather(-1, index)
+        log_p = F.log_softmax(s.float() / 2, -1).gather(-1, index)
         return 4 * _divergence("forward_kl", with_rest(log_p), F.log_softmax(with_rest(log_probs) / 2, -1))
 
     def selective(s: Tensor) -> Tensor:

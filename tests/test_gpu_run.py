@@ -48,7 +48,12 @@ def test_every_loss_is_planned_by_every_implementation(plan):
         assert {(unit.loss, unit.impl) for unit in plan if unit.kind == kind} == planned
     assert {loss for loss, impl in planned if impl == "triton"} == set(cases.LOSSES)
     with_cuda = harness.CUDA_LOSSES & set(cases.LOSSES)
-    assert {loss for loss, impl in planned if impl == "native"} == with_cuda | {"nt_xent", "sup_con"}
+    assert {loss for loss, impl in planned if impl == "native"} == with_cuda | {
+        "nt_xent",
+        "sup_con",
+        "topk_distillation",
+        "linear_topk_distillation",
+    }
 
 
 def test_units_have_every_case_once(plan):

@@ -36,7 +36,7 @@ def test_there_is_a_case_for_each_module():
 @every_module
 def test_each_option_is_an_attribute_that_can_be_set(case):
     taken = set(inspect.signature(case.make).parameters) & set(inspect.signature(case.function).parameters)
-    assert taken - {"group"} == set(case.options)
+    assert taken - {"group", "vocab_group"} == set(case.options)
     for name, value in case.options.items():
         module = case.build()
         before = module(*case.tensors)

@@ -57,12 +57,17 @@ def one_of_each(loss, impl):
 def test_one_range_for_each_call_and_each_backward(name, options, any_impl):
     loss = LOSSES[name]
     case = next(case for case in loss.cases if case.small)
-    tensors, put = harness.split({**case.make(0), **options}, case.wants_grad)
+    arguments = {**case.make(0), **options}
+    tensors, put = harness.split(arguments, case.wants_grad)
 
     def run():
         loss.function(**put(*leaves(tensors)), impl=any_impl).sum().backward()
 
-    assert traced(lambda: (run(), run())) == one_of_each(name, any_impl) * 2
+    # The hard part of a top-k distillation at another temperature selects its class in a second call.
+    calls = 2 if "topk" in name and arguments.get("hard_weight") and arguments.get("temperature", 1) != 1 else 1
+    of_a_run = one_of_each(name, any_impl)
+    expected = [of_a_run[0]] * calls + of_a_run[1:] * calls
+    assert traced(lambda: (run(), run())) == expected * 2
 
 
 @pytest.mark.parametrize("loss", STATISTICS)

@@ -147,7 +147,7 @@ def differentiate(
     """Return the gradients of `reference(args)` by the first arguments where needed; they have a graph."""
     with torch.enable_grad():
         # Aliases, so that a tensor passed as two arguments has two gradients.
-        args = [arg.view_as(arg) if i < len(needs) and needs[i] else _trackable(arg) for i, arg in enumerate(args)]
+        args = [arg.view_as(arg) if i < len(needs) and needs[i] else trackable(arg) for i, arg in enumerate(args)]
         results = reference(args)
         results = (results,) if isinstance(results, Tensor) else results
         pairs = [(r, u.to(r.dtype)) for r, u in zip(results, upstreams, strict=True) if r is not None and u is not None]
@@ -160,7 +160,7 @@ def differentiate(
     return [next(grads) if need else None for need in needs]
 
 
-def _trackable(arg: Any) -> Any:
+def trackable(arg: Any) -> Any:
     """Return a copy if `arg` is an inference tensor, which PyTorch's operators cannot save for backward."""
     return arg.clone() if isinstance(arg, Tensor) and arg.is_inference() else arg
 
@@ -168,12 +168,12 @@ def _trackable(arg: Any) -> Any:
 def in_pytorch(run: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """Return an implementation in plain PyTorch that also takes inference tensors, where these need no gradient."""
 
-    def run_trackable(call: Any) -> Any:
+    def runtrackable(call: Any) -> Any:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            call = tree_map(_trackable, call)
+            call = tree_map(trackable, call)
         return run(call)
 
-    return run_trackable
+    return runtrackable
 
 
 def where_needed(grads: Tensors, needs: Needs) -> list[Tensor | None]:

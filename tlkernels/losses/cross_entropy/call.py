@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tlkernels._core.autograd import is_differentiated
+from tlkernels._core.autograd import is_differentiated, trackable
 from tlkernels._core.dtypes import FLOATING, INTEGER, compute_dtype, loss_dtype
 from tlkernels._core.options import integer, number, smoothing
 from tlkernels._core.reduction import REDUCTIONS, sum_in_order
@@ -96,7 +96,7 @@ class Arguments(NamedTuple):
 
     def weighted(self, rows: Tensor) -> Tensor:
         """Return the losses of positions times their weights."""
-        return rows if self.row_weight is None else rows * self.row_weight.to(rows.dtype)
+        return rows if self.row_weight is None else rows * trackable(self.row_weight).to(rows.dtype)
 
 
 def class_axis(input: Tensor) -> int:
