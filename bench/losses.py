@@ -192,12 +192,12 @@ def topk_distillation(shape: Shape, cast: Cast, *, kept: int = 64) -> Work:
     out = torch.empty_like(student)
 
     def with_rest(log_p: Tensor) -> Tensor:
-        wide = log_p.float()  # a rest of bfloat16 has no digit
-        kept_mass = wide.exp().sum(-1, keepdim=True).clamp(max=1 - torch.finfo(torch.float32).eps)
+        wide = log_p.to(torch.promote_types(log_p.dtype, F32))  # a rest of bfloat16 has no digit
+        kept_mass = wide.exp().sum(-1, keepdim=True).clamp(max=1 - torch.finfo(wide.dtype).eps)
         return torch.cat([wide, torch.log1p(-kept_mass)], -1)
 
     def eager(s: Tensor) -> Tensor:
-        log_p = F.log_softmax(s.float() / 2, -1).gather(-1, index)
+        log_p = F.log_softmax(s.to(torch.promote_types(s.dtype, F32)) / 2, -1).gather(-1, index)
         return 4 * _divergence("forward_kl", with_rest(log_p), F.log_softmax(with_rest(log_probs) / 2, -1))
 
     def selective(s: Tensor) -> Tensor:
