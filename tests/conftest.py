@@ -56,19 +56,23 @@ def quick_part(ids):
 def seen_elsewhere(item):
     """Return whether other tests in the quick part run the same kernels on the same target.
 
-    test_every_loss.py has every option on every instruction set; other tests take the best set. The tests of peers'
-    mistakes leave out Triton and the host run of CUDA's kernels, which take longest. A module is called with float32.
+    test_every_loss.py has every option of every loss on every target. So the tests of peers' mistakes and of many
+    chunks are in the rest, and other tests take the best instruction set. Top-k distillation has no kernels of its own.
+    A module is called with float32. Gradcheck in Triton's interpreter takes longest.
     """
-    if item.originalname == "test_module_is_the_function" and "float32" not in item.callspec.id:
+    file, test, id = item.path.name, item.originalname, item.callspec.id
+    if file.startswith("test_peers") or test == "test_many_chunks":
         return True
-    for target in item.callspec.params.values():
-        if not isinstance(target, harness.Target):
-            continue
-        if target.isa in native.isas()[1:] and item.path.name != "test_every_loss.py":
-            return True
-        if item.path.name.startswith("test_peers") and (target.impl == "triton" or target.isa == harness.CUDA_HOST):
-            return True
-    return False
+    if test == "test_module_is_the_function" and "float32" not in id:
+        return True
+    if (file, test) == ("test_distillation_softcap.py", "test_gradcheck") and "triton" in id:
+        return True
+    if file == "test_every_loss.py" and "topk" not in id:
+        return False
+    targets = [value for value in item.callspec.params.values() if isinstance(value, harness.Target)]
+    if file == "test_topk_distillation.py" and any(target.impl == "triton" for target in targets):
+        return True
+    return any(target.isa in native.isas()[1:] for target in targets)
 
 
 @pytest.hookimpl(wrapper=True)
