@@ -161,19 +161,24 @@ def differentiate(
 
 
 def trackable(arg: Any) -> Any:
-    """Return a copy if `arg` is an inference tensor, which PyTorch's operators cannot save for backward."""
-    return arg.clone() if isinstance(arg, Tensor) and arg.is_inference() else arg
+    """Return a copy if `arg` is an inference tensor, which PyTorch's operators cannot save for backward.
+
+    Dynamo does not trace the question.
+    """
+    if torch.compiler.is_compiling() or not isinstance(arg, Tensor):
+        return arg
+    return arg.clone() if arg.is_inference() else arg
 
 
 def in_pytorch(run: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """Return an implementation in plain PyTorch that also takes inference tensors, where these need no gradient."""
 
-    def runtrackable(call: Any) -> Any:
+    def run_trackable(call: Any) -> Any:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             call = tree_map(trackable, call)
         return run(call)
 
-    return runtrackable
+    return run_trackable
 
 
 def where_needed(grads: Tensors, needs: Needs) -> list[Tensor | None]:
