@@ -13,6 +13,7 @@ _FEW = {
     ("gradient", "sm_80", "spills: 2,"): "two words, so that four programs fit on a multiprocessor",
     ("statistics", "sm_100", "spills: 2,"): "two words, so that four programs fit on a multiprocessor",
     ("statistics", "sm_120", "spills: 2,"): "a word in float64, whose products bound it",
+    ("statistics", "sm_120", "spills: 4,"): "two words in float32 with a softcap, of 128 registers",
     ("statistics", "gfx942", "spills"): "scalar registers, kept in vector registers, not in memory",
 }
 _WIDE = {"statistics": ("LDG.E.128",), "gradient": ("LDG.E.128", "STG.E.128")}
