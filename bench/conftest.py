@@ -10,7 +10,7 @@ import pytest
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 from bench import busy
-from bench.losses import CASES
+from bench.cases import CASES
 from bench.origin import ROOT, describe
 from bench.report import RESULTS, refusal, tables
 from bench.work import OURS

@@ -31,7 +31,7 @@ import torch
 
 import tlkernels as tlk
 from bench import losses
-from bench.losses import BF16, F32
+from bench.cases import BF16, F32
 from bench.measure import checked_errors, excess
 from bench.origin import ROOT, describe
 from bench.work import Case, Cast, Loss, Make, Shape, Step, Work, build, classes_of, name_of, normal

@@ -1,19 +1,16 @@
-"""Every loss that is measured: its tensors, the eager lines, the floor, and the cases with their bars."""
+"""Every loss that is measured: its tensors, the eager lines and the floor. `cases.py` has shapes and bars."""
 
 import itertools
-from collections.abc import Callable, Iterator
-from math import prod
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 import tlkernels as tlk
-from bench import memory
-from bench.work import OURS, Case, Cast, Loss, Make, Shape, Work, classes_of, generator, normal
-
-F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
+from bench.work import OURS, Cast, Loss, Make, Shape, Work, classes_of, generator, normal
 
 
 def cross_entropy(
@@ -33,6 +30,30 @@ def cross_entropy(
         upstream=x.new_ones(positions) if options.get("reduction") == "none" else None,
         # In place, eager gets a copy too: in a model the logits come out of another operation.
         fresh=(*OURS, "eager") if inplace_grad else (),
+    )
+
+
+def _one_rank() -> dist.ProcessGroup:
+    """Return a process group of this process alone: what a rank does without waiting for others."""
+    if not dist.is_initialized():
+        dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    assert dist.group.WORLD is not None
+    return dist.group.WORLD
+
+
+def cross_entropy_of_a_rank(shape: Shape, cast: Cast, *, vocab_group: bool) -> Work:
+    """One rank's part of the classes. The peer is the same call without a group.
+
+    That call reads the logits and writes the gradient in one sweep. A rank reads its logits again after the exchange.
+    """
+    x, y = cast(normal(*shape, scale=3)), classes_of(shape[1], shape[0])
+    out, group = torch.empty_like(x), _one_rank() if vocab_group else None
+    return Work(
+        (x,),
+        lambda x, impl="auto": tlk.cross_entropy(x, y, vocab_group=group, impl=impl),
+        lambda x: F.cross_entropy(x, y),
+        lambda: out.copy_(x),
+        {"alone": lambda x: tlk.cross_entropy(x, y)},
     )
 
 
@@ -62,7 +83,7 @@ def linear_cross_entropy(shape: Shape, cast: Cast) -> Work:
         return loss
 
     # On CPU it takes most of a minute a call in bfloat16, and no bar asks for it there.
-    peers = {"chunked": chunked} if x.is_cuda or x.dtype is F32 else {}
+    peers = {"chunked": chunked} if x.is_cuda or x.dtype is torch.float32 else {}
     ours = lambda x, w, impl="auto": tlk.linear_cross_entropy(x, w, y, impl=impl)  # noqa: E731
     return Work((x, w), ours, eager, floor, peers)
 
@@ -192,12 +213,12 @@ def topk_distillation(shape: Shape, cast: Cast, *, kept: int = 64) -> Work:
     out = torch.empty_like(student)
 
     def with_rest(log_p: Tensor) -> Tensor:
-        wide = log_p.to(torch.promote_types(log_p.dtype, F32))  # a rest of bfloat16 has no digit
+        wide = log_p.to(torch.promote_types(log_p.dtype, torch.float32))  # a rest of bfloat16 has no digit
         kept_mass = wide.exp().sum(-1, keepdim=True).clamp(max=1 - torch.finfo(wide.dtype).eps)
         return torch.cat([wide, torch.log1p(-kept_mass)], -1)
 
     def eager(s: Tensor) -> Tensor:
-        log_p = F.log_softmax(s.to(torch.promote_types(s.dtype, F32)) / 2, -1).gather(-1, index)
+        log_p = F.log_softmax(s.to(torch.promote_types(s.dtype, torch.float32)) / 2, -1).gather(-1, index)
         return 4 * _divergence("forward_kl", with_rest(log_p), F.log_softmax(with_rest(log_probs) / 2, -1))
 
     def selective(s: Tensor) -> Tensor:
@@ -303,101 +324,3 @@ def squared(function: Loss, eager: Loss) -> Make:
 
 mse = squared(tlk.mse, F.mse_loss)
 rmse = squared(tlk.rmse, lambda x, y: F.mse_loss(x, y).sqrt())
-
-# Least speed-ups over eager, torch.compile and the floor.
-ROWS: tuple[tuple[Shape, dict[str, float]], ...] = (
-    ((8192, 1000), {"eager": 4.0, "compile": 4.0, "floor": 1 / 1.4}),
-    ((2048, 32000), {"eager": 9.0, "compile": 5.0, "floor": 1 / 2.0}),
-    ((512, 256000), {"eager": 16.0, "compile": 5.0, "floor": 1 / 1.7}),
-    ((65536, 45), {"eager": 3.5, "compile": 1.3}),
-    ((8, 21, 512, 512), {"eager": 4.0, "compile": 2.0}),
-    ((32, 10), {"eager": 1 / 1.6}),
-)
-LINEAR: tuple[tuple[Shape, float], ...] = (((2048, 384, 30522), 2.3), ((1024, 1024, 128256), 4.2))
-DISTILLATION: tuple[tuple[Shape, float, float], ...] = (
-    ((8192, 1000), 12, 4),
-    ((2048, 32000), 20, 3.5),
-    ((512, 128256), 20, 3.5),
-)
-SMALL: tuple[tuple[str, Shape, Make], ...] = (
-    ("distillation", (32, 10), distillation),
-    ("info_nce", (64, 128), info_nce),
-    ("mse", (32, 10), mse),
-)
-BOTH = ("eager", "compile", "floor")
-
-
-def _memory(shape: Shape, dtype: torch.dtype, inplace: bool = False) -> dict[str, float]:
-    """The bar of a loss on logits: one gradient, none in place, and for each row its loss and its log-sum."""
-    gradient = 0 if inplace else prod(shape) * dtype.itemsize
-    return {"memory": gradient + 16 * prod(shape) // shape[1] + memory.SLACK}
-
-
-def _cross_entropy() -> Iterator[Case]:
-    for dtype, (shape, bars) in itertools.product((F32, BF16), ROWS):
-        # In bf16 the bar is eager in bf16; the other contestants are timed for information.
-        least = (bars if dtype is F32 else {"eager": bars["eager"]}) | _memory(shape, dtype)
-        quick = dtype is F32 and prod(shape) < 16 << 20
-        yield Case("cross_entropy", shape, dtype, cross_entropy, least, BOTH, quick=quick)
-    options = {"inplace_grad": True}
-    for (shape, bars), dtype in itertools.product(ROWS[:3], (F32, BF16)):
-        least = {"eager": bars["eager"]} | _memory(shape, dtype, inplace=True)
-        quick = shape == (8192, 1000)
-        yield Case("cross_entropy", shape, dtype, cross_entropy, least, options=options, quick=quick)
-
-
-def _others() -> Iterator[Case]:
-    for (shape, chunked), dtype in itertools.product(LINEAR, (F32, BF16)):
-        bars = {"eager": 1.0, "floor": 1 / 1.3}
-        if dtype is F32:
-            bars = {"eager": 1.12, "chunked": chunked, "floor": 1 / 1.15}
-        yield Case("linear_cross_entropy", shape, dtype, linear_cross_entropy, bars, seconds=20.0)
-    bars = {"eager": 7.0, "counted": 1 / 1.1}
-    shape, masked = (8192, 384, 30522), {"counted": 0.15}
-    yield Case("linear_cross_entropy", shape, F32, masked_linear_cross_entropy, bars, options=masked, seconds=20.0)
-    for shape, eager, compiled in DISTILLATION:
-        bars = {"eager": eager, "compile": compiled, "floor": 0.5}
-        yield Case("distillation", shape, F32, distillation, bars, BOTH)
-        yield Case("distillation", shape, BF16, distillation, {}, BOTH)
-    for divergence in ("reverse_kl", "js", "tv"):
-        yield Case("distillation", (2048, 32000), F32, distillation, {}, BOTH, {"divergence": divergence})
-    bars = {"floor": 1 / 1.15}
-    yield Case("linear_distillation", (1024, 384, 384, 30522), F32, linear_distillation, bars, seconds=15.0)
-    bars = {"eager": 6.0, "floor": 0.5}
-    yield Case("selective_log_softmax", (4096, 32000), F32, selective_log_softmax, bars, BOTH)
-    bars = {"floor": 1 / 1.1}
-    yield Case(
-        "linear_selective_log_softmax", (2048, 576, 49152), F32, linear_selective_log_softmax, bars, seconds=20.0
-    )
-    bars = {"selective": 1 / 1.15, "dense": 15.0}
-    yield Case("topk_distillation", (2048, 32000), F32, topk_distillation, bars)
-    for rows, least in ((8192, 1.6), (16384, 2.0)):
-        yield Case("info_nce", (rows, 384), F32, info_nce, {"eager": least, "floor": 1 / 1.2}, seconds=20.0)
-    for make in (nt_xent, sup_con, sigmoid_contrastive):
-        yield Case(make.__name__, (8192, 384), F32, make, seconds=20.0)
-    yield Case("mse", (4096, 4096), F32, mse, {}, BOTH)
-    yield Case("rmse", (4096, 4096), F32, rmse, {}, BOTH)
-    for name, shape, small in SMALL:
-        yield Case(name, shape, F32, small, {"eager": 1 / 1.6}, ("eager",), quick=True)
-
-
-def _grid() -> Iterator[Case]:
-    """Cross entropy in small: `auto` is nowhere slower than eager by more than 5 %."""
-    shapes = ((32, 10), (8192, 2), (2048, 45), (1024, 1000), (256, 4099), (32, 50257))
-    axes = itertools.product(shapes, (F32, BF16, F16, F64), ("mean", "sum", "none"), (0.0, 0.1), (False, True))
-    for number, (shape, dtype, reduction, smoothing, probabilities) in enumerate(axes):
-        yield Case(
-            "cross_entropy",
-            shape,
-            dtype,
-            cross_entropy,
-            bars={"eager": 1 / 1.05},
-            contestants=("eager",),
-            options={"reduction": reduction, "label_smoothing": smoothing, "probabilities": probabilities},
-            group="grid",
-            seconds=0.3,
-            quick=number % 13 == 0,
-        )
-
-
-CASES: tuple[Case, ...] = (*_cross_entropy(), *_others(), *_grid())

@@ -58,7 +58,7 @@ def peaks(case: Case, names: Sequence[str]) -> dict[str, int]:
 
 
 def main() -> None:
-    from bench.losses import CASES
+    from bench.cases import CASES
 
     case_id, name = sys.argv[1:]
     (case,) = (case for case in CASES if case.id == case_id)

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench.losses import CASES
+from bench.cases import CASES
 from bench.measure import excess, measure
 from bench.replay import clock, play
 from bench.work import Case

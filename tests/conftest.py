@@ -2,12 +2,17 @@
 
 Environment, set here unless the caller has set it: on a machine with a GPU TLKERNELS_CHECK=1, with which a class index
 out of range raises on a GPU too; on any other machine TRITON_INTERPRET=1, with which Triton's kernels run on the CPU.
+OMP_WAIT_POLICY=passive, since each process of pytest-xdist has threads for all cores: those that wait for work by
+spinning take the cores from the other processes, and the tests of the kernels take five times as long.
 """
 
 import os
 import time
 from collections import defaultdict
 from zlib import crc32
+
+# OpenMP reads it when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch

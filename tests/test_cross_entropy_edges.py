@@ -1,5 +1,6 @@
 """Edge cases of cross entropy, and the known faults of its peers (each named where it was found)."""
 
+import itertools
 import math
 
 import harness
@@ -308,6 +309,24 @@ def test_stats_with_minus_infinity_and_ties(impl):
     output = tlk.cross_entropy_stats(input, torch.tensor([0, 2, 0]), impl=impl)
     same(output.entropy[0], torch.tensor(math.log(2)), rtol=1e-6, atol=0)
     assert output.correct.tolist() == [True, False, True]  # the first of equals
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("classes", [5, 700])
+def test_correct_is_the_first_largest_wherever_it_stands(impl, classes, dtype):
+    """The largest, one equal to it and NaN at either end of a row, of a block of 256 and of a vector."""
+    places = [place for place in (0, 1, 3, 15, 16, 255, 256, 257, 511, 512, classes - 1) if place < classes]
+    input = -torch.rand(2 * len(places) ** 2, classes).to(dtype)
+    for k, (first, second) in enumerate(itertools.product(places, places)):
+        input[2 * k, [first, second]] = 1
+        input[2 * k + 1, first], input[2 * k + 1, second] = 1, torch.nan
+    for column in range(2):
+        target = torch.tensor([pair[column] for pair in itertools.product(places, places) for _ in range(2)])
+        output = tlk.cross_entropy_stats(input, target, impl=impl)
+        assert torch.equal(output.correct, input.argmax(1) == target)
+        probabilities = input.nan_to_num(nan=2)
+        output = tlk.cross_entropy_stats(input, probabilities, impl=impl)
+        assert torch.equal(output.correct, input.argmax(1) == probabilities.argmax(1))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

@@ -22,27 +22,29 @@ def python(code, **environment):
 
 
 def test_import_loads_nothing_heavy_and_is_quick(tmp_path):
-    """At most 50 ms on top of torch, in processor time, which other processes do not change.
+    """At most 6 % of torch's own import, in processor time: a slow or busy machine changes both alike.
 
     The first run compiles the bytecode for the others. A collection of garbage, which may come at any time, takes 80 ms
     for torch's objects.
     """
     code = """
 import gc, sys, time
-import torch
 gc.disable()
+times = [time.process_time()]
+import torch
+times.append(time.process_time())
 loaded = set(sys.modules)
-start = time.process_time()
 import tlkernels
-print(time.process_time() - start)
+times.append(time.process_time())
+print((times[2] - times[1]) / (times[1] - times[0]))
 new = {name.split(".")[0] for name in set(sys.modules) - loaded}
 assert not new & {"transformers", "accelerate", "triton", "datasets", "jsonargparse", "matplotlib"}, new
 assert not any(name.startswith(("tlkernels.train", "tlkernels.cli")) for name in sys.modules)
 """
     cached = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path)}
-    runs = [python(code, **cached) for _ in range(3)]
+    runs = [python(code, **cached) for _ in range(4)]
     assert all(run.returncode == 0 for run in runs), runs[0].stderr
-    assert min(float(run.stdout) for run in runs) < 0.05
+    assert min(float(run.stdout) for run in runs[1:]) < 0.06
 
 
 def test_every_public_name_is_documented():

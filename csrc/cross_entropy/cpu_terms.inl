@@ -139,16 +139,31 @@ struct Terms {
     return co;
   }
 
-  // The first largest element; NaN counts as the largest, as in torch.argmax.
+  // The first largest element; NaN counts as the largest, as in torch.argmax. Of contiguous elements only the blocks
+  // with a larger one are searched one by one.
   template <class E>
   static int64_t argmax(const E* p, int64_t stride, int64_t n) {
+    constexpr int64_t kSearched = 256;
     int64_t best = 0;
-    auto largest = load1(p);
-    for (int64_t k = 1; k < n && largest == largest; ++k) {
-      auto value = load1(p + k * stride);
-      if (value > largest || value != value) best = k, largest = value;
+    A largest = load1(p);
+    for (int64_t begin = 0; begin < n && largest == largest; begin += kSearched) {
+      const int64_t end = begin + kSearched < n ? begin + kSearched : n;
+      if (stride == 1 && !exceeds(p, begin, end, largest)) continue;
+      for (int64_t k = begin; k < end && largest == largest; ++k) {
+        const A value = load1(p + k * stride);
+        if (value > largest || value != value) best = k, largest = value;
+      }
     }
     return best;
+  }
+  // Whether one of the contiguous elements is larger than `limit`, or NaN.
+  template <class E>
+  static bool exceeds(const E* p, int64_t begin, int64_t end, A limit) {
+    V larger[kSlots] = {};
+    sweep<A>(begin, end, [&](int64_t k, int slot, int n) __attribute__((always_inline)) {
+      larger[slot] = load_some(p + k, n, limit) <= limit ? larger[slot] : set1(A(1));
+    });
+    return reduce_max<A>(vmax(vmax(larger[0], larger[1]), vmax(larger[2], larger[3]))) != A(0);
   }
   void write_correct(int64_t row, const T* x, const P* q) const {
     int64_t truth = c.indices ? c.indices[row] : argmax(q, c.probabilities.class_stride, c.classes);

@@ -59,6 +59,20 @@ def spread_target(
 
 
 @triton.jit
+def is_larger(x, best):
+    """Whether x comes before `best` in torch.argmax, for which NaN is the largest."""
+    return (x > best) | ((x != x) & (best == best))
+
+
+@triton.jit
+def first_largest(best, classes, C):
+    """Return each row's class that torch.argmax returns."""
+    first_nan = tl.min(tl.where(best != best, classes, C), 1)
+    first = tl.min(tl.where(best == tl.max(best, 1)[:, None], classes, C), 1)
+    return tl.where(first_nan < C, first_nan, first)
+
+
+@triton.jit
 def target_of(
     target, weight, input, at_target, at_row, step, mask, C, ignore_index, smoothing, softcap,
     PROBABILITIES: tl.constexpr, ELSEWHERE: tl.constexpr, SOFTCAP: tl.constexpr, T: tl.constexpr,
@@ -259,11 +273,11 @@ def sweep(
             if ENTROPY:
                 p_depths += tl.where(p == 0, 0.0, p * depth)
             if correct is not None:
-                better = valid & (x > best)
+                better = valid & is_larger(x, best)
                 best, best_class = tl.where(better, x, best), tl.where(better, c[None, :], best_class)
                 if PROBABILITIES:
                     t = tl.load(target + at_t + far * t_class, valid, other=float("-inf")).to(T)
-                    better = t > best_t
+                    better = is_larger(t, best_t)
                     best_t, best_t_class = tl.where(better, t, best_t), tl.where(better, c[None, :], best_t_class)
             if grad is not None:
                 q += tl.where(c[None, :] == y[:, None], target_q[:, None], 0.0)
@@ -294,12 +308,10 @@ def sweep(
     if ENTROPY:
         tl.store(entropy_of + row, tl.where(counted, log_sum + p_depth, 0.0), mask)
     if correct is not None:
-        best_index = tl.min(tl.where(best == tl.max(best, 1)[:, None], best_class, C), 1)
+        best_index = first_largest(best, best_class, C)
         if PROBABILITIES:
-            target_index = tl.min(tl.where(best_t == tl.max(best_t, 1)[:, None], best_t_class, C), 1)
-            tl.store(correct + row, counted & (best_index == target_index), mask)
-        else:
-            tl.store(correct + row, counted & (best_index == y), mask)
+            y = first_largest(best_t, best_t_class, C)
+        tl.store(correct + row, counted & (best_index == y), mask)
 
 
 # If the classes of a row are contiguous, P is the number of rows, which the last, shorter batch changes: it must not
