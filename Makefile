@@ -13,7 +13,7 @@ BENCH_ARGS ?=
 COMPILE_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full test-part lint docs bench readme sanitize cuda-compile wheel gpu-kit gpu-run clean FORCE
+.PHONY: help setup demo test test-full test-part lint docs bench readme sanitize sanitize-cpu sanitize-cuda-host cuda-compile wheel gpu-kit gpu-run clean FORCE
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*##/\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -30,13 +30,15 @@ test-full: setup build/cuda_host sanitize  ## every test there is, and every com
 	$(PY) -m pytest -n auto --dist worksteal -m '' $(TEST_ARGS)
 	$(MAKE) cuda-compile
 
-# Architecture k is compiled with parts k and k + 6; the resource report of Triton's kernels is among the tests.
+# Of 24 parts, k, k + 6, k + 12 and k + 18 compile architecture k; odd ones have sanitizers in the kernels for CPUs, even
+# ones in the CUDA kernels' host run, each for one twelfth of the core tests. The report of Triton's kernels is a test.
 ARCHITECTURES := sm_80 sm_86 sm_89 sm_90a sm_100a sm_120
-test-part: setup build/cuda_host  ## one twelfth of what `make test` leaves out (PART=1 ... 12)
-	$(PY) -m pytest -n auto --dist worksteal -m full --part $(PART) $(TEST_ARGS)
-	$(MAKE) sanitize TEST_ARGS='--part $(PART)'
+SANITIZED_PART = $$((($(PART) + 1) / 2))/12
+test-part: setup build/cuda_host  ## one of 24 parts of what `make test` leaves out (PART=1 ... 24)
+	$(PY) -m pytest -n auto --dist worksteal -m full --part $(PART)/24 $(TEST_ARGS)
+	$(MAKE) $(if $(filter %1 %3 %5 %7 %9,$(PART)),sanitize-cpu,sanitize-cuda-host) TEST_ARGS="--part $(SANITIZED_PART)"
 	if $(PY) -c 'from csrc import nvcc; raise SystemExit(nvcc.compiler() is None)'; then \
-		TLKERNELS_CUDA_ARCHS=$(word $(PART),$(ARCHITECTURES) $(ARCHITECTURES)) $(MAKE) cuda-compile COMPILE_ARGS=--quick; fi
+		TLKERNELS_CUDA_ARCHS=$(word $(PART),$(foreach _,1 2 3 4,$(ARCHITECTURES))) $(MAKE) cuda-compile COMPILE_ARGS=--quick; fi
 
 # The CUDA kernels for the host run; before the tests, so that their processes need not wait for one another.
 .PHONY: build/cuda_host
@@ -59,17 +61,25 @@ bench: setup  ## speed-up and memory of every loss, written to bench/results (BE
 readme: setup  ## README's figures and picture, and bench/RESULTS.md, from the newest file in bench/results
 	$(PY) -m bench.readme
 
-# A separate build, not the one in the source tree. The runtimes and libstdc++ must be loaded before everything else, or
-# the runtimes do not find the functions that they wrap.
+# The runtimes and libstdc++ must be loaded before everything else, or the runtimes do not find the functions that they wrap.
 RUNTIME = $$($${CXX:-c++} -print-file-name=$(1))
 SANITIZED = LD_PRELOAD="$(call RUNTIME,libasan.so) $(call RUNTIME,libubsan.so) $(call RUNTIME,libstdc++.so)" \
-	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH=$(CURDIR)/build/sanitize/lib:$(CURDIR)
-sanitize: setup  ## the kernels' core tests under AddressSanitizer and UBSan
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
+sanitize: sanitize-cpu sanitize-cuda-host  ## the kernels' core tests under AddressSanitizer and UBSan
+
+# A separate build, not the one in the source tree.
+SANITIZED_LIB = $(CURDIR)/build/sanitize/lib
+sanitize-cpu: setup
 	TLKERNELS_SANITIZE=1 $(PY) setup.py -q build -b build/sanitize --build-lib build/sanitize/lib
 	ln -sfn $(CURDIR)/tests $(CURDIR)/csrc build/sanitize/lib
-	$(SANITIZED) $(PY) -P -c 'import torch; from tlkernels import _C; assert _C.build_info()["sanitize"] == "1", _C'
+	$(SANITIZED) PYTHONPATH=$(SANITIZED_LIB):$(CURDIR) $(PY) -P -c \
+		'import torch; from tlkernels import _C; assert _C.build_info()["sanitize"] == "1", _C'
+	$(SANITIZED) PYTHONPATH=$(SANITIZED_LIB):$(CURDIR) \
+		$(BIN)/pytest -n auto --dist worksteal -m core -k 'native and not cuda_host' tests $(TEST_ARGS)
+
+sanitize-cuda-host: setup
 	$(SANITIZED) $(PY) tests/cuda_host/build.py
-	$(SANITIZED) $(BIN)/pytest -n auto --dist worksteal -m core -k 'native or cuda_host' tests $(TEST_ARGS)
+	$(SANITIZED) $(BIN)/pytest -n auto --dist worksteal -m core -k cuda_host tests $(TEST_ARGS)
 
 cuda-compile: setup  ## the CUDA kernels for every architecture, no GPU needed (COMPILE_ARGS=--quick for two of them)
 	$(PY) -m bench.cuda_resources $(COMPILE_ARGS)

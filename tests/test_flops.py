@@ -235,7 +235,7 @@ print(counter.get_total_flops())
     "assert 'torch.utils.flop_counter' not in sys.modules; from torch.utils.flop_counter import FlopCounterMode",
 ], ids=["after", "before", "found first"])  # fmt: skip
 def test_any_order_of_imports(imports):
-    code = f"import sys, torch\n{imports}\n{COUNT}".replace("native", "native")
+    code = f"import sys, torch\n{imports}\n{COUNT}"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     assert int(run.stdout) == 2 * 2 * 3 * 5

@@ -39,6 +39,7 @@ def compiled(output, version=""):
     return int(found[2])
 
 
+@pytest.mark.full  # the quick part checks that the report of all kernels is of these sources
 def test_a_kernel_of_each_kind_compiles():
     assert compiled(run("tests.recorded_battery", "--quick")) > 250
 
