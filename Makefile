@@ -79,7 +79,7 @@ sanitize-cpu: setup
 
 sanitize-cuda-host: setup
 	$(SANITIZED) $(PY) tests/cuda_host/build.py
-	$(SANITIZED) $(BIN)/pytest -n auto --dist worksteal -m core -k cuda_host tests $(TEST_ARGS)
+	$(SANITIZED) $(PY) -m pytest -n auto --dist worksteal -m core -k cuda_host tests $(TEST_ARGS)
 
 cuda-compile: setup  ## the CUDA kernels for every architecture, no GPU needed (COMPILE_ARGS=--quick for two of them)
 	$(PY) -m bench.cuda_resources $(COMPILE_ARGS)
