@@ -30,8 +30,8 @@ test-full: setup build/cuda_host sanitize  ## every test there is, and every com
 	$(PY) -m pytest -n auto --dist worksteal -m '' $(TEST_ARGS)
 	$(MAKE) cuda-compile
 
-# Of 24 parts, k, k + 6, k + 12 and k + 18 compile architecture k; odd ones have sanitizers in the kernels for CPUs, even
-# ones in the CUDA kernels' host run, each for one twelfth of the core tests. The report of Triton's kernels is a test.
+# Parts k, k + 6, k + 12 and k + 18 compile architecture k. Odd parts run a twelfth of the core tests of the CPU kernels
+# under the sanitizers, even parts a twelfth of those of the CUDA kernels' host run. Triton's resource report is a test.
 ARCHITECTURES := sm_80 sm_86 sm_89 sm_90a sm_100a sm_120
 SANITIZED_PART = $$((($(PART) + 1) / 2))/12
 test-part: setup build/cuda_host  ## one of 24 parts of what `make test` leaves out (PART=1 ... 24)

@@ -22,7 +22,7 @@ def python(code, **environment):
 
 
 def test_import_loads_nothing_heavy_and_is_quick(tmp_path):
-    """At most 6 % of torch's own import, in processor time: a slow or busy machine changes both alike.
+    """The import takes at most 6 % of the processor time of torch's own; a slow or busy machine changes both.
 
     The first run compiles the bytecode for the others. A collection of garbage, which may come at any time, takes 80 ms
     for torch's objects.
