@@ -121,6 +121,12 @@ def pytest_collection_modifyitems(config, items):
     return result
 
 
+def pytest_collectstart(collector):
+    """Seed the random numbers that a file makes while it is imported."""
+    if isinstance(collector, pytest.Module):
+        torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True)
 def _device_and_seed(request):
     on_gpu = request.node.get_closest_marker("gpu")
