@@ -1,7 +1,7 @@
 """Runs the battery's calls with fake CUDA tensors, to check that the host never waits for a GPU or mixes devices.
 
     python -m tests.fake_battery            all cases, by triton and by reference
-    python -m tests.fake_battery --quick    each case in one of its dtypes, by triton
+    python -m tests.fake_battery info_nce   those of one loss
 
 A fake tensor has a shape, a dtype and a device, but no values. Reading a value (`float`, `bool`, `item`, a shape that
 depends on it) raises; on a GPU the host would wait, and no graph could be captured. Triton's launches are recorded. The
@@ -123,14 +123,6 @@ def call(name, loss, case, impl):
         tlk.cross_entropy_stats(**arguments, impl=impl)
 
 
-def in_one_dtype(cases):
-    """Return one of the cases that differ in dtype alone, for each kind; the dtypes take turns."""
-    kinds = collections.defaultdict(list)
-    for case in cases:
-        kinds[case.id.replace(str(case.dtype).removeprefix("torch."), "")].append(case)
-    return [of_kind[k % len(of_kind)] for k, of_kind in enumerate(kinds.values())]
-
-
 def place_of(error):
     """Return where in the package, or in the tests, an error came from."""
     frames = [
@@ -149,7 +141,6 @@ def check_devices(launch):
 def main(arguments):
     parser = argparse.ArgumentParser()
     parser.add_argument("losses", nargs="*", help="all, if none is given")
-    parser.add_argument("--quick", action="store_true", help="each case in one of its dtypes, by triton")
     options = parser.parse_args(arguments)
     if core.INTERPRETED:
         parser.error("TRITON_INTERPRET is set: its ops would be those of CPU tensors")
@@ -162,9 +153,9 @@ def main(arguments):
         if module.__name__.startswith("tlkernels.") and hasattr(module, "plain"):
             module.plain = lambda *tensors: True
     failures, made = collections.defaultdict(list), 0
-    for impl in ("triton",) if options.quick else ("triton", "reference"):
+    for impl in ("triton", "reference"):
         for name in options.losses or LOSSES:
-            for case in in_one_dtype(LOSSES[name].cases) if options.quick else LOSSES[name].cases:
+            for case in LOSSES[name].cases:
                 made += 1
                 try:
                     with FakeTensorMode(), Implementations(), recorded("sm_90", check_devices):

@@ -119,7 +119,10 @@ checkpoint.Path.rename = rename
 """
 
 
-@pytest.mark.parametrize("kill", [IN_A_FILE, BETWEEN_THE_RENAMES], ids=["in-a-file", "between-the-renames"])
+@pytest.mark.parametrize("kill", [
+    pytest.param(IN_A_FILE, id="in-a-file"),
+    pytest.param(BETWEEN_THE_RENAMES, id="between-the-renames", marks=pytest.mark.full),
+])  # fmt: skip
 def test_a_kill_in_the_middle_of_a_checkpoint(kill, paths, whole, tmp_path):
     script = KILLED.format(
         tests=str(Path(__file__).parent), kill=kill, folder=str(tmp_path / "run"), model=paths[0], data=paths[1]

@@ -91,6 +91,7 @@ def test_too_few_packages_is_one_clear_error(planted):
         build(classes=2, per_class=3)
 
 
+@pytest.mark.full
 def test_on_this_machine():
     """The default has at least 6 classes and 3000 docstrings; the checks do not use the code that built it."""
     split = build()

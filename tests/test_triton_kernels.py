@@ -76,6 +76,7 @@ def test_tf32_only_where_torch_is_allowed_to(setting):
         torch.set_float32_matmul_precision(before)
 
 
+@pytest.mark.full
 def test_every_loss_without_the_extension():
     """With TLKERNELS_BUILD=0 Triton still works: the battery again in a process that cannot load the extension."""
     code = """
