@@ -42,11 +42,11 @@ struct RowKernel : Terms<T, P, kCap> {
 
   static TLK_INLINE A block_max(const T* x, int64_t begin, int64_t end) {
     const A lowest = -A(__builtin_inf());
-    V m[4] = {set1(lowest), set1(lowest), set1(lowest), set1(lowest)};
+    V m[kSlots] = {set1(lowest), set1(lowest), set1(lowest), set1(lowest)};
     sweep<A>(begin, end, [&](int64_t k, int slot, int n) __attribute__((always_inline)) {
       m[slot] = vmax(load_some(x + k, n, lowest), m[slot]);
     });
-    return reduce_max<A>(vmax(vmax(m[0], m[1]), vmax(m[2], m[3])));
+    return reduce_max<A>(max_of_slots(m));
   }
 
   // What the first sweep finds besides the sum of exponentials. The expectation is not divided by that sum.

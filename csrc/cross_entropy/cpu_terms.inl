@@ -163,7 +163,7 @@ struct Terms {
     sweep<A>(begin, end, [&](int64_t k, int slot, int n) __attribute__((always_inline)) {
       larger[slot] = load_some(p + k, n, limit) <= limit ? larger[slot] : set1(A(1));
     });
-    return reduce_max<A>(vmax(vmax(larger[0], larger[1]), vmax(larger[2], larger[3]))) != A(0);
+    return reduce_max<A>(max_of_slots(larger)) != A(0);
   }
   void write_correct(int64_t row, const T* x, const P* q) const {
     int64_t truth = c.indices ? c.indices[row] : argmax(q, c.probabilities.class_stride, c.classes);

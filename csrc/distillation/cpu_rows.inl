@@ -133,7 +133,7 @@ struct DistillationKernel {
       }
       m[slot] = vmax(f, m[slot]);
     });
-    return reduce_max<A>(vmax(vmax(m[0], m[1]), vmax(m[2], m[3])));
+    return reduce_max<A>(max_of_slots(m));
   }
 
   // Makes the sums over the first `count` classes relative to `top`, on sides where it is larger.

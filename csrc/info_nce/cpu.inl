@@ -101,7 +101,7 @@ struct SimilarityKernel {
       sweep<A>(0, t.columns, [&](int64_t k, int slot, int n) __attribute__((always_inline)) {
         top[slot] = vmax(top[slot], logit(load_some(c + k, n, kOut)));
       });
-      const A peak = raise(p.rows, t.row + r, reduce_max<A>(vmax(vmax(top[0], top[1]), vmax(top[2], top[3]))));
+      const A peak = raise(p.rows, t.row + r, reduce_max<A>(max_of_slots(top)));
       Chains<A> sum, moment, set_sum, set_count;
       sweep<A>(0, t.columns, [&](int64_t k, int slot, int n) __attribute__((always_inline)) {
         const V x = load_some(c + k, n, kOut);
@@ -136,7 +136,7 @@ struct SimilarityKernel {
       each_row([&](int64_t r, int slot) __attribute__((always_inline)) {
         top[slot] = vmax(top[slot], logit(load_some(row(r) + k, n, kOut)));
       });
-      V peak = vmax(vmax(top[0], top[1]), vmax(top[2], top[3]));
+      V peak = max_of_slots(top);
       for (int j = 0; j < n; ++j) peak[j] = raise(p.columns, t.column + k + j, peak[j]);
       Chains<A> sum, moment, set_sum, set_count;
       each_row([&](int64_t r, int slot) __attribute__((always_inline)) {

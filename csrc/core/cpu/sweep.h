@@ -42,6 +42,11 @@ TLK_INLINE void sweep(int64_t begin, int64_t end, Body body) {
   if (k < end) body(k, 0, int(end - k));
 }
 
+template <class V>
+TLK_INLINE V max_of_slots(const V (&part)[kSlots]) {
+  return vmax(vmax(part[0], part[1]), vmax(part[2], part[3]));
+}
+
 // A sum in kSlots independent chains, one for each slot.
 template <class A>
 struct Chains {
