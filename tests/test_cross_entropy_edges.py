@@ -312,16 +312,21 @@ def test_stats_with_minus_infinity_and_ties(impl):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("classes", [5, 700])
-def test_correct_is_the_first_largest_wherever_it_stands(impl, classes, dtype):
-    """The largest, one equal to it and NaN at either end of a row, of a block of 256 and of a vector."""
-    places = [0, 1, 3, 4] if classes == 5 else [0, 15, 16, 255, 256, 699]
-    input = -torch.rand(2 * len(places) ** 2, classes).to(dtype)
-    for k, (first, second) in enumerate(itertools.product(places, places)):
-        input[2 * k, [first, second]] = 1
-        input[2 * k + 1, first], input[2 * k + 1, second] = 1, torch.nan
+@pytest.mark.parametrize(("classes", "places"), [
+    pytest.param(5, (0, 1, 3, 4), id="5"),
+    pytest.param(700, (0, 15, 16, 255, 256, 699), id="ends of vectors and of a block on CPU"),
+    pytest.param(2100, (0, 51, 2048, 2099), id="same columns of two blocks of Triton"),
+])  # fmt: skip
+def test_correct_is_the_first_largest_wherever_it_stands(impl, classes, places, dtype):
+    """Two equal ones, the largest and NaN, and two NaN, at every pair of places."""
+    pairs = list(itertools.product(places, places))
+    input = -torch.rand(3 * len(pairs), classes).to(dtype)
+    for k, (first, second) in enumerate(pairs):
+        input[3 * k, [first, second]] = 1
+        input[3 * k + 1, first], input[3 * k + 1, second] = 1, torch.nan
+        input[3 * k + 2, [first, second]] = torch.nan
     for column in range(2):
-        target = torch.tensor([pair[column] for pair in itertools.product(places, places) for _ in range(2)])
+        target = torch.tensor([pair[column] for pair in pairs for _ in range(3)])
         output = tlk.cross_entropy_stats(input, target, impl=impl)
         assert torch.equal(output.correct, input.argmax(1) == target)
         probabilities = input.nan_to_num(nan=2)
