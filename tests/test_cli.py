@@ -61,7 +61,7 @@ def test_without_a_command(capsys):
     fails([], 2, "no command; expected one of: finetune, doctor", capsys=capsys)
     fails(["fintune"], 2, "unknown command 'fintune'", capsys=capsys)
     assert cli.main(["--help"]) == 0
-    assert "tlkernels finetune --resume RUN_FOLDER" in capsys.readouterr().out
+    assert "tlkernels COMMAND --resume RUN_FOLDER" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_what_the_exceptions_become(monkeypatch, capsys):
         (UserError("wrong\n  option"), 2, "tlkernels: wrong option\n"),
         (RunError("disk full"), 1, "tlkernels: disk full\n"),
         (OSError(28, "No space left on device"), 1, "tlkernels: OSError: [Errno 28] No space left on device\n"),
-        (KeyboardInterrupt(), 130, "tlkernels: interrupted; to continue: tlkernels finetune --resume RUN_FOLDER\n"),
+        (KeyboardInterrupt(), 130, "tlkernels: interrupted; to continue: tlkernels COMMAND --resume RUN_FOLDER\n"),
         (ZeroDivisionError("oh"), 1, "tlkernels: ZeroDivisionError: oh (TLKERNELS_TRACEBACK=1 shows where)\n"),
     ):
         monkeypatch.setattr(cli, "_doctor", lambda _, error=error: (_ for _ in ()).throw(error))
@@ -241,7 +241,7 @@ def test_a_run_stopped_and_resumed_from_the_shell(paths, tmp_path, monkeypatch, 
     Path("c.yaml").write_text("optim: {lr: 0.001}\nrun: {steps: 4, device: cpu, folder: run}\n")
     given = [f"--model.path={paths['model']}", f"--data.path={os.path.relpath(paths['data'], tmp_path)}"]
     assert cli.main(["finetune", "--config", "c.yaml", *given, "--stop_after", "2"]) == 0
-    assert "stopped after step 2; to continue: tlkernels finetune --resume run\n" in capsys.readouterr().out
+    assert "stopped after step 2\nto continue: tlkernels finetune --resume run\n" in capsys.readouterr().out
     config = json.loads(Path("run/config.json").read_text())
     assert config["optim"]["lr"] == 0.001 and config["data"]["path"] == str(Path(paths["data"]).resolve())
 

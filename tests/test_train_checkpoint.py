@@ -28,7 +28,7 @@ def paths(tmp_path_factory):
 def whole(paths, tmp_path_factory):
     """A run that nothing interrupted."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    pipeline.finetune(tiny_config(folder, *paths))
+    pipeline.run(tiny_config(folder, *paths))
     return folder / "finetuned"
 
 
@@ -53,7 +53,7 @@ def test_a_full_disk_half_way_through_a_checkpoint(paths, whole, tmp_path, monke
     monkeypatch.setattr(checkpoint.torch, "save", full)
     match = r"cannot write .*last \(OSError: .*No space left on device.*previous one is complete"
     with pytest.raises(RunError, match=match):
-        pipeline.finetune(tiny_config(tmp_path / "run", *paths))
+        pipeline.run(tiny_config(tmp_path / "run", *paths))
     monkeypatch.undo()
     assert not list((tmp_path / "run/finetuned").glob("*.new")), "a full disk is not left full"
     assert_resumes(tmp_path / "run", whole)
@@ -65,17 +65,17 @@ def test_a_write_that_the_operating_system_cuts_short(file, tmp_path, paths):
     from accelerate import Accelerator
 
     config = tiny_config(tmp_path / "run", *paths)
-    job, name = pipeline.prepare(config, Accelerator(cpu=True))
-    network = pipeline.new_classifier(name, 3, False, 0)
+    task = pipeline.prepare(config, Accelerator(cpu=True))
+    network = task.stages()["finetuned"].start()
     optimizer = make_optimizer(network, config.optim)
     for parameter in network.parameters():
         parameter.grad = parameter.detach().clone()
     optimizer.step()
-    arguments = (network, optimizer, checkpoint.Progress(step=1), job.preprocessor, job.about)
+    arguments = (task, network, optimizer, checkpoint.Progress(step=1))
     checkpoint.save_checkpoint(tmp_path / "last", *arguments)
     before = {file.name: file.read_bytes() for file in (tmp_path / "last").iterdir()}
     if file == "tokenizer.json":  # larger than the weights that are written before it
-        job.preprocessor.add_tokens([f"word{number}" for number in range(3000)])
+        task.preprocessor.add_tokens([f"word{number}" for number in range(3000)])
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     limit = len(before[file]) - 1 if file != "tokenizer.json" else len(before["model.safetensors"])
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))  # Python ignores the signal: a write raises instead
@@ -97,7 +97,7 @@ from tlkernels.train import checkpoint, pipeline
 {kill}
 import torch
 torch.set_num_threads(1)
-pipeline.finetune(tiny_config({folder!r}, {model!r}, {data!r}))
+pipeline.run(tiny_config({folder!r}, {model!r}, {data!r}))
 """
 IN_A_FILE = """
 real, calls = checkpoint.torch.save, []
@@ -174,7 +174,7 @@ def test_what_is_written_reaches_the_disk_before_the_rename(tmp_path, monkeypatc
 
 def test_a_checkpoint_that_is_not_whole_is_said_so(paths, whole, tmp_path):
     run = tmp_path / "run"
-    pipeline.finetune(tiny_config(run, *paths), until=2)
+    pipeline.run(tiny_config(run, *paths), until=2)
     file = run / "finetuned/last/optimizer.pt"
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(UserError, match="has no complete checkpoint"):

@@ -44,7 +44,7 @@ def pictures(tmp_path):
 def test_an_image_folder(vision, pictures, tmp_path):
     config = tiny_config(tmp_path / "run", vision, str(pictures), steps=12)
     config.optim.lr = 1e-2
-    pipeline.finetune(config)
+    pipeline.run(config)
     result = json.loads((tmp_path / "run/finetuned/result.json").read_text())
     assert result["accuracy"] == 1.0
     answers = load(tmp_path / "run").predict([Image.new("RGB", (30, 30), (0, 0, 255)), Image.new("L", (9, 9), 90)])
@@ -137,4 +137,4 @@ def test_a_broken_image(vision, pictures, tmp_path):
     for number in range(16):
         (pictures / "red" / f"{number}.png").write_bytes(b"\x89PNG no more")
     with pytest.raises(UserError, match=r"the image in .*pictures/red/\d+.png cannot be read"):
-        pipeline.finetune(tiny_config(tmp_path / "run", vision, str(pictures)))
+        pipeline.run(tiny_config(tmp_path / "run", vision, str(pictures)))

@@ -11,13 +11,13 @@ import torch
 from torch.nn import functional
 from train_cases import made_rows, metrics, quick, same_bits, tiny_config, tiny_model, weights, write_csv
 
-from tlkernels.train import RunError, UserError, loop, pipeline
+from tlkernels.train import RunError, UserError, pipeline
 from tlkernels.train.batches import micro_batches, whole_batch
 from tlkernels.train.config import OptimConfig, ScheduleConfig
 from tlkernels.train.loop import train
-from tlkernels.train.metrics import Scores
-from tlkernels.train.model import load, new_classifier
+from tlkernels.train.model import load
 from tlkernels.train.optim import learning_rate, make_optimizer
+from tlkernels.train.task import OURS, Scores
 
 pytestmark = pytest.mark.usefixtures(quick.__name__)
 
@@ -44,7 +44,7 @@ def patchy_data(tmp_path_factory):
     return write_csv(tmp_path_factory.mktemp("patchy") / "rows.csv", rows)
 
 
-def job_of(config):
+def task_of(config):
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
     config.check()
@@ -52,33 +52,38 @@ def job_of(config):
     return pipeline.prepare(config, Accelerator(cpu=True, kwargs_handlers=handlers))
 
 
+def first(task):
+    """Return the network before its first step."""
+    return task.stages()["finetuned"].start()
+
+
 def one_step(config, folder):
     """Return the gradient of one step, from the change that plain SGD with rate 1 makes; in float64."""
     config.optim = OptimConfig(name="sgd", lr=1.0, weight_decay=0.0, clip_norm=None)
     config.schedule = ScheduleConfig(name="constant", warmup=0.0)
     config.run.steps = config.run.eval_every = 1
-    job, name = job_of(config)
+    task = task_of(config)
     networks = []
 
     def make():
-        networks.append(new_classifier(name, len(job.about["classes"]), False, 0).double())
+        networks.append(first(task).double())
         return networks[0]
 
     before = {key: value.clone() for key, value in make().state_dict().items()}
-    train(job, folder, lambda: networks[0])
+    train(task, folder, lambda: networks[0])
     return {key: before[key] - value for key, value in networks[0].state_dict().items() if value.is_floating_point()}
 
 
 def whole_gradient(config):
     """Return, from plain PyTorch, the gradient of the batch's mean, and of the mean of the micro-batches' means."""
-    job, name = job_of(config)
-    rows = job.rows["train"]
+    task = task_of(config)
+    rows = task.rows["train"]
     batch = whole_batch(0, config.run.batch_size, len(rows), config.run.seed)
 
     def gradient(pieces):
-        network = new_classifier(name, len(job.about["classes"]), False, 0).double()
+        network = first(task).double()
         for piece in pieces:
-            logits = network(**rows.inputs(piece, "cpu"))
+            logits = network.logits(**rows.inputs(piece, "cpu"))
             (functional.cross_entropy(logits, rows.labels[piece]).nan_to_num() / len(pieces)).backward()
         return {key: 0 * value if value.grad is None else value.grad for key, value in network.named_parameters()}
 
@@ -103,9 +108,9 @@ def test_a_step_without_any_label_changes_nothing(plain_model, patchy_data, tmp_
     real = pipeline.prepare
 
     def unlabelled(config, accelerator):
-        job, name = real(config, accelerator)
-        job.rows["train"].labels[:] = -100
-        return job, name
+        task = real(config, accelerator)
+        task.rows["train"].labels[:] = -100
+        return task
 
     monkeypatch.setattr(pipeline, "prepare", unlabelled)
     change = one_step(tiny_config(tmp_path, plain_model, patchy_data), tmp_path / "run")
@@ -119,7 +124,7 @@ def _in_process(rank, port, config, folder):
     change = one_step(replace_run(config), folder / "step")
     if rank == 0:
         torch.save(change, folder / "change.pt")
-    pipeline.finetune(config)
+    pipeline.run(config)
 
 
 def replace_run(config):
@@ -138,7 +143,7 @@ def test_two_processes_learn_what_one_does(plain_model, patchy_data, tmp_path):
 
     alone = replace_run(config)
     alone.run.folder = str(tmp_path / "one")
-    pipeline.finetune(alone)
+    pipeline.run(alone)
     one, two = (weights(tmp_path / name / "finetuned" / "last") for name in ("one", "two"))
     assert distance(one, two) < 1e-5
     for left, right_ in zip(metrics(tmp_path / "one/finetuned"), metrics(tmp_path / "two/finetuned"), strict=True):
@@ -156,7 +161,7 @@ def test_a_stopped_and_resumed_run_is_the_unbroken_one(model, data, tmp_path, op
     for name in ("whole", "stopped"):
         config = tiny_config(tmp_path / name, model, data)
         config.optim.name = optimizer
-        pipeline.finetune(config, until=stop if name == "stopped" else None)
+        pipeline.run(config, until=stop if name == "stopped" else None)
     assert not (tmp_path / "stopped/results.json").exists()
     assert metrics(tmp_path / "stopped/finetuned")[-1]["step"] == stop
     pipeline.resume(tmp_path / "stopped")
@@ -174,22 +179,22 @@ def test_a_stopped_and_resumed_run_is_the_unbroken_one(model, data, tmp_path, op
 def test_dropout_is_on_while_training(model, plain_model, data, tmp_path):
     """Otherwise the test above would not see whether a resumed run draws the same numbers."""
     for name, path in (("dropout", model), ("plain", plain_model)):
-        pipeline.finetune(tiny_config(tmp_path / name, path, data))
+        pipeline.run(tiny_config(tmp_path / name, path, data))
     first = [metrics(tmp_path / name / "finetuned")[0]["loss"] for name in ("dropout", "plain")]
     assert first[0] != first[1]
 
 
 def test_resuming_with_other_rows_is_refused(model, data, tmp_path):
     rows = write_csv(tmp_path / "rows.csv", made_rows(60))
-    pipeline.finetune(tiny_config(tmp_path / "run", model, rows), until=2)
+    pipeline.run(tiny_config(tmp_path / "run", model, rows), until=2)
     write_csv(rows, made_rows(60, seed=9))
     with pytest.raises(UserError, match="are not those"):
         pipeline.resume(tmp_path / "run")
 
 
 def test_lines_that_a_kill_left_behind_are_dropped(model, data, tmp_path):
-    pipeline.finetune(tiny_config(tmp_path / "whole", model, data))
-    pipeline.finetune(tiny_config(tmp_path / "killed", model, data), until=4)
+    pipeline.run(tiny_config(tmp_path / "whole", model, data))
+    pipeline.run(tiny_config(tmp_path / "killed", model, data), until=4)
     file = tmp_path / "killed/finetuned/metrics.jsonl"
     file.write_text(file.read_text() + '{"step": 5, "loss": 7}\n{"step": 6, "lo')
     pipeline.resume(tmp_path / "killed")
@@ -200,7 +205,7 @@ def test_it_learns(model, tmp_path):
     data = write_csv(tmp_path / "rows.csv", made_rows(150))
     config = tiny_config(tmp_path / "run", model, data, steps=60, eval_every=20, tensorboard=True)
     config.optim.lr = 5e-3
-    pipeline.finetune(config)
+    pipeline.run(config)
     result = json.loads((tmp_path / "run/finetuned/result.json").read_text())
     assert result["accuracy"] >= 0.9
     assert list((tmp_path / "run/finetuned/tensorboard").iterdir())
@@ -211,20 +216,25 @@ def test_it_learns(model, tmp_path):
 
 def test_the_best_model_is_kept_and_patience_ends_the_run(model, data, tmp_path, monkeypatch):
     accuracies = iter([0.5, 0.6, 0.55, 0.6, 0.7])
-    monkeypatch.setattr(loop, "evaluate", lambda *_: Scores(1.0, next(accuracies), 0.5, 10))
     config = tiny_config(tmp_path, model, data, steps=10, eval_every=1, patience=2)
-    job, name = job_of(config)
-    make = lambda: new_classifier(name, 3, False, 0)  # noqa: E731
-    progress = train(job, tmp_path / "run", make)
-    assert (progress.step, progress.best_step, progress.best.accuracy) == (4, 2, 0.6)
+    task = task_of(config)
+
+    def scores(*_):
+        accuracy = next(accuracies)
+        return Scores({"loss": 1.0, "accuracy": accuracy}, (accuracy, -1.0), 10)
+
+    monkeypatch.setattr(task, "scores", scores)
+    make = lambda: first(task)  # noqa: E731
+    progress = train(task, tmp_path / "run", make)
+    assert (progress.step, progress.best_step, progress.best.values["accuracy"]) == (4, 2, 0.6)
     assert not same_bits(weights(tmp_path / "run/best"), weights(tmp_path / "run/last"))
-    assert train(job, tmp_path / "run", make).step == 4  # a resumed run stops too
+    assert train(task, tmp_path / "run", make).step == 4  # a resumed run stops too
 
 
 def test_a_gradient_that_is_no_number_ends_the_run_before_it_reaches_the_weights(model, data, tmp_path):
     config = tiny_config(tmp_path / "run", model, data, eval_every=1)
-    job, name = job_of(config)
-    real = job.criterion
+    task = task_of(config)
+    real = task.losses[OURS]
 
     class Breaks(torch.nn.Module):
         calls = 0
@@ -234,7 +244,8 @@ def test_a_gradient_that_is_no_number_ends_the_run_before_it_reaches_the_weights
             return real(logits, target) * (math.nan if self.calls > 12 and logits.requires_grad else 1)
 
     with pytest.raises(RunError, match="gradient of step"):
-        train(replace(job, criterion=Breaks()), tmp_path / "run", lambda: new_classifier(name, 3, False, 0))
+        task.losses[OURS] = Breaks()
+        train(task, tmp_path / "run", lambda: first(task))
     assert all(value.isfinite().all() for value in weights(tmp_path / "run/last").values())
 
 
@@ -244,10 +255,10 @@ def test_clipping(plain_model, data, tmp_path):
         config = tiny_config(tmp_path, plain_model, data, steps=1, eval_every=1, micro_batch=None)
         config.optim = OptimConfig(name="sgd", lr=1.0, weight_decay=0.0, clip_norm=norm)
         config.schedule.warmup = 0.0
-        job, name = job_of(config)
-        network = new_classifier(name, 3, False, 0)
+        task = task_of(config)
+        network = first(task)
         before = torch.cat([p.detach().flatten().clone() for p in network.parameters()])
-        train(job, tmp_path / str(norm), lambda network=network: network)
+        train(task, tmp_path / str(norm), lambda network=network: network)
         lengths[norm] = float((torch.cat([p.detach().flatten() for p in network.parameters()]) - before).norm())
     assert lengths[0.01] == pytest.approx(0.01, rel=1e-3)
     assert lengths[None] > 0.1
@@ -266,7 +277,7 @@ def test_bf16_autocast_reaches_the_layers_and_keeps_float32_weights(plain_model,
         return out
 
     monkeypatch.setattr(functional, "linear", spy)
-    pipeline.finetune(tiny_config(tmp_path / "run", plain_model, data, precision="bf16"))
+    pipeline.run(tiny_config(tmp_path / "run", plain_model, data, precision="bf16"))
     AcceleratorState._reset_state(True)
     assert torch.bfloat16 in seen
     assert {value.dtype for value in weights(tmp_path / "run/finetuned/last").values()} == {torch.float32}
@@ -304,10 +315,10 @@ def test_the_schedule_reaches_the_optimiser(plain_model, data, tmp_path):
         config = tiny_config(tmp_path, plain_model, data, steps=4, eval_every=4)
         config.optim = OptimConfig(name="sgd", lr=1.0, weight_decay=0.0, clip_norm=None)
         config.schedule = ScheduleConfig(name="constant", warmup=warmup)
-        job, name = job_of(config)
-        network = new_classifier(name, 3, False, 0).double()
+        task = task_of(config)
+        network = first(task).double()
         before = torch.cat([p.detach().flatten().clone() for p in network.parameters()])
-        train(job, tmp_path / str(warmup), lambda network=network: network, until=1)
+        train(task, tmp_path / str(warmup), lambda network=network: network, until=1)
         change[warmup] = torch.cat([p.detach().flatten() for p in network.parameters()]) - before
     assert torch.allclose(change[0.5], change[0.0] / 2, rtol=1e-9, atol=1e-12)
     assert change[0.0].abs().max() > 1e-3

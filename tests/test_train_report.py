@@ -7,9 +7,11 @@ import pytest
 import torch
 from train_cases import made_rows, quick, tiny_config, tiny_model, write_csv
 
-from tlkernels.train import pipeline, report
-from tlkernels.train.metrics import Scores, Tally
-from tlkernels.train.timing import interleaved
+from tlkernels.timing import interleaved
+from tlkernels.train import pipeline
+from tlkernels.train.metrics import Tally
+from tlkernels.train.task import Scores
+from tlkernels.train.tasks.classify import Classify
 
 pytestmark = pytest.mark.usefixtures(quick.__name__)
 
@@ -29,49 +31,60 @@ def test_scores_are_scikit_learns():
     scores = tally.scores()
     valid = target >= 0
     predicted = logits.argmax(1)[valid]
-    assert scores.rows == int(valid.sum())
-    assert scores.accuracy == pytest.approx(sklearn.accuracy_score(target[valid], predicted))
-    assert scores.macro_f1 == pytest.approx(sklearn.f1_score(target[valid], predicted, average="macro"))
-    assert scores.loss == pytest.approx(float(torch.nn.functional.cross_entropy(logits, target)), rel=1e-6)
-    assert Tally(3).scores() == Scores(0.0, 0.0, 0.0, 0)
+    assert scores.count == int(valid.sum())
+    assert scores.values["accuracy"] == pytest.approx(sklearn.accuracy_score(target[valid], predicted))
+    assert scores.values["macro_f1"] == pytest.approx(sklearn.f1_score(target[valid], predicted, average="macro"))
+    assert scores.values["loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(logits, target)), rel=1e-6)
+    assert Tally(3).scores() == Scores({"loss": 0.0, "accuracy": 0.0, "macro_f1": 0.0}, (0.0, 0.0), 0)
 
 
 def test_better_is_by_accuracy_then_by_loss():
-    scores = Scores(1.0, 0.5, 0.5, 10)
-    assert scores.better_than(None)
-    assert not scores.better_than(scores)
-    assert Scores(2.0, 0.6, 0.1, 10).better_than(scores)
-    assert Scores(0.9, 0.5, 0.1, 10).better_than(scores)
-    assert not Scores(0.9, 0.4, 0.9, 10).better_than(scores)
+    def scores(loss, right):
+        """Of ten rows of one class."""
+        tally = Tally(2)
+        tally.counts[:, 1] = torch.tensor([right, 10, 10])
+        tally.loss += 10 * loss
+        return tally.scores()
+
+    middle = scores(1.0, 5)
+    assert middle.better_than(None)
+    assert not middle.better_than(middle)
+    assert scores(2.0, 6).better_than(middle)
+    assert scores(0.9, 5).better_than(middle)
+    assert not scores(0.9, 4).better_than(middle)
 
 
 def lines(finetuned, random, rows=500):
-    return [{"stage": "finetuned", "accuracy": finetuned, "rows": rows}, {"stage": "random", "accuracy": random}]
+    return [{"stage": "finetuned", "accuracy": finetuned, "count": rows}, {"stage": "random", "accuracy": random}]
+
+
+def verdict(results):
+    return Classify.verdict(None, results)
 
 
 def test_the_verdict_follows_from_the_figures():
-    assert report.verdict(lines(0.9, 0.5)).startswith("Pretrained beats random weights: 0.900 against 0.500")
-    assert report.verdict(lines(0.5, 0.9)).startswith("Random weights beat pretrained: 0.500 against 0.900")
-    assert report.verdict(lines(0.52, 0.5)).startswith("Pretrained and random weights cannot be told apart")
-    assert report.verdict(lines(0.9, 0.5, rows=5)).startswith("Pretrained and random weights cannot be told apart")
-    assert report.verdict(lines(0.9, 0.5)[:1]) == ""
+    assert verdict(lines(0.9, 0.5)).startswith("Pretrained beats random weights: 0.900 against 0.500")
+    assert verdict(lines(0.5, 0.9)).startswith("Random weights beat pretrained: 0.500 against 0.900")
+    assert verdict(lines(0.52, 0.5)).startswith("Pretrained and random weights cannot be told apart")
+    assert verdict(lines(0.9, 0.5, rows=5)).startswith("Pretrained and random weights cannot be told apart")
+    assert verdict(lines(0.9, 0.5)[:1]) == ""
     margin = 196 * math.sqrt((0.09 + 0.25) / 500)
-    assert f"+40.0 ± {margin:.1f} points" in report.verdict(lines(0.9, 0.5))
+    assert f"+40.0 ± {margin:.1f} points" in verdict(lines(0.9, 0.5))
 
 
 def test_three_trainings_end_in_one_table(tmp_path, capsys):
     paths = tiny_model(tmp_path / "model"), write_csv(tmp_path / "rows.csv", made_rows(60))
-    pipeline.finetune(tiny_config(tmp_path / "run", *paths, compare=True, log_every=2))
+    pipeline.run(tiny_config(tmp_path / "run", *paths, compare=True, log_every=2))
     printed = capsys.readouterr().out
     results = json.loads((tmp_path / "run/results.json").read_text())
     assert [row["stage"] for row in results["results"]] == ["frozen", "finetuned", "random"]
     for row in results["results"]:
-        assert 0 <= row["macro_f1"] <= 1 and row["rows"] == 9
-        assert row["samples_per_s"] > 0 and row["step_ms"] > 0
+        assert 0 <= row["macro_f1"] <= 1 and row["count"] == 9
+        assert row["speed"] > 0 and row["step_ms"] > 0
         assert 0 < row["loss_share"] < 1 and 0 < row["eager_loss_share"] < 1
         assert row["loss_share"] == pytest.approx(row["loss_ms"] / row["step_ms"])
-        assert f"{report.NAMES[row['stage']]:<32} {row['accuracy']:>8.3f} {row['macro_f1']:>8.3f}" in printed
-    assert results["verdict"] == report.verdict(results["results"]) and results["verdict"] in printed
+        assert f" {row['accuracy']:>10.3f} {row['macro_f1']:>10.3f} {row['speed']:>10.1f} " in printed
+    assert results["verdict"] == verdict(results["results"]) and results["verdict"] in printed
     assert results["machine"]["packages"]["torch"] == torch.__version__
     assert results["config"]["run"]["seed"] == 0 and results["wall_seconds"] > 0
     picture = (tmp_path / "run/curves.png").read_bytes()
@@ -103,14 +116,12 @@ def test_the_probe_learns_what_the_features_tell(tmp_path):
     rows = made_rows(120)
     rows[5]["label"] = ""  # left out of the fit, not a class
     paths = tiny_model(tmp_path / "model"), write_csv(tmp_path / "rows.csv", rows)
-    job, name = pipeline.prepare(tiny_config(tmp_path / "run", *paths), Accelerator(cpu=True))
-    network = pipeline.new_classifier(name, 3, False, 0)
-    network.head = torch.nn.Identity()
-    probe = linear_probe(job, network)
-    labelled = int((job.rows["train"].labels >= 0).sum())
+    task = pipeline.prepare(tiny_config(tmp_path / "run", *paths), Accelerator(cpu=True))
+    probe = linear_probe(task, task.stages()["finetuned"].start())
+    labelled = int((task.rows["train"].labels >= 0).sum())
     assert probe.logits.shape == (labelled, 3) and probe.target.shape == (labelled,)
     assert (probe.logits.argmax(1) == probe.target).float().mean() > 0.9
-    assert probe.scores.accuracy > 0.6  # a third by chance
+    assert probe.scores.values["accuracy"] > 0.6  # a third by chance
     assert probe.pass_seconds < probe.seconds
 
 

@@ -1,4 +1,4 @@
-"""The command `tlkernels`: `finetune` trains a classifier, `doctor` reports what this machine can run.
+"""The command `tlkernels`: `finetune` and others train, `doctor` reports what this machine can run.
 
 Exit codes: 0 on success; 1 if a run had to stop; 2 if an argument or the data are wrong; 130 after Ctrl-C. Every error
 is one line.
@@ -12,20 +12,30 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from tlkernels.train.errors import RunError, UserError, need_extras, one_line
+from tlkernels.train.tasks import CONFIGS
+
+COMPARE = {"--compare-loss": "--run.compare_loss=10"}  # the short form of the option, with its usual value
 
 USAGE = """\
-usage: tlkernels finetune [--config FILE] [--data.path FILE] [--model.path FOLDER] ...   (--help lists every option)
-       tlkernels finetune --resume RUN_FOLDER
+usage: tlkernels COMMAND [--config FILE] [--data.path FILE] [--model.path FOLDER] ...   (--help lists every option)
+       tlkernels COMMAND --resume RUN_FOLDER
        tlkernels doctor
+
+Without options each command runs a demonstration that needs no network.
+
+  finetune   classify texts or images: a pretrained encoder with a linear head
+  doctor     what this machine can run
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    commands: dict[str, Callable[[list[str]], int]] = {"finetune": _finetune, "doctor": _doctor}
+    commands: dict[str, Callable[[list[str]], int]] = {name: partial(_train, name) for name in CONFIGS}
+    commands["doctor"] = _doctor
     if arguments[:1] in (["-h"], ["--help"]):
         print(USAGE, end="")
         return 0
@@ -35,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"{got}; expected one of: {', '.join(commands)}")
         return commands[arguments[0]](arguments[1:])
     except KeyboardInterrupt:
-        return _fail("interrupted; to continue: tlkernels finetune --resume RUN_FOLDER", 130)
+        return _fail("interrupted; to continue: tlkernels COMMAND --resume RUN_FOLDER", 130)
     except Exception as error:
         if os.environ.get("TLKERNELS_TRACEBACK"):
             raise
@@ -44,15 +54,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(text, 2 if isinstance(error, UserError) else 1)
 
 
-def _finetune(arguments: list[str]) -> int:
-    need_extras()
+def _train(command: str, arguments: list[str]) -> int:
+    need_extras(command)
     import jsonargparse
 
-    from tlkernels.train.config import Config
-
     parser = jsonargparse.ArgumentParser(
-        prog="tlkernels finetune",
-        description="Fine-tune a pretrained encoder with a linear head. Without options: a demonstration.",
+        prog=f"tlkernels {command}",
+        description=f"{CONFIGS[command].summary} Without options: a demonstration.",
         exit_on_error=False,
     )
     parser.add_argument("--config", action="config", help="A YAML or JSON file; the command line overrides it.")
@@ -60,29 +68,31 @@ def _finetune(arguments: list[str]) -> int:
         "--resume", metavar="RUN_FOLDER", help="Continue a run that was stopped; takes no other option."
     )
     parser.add_argument(
-        "--stop_after", type=int, metavar="STEP", help="Save a checkpoint after this step of the fine-tuning, and stop."
+        "--stop_after", type=int, metavar="STEP", help="Save a checkpoint after this step of the training, and stop."
     )
-    default = Config()
+    default = CONFIGS[command]()
     for part in vars(default):
         parser.add_class_arguments(type(getattr(default, part)), part)
     try:
-        parsed = parser.parse_args(arguments)
+        parsed = parser.parse_args([COMPARE.get(argument, argument) for argument in arguments])
     except Exception as error:  # argparse.ArgumentError, and the parser's own errors from a broken file
-        raise UserError(f"{' '.join(str(error).split())} (tlkernels finetune --help)") from error
+        raise UserError(f"{' '.join(str(error).split())} (tlkernels {command} --help)") from error
     given = parser.instantiate(parsed)
-    config = Config(**{part: given[part] for part in vars(default)})
+    config = type(default)(**{part: given[part] for part in vars(default)})
     if given.resume is not None and config != default:
         raise UserError("--resume uses the options of its run; it takes no others")
     if given.stop_after is not None and given.stop_after < 1:
         raise UserError(f"--stop_after must be 1 or more, got {given.stop_after}")
     config.check()
 
-    from tlkernels.train.pipeline import finetune, resume
+    from tlkernels.train.pipeline import command_of, resume, run
 
-    if given.resume is not None:
-        resume(given.resume, given.stop_after)
+    if given.resume is None:
+        run(config, given.stop_after)
+    elif (made := command_of(given.resume)) != command:
+        raise UserError(f"{given.resume} is a run of tlkernels {made}, not of tlkernels {command}")
     else:
-        finetune(config, given.stop_after)
+        resume(given.resume, given.stop_after)
     return 0
 
 

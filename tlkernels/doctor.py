@@ -17,8 +17,8 @@ from torch.nn import functional
 
 import tlkernels as tlk
 from tlkernels._core import native
-from tlkernels.train.machine import machine
-from tlkernels.train.timing import interleaved
+from tlkernels.machine import machine
+from tlkernels.timing import interleaved
 
 
 @dataclass(frozen=True)

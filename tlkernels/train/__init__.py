@@ -1,9 +1,9 @@
-"""The trainer behind `tlkernels finetune`. Importing it does not load transformers, accelerate or datasets.
+"""The trainer behind the commands. Importing it does not load transformers, accelerate or datasets.
 
 Example:
     config = Config()
     config.data.path = "mine.csv"
-    folder = finetune(config)
+    folder = run(config)
     answers = load(folder).predict(["a text"])
 """
 
@@ -16,13 +16,13 @@ from tlkernels.train.errors import RunError, UserError, need_extras
 
 if TYPE_CHECKING:
     from tlkernels.train.model import load
-    from tlkernels.train.pipeline import finetune, resume
+    from tlkernels.train.pipeline import resume, run
 
-__all__ = ["Config", "RunError", "UserError", "finetune", "load", "resume"]
+__all__ = ["Config", "RunError", "UserError", "load", "resume", "run"]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in ("finetune", "resume", "load"):
+    if name not in ("run", "resume", "load"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     need_extras()
     from tlkernels.train import model, pipeline

@@ -6,6 +6,7 @@ rows with any number of processes.
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import torch
@@ -23,11 +24,12 @@ def micro_batches(batch: Tensor, lengths: Tensor, limit: int | None, rank: int =
     """Return this process's share of a batch, in pieces of at most `limit` rows.
 
     Each piece has rows of similar length, since it is padded to its longest row. Every process gets rows of all
-    lengths.
+    lengths, and as many pieces as the others, as sharded parameters require: the last one may be empty.
     """
     share = batch[lengths[batch].argsort(descending=True, stable=True)][rank::world]
-    size = limit or max(1, len(share))
-    return [share[start : start + size] for start in range(0, len(share), size)]
+    most = math.ceil(len(batch) / world)  # rows of the first process
+    count = math.ceil(most / (limit or max(1, most)))
+    return list(share.tensor_split(count)) if count else []
 
 
 @lru_cache(maxsize=2)

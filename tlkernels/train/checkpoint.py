@@ -15,47 +15,46 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from tlkernels.train.errors import RunError, UserError, one_line
-from tlkernels.train.metrics import Scores
-from tlkernels.train.model import Classifier, load_model, save_model
+from tlkernels.train.task import Scores, Task
 
 
 @dataclass
 class Progress:
     """The state of a run, apart from the weights and the optimiser.
 
-    The order of the rows, dropout and the learning rate depend only on the seed and the step.
+    The order of the rows, masks, dropout and the learning rate depend only on the seed and the step.
     """
 
     step: int = 0  # steps done
     best: Scores | None = None
     best_step: int = 0
     evaluations_since_best: int = 0
+    micro_batch: int | None = None  # rows, where memory did not suffice for the one that was asked for
     seconds: float = 0.0  # time of the steps, without evaluations and checkpoints
+    data_seconds: float = 0.0  # part of it that prepared the rows
+    compute_seconds: float = 0.0  # part of it in the network, the loss and the optimiser
     fingerprint: str = ""  # of the training rows
 
 
 def save_checkpoint(
-    folder: Path,
-    model: Classifier,
-    optimizer: torch.optim.Optimizer,
-    progress: Progress,
-    preprocessor: Any,
-    about: dict[str, Any],
+    folder: Path, task: Task, network: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress
 ) -> None:
     """Replace the checkpoint in `folder`. Raises `RunError` if that fails; the old one is then still complete."""
 
     def fill(place: Path) -> None:
-        save_model(place, model, preprocessor, about)
+        task.save(place, network)
         torch.save(optimizer.state_dict(), place / "optimizer.pt")
         (place / "progress.json").write_text(json.dumps(asdict(progress)) + "\n", encoding="utf-8")
 
-    write_folder(folder, fill)
+    if task.accelerator.is_main_process:
+        write_folder(folder, fill)
 
 
-def load_checkpoint(folder: Path) -> tuple[Classifier, dict[str, Any], Progress] | None:
-    """Return the model, the optimiser's state and the progress, or None if there is no checkpoint yet.
+def load_checkpoint(folder: Path, task: Task) -> tuple[nn.Module, dict[str, Any], Progress] | None:
+    """Return the network, the optimiser's state and the progress, or None if there is no checkpoint yet.
 
     Raises:
         UserError: the checkpoint is incomplete.
@@ -63,7 +62,7 @@ def load_checkpoint(folder: Path) -> tuple[Classifier, dict[str, Any], Progress]
     settle(folder)
     if not folder.exists():
         return None
-    model, _ = load_model(folder)
+    network = task.load(folder)
     try:
         state: dict[str, Any] = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
         saved = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
@@ -71,7 +70,7 @@ def load_checkpoint(folder: Path) -> tuple[Classifier, dict[str, Any], Progress]
         progress = Progress(**saved, best=None if best is None else Scores(**best))
     except Exception as error:  # torch.load raises many kinds of errors for a bad file
         raise UserError(f"{folder} has no complete checkpoint: {one_line(error)}") from error
-    return model, state, progress
+    return network, state, progress
 
 
 def write_folder(final: Path, fill: Callable[[Path], None]) -> None:

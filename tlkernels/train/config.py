@@ -1,7 +1,7 @@
-"""The options of `tlkernels finetune`, one dataclass for each part of the job. All of them have defaults.
+"""The options that every command shares, and those of `tlkernels finetune`: one dataclass for each part of the job.
 
-On the command line an option is `--part.name value`; in a YAML or JSON file it is `part: {name: value}`. A run folder
-has the options of its run in `config.json`, which `--config` can read.
+All of them have defaults. On the command line an option is `--part.name value`; in a YAML or JSON file it is
+`part: {name: value}`. A run folder has the options of its run in `config.json`, which `--config` can read.
 """
 
 from __future__ import annotations
@@ -9,9 +9,122 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self, cast
 
 from tlkernels.train.errors import UserError
+
+
+@dataclass
+class OptimConfig:
+    """The optimiser, from torch.
+
+    Args:
+        name: The optimiser; `sgd` has no momentum, `momentum` is SGD with momentum.
+        lr: Largest learning rate, above 0.
+        weight_decay: 0 or more; not applied to biases and normalisation weights.
+        momentum: Used by `momentum` alone, 0 < value < 1.
+        clip_norm: Largest 2-norm of the whole gradient, above 0. None: no clipping.
+    """
+
+    name: Literal["adamw", "adam", "sgd", "momentum", "adagrad"] = "adamw"
+    lr: float = 2e-4
+    weight_decay: float = 0.01
+    momentum: float = 0.9
+    clip_norm: float | None = 1.0
+
+
+@dataclass
+class ScheduleConfig:
+    """The learning rate over the steps.
+
+    Args:
+        name: After the warm-up: linear to 0, cosine to 0, or constant.
+        warmup: Share of the steps over which the rate rises from 0, 0 <= share < 1.
+    """
+
+    name: Literal["linear", "cosine", "constant"] = "linear"
+    warmup: float = 0.1
+
+
+@dataclass
+class RunConfig:
+    """The run itself.
+
+    Args:
+        folder: The folder for all results; it must be empty or not exist. None: runs/<date and time>.
+        steps: Optimiser steps. None: given by `epochs`.
+        epochs: Passes over the training rows, above 0, if `steps` is not given.
+        batch_size: Rows of one optimiser step, over all processes and micro-batches.
+        micro_batch: Largest number of rows in one forward pass of a process. None: no limit. Where memory runs out, it
+            is halved.
+        eval_every: Steps between evaluations, each followed by a checkpoint. None: a quarter of the run.
+        log_every: Steps between lines in metrics.jsonl.
+        patience: Evaluations without a better score after which the run stops. None: it never stops early.
+        seed: Seed of new weights, the order of the rows, masks and dropout.
+        precision: bf16: autocast to bfloat16; the weights stay float32.
+        device: cpu: use no accelerator.
+        tensorboard: Also write TensorBoard events.
+        compare_loss: Before the training, train this many steps with tlkernels' loss and with PyTorch's, and compare
+            the losses, the time and the memory. None: no comparison.
+    """
+
+    folder: str | None = None
+    steps: int | None = None
+    epochs: float = 1.0
+    batch_size: int = 32
+    micro_batch: int | None = None
+    eval_every: int | None = None
+    log_every: int = 1
+    patience: int | None = None
+    seed: int = 0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    device: Literal["auto", "cpu"] = "auto"
+    tensorboard: bool = False
+    compare_loss: int | None = None
+
+
+class Options:
+    """What the configurations of all commands share; a subclass is a dataclass with one field for each part."""
+
+    command: ClassVar[str]
+    summary: ClassVar[str]  # of the command, one sentence
+
+    optim: OptimConfig
+    schedule: ScheduleConfig
+    run: Any  # a RunConfig
+
+    def check(self) -> None:
+        """Raise `UserError` with the name of the first option whose value is out of range."""
+        optim, run = self.optim, self.run
+        for name in ("batch_size", "log_every", "steps", "micro_batch", "eval_every", "patience", "compare_loss"):
+            value = getattr(run, name)
+            require(value is None or value >= 1, f"run.{name}", "1 or more", value)
+        require(optim.lr > 0, "optim.lr", "above 0", optim.lr)
+        require(optim.weight_decay >= 0, "optim.weight_decay", "0 or more", optim.weight_decay)
+        require(0 < optim.momentum < 1, "optim.momentum", "above 0 and below 1", optim.momentum)
+        require(optim.clip_norm is None or optim.clip_norm > 0, "optim.clip_norm", "above 0", optim.clip_norm)
+        require(0 <= self.schedule.warmup < 1, "schedule.warmup", "0 or more and below 1", self.schedule.warmup)
+        require(run.epochs > 0, "run.epochs", "above 0", run.epochs)
+        require(run.seed >= 0, "run.seed", "0 or more", run.seed)
+
+    def to_json(self) -> str:
+        """Return the options as JSON, which is also YAML."""
+        return json.dumps(asdict(cast(Any, self)), indent=2) + "\n"
+
+    @classmethod
+    def load(cls, file: Path) -> Self:
+        """Return the options that `to_json` wrote. Raises `UserError` if the file does not have them."""
+        try:
+            parts: dict[str, dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
+            config = cls()
+            for part in fields(cast(Any, cls)):
+                setattr(config, part.name, type(getattr(config, part.name))(**parts[part.name]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{file} is not a run's configuration ({type(error).__name__}: {error})") from error
+        return config
+
+
+# ---- tlkernels finetune ------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -21,9 +134,12 @@ class ModelConfig:
     Args:
         path: A local folder (config.json, *.safetensors, a tokenizer or image processor) or a hub name.
             None: all-MiniLM-L6-v2.
+        adapted: The run folder of a `tlkernels lm` that started from `path`: the final table gets one more line, the
+            classifier that is fine-tuned from its best network. None: no such line.
     """
 
     path: str | None = None
+    adapted: str | None = None
 
 
 @dataclass
@@ -94,131 +210,54 @@ class LossConfig:
 
 
 @dataclass
-class OptimConfig:
-    """The optimiser, from torch.
+class FinetuneRunConfig(RunConfig):
+    """The run itself, and what the fine-tuned network is compared with.
 
     Args:
-        name: The optimiser; `sgd` has no momentum, `momentum` is SGD with momentum.
-        lr: Largest learning rate, above 0.
-        weight_decay: 0 or more; not applied to biases and normalisation weights.
-        momentum: Used by `momentum` alone, 0 < value < 1.
-        clip_norm: Largest 2-norm of the whole gradient, above 0. None: no clipping.
-    """
-
-    name: Literal["adamw", "adam", "sgd", "momentum", "adagrad"] = "adamw"
-    lr: float = 2e-4
-    weight_decay: float = 0.01
-    momentum: float = 0.9
-    clip_norm: float | None = 1.0
-
-
-@dataclass
-class ScheduleConfig:
-    """The learning rate over the steps.
-
-    Args:
-        name: After the warm-up: linear to 0, cosine to 0, or constant.
-        warmup: Share of the steps over which the rate rises from 0, 0 <= share < 1.
-    """
-
-    name: Literal["linear", "cosine", "constant"] = "linear"
-    warmup: float = 0.1
-
-
-@dataclass
-class RunConfig:
-    """The run itself.
-
-    Args:
-        folder: The folder for all results; it must be empty or not exist. None: runs/<date and time>.
-        steps: Optimiser steps. None: given by `epochs`.
-        epochs: Passes over the training rows, above 0, if `steps` is not given.
-        batch_size: Rows of one optimiser step, over all processes and micro-batches.
-        micro_batch: Largest number of rows in one forward pass of a process. None: no limit.
-        eval_every: Steps between evaluations, each followed by a checkpoint. None: a quarter of the run.
-        log_every: Steps between lines in metrics.jsonl.
-        patience: Evaluations without a better accuracy after which the run stops. None: it never stops early.
-        seed: Seed of the head's initial weights, the order of the rows and dropout.
-        precision: bf16: autocast to bfloat16; the weights stay float32.
-        device: cpu: use no accelerator.
-        tensorboard: Also write TensorBoard events.
         compare: Also train a linear probe on frozen features, and the same network from random weights.
             None: only on the built-in data.
     """
 
-    folder: str | None = None
-    steps: int | None = None
-    epochs: float = 1.0
-    batch_size: int = 32
-    micro_batch: int | None = None
-    eval_every: int | None = None
-    log_every: int = 1
-    patience: int | None = None
-    seed: int = 0
-    precision: Literal["fp32", "bf16"] = "fp32"
-    device: Literal["auto", "cpu"] = "auto"
-    tensorboard: bool = False
     compare: bool | None = None
 
 
 @dataclass
-class Config:
-    """All options."""
+class Config(Options):
+    """All options of `tlkernels finetune`."""
+
+    command = "finetune"
+    summary = "Fine-tune a pretrained encoder with a linear head."
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    run: RunConfig = field(default_factory=RunConfig)
+    run: FinetuneRunConfig = field(default_factory=FinetuneRunConfig)
 
     def check(self) -> None:
         """Raise `UserError` with the name of the first option whose value is out of range."""
-        data, optim, run = self.data, self.optim, self.run
-        for name in ("batch_size", "log_every", "steps", "micro_batch", "eval_every", "patience"):
-            value = getattr(run, name)
-            _require(value is None or value >= 1, f"run.{name}", "1 or more", value)
-        _require(data.num_labels is None or data.num_labels >= 1, "data.num_labels", "1 or more", data.num_labels)
-        _require(data.per_class >= 1, "data.per_class", "1 or more", data.per_class)
-        valid = data.encoding is None or _is_encoding(data.encoding)
-        _require(valid, "data.encoding", "a text encoding", data.encoding)
+        super().check()
+        data = self.data
+        require(data.num_labels is None or data.num_labels >= 1, "data.num_labels", "1 or more", data.num_labels)
+        require(data.per_class >= 1, "data.per_class", "1 or more", data.per_class)
+        valid = data.encoding is None or is_encoding(data.encoding)
+        require(valid, "data.encoding", "a text encoding", data.encoding)
         valid = data.separator is None or data.separator == r"\t" or len(data.separator) == 1
         valid = valid and data.separator not in ("\n", "\r", '"')
         expected = "one character other than a quotation mark or a line end"
-        _require(valid, "data.separator", expected, repr(data.separator))
-        _require(data.max_length is None or data.max_length >= 3, "data.max_length", "3 or more", data.max_length)
-        _require(data.classes >= 2, "data.classes", "2 or more", data.classes)
-        _require(0 < data.eval_fraction < 1, "data.eval_fraction", "above 0 and below 1", data.eval_fraction)
-        _require(0 <= data.test_fraction < 1, "data.test_fraction", "0 or more and below 1", data.test_fraction)
+        require(valid, "data.separator", expected, repr(data.separator))
+        require(data.max_length is None or data.max_length >= 3, "data.max_length", "3 or more", data.max_length)
+        require(data.classes >= 2, "data.classes", "2 or more", data.classes)
+        require(0 < data.eval_fraction < 1, "data.eval_fraction", "above 0 and below 1", data.eval_fraction)
+        require(0 <= data.test_fraction < 1, "data.test_fraction", "0 or more and below 1", data.test_fraction)
         both = data.eval_fraction + data.test_fraction
-        _require(both < 1, "data.eval_fraction + data.test_fraction", "below 1", both)
-        _require(0 <= self.loss.label_smoothing < 1, "loss.label_smoothing", "0 <= x < 1", self.loss.label_smoothing)
-        _require(optim.lr > 0, "optim.lr", "above 0", optim.lr)
-        _require(optim.weight_decay >= 0, "optim.weight_decay", "0 or more", optim.weight_decay)
-        _require(0 < optim.momentum < 1, "optim.momentum", "above 0 and below 1", optim.momentum)
-        _require(optim.clip_norm is None or optim.clip_norm > 0, "optim.clip_norm", "above 0", optim.clip_norm)
-        _require(0 <= self.schedule.warmup < 1, "schedule.warmup", "0 or more and below 1", self.schedule.warmup)
-        _require(run.epochs > 0, "run.epochs", "above 0", run.epochs)
-        _require(run.seed >= 0, "run.seed", "0 or more", run.seed)
-
-    def to_json(self) -> str:
-        """Return the options as JSON, which is also YAML."""
-        return json.dumps(asdict(self), indent=2) + "\n"
-
-    @classmethod
-    def load(cls, file: Path) -> Config:
-        """Return the options that `to_json` wrote. Raises `UserError` if the file does not have them."""
-        try:
-            parts: dict[str, dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
-            config = cls()
-            for part in fields(cls):
-                setattr(config, part.name, type(getattr(config, part.name))(**parts[part.name]))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{file} is not a run's configuration ({type(error).__name__}: {error})") from error
-        return config
+        require(both < 1, "data.eval_fraction + data.test_fraction", "below 1", both)
+        require(0 <= self.loss.label_smoothing < 1, "loss.label_smoothing", "0 <= x < 1", self.loss.label_smoothing)
 
 
-def _is_encoding(name: str) -> bool:
+def is_encoding(name: str) -> bool:
+    """Return whether Python has a text encoding of this name."""
     try:
         "".encode(name)
     except (LookupError, UnicodeError):  # an unknown name, or an encoding of bytes
@@ -226,6 +265,7 @@ def _is_encoding(name: str) -> bool:
     return True
 
 
-def _require(holds: bool, name: str, expected: str, value: object) -> None:
+def require(holds: bool, name: str, expected: str, value: object) -> None:
+    """Raise `UserError` for option `--name`, unless `holds`."""
     if not holds:
         raise UserError(f"--{name} must be {expected}, got {value}")

@@ -12,15 +12,15 @@ class RunError(Exception):
     """The run had to stop, for example on a full disk or a NaN loss. What was saved before is kept. Exit code 1."""
 
 
-# The packages that `tlkernels finetune` imports, in the order of the extras that have them: train, hf.
+# The packages that the trainer imports, in the order of the extras that have them: train, hf.
 _NEEDED = ("accelerate", "jsonargparse", "matplotlib", "tqdm", "safetensors", "datasets", "pyarrow", "transformers")
 
 
-def need_extras() -> None:
+def need_extras(command: str = "tlkernels.train") -> None:
     """Raise `UserError`, which says what to install, if a package is missing. Imports none of them."""
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f"finetune needs {', '.join(missing)}: pip install 'tlkernels[train,hf]'")
+        raise UserError(f"{command} needs {', '.join(missing)}: pip install 'tlkernels[train,hf]'")
 
 
 def one_line(error: BaseException) -> str:

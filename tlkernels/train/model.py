@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from tlkernels.train.config import ModelConfig
 from tlkernels.train.errors import UserError, one_line
 from tlkernels.train.images import to_rgb
 
@@ -34,7 +34,14 @@ class Classifier(nn.Module):
         self.encoder = encoder
         self.head = nn.Linear(width, classes)
 
-    def forward(self, **inputs: Tensor) -> Tensor:
+    def forward(self, inputs: dict[str, Tensor], target: Tensor, loss: Callable[..., Tensor]) -> Tensor:
+        """Return `loss(logits, target)`.
+
+        Data parallelism has its hooks here, which is why the loss is computed inside.
+        """
+        return loss(self.logits(**inputs), target)
+
+    def logits(self, **inputs: Tensor) -> Tensor:
         """Return the logits, `(rows, classes)`."""
         logits: Tensor = self.head(self.features(**inputs))
         return logits
@@ -51,23 +58,23 @@ class Classifier(nn.Module):
         return (hidden * weight).sum(1) / weight.sum(1).clamp_min(1)
 
 
-def source(config: ModelConfig) -> str:
-    """Return the folder or hub name of the model. Raises `UserError` if it is a folder without a model."""
-    if config.path is None:
+def source(path: str | None) -> str:
+    """Return the folder or hub name of a model. Raises `UserError` if it is a folder without a model."""
+    if path is None:
         spec = importlib.util.find_spec(_PACKAGED)
         for place in (spec.submodule_search_locations or ()) if spec else ():
             if (Path(place) / "model" / "config.json").is_file():
                 return str(Path(place) / "model")
         return DEFAULT_HUB_NAME
-    folder = Path(config.path).expanduser()
+    folder = Path(path).expanduser()
     if not folder.is_dir():
-        if folder.exists() or config.path.startswith((".", "/", "~")) or config.path.count("/") > 1:
-            raise UserError(f"no such model folder: {config.path}")
-        return config.path
+        if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1:
+            raise UserError(f"no such model folder: {path}")
+        return path
     if not (folder / "config.json").is_file():
-        raise UserError(f"{config.path} is not a model folder: it has no config.json")
+        raise UserError(f"{path} is not a model folder: it has no config.json")
     if not any(folder.glob("*.safetensors")):
-        raise UserError(f"{config.path} has no weights: no *.safetensors file (other formats are not read)")
+        raise UserError(f"{path} has no weights: no *.safetensors file (other formats are not read)")
     return str(folder)
 
 
@@ -124,7 +131,7 @@ def load_preprocessor(name: str, images: bool) -> Any:
     return tokenizer
 
 
-def save_model(folder: Path, model: Classifier, preprocessor: Any, about: dict[str, Any]) -> None:
+def save_model(folder: Path, model: Any, preprocessor: Any, about: dict[str, Any]) -> None:
     """Write everything that `load` needs; `about` has `classes`, `images` and `max_length`."""
     model.encoder.config.id2label = dict(enumerate(about["classes"]))
     model.encoder.config.label2id = {name: number for number, name in enumerate(about["classes"])}
@@ -168,7 +175,7 @@ class Predictor:
                 cut = {"truncation": True, "max_length": self.max_length}
                 batch = self.preprocessor(chosen, **cut, padding=True, return_tensors="pt")
                 batch = {name: batch[name] for name in ("input_ids", "attention_mask")}
-            probability, number = self.model(**batch).softmax(-1).max(-1)
+            probability, number = self.model.logits(**batch).softmax(-1).max(-1)
             answers += [(self.classes[n], p) for n, p in zip(number.tolist(), probability.tolist(), strict=True)]
         return answers
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -13,55 +17,61 @@ import datasets
 import transformers
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import broadcast_object_list
-from torch import nn
 
-import tlkernels as tlk
-from tlkernels.train import report
+from tlkernels.train import loop, report
 from tlkernels.train.checkpoint import write_file
-from tlkernels.train.config import Config
-from tlkernels.train.data import IGNORE, Data, Table, load_data
+from tlkernels.train.compare import compare_losses
+from tlkernels.train.config import Options
 from tlkernels.train.errors import UserError
-from tlkernels.train.loop import Job, train
-from tlkernels.train.metrics import evaluate
-from tlkernels.train.model import empty_encoder, load_model, load_preprocessor, new_classifier, positions, source
-from tlkernels.train.probe import linear_probe
-from tlkernels.train.rows import ImageRows, Rows, TextRows
+from tlkernels.train.task import Stage, Task
+from tlkernels.train.tasks import CONFIGS, task_class
 
 
-def finetune(config: Config, until: int | None = None) -> Path:
+def run(config: Options, until: int | None = None) -> Path:
     """Run the job of `config` and return its run folder.
 
     The folder gets results.json and curves.png, and for each training its metrics.jsonl, best model and last
-    checkpoint. After step `until` the fine-tuning saves a checkpoint and stops.
+    checkpoint. After step `until` the first training saves a checkpoint and stops. SIGTERM does the same at any step.
 
     Raises:
         UserError: an option, the data or the model folder are wrong.
         RunError: the run had to stop; `resume` continues from the last checkpoint.
     """
     started = time.perf_counter()
-    config.check()
-    accelerator = start(config)
-    folder = _new_folder(config, accelerator)
-    job, name = prepare(config, accelerator)
-    if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_file(folder / "config.json", config.to_json())
-    return _run(job, name, folder, until, started)
+    with _sigterm():
+        config.check()
+        accelerator = start(config)
+        folder = _new_folder(config, accelerator)
+        task = prepare(config, accelerator)
+        if accelerator.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_file(folder / "command", config.command + "\n")
+            write_file(folder / "config.json", config.to_json())
+        return _run(task, folder, until, started)
 
 
 def resume(folder: str | Path, until: int | None = None) -> Path:
-    """Continue the run in `folder` with its options, and return the folder. Raises as `finetune` does."""
+    """Continue the run in `folder` with its options, and return the folder. Raises as `run` does."""
     started = time.perf_counter()
-    file = Path(folder) / "config.json"
-    if not file.is_file():
-        raise UserError(f"{folder} is not a run folder: it has no config.json")
-    config = Config.load(file)
-    config.check()
-    job, name = prepare(config, start(config))
-    return _run(job, name, Path(folder), until, started)
+    with _sigterm():
+        file = Path(folder) / "config.json"
+        if not file.is_file():
+            raise UserError(f"{folder} is not a run folder: it has no config.json")
+        config = CONFIGS[command_of(folder)].load(file)
+        config.check()
+        return _run(prepare(config, start(config)), Path(folder), until, started)
 
 
-def start(config: Config) -> Accelerator:
+def command_of(folder: str | Path) -> str:
+    """Return the command that made a run folder. Raises `UserError` if it is none."""
+    file = Path(folder) / "command"
+    command = file.read_text(encoding="utf-8").strip() if file.is_file() else None
+    if command not in CONFIGS:
+        raise UserError(f"{folder} is not a run folder: its file `command` names none of {', '.join(CONFIGS)}")
+    return command
+
+
+def start(config: Options) -> Accelerator:
     """Return the Accelerator for `config`; turn off the progress bars and messages of the libraries."""
     for library in (transformers, datasets):
         logs: Any = library.utils.logging
@@ -72,93 +82,92 @@ def start(config: Config) -> Accelerator:
     return Accelerator(
         mixed_precision="bf16" if config.run.precision == "bf16" else "no",
         cpu=config.run.device == "cpu",
-        # With mean pooling a pooler has no gradient. The numbers of micro-batches may differ between processes.
+        # With mean pooling a pooler has no gradient.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)],
     )
 
 
-def prepare(config: Config, accelerator: Accelerator) -> tuple[Job, str]:
-    """Return the job, with its preprocessed rows and its loss, and the model's folder or hub name."""
+def prepare(config: Options, accelerator: Accelerator) -> Task:
+    """Return the task of `config`, which has read its data."""
     if config.run.batch_size < accelerator.num_processes:
         raise UserError(f"--run.batch_size must be at least the number of processes, {accelerator.num_processes}")
-    name = source(config.model)
-    with accelerator.main_process_first():  # it may download files for the others
-        data = load_data(config.data, config.run.seed)
-        preprocessor = load_preprocessor(name, data.images)
-        limit = None if data.images else positions(empty_encoder(name))
-    _make_absolute(config, data)
-    max_length = min(config.data.tokens, limit or config.data.tokens)
-
-    def rows(table: Table) -> Rows:
-        classes = len(data.classes)
-        if data.images:
-            return ImageRows(table, preprocessor, classes)
-        return TextRows(table, preprocessor, max_length, classes)
-
-    sides = {"train": rows(data.train), "eval": rows(data.eval)}
-    sides["test"] = rows(data.test) if data.test is not None else sides["eval"]
-    criterion = tlk.CrossEntropyLoss(
-        ignore_index=IGNORE, reduction="sum", label_smoothing=config.loss.label_smoothing, impl=config.loss.impl
-    )
-    about = {"classes": data.classes, "images": data.images, "max_length": max_length}
-    return Job(config, accelerator, sides, criterion, preprocessor, about), name
+    task: Task = task_class(config.command)(config, accelerator)
+    return task
 
 
-def _run(job: Job, name: str, folder: Path, until: int | None, started: float) -> Path:
+def _run(task: Task, folder: Path, until: int | None, started: float) -> Path:
     """Run every part that is not finished, and write the report."""
-    accelerator, config = job.accelerator, job.config
+    accelerator, stages = task.accelerator, task.stages()
     accelerator.wait_for_everyone()
-    _say(job, f"{report.describe(job)}\nrun folder {folder}")
-    compare = config.run.compare if config.run.compare is not None else config.data.path is None
+    _say(task, f"{task.describe()}\nrun folder {folder}")
+    comparison = None
+    if task.config.run.compare_loss is not None:
+        first = next(stage.start for stage in stages.values() if stage.start)
+        comparison = _finished(folder / "comparison.json") or compare_losses(task, folder, first)
     results: list[dict[str, Any]] = []
-    for stage in ("frozen", "finetuned", "random") if compare else ("finetuned",):
-        result = _finished(folder / stage) or _run_stage(stage, job, name, folder / stage, until)
+    for name, stage in stages.items():
+        result = _finished(folder / name / "result.json")
+        if result is None and not loop.stop.is_set():
+            result = _run_stage(name, stage, task, folder / name, until)
         if result is None:
-            _say(job, f"stopped after step {until}; to continue: tlkernels finetune --resume {folder}")
+            _say(task, f"to continue: tlkernels {task.config.command} --resume {folder}")
             break
         results.append(result)
     else:
         if accelerator.is_main_process:
-            report.write(folder, job, results, time.perf_counter() - started)
+            report.write(folder, task, results, comparison, time.perf_counter() - started)
     accelerator.end_training()
     return folder
 
 
-def _run_stage(stage: str, job: Job, name: str, folder: Path, until: int | None) -> dict[str, Any] | None:
-    """Return one line of the final table, or None if the training stopped at `until`."""
-    seed, classes = job.config.run.seed, len(job.about["classes"])
-    started, result = time.perf_counter(), dict[str, Any]()
-    if stage == "frozen":
-        if job.accelerator.is_main_process:
-            network = new_classifier(name, classes, random_weights=False, seed=seed)
-            network.head = nn.Identity()
-            result = report.probe_result(job, linear_probe(job, network))
+def _run_stage(name: str, stage: Stage, task: Task, folder: Path, until: int | None) -> dict[str, Any] | None:
+    """Return one line of the final table, or None if the training stopped before its end."""
+    started, accelerator = time.perf_counter(), task.accelerator
+    if stage.measure is not None:
+        result = stage.measure()
     else:
-        progress = train(job, folder, lambda: new_classifier(name, classes, stage == "random", seed), until)
-        if until is not None and progress.step == until < job.steps:
+        assert stage.start is not None
+        progress = loop.train(task, folder, stage.start, until)
+        if progress.step < task.steps and (progress.step == until or loop.stop.is_set()):
+            _say(task, f"stopped after step {progress.step}")
             return None
-        best, _ = load_model(folder / "best")
-        best = job.accelerator.prepare_model(best.eval(), evaluation_mode=True)
-        scores = evaluate(best, job.rows["test"], job.criterion, job.accelerator)
-        result = report.training_result(job, stage, progress, scores, best)
-    if job.accelerator.is_main_process:
+        best = task.load(folder / "best")
+        prepared: Any = accelerator.prepare_model(best.eval(), evaluation_mode=True)
+        scores = task.scores(prepared, "test")
+        result = report.training_result(task, name, progress, scores, prepared)
+    if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         write_file(folder / "result.json", json.dumps(result, indent=2) + "\n")
-        _say(job, f"{report.NAMES[stage]}: accuracy {result['accuracy']:.3f}, {time.perf_counter() - started:.0f} s")
-    job.accelerator.wait_for_everyone()
-    job.accelerator.free_memory()
+        score = next(iter(task.headings))
+        seconds = time.perf_counter() - started
+        _say(task, f"{stage.title}: {task.headings[score]} {result[score]:.3f}, {seconds:.0f} s")
+    accelerator.wait_for_everyone()
+    accelerator.free_memory()
     return result
 
 
-def _finished(folder: Path) -> dict[str, Any] | None:
-    file = folder / "result.json"
+@contextmanager
+def _sigterm() -> Iterator[None]:
+    """Let SIGTERM stop the training after its step; afterwards it means what it meant before."""
+    loop.stop.clear()
+    if threading.current_thread() is not threading.main_thread():  # Python allows handlers only there
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: loop.stop.set())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _finished(file: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return result
 
 
-def _new_folder(config: Config, accelerator: Accelerator) -> Path:
+def _new_folder(config: Options, accelerator: Accelerator) -> Path:
     """Return the run folder, which the main process chooses."""
     chosen = [config.run.folder or f"runs/{datetime.now():%Y%m%d-%H%M%S}", ""]
     if accelerator.is_main_process:
@@ -172,15 +181,6 @@ def _new_folder(config: Config, accelerator: Accelerator) -> Path:
     return Path(chosen[0])
 
 
-def _make_absolute(config: Config, data: Data) -> None:
-    """Make paths in `config` absolute, so that `resume` finds them. A link keeps its name, which has the ending."""
-    for part, option in ((config.model, "path"), (config.data, "path"), (config.data, "eval"), (config.data, "test")):
-        value = getattr(part, option)
-        if value is not None and not (option != "path" and value in data.splits) and Path(value).expanduser().exists():
-            path = Path(value).expanduser()
-            setattr(part, option, str(path.parent.resolve() / path.name))
-
-
-def _say(job: Job, text: str) -> None:
-    if job.accelerator.is_main_process:
+def _say(task: Task, text: str) -> None:
+    if task.accelerator.is_main_process:
         print(text, flush=True)

@@ -12,37 +12,28 @@ from torch import Tensor
 from tlkernels.train.data import Table
 from tlkernels.train.errors import UserError, one_line
 from tlkernels.train.images import to_rgb
+from tlkernels.train.task import Rows
 
 _BATCH = 4096  # texts tokenised at a time
 
 
-class Rows(Protocol):
-    """Rows as inputs of the model.
+class LabelledRows(Rows, Protocol):
+    """Rows with a class each.
 
     Attributes:
         labels: the class of each row, or `IGNORE`.
-        lengths: the length of each row; rows of similar length are batched together.
         classes: the number of classes.
     """
 
     labels: Tensor
-    lengths: Tensor
     classes: int
-
-    def __len__(self) -> int:
-        """Return the number of rows."""
-        ...
 
     def inputs(self, numbers: Tensor, device: torch.device | str) -> dict[str, Tensor]:
         """Return the model's arguments for the rows with these numbers."""
         ...
 
-    def fingerprint(self) -> str:
-        """Return a digest by which a resumed run recognises its rows."""
-        ...
 
-
-class TextRows(Rows):
+class TextRows(LabelledRows):
     """Texts, tokenised once, and padded to the longest row of each batch."""
 
     def __init__(self, table: Table, tokenizer: Any, max_length: int, classes: int) -> None:
@@ -77,7 +68,7 @@ class TextRows(Rows):
         return digest.hexdigest()
 
 
-class ImageRows(Rows):
+class ImageRows(LabelledRows):
     """Images, decoded and scaled for each batch."""
 
     def __init__(self, table: Table, processor: Any, classes: int) -> None:

@@ -48,7 +48,7 @@ def _processor() -> str:
 
 def _commit() -> str | None:
     """Return the commit of the checkout that has this package; None outside of one."""
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return None
     command = ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"]

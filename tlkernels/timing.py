@@ -20,14 +20,15 @@ def interleaved(ways: Mapping[str, Callable[[], object]], seconds: float, least:
     end = time.perf_counter() + seconds
     while len(next(iter(times.values()))) < least or time.perf_counter() < end:
         for name, way in ways.items():
-            _wait()
+            wait()
             started = time.perf_counter()
             way()
-            _wait()
+            wait()
             times[name].append(time.perf_counter() - started)
     return {name: statistics.median(measured) for name, measured in times.items()}
 
 
-def _wait() -> None:
+def wait() -> None:
+    """Wait until the GPU, if there is one, has done its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

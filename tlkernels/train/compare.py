@@ -1,0 +1,196 @@
+"""`--compare-loss`: the same steps from the same start with tlkernels' loss and with PyTorch's."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+
+from tlkernels.timing import interleaved, wait
+from tlkernels.train import report
+from tlkernels.train.batches import micro_batches, whole_batch
+from tlkernels.train.checkpoint import write_file
+from tlkernels.train.errors import UserError
+from tlkernels.train.memory import peak_bytes
+from tlkernels.train.optim import learning_rate, make_optimizer
+from tlkernels.train.task import OURS, Loss, Task
+
+WORTH = 1.02  # a step that is faster by less is called no gain
+
+
+class _Run:
+    """A training in plain PyTorch with one of the losses."""
+
+    def __init__(self, task: Task, network: nn.Module, loss: Loss) -> None:
+        self.task, self.network, self.loss = task, network.to(task.device), loss
+        self.optimizer = make_optimizer(network, task.config.optim)
+        self.losses: list[float] = []
+        self.seconds: list[float] = []
+        self.peak: int | None = None
+        network.train()
+
+    def step(self, number: int) -> None:
+        """Do step `number`, counted from 0, of the run's schedule."""
+        task, run, optim = self.task, self.task.config.run, self.task.config.optim
+        torch.manual_seed(run.seed * 1_000_003 + number)
+        rows = task.rows["train"]
+        batch = whole_batch(number, run.batch_size, len(rows), run.seed)
+        pieces = [task.inputs("train", piece, number) for piece in micro_batches(batch, rows.lengths, run.micro_batch)]
+        divisor, value = task.divisor(batch, number), 0.0
+        wait()
+        started = time.perf_counter()
+        for piece in pieces:
+            with task.accelerator.autocast():
+                loss = self.network(*piece, self.loss) / divisor
+            loss.backward()
+            value += float(loss.detach())
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), optim.clip_norm or math.inf)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(number, task.steps, optim.lr, task.config.schedule)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        wait()
+        self.seconds.append(time.perf_counter() - started)
+        self.losses.append(value)
+
+    def state_bytes(self) -> int:
+        """Return the size of the parameters and of the optimiser's state."""
+        states = [value for state in self.optimizer.state.values() for value in state.values()]
+        tensors = [*self.network.parameters(), *(value for value in states if isinstance(value, torch.Tensor))]
+        return sum(tensor.nbytes for tensor in tensors)
+
+
+def compare_losses(task: Task, folder: Path, start: Callable[[], nn.Module]) -> dict[str, Any]:
+    """Train `run.compare_loss` steps with each of the task's losses; print, draw and return what they cost.
+
+    The steps are done in turns, so that a change of the machine's speed affects all losses alike. The first step of
+    each measures memory; its time is not counted.
+
+    Raises:
+        UserError: there are several processes. Their memory and time are not those of one.
+    """
+    if task.accelerator.num_processes > 1:
+        raise UserError("--run.compare_loss takes one process")
+    network, count = start(), task.config.run.compare_loss
+    runs = {name: _Run(task, copy.deepcopy(network), loss) for name, loss in task.losses.items()}
+    for run in runs.values():
+        run.peak = peak_bytes(partial(run.step, 0))
+    for number in range(1, count):
+        for run in runs.values():
+            run.step(number)
+    batches = report.features(task, runs[OURS].network, 0, task.config.run.micro_batch)
+    alone = interleaved({name: report.way(task, loss, batches) for name, loss in task.losses.items()}, 0.5, least=2)
+    result = {name: _measured(run, runs[OURS], alone[name]) for name, run in runs.items()}
+    comparison = {"steps": count, "losses": result, "description": task.describe()}
+    comparison["text"] = in_words(result)
+    folder.mkdir(parents=True, exist_ok=True)
+    draw(folder / "compare_loss.png", result)
+    write_file(folder / "comparison.json", json.dumps(comparison, indent=2) + "\n")
+    print(f"\n{comparison['text']}\n", flush=True)
+    return comparison
+
+
+def _measured(run: _Run, ours: _Run, loss_seconds: float) -> dict[str, Any]:
+    """Return the figures of one loss. `speedup` is ours over it: the median over steps, and the quartiles."""
+    times = run.seconds[1:] or run.seconds
+    ratios = [mine / own for mine, own in zip(times, ours.seconds[1:] or ours.seconds, strict=True)]
+    step = statistics.median(times)
+    return {
+        "values": run.losses,
+        "step_seconds": step,
+        "speedup": [statistics.median(ratios), *_quartiles(ratios)],
+        "peak_bytes": None if run.peak is None else run.peak + run.state_bytes(),
+        "loss_seconds": loss_seconds,
+        "loss_share": min(1.0, loss_seconds / step),
+        "bound": step / max(step - loss_seconds, 1e-9),
+        "difference": max(abs(a - b) / abs(b) for a, b in zip(ours.losses, run.losses, strict=True)),
+    }
+
+
+def _quartiles(values: list[float]) -> tuple[float, float]:
+    if len(values) < 2:
+        return values[0], values[0]
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, high
+
+
+def in_words(result: dict[str, dict[str, Any]]) -> str:
+    """Return the comparison as a table, and plain sentences on what it means."""
+    width = max(map(len, result))
+    lines = [f"{'the same steps with':<{width}}    s/step   peak memory   the loss's share   a free loss would give"]
+    for name, row in result.items():
+        memory = "not measured" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.2f} GB"
+        lines.append(
+            f"{name:<{width}} {row['step_seconds']:>9.3f}  {memory:>12}   {row['loss_share']:>16.2%}"
+            f"   at most {row['bound']:.3f} ×"
+        )
+    ours = result[OURS]
+    for name, row in result.items():
+        if name == OURS:
+            continue
+        middle, low, high = row["speedup"]
+        sentence = f"Against {name}: the step is {middle:.2f} times as fast ({low:.2f} to {high:.2f})"
+        if row["peak_bytes"] and ours["peak_bytes"]:
+            sentence += f", with {ours['peak_bytes'] / row['peak_bytes']:.2f} of the memory"
+        sentence += f"; the losses of the steps differ by at most {row['difference']:.1e} of their value."
+        if row["bound"] < WORTH:
+            sentence += (
+                f" No loss can gain speed here: one that costs nothing would make the step at most "
+                f"{(row['bound'] - 1) * 100:.2g} % faster."
+            )
+        elif high < 1:
+            sentence += " Here PyTorch's loss is the faster one."
+        elif low < 1 or middle < WORTH:
+            sentence += " That is no gain in speed."
+        lines.append(sentence)
+    others = [name for name in result if name != OURS]
+    if len(others) == 2:
+        whole, gathered = (result[name] for name in others)
+        gain = whole["step_seconds"] - ours["step_seconds"]
+        by_hand = (whole["step_seconds"] - gathered["step_seconds"]) / gain if gain > 0 else 0.0
+        if by_hand > 0.5:
+            lines.append(
+                f"{min(by_hand, 1):.0%} of the time gained against {others[0]} comes from leaving out the rows that do "
+                f"not count, which `{others[1]}` does as well."
+            )
+    return "\n".join(lines)
+
+
+def draw(file: Path, result: dict[str, dict[str, Any]]) -> None:
+    """Draw the loss curves on top of each other, and bars of the steps' time and memory."""
+    figure = Figure(figsize=(10, 3.4), layout="constrained")
+    curves, times, memory = figure.subplots(1, 3, width_ratios=(2, 1.2, 1.2))
+    names = list(result)
+    for number, (name, row) in enumerate(result.items()):
+        steps = range(1, len(row["values"]) + 1)
+        curves.plot(steps, row["values"], color=f"C{number}", label=name, linewidth=2 * (len(result) - number))
+    curves.set(xlabel="step", ylabel="loss, nats", title="the same losses")
+    curves.legend(fontsize="small")
+    curves.grid(alpha=0.3)
+    colors = [f"C{number}" for number in range(len(names))]
+    trunk = [row["step_seconds"] - row["loss_share"] * row["step_seconds"] for row in result.values()]
+    loss = [row["loss_share"] * row["step_seconds"] for row in result.values()]
+    times.barh(names, trunk, color=colors, alpha=0.4)
+    times.barh(names, loss, left=trunk, color=colors)
+    times.set(xlabel="seconds a step (full colour: the loss)", title="time")
+    if all(row["peak_bytes"] is not None for row in result.values()):
+        memory.barh(names, [row["peak_bytes"] / 1e9 for row in result.values()], color=colors)
+        memory.set(xlabel="GB at the peak", title="memory")
+        memory.set_yticks([])
+    else:
+        memory.set_axis_off()
+    for axes in (times, memory):
+        axes.invert_yaxis()
+    new = file.with_name("compare_loss.new.png")
+    figure.savefig(new, dpi=120)
+    new.replace(file)

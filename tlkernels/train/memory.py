@@ -1,0 +1,65 @@
+"""Running out of memory, and how much memory a step takes."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from tlkernels.train.errors import RunError, one_line
+
+_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt's numbers in glibc
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Return whether an allocation failed; on the CPU PyTorch raises a plain RuntimeError."""
+    words = ("not enough memory", "can't allocate memory", "out of memory")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error) for word in words)
+
+
+def halved(rows: int, processes: int, error: BaseException) -> int:
+    """Return half the size of the micro-batches. Raises `RunError` where it cannot be halved."""
+    if rows < 2 or processes > 1:
+        # One process cannot tell the others, which already wait for its gradients.
+        why = "one row is too much" if rows < 2 else "give each of the processes a smaller --run.micro_batch"
+        raise RunError(f"out of memory: {why} ({one_line(error)})") from error
+    torch.cuda.empty_cache()
+    return (rows + 1) // 2
+
+
+def peak_bytes(step: Callable[[], object]) -> int | None:
+    """Return the most memory that `step` takes in addition to what is there before; None where it cannot be measured.
+
+    On a GPU that of the device, otherwise that of the process (Linux).
+    """
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    if not _RESET.exists():
+        step()
+        return None
+    libc = ctypes.CDLL(None)
+    # Each tensor from 1 MiB gets a mapping of its own: gaps that it would leave in the heap would count as well.
+    libc.mallopt(_MMAP_THRESHOLD, 1 << 20)
+    gc.collect()
+    libc.malloc_trim(0)  # free pages that the allocator keeps would be used again without being counted
+    _RESET.write_text("5", encoding="ascii")  # sets the high-water mark to the present size
+    before = _resident("VmRSS")
+    step()
+    peak = _resident("VmHWM") - before
+    libc.mallopt(_MMAP_THRESHOLD, 32 << 20)  # where glibc itself puts it after the first large tensor is freed
+    libc.mallopt(_TRIM_THRESHOLD, 64 << 20)
+    return peak
+
+
+def _resident(field: str) -> int:
+    found = re.search(rf"^{field}:\s*(\d+) kB$", _STATUS.read_text(encoding="ascii"), re.MULTILINE)
+    assert found is not None, field
+    return 1024 * int(found[1])

@@ -1,0 +1,203 @@
+"""`tlkernels finetune`: classification of texts or images by a pretrained encoder with a linear head."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn import functional
+
+import tlkernels as tlk
+from tlkernels.train import report
+from tlkernels.train.batches import micro_batches
+from tlkernels.train.config import Config
+from tlkernels.train.data import IGNORE, Data, Table, load_data
+from tlkernels.train.errors import UserError, listed
+from tlkernels.train.metrics import Tally
+from tlkernels.train.model import (
+    empty_encoder,
+    load_model,
+    load_preprocessor,
+    new_classifier,
+    positions,
+    save_model,
+    source,
+)
+from tlkernels.train.probe import linear_probe
+from tlkernels.train.rows import ImageRows, LabelledRows, TextRows
+from tlkernels.train.task import OURS, Scores, Stage, Task
+
+
+class Classify(Task):
+    """Classification. The loss is cross entropy, summed over the rows that have a label."""
+
+    command = "finetune"
+    headings: ClassVar[dict[str, str]] = {"accuracy": "accuracy", "macro_f1": "macro-F1"}
+    curve = "accuracy"
+    unit, row_size = "samples", 1.0
+    rows: dict[str, LabelledRows]
+
+    def __init__(self, config: Config, accelerator: Accelerator) -> None:
+        """Read the data. Raises `UserError` if they, an option or the model folder are wrong."""
+        self.config, self.accelerator = config, accelerator
+        with accelerator.main_process_first():  # it may download files for the others
+            self.name = source(config.model.path)
+            self.adapted = config.model.adapted and _adapted(config.model.adapted)
+            data = load_data(config.data, config.run.seed)
+            self.preprocessor = load_preprocessor(self.name, data.images)
+            limit = None if data.images else positions(empty_encoder(self.name))
+        _make_absolute(config, data)
+        max_length = min(config.data.tokens, limit or config.data.tokens)
+        self.about: dict[str, Any] = {"classes": data.classes, "images": data.images, "max_length": max_length}
+
+        def rows(table: Table) -> LabelledRows:
+            if data.images:
+                return ImageRows(table, self.preprocessor, len(data.classes))
+            return TextRows(table, self.preprocessor, max_length, len(data.classes))
+
+        self.rows = {"train": rows(data.train), "eval": rows(data.eval)}
+        self.rows["test"] = rows(data.test) if data.test is not None else self.rows["eval"]
+        smoothing = config.loss.label_smoothing
+        options: Any = {"ignore_index": IGNORE, "reduction": "sum", "label_smoothing": smoothing}
+
+        def gathered(logits: Tensor, target: Tensor) -> Tensor:
+            valid = target != IGNORE
+            return functional.cross_entropy(logits[valid], target[valid], **options)
+
+        self.losses = {
+            OURS: tlk.CrossEntropyLoss(**options, impl=config.loss.impl),
+            "eager": partial(functional.cross_entropy, **options),
+        }
+        if (self.rows["train"].labels == IGNORE).any():
+            self.losses["eager on the labelled rows"] = gathered
+
+    def stages(self) -> dict[str, Stage]:
+        """Return the fine-tuning, and where they are asked for a probe, an adapted and a random start."""
+        run, seed, classes = self.config.run, self.config.run.seed, len(self.about["classes"])
+
+        def new(name: str, random_weights: bool = False) -> Any:
+            return lambda: new_classifier(name, classes, random_weights, seed)
+
+        stages = {"finetuned": Stage("fine-tuned from pretrained", new(self.name))}
+        if self.adapted:
+            stages["adapted"] = Stage("fine-tuned from adapted", new(self.adapted))
+        if run.compare if run.compare is not None else self.config.data.path is None:
+            probe = Stage("frozen features + linear probe", measure=self._probe)
+            stages = {"frozen": probe, **stages, "random": Stage("same network, random weights", new(self.name, True))}
+        return stages
+
+    def divisor(self, numbers: Tensor, step: int) -> float:
+        """Return the number of labelled rows; 1 if there is none."""
+        return max(1, int((self.rows["train"].labels[numbers] != IGNORE).sum()))
+
+    def inputs(self, side: str, numbers: Tensor, step: int | None) -> tuple[Any, ...]:
+        """Return the encoder's inputs and the classes."""
+        rows = self.rows[side]
+        return rows.inputs(numbers, self.device), rows.labels[numbers].to(self.device)
+
+    @torch.no_grad()
+    def scores(self, network: nn.Module, side: str) -> Scores:
+        """Return loss, accuracy and macro-F1."""
+        training, accelerator, rows = network.training, self.accelerator, self.rows[side]
+        network.eval()
+        tally = Tally(rows.classes, self.device)
+        everything = torch.arange(len(rows))
+        for piece in micro_batches(everything, rows.lengths, 64, accelerator.process_index, accelerator.num_processes):
+            inputs, target = self.inputs(side, piece if len(piece) else everything[:1], None)
+            logits = network(inputs, target, lambda logits, _: logits)
+            if len(piece):
+                tally.add(logits, target, self.losses[OURS](logits, target))
+        tally.counts = accelerator.reduce(tally.counts, "sum")
+        tally.loss = accelerator.reduce(tally.loss, "sum")
+        network.train(training)
+        return tally.scores()
+
+    def save(self, folder: Path, network: nn.Module) -> None:
+        """Write the encoder, the head, the preprocessor and the classes."""
+        save_model(folder, network, self.preprocessor, self.about)
+
+    def load(self, folder: Path) -> nn.Module:
+        """Return the network that `save` wrote."""
+        return load_model(folder)[0]
+
+    def describe(self) -> str:
+        """Return the data, the model and the number of steps."""
+        sizes = {side: len(rows) for side, rows in self.rows.items()}
+        apart = self.rows["test"] is not self.rows["eval"]
+        hold_out = f"{sizes['test']} hold-out" if apart else "the evaluation rows are the hold-out"
+        classes = self.about["classes"]
+        sides = ("train", "eval", *["test"] * apart)
+        unlabelled = sum(int((self.rows[side].labels == IGNORE).sum()) for side in sides)
+        line = (
+            f"{len(classes)} classes ({listed(classes)}): {sizes['train']} training, {sizes['eval']} evaluation, "
+            f"{hold_out}; {f'{unlabelled} rows have no label' if unlabelled else 'every row has a label'}; "
+            f"model {self.config.model.path or 'all-MiniLM-L6-v2'}, {self.steps} steps"
+        )
+        if not self.about["images"] and self.about["max_length"] < self.config.data.tokens:
+            line += f"; texts longer than the model's {self.about['max_length']} positions are cut to them"
+        return line
+
+    def verdict(self, results: list[dict[str, Any]]) -> str:
+        """Return whether pretrained beats random, and adapted pretrained, with 95 % intervals."""
+        rows = {row["stage"]: row for row in results}
+        pairs = [("Pretrained", "finetuned", "random weights", "random")]
+        pairs.append(("Adapted", "adapted", "pretrained", "finetuned"))
+        return "\n".join(
+            versus(name, rows[better], other, rows[worse])
+            for name, better, other, worse in pairs
+            if {better, worse} <= rows.keys()
+        )
+
+    def _probe(self) -> dict[str, Any]:
+        """Return the table's line of a linear probe; nothing in the other processes, which wait for it."""
+        if not self.accelerator.is_main_process:
+            return {}
+        network = new_classifier(self.name, len(self.about["classes"]), random_weights=False, seed=self.config.run.seed)
+        probe = linear_probe(self, network)
+        speed = len(self.rows["train"]) / probe.seconds
+        cost = report.loss_cost(self, [(probe.logits, probe.target)], probe.pass_seconds)
+        chosen = {"penalty": probe.penalty, "eval_accuracy": probe.eval_scores.values["accuracy"]}
+        return report.result("frozen", probe.scores, speed, probe.pass_seconds) | cost | chosen
+
+
+def versus(name: str, first: dict[str, Any], other: str, second: dict[str, Any]) -> str:
+    """Return which of two lines of the table has the higher accuracy, if they can be told apart."""
+    ours, theirs, n = first["accuracy"], second["accuracy"], first["count"]
+    # The interval of two independent shares of n rows. Both have the same rows, which makes it too wide; related rows
+    # would make it too narrow.
+    margin = 1.96 * math.sqrt((ours * (1 - ours) + theirs * (1 - theirs)) / n)
+    difference = ours - theirs
+    figures = (
+        f"{ours:.3f} against {theirs:.3f} accuracy on {n} hold-out rows, "
+        f"{difference * 100:+.1f} ± {margin * 100:.1f} points (95 %)"
+    )
+    if difference > margin:
+        return f"{name} beats {other}: {figures}."
+    if difference < -margin:
+        verb = "beat" if other.endswith("s") else "beats"
+        return f"{other.capitalize()} {verb} {name.lower()}: {figures}."
+    return f"{name} and {other} cannot be told apart: {figures}."
+
+
+def _adapted(path: str) -> str:
+    """Return the folder of the network that a run of `tlkernels lm` adapted."""
+    folder = Path(path).expanduser() / "trained" / "best"
+    if not (folder / "config.json").is_file():
+        raise UserError(f"--model.adapted must be the run folder of a finished `tlkernels lm`, got {path}")
+    return str(folder.resolve())
+
+
+def _make_absolute(config: Config, data: Data) -> None:
+    """Make paths in `config` absolute, so that `resume` finds them. A link keeps its name, which has the ending."""
+    parts = ((config.model, "path"), (config.model, "adapted"), (config.data, "path"), (config.data, "eval"))
+    for part, option in (*parts, (config.data, "test")):
+        value = getattr(part, option)
+        split = option in ("eval", "test") and value in data.splits
+        if value is not None and not split and Path(value).expanduser().exists():
+            path = Path(value).expanduser()
+            setattr(part, option, str(path.parent.resolve() / path.name))
