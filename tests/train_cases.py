@@ -81,14 +81,18 @@ def tiny_config(folder, model, data, **run):
     """Return a configuration with six steps of 8 rows and an evaluation every two steps."""
     from tlkernels.train import Config
 
-    config = Config()
+    return _tiny(Config(), folder, model, data, run)
+
+
+def _tiny(config, folder, model, data, run, **data_options):
     config.model.path, config.data.path = model, data
     config.optim.lr = 1e-3
     config.run.folder, config.run.device = str(folder), "cpu"
     config.run.batch_size, config.run.micro_batch, config.run.steps, config.run.eval_every = 8, 3, 6, 2
-    for name, value in run.items():
-        assert hasattr(config.run, name), name
-        setattr(config.run, name, value)
+    for options, values in ((config.run, run), (config.data, data_options)):
+        for name, value in values.items():
+            assert hasattr(options, name), name
+            setattr(options, name, value)
     return config
 
 
@@ -107,3 +111,51 @@ def weights(folder):
 
 def same_bits(left, right):
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def tiny_causal_model(folder, dropout=0.0):
+    """Save a Llama with 2 layers of width 32, an untied head and a tokenizer of the words above; return the folder."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    words = ["<pad>", "<unk>", "</s>", *FILLER, *itertools.chain(*WORDS.values())]
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "</s>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=64, attention_dropout=dropout, pad_token_id=0, eos_token_id=2,
+        bos_token_id=None, tie_word_embeddings=False,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+def tiny_masked_model(folder):
+    """Save the network of `tiny_model` with a masked language model's head; return the folder."""
+    from transformers import AutoConfig, BertForMaskedLM
+
+    tiny_model(folder)
+    torch.manual_seed(2)
+    BertForMaskedLM(AutoConfig.from_pretrained(folder)).save_pretrained(folder)
+    return str(folder)
+
+
+def write_texts(path, count, seed=0):
+    """Write documents of 4 to 48 words as JSON lines; return the path."""
+    draw = random.Random(seed)
+    lines = []
+    for _ in range(count):
+        rows = made_rows(3, seed=draw.randrange(1 << 30))
+        lines.append(json.dumps({"text": " ".join(row["text"] for row in rows[: draw.randint(1, 3)])}))
+    Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(path)
+
+
+def tiny_lm_config(folder, model, data, **run):
+    """Return a configuration of language modelling with six steps of 8 rows of 24 tokens."""
+    from tlkernels.train import LmConfig
+
+    return _tiny(LmConfig(), folder, model, data, run, length=24)

@@ -13,7 +13,9 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
+from tlkernels.train.config import Options
 from tlkernels.train.errors import RunError, UserError, need_extras, one_line
 from tlkernels.train.tasks import CONFIGS
 
@@ -22,11 +24,14 @@ COMPARE = {"--compare-loss": "--run.compare_loss=10"}  # the short form of the o
 USAGE = """\
 usage: tlkernels COMMAND [--config FILE] [--data.path FILE] [--model.path FOLDER] ...   (--help lists every option)
        tlkernels COMMAND --resume RUN_FOLDER
+       tlkernels check-normalisation COMMAND [options of COMMAND]
        tlkernels doctor
 
 Without options each command runs a demonstration that needs no network.
 
   finetune   classify texts or images: a pretrained encoder with a linear head
+  lm         train a language model, causal or masked, on text or chats
+  check-normalisation   whether a step's gradient depends on micro-batches and processes, as in many loops it does
   doctor     what this machine can run
 """
 
@@ -35,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     commands: dict[str, Callable[[list[str]], int]] = {name: partial(_train, name) for name in CONFIGS}
-    commands["doctor"] = _doctor
+    commands |= {"check-normalisation": _check_normalisation, "doctor": _doctor}
     if arguments[:1] in (["-h"], ["--help"]):
         print(USAGE, end="")
         return 0
@@ -55,31 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(command: str, arguments: list[str]) -> int:
-    need_extras(command)
-    import jsonargparse
-
-    parser = jsonargparse.ArgumentParser(
-        prog=f"tlkernels {command}",
-        description=f"{CONFIGS[command].summary} Without options: a demonstration.",
-        exit_on_error=False,
-    )
-    parser.add_argument("--config", action="config", help="A YAML or JSON file; the command line overrides it.")
-    parser.add_argument(
-        "--resume", metavar="RUN_FOLDER", help="Continue a run that was stopped; takes no other option."
-    )
-    parser.add_argument(
-        "--stop_after", type=int, metavar="STEP", help="Save a checkpoint after this step of the training, and stop."
-    )
-    default = CONFIGS[command]()
-    for part in vars(default):
-        parser.add_class_arguments(type(getattr(default, part)), part)
-    try:
-        parsed = parser.parse_args([COMPARE.get(argument, argument) for argument in arguments])
-    except Exception as error:  # argparse.ArgumentError, and the parser's own errors from a broken file
-        raise UserError(f"{' '.join(str(error).split())} (tlkernels {command} --help)") from error
-    given = parser.instantiate(parsed)
-    config = type(default)(**{part: given[part] for part in vars(default)})
-    if given.resume is not None and config != default:
+    config, given = _parsed(command, arguments, checking=False)
+    if given.resume is not None and config != type(config)():
         raise UserError("--resume uses the options of its run; it takes no others")
     if given.stop_after is not None and given.stop_after < 1:
         raise UserError(f"--stop_after must be 1 or more, got {given.stop_after}")
@@ -94,6 +76,49 @@ def _train(command: str, arguments: list[str]) -> int:
     else:
         resume(given.resume, given.stop_after)
     return 0
+
+
+def _check_normalisation(arguments: list[str]) -> int:
+    if not arguments or arguments[0] not in CONFIGS:
+        raise UserError(f"check-normalisation takes the name of a command ({', '.join(CONFIGS)}) and its options")
+    config, _ = _parsed(arguments[0], arguments[1:], checking=True)
+
+    from tlkernels.train.check import check
+
+    return 0 if check(config) else 1
+
+
+def _parsed(command: str, arguments: list[str], checking: bool) -> tuple[Options, Any]:
+    """Return the options of a command's job, and all that was parsed."""
+    need_extras(command)
+    import jsonargparse
+
+    summary = CONFIGS[command].summary
+    prog, about = f"tlkernels {command}", f"{summary} Without options: a demonstration."
+    if checking:
+        prog = f"tlkernels check-normalisation {command}"
+        about = "Check that the gradient of a step does not depend on micro-batches and processes. Trains nothing."
+    parser = jsonargparse.ArgumentParser(prog=prog, description=about, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="A YAML or JSON file; the command line overrides it.")
+    if not checking:
+        parser.add_argument(
+            "--resume", metavar="RUN_FOLDER", help="Continue a run that was stopped; takes no other option."
+        )
+        parser.add_argument(
+            "--stop_after",
+            type=int,
+            metavar="STEP",
+            help="Save a checkpoint after this step of the training, and stop.",
+        )
+    default = CONFIGS[command]()
+    for part in vars(default):
+        parser.add_class_arguments(type(getattr(default, part)), part)
+    try:
+        parsed = parser.parse_args([COMPARE.get(argument, argument) for argument in arguments])
+    except Exception as error:  # argparse.ArgumentError, and the parser's own errors from a broken file
+        raise UserError(f"{' '.join(str(error).split())} ({prog} --help)") from error
+    given = parser.instantiate(parsed)
+    return type(default)(**{part: given[part] for part in vars(default)}), given
 
 
 def _doctor(arguments: list[str]) -> int:

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from tlkernels.train.config import Config
 from tlkernels.train.errors import RunError, UserError, need_extras
+from tlkernels.train.lm_config import LmConfig
 
 if TYPE_CHECKING:
     from tlkernels.train.model import load
     from tlkernels.train.pipeline import resume, run
 
-__all__ = ["Config", "RunError", "UserError", "load", "resume", "run"]
+__all__ = ["Config", "LmConfig", "RunError", "UserError", "load", "resume", "run"]
 
 
 def __getattr__(name: str) -> Any:

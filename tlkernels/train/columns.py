@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -30,6 +31,7 @@ class Part:
         texts: the strings as they are written, or None if there is no such column. A missing value is null or empty.
         labels: the same, but a missing label is always null.
         images: what `datasets.Image` stores, or None if there is no such column.
+        chats: the lists and objects of the chat column as JSON, or None if there is no such column.
         classes: the names of the classes, if the data declare them.
     """
 
@@ -41,6 +43,7 @@ class Part:
     labels: pa.ChunkedArray | None
     images: pa.ChunkedArray | None = None
     classes: list[str] | None = None
+    chats: pa.ChunkedArray | None = None
 
 
 def part_of(
@@ -52,6 +55,7 @@ def part_of(
     kind: str,
     names: list[str],
     place: Callable[[int], str],
+    chats: pa.ChunkedArray | None = None,
 ) -> Part:
     """Return the part with these Arrow columns; `features` has the types that the data declare.
 
@@ -71,7 +75,7 @@ def part_of(
             labels = _names_of(label, classes, place)
         labels = pc.if_else(pc.is_in(labels, pa.array(NO_LABEL, labels.type)), None, labels)
     texts = None if text is None else strings(text, config.text_column, place)
-    return Part(rows, kind, names, place, texts, labels, image, classes)
+    return Part(rows, kind, names, place, texts, labels, image, classes, chats)
 
 
 def strings(column: pa.ChunkedArray, name: str, place: Callable[[int], str]) -> pa.ChunkedArray:
@@ -88,9 +92,24 @@ def strings(column: pa.ChunkedArray, name: str, place: Callable[[int], str]) -> 
         raise UserError(f"column {name!r}: expected strings or numbers, got {column.type} ({place(0)})") from error
 
 
-def wanted(names: Sequence[str], config: DataConfig, place: str) -> list[str]:
-    """Return the run's columns that occur in `names`. Raises `UserError` if one of them occurs twice."""
-    asked = dict.fromkeys((config.text_column, config.label_column, config.image_column))
+def as_json(column: pa.ChunkedArray, name: str, place: Callable[[int], str]) -> pa.ChunkedArray:
+    """Return each value of a column of lists or objects as JSON."""
+    try:
+        chunks = [[json.dumps(value, ensure_ascii=False) for value in chunk.to_pylist()] for chunk in column.chunks]
+    except TypeError as error:
+        raise UserError(
+            f"column {name!r}: expected lists of objects with strings, got {column.type} ({place(0)})"
+        ) from error
+    return pa.chunked_array(chunks, pa.large_string())
+
+
+def wanted(names: Sequence[str], config: DataConfig, place: str, chat_column: str = "") -> list[str]:
+    """Return the run's columns that occur in `names`; an empty name asks for no column.
+
+    Raises:
+        UserError: one of them occurs twice.
+    """
+    asked = dict.fromkeys(filter(None, (config.text_column, config.label_column, config.image_column, chat_column)))
     present = [name for name in asked if name in names]
     for name in present:
         if names.count(name) > 1:
@@ -120,7 +139,7 @@ def joined(parts: Sequence[Part], named: str) -> Part:
                 f"the files of {named} differ: columns {listed(first.names)} ({first.place(0)}), "
                 f"but {listed(part.names)} ({part.place(0)})"
             )
-    texts, labels, images = (
+    texts, labels, images, chats = (
         None if column[0] is None else pa.chunked_array([chunk for part in column for chunk in part.chunks])
         for column in zip(*map(_columns, parts), strict=True)
     )
@@ -130,8 +149,8 @@ def joined(parts: Sequence[Part], named: str) -> Part:
         number = bisect.bisect_right(ends, row)
         return parts[number].place(row - ends[number] + parts[number].rows)
 
-    return Part(ends[-1], first.kind, first.names, place, texts, labels, images, first.classes)
+    return Part(ends[-1], first.kind, first.names, place, texts, labels, images, first.classes, chats)
 
 
 def _columns(part: Part) -> tuple[pa.ChunkedArray | None, ...]:
-    return part.texts, part.labels, part.images
+    return part.texts, part.labels, part.images, part.chats

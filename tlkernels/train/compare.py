@@ -44,7 +44,7 @@ class _Run:
         task, run, optim = self.task, self.task.config.run, self.task.config.optim
         torch.manual_seed(run.seed * 1_000_003 + number)
         rows = task.rows["train"]
-        batch = whole_batch(number, run.batch_size, len(rows), run.seed)
+        batch = whole_batch(number, task.batch_size, len(rows), run.seed)
         pieces = [task.inputs("train", piece, number) for piece in micro_batches(batch, rows.lengths, run.micro_batch)]
         divisor, value = task.divisor(batch, number), 0.0
         wait()

@@ -55,6 +55,7 @@ class RunConfig:
         steps: Optimiser steps. None: given by `epochs`.
         epochs: Passes over the training rows, above 0, if `steps` is not given.
         batch_size: Rows of one optimiser step, over all processes and micro-batches.
+            None: 32; in `lm` 64, and 8 for causal models.
         micro_batch: Largest number of rows in one forward pass of a process. None: no limit. Where memory runs out, it
             is halved.
         eval_every: Steps between evaluations, each followed by a checkpoint. None: a quarter of the run.
@@ -71,7 +72,7 @@ class RunConfig:
     folder: str | None = None
     steps: int | None = None
     epochs: float = 1.0
-    batch_size: int = 32
+    batch_size: int | None = None
     micro_batch: int | None = None
     eval_every: int | None = None
     log_every: int = 1

@@ -97,6 +97,32 @@ def build(
     )
 
 
+def sources(count: int) -> dict[str, str]:
+    """Return `count` source files, module name -> text, in a mixed order that is always the same.
+
+    An eighth of them is from each package, in the order in which `build` takes packages. Vendored files, tests and
+    files of more than `LARGE` bytes are left out.
+
+    Raises:
+        UserError: the installed packages have fewer source files.
+    """
+    texts: dict[str, str] = {}
+    for package, folder in _packages():
+        most = min(count, len(texts) + -(-count // 8))
+        for file in _sources(folder):
+            if len(texts) == most or file.stat().st_size > LARGE:
+                break
+            try:
+                text = file.read_text(encoding="utf-8")
+            except (OSError, ValueError):
+                continue  # a test for bad input, another encoding
+            if text.strip():
+                texts[f"{package}/{file.relative_to(folder).as_posix()}"] = text
+        if len(texts) == count:
+            return {module: texts[module] for module in sorted(texts, key=_digest)}
+    raise UserError(f"--data.documents is {count}, but the installed packages have {len(texts)} usable source files")
+
+
 # ---- reading -----------------------------------------------------------------------------------------------------
 
 

@@ -16,6 +16,7 @@ import zlib
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -24,7 +25,7 @@ import datasets
 import pyarrow as pa
 from pyarrow import parquet
 
-from tlkernels.train.columns import Part, part_of, wanted
+from tlkernels.train.columns import Part, as_json, part_of, wanted
 from tlkernels.train.config import DataConfig
 from tlkernels.train.errors import UserError, one_line
 
@@ -47,8 +48,8 @@ def ending(path: Path) -> str | None:
     return suffix if suffix in ENDINGS and not name.endswith(".parquet.gz") else None
 
 
-def read_file(path: Path, config: DataConfig) -> Part:
-    """Return the text, label and image columns of a file.
+def read_file(path: Path, config: DataConfig, chat_column: str = "") -> Part:
+    """Return the text, label and image columns of a file, and the chat column if one is named.
 
     Raises:
         UserError: the file is empty or has another format than its ending says, a row has more or fewer fields than
@@ -60,16 +61,26 @@ def read_file(path: Path, config: DataConfig) -> Part:
     try:
         if path.stat().st_size == 0:
             raise UserError(f"{path} is empty")
-        return _read_parquet(path, config) if kind == ".parquet" else _read_text(path, kind, config)
+        read = _read_parquet if kind == ".parquet" else partial(_read_text, kind=kind)
+        return read(path, config=config, chat_column=chat_column)
     except (OSError, EOFError, zlib.error, pa.ArrowException, ValueError) as error:
         raise UserError(f"cannot read {path}: {one_line(error)}") from error
 
 
-def _read_parquet(path: Path, config: DataConfig) -> Part:
+def read_text(path: Path, encoding: str | None) -> str:
+    """Return the text of a file, line ends unchanged. Raises `UserError` if it cannot be read."""
+    try:
+        with _open_text(path, encoding) as file:
+            return file.read()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {one_line(error)}") from error
+
+
+def _read_parquet(path: Path, config: DataConfig, chat_column: str) -> Part:
     with path.open("rb") as file:
         stored = parquet.ParquetFile(file)
         names, rows = stored.schema_arrow.names, stored.metadata.num_rows
-        table = stored.read(columns=wanted(names, config, str(path)))
+        table = stored.read(columns=wanted(names, config, str(path), chat_column))
     described = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features")
     features = datasets.Features.from_dict(described) if described else {}  # `datasets` writes them next to the rows
     columns = dict(zip(table.column_names, table.columns, strict=True))
@@ -77,10 +88,11 @@ def _read_parquet(path: Path, config: DataConfig) -> Part:
     def place(row: int) -> str:
         return f"row {row} (from 0) of {path}"
 
-    return part_of(config, columns, features, rows=rows, kind=".parquet", names=names, place=place)
+    chats = as_json(columns[chat_column], chat_column, place) if chat_column in columns else None
+    return part_of(config, columns, features, rows=rows, kind=".parquet", names=names, place=place, chats=chats)
 
 
-def _read_text(path: Path, kind: str, config: DataConfig) -> Part:
+def _read_text(path: Path, kind: str, config: DataConfig, chat_column: str) -> Part:
     names: list[str] = []
     with _open_text(path, config.encoding) as file:
         if kind in (".csv", ".tsv"):
@@ -88,20 +100,21 @@ def _read_text(path: Path, kind: str, config: DataConfig) -> Part:
             separator = config.separator or ("," if kind == ".csv" else "\t")
             rows = _separated(file, path, "\t" if separator == r"\t" else separator, quotes, config, names)
         else:
-            rows = _records(file, path, kind, config, names)
-        columns, lines = _gathered(rows, path)
+            rows = _records(file, path, kind, config, chat_column, names)
+        (*columns, chats), lines = _gathered(rows, path)
     asked = (config.text_column, config.label_column)
     present = {name: column for name, column in zip(asked, columns, strict=True) if name in names}
+    chats = chats if chat_column in names and kind not in (".csv", ".tsv") else None
 
     def place(row: int) -> str:
         return f"line {lines[row]} of {path}"
 
-    return part_of(config, present, {}, rows=len(lines), kind=kind, names=names, place=place)
+    return part_of(config, present, {}, rows=len(lines), kind=kind, names=names, place=place, chats=chats)
 
 
 def _gathered(rows: Iterator[_Row], path: Path) -> tuple[list[pa.ChunkedArray], array[int]]:
-    """Return the columns of texts and labels, and the line on which each row begins."""
-    chunks: list[list[pa.Array]] = [[], []]
+    """Return the columns of texts, labels and chats, and the line on which each row begins."""
+    chunks: list[list[pa.Array]] = [[], [], []]
     lines = array("q")
     while batch := list(islice(rows, _BATCH)):
         lines.extend(line for line, _ in batch)
@@ -173,7 +186,7 @@ def _undecodable(path: Path, encoding: str) -> str:
 def _separated(
     file: io.TextIOWrapper, path: Path, separator: str, quotes: bool, config: DataConfig, names: list[str]
 ) -> Iterator[_Row]:
-    """Yield rows of text and label; appends the header to `names`."""
+    """Yield rows of text, label and no chat; appends the header to `names`."""
     quoting: Any = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
     reader = csv.reader(file, delimiter=separator, quoting=quoting, strict=True)
     rows = _lines(reader, path)
@@ -189,7 +202,7 @@ def _separated(
         if len(row) != len(header):
             hint = "" if quotes else "; quotation marks are read as text (--data.quotes true)"
             raise UserError(f"line {line} of {path} has {len(row)} fields, the header has {len(header)}{hint}")
-        yield line, [None if place is None else row[place] for place in places]
+        yield line, [*(None if place is None else row[place] for place in places), None]
 
 
 def _lines(reader: Any, path: Path) -> Iterator[tuple[int, list[str]]]:
@@ -226,8 +239,10 @@ _DECODER = json.JSONDecoder(
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
-def _records(file: io.TextIOWrapper, path: Path, kind: str, config: DataConfig, names: list[str]) -> Iterator[_Row]:
-    """Yield rows of text and label; appends every key that occurs to `names`."""
+def _records(
+    file: io.TextIOWrapper, path: Path, kind: str, config: DataConfig, chat_column: str, names: list[str]
+) -> Iterator[_Row]:
+    """Yield rows of text, label and chat; appends every key that occurs to `names`."""
     asked = (config.text_column, config.label_column)
     known: dict[str, None] = {}
     start, first = file.tell(), " "
@@ -240,9 +255,10 @@ def _records(file: io.TextIOWrapper, path: Path, kind: str, config: DataConfig, 
             raise UserError(f"cannot read {path}: line {line} is not an object with a key for each column")
         row = dict(record)
         if len(row) < len(record):
-            wanted([key for key, _ in record], config, f"line {line} of {path}")
+            wanted([key for key, _ in record], config, f"line {line} of {path}", chat_column)
         known.update(dict.fromkeys(row))
-        yield line, [_string(row.get(name), name, line, path) for name in asked]
+        chat = json.dumps(_plain(row[chat_column]), ensure_ascii=False) if chat_column in row else None
+        yield line, [*(_string(row.get(name), name, line, path) for name in asked), chat]
     names += known
 
 
@@ -253,6 +269,13 @@ def _string(value: Any, column: str, line: int, path: Path) -> str | None:
         return value
     kind = "an object" if isinstance(value, _Pairs) else "a list"
     raise UserError(f"line {line} of {path}, column {column!r}: expected a string or a number, got {kind}")
+
+
+def _plain(value: Any) -> Any:
+    """Return a value with objects as dicts; of a repeated key, the last value counts, as in Python's `json`."""
+    if isinstance(value, _Pairs):
+        return {key: _plain(item) for key, item in value}
+    return [_plain(item) for item in value] if isinstance(value, list) else value
 
 
 def _each_line(file: Iterable[str], path: Path) -> Iterator[tuple[int, Any]]:

@@ -38,11 +38,9 @@ def read_folder(folder: Path, config: DataConfig) -> Splits:
         UserError: the folder has neither images nor data files, or both, or some files belong to a split and others to
             none.
     """
-    files = list(_files(folder))
-    if any(file.name in ("dataset_dict.json", "state.json") for file in files):
-        raise UserError(f"{folder} was written by save_to_disk, which is not supported; use to_parquet")
+    files = files_of(folder)
     images = [file for file in files if file.suffix.lower() in image_endings()]
-    rows = [file for file in files if ending(file) and file.name not in _DESCRIPTIONS]
+    rows = [file for file in files if is_data(file)]
     lists = [file for file in rows if file.stem == "metadata"] if images else []
     rows = [file for file in rows if file not in lists]
     if images and rows:
@@ -51,11 +49,28 @@ def read_folder(folder: Path, config: DataConfig) -> Splits:
     if images:
         return _image_splits(folder, images, lists, config)
     if rows:
-        return _row_splits(folder, rows, config)
+        return row_splits(folder, rows, config)
     raise UserError(f"{folder} has no images and no files with the endings {' '.join(ENDINGS)}")
 
 
-def _files(folder: Path) -> Iterator[Path]:
+def is_data(file: Path) -> bool:
+    """Return whether a file has rows by its ending, and is not a description that `datasets` writes."""
+    return ending(file) is not None and file.name not in _DESCRIPTIONS
+
+
+def files_of(folder: Path) -> list[Path]:
+    """Return all files under a folder except hidden ones, sorted by name.
+
+    Raises:
+        UserError: a subfolder cannot be read, or `datasets` wrote the folder in its own format.
+    """
+    files = list(_walk(folder))
+    if any(file.name in ("dataset_dict.json", "state.json") for file in files):
+        raise UserError(f"{folder} was written by save_to_disk, which is not supported; use to_parquet")
+    return files
+
+
+def _walk(folder: Path) -> Iterator[Path]:
     """Yield all files under a folder except hidden ones, sorted by name; follows links, except in circles."""
     for place, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
         parent = Path(place)
@@ -72,7 +87,7 @@ def _refuse(error: OSError) -> None:
     raise UserError(f"cannot read {error.filename}: {one_line(error)}") from error
 
 
-def _split_name(*parts: str) -> str | None:
+def split_name(*parts: str) -> str | None:
     """Return the split of the first name that has the word of exactly one split, or None."""
     for part in parts:
         if shard := _SHARD.fullmatch(part):
@@ -86,11 +101,16 @@ def _split_name(*parts: str) -> str | None:
 # ---- data files --------------------------------------------------------------------------------------------------
 
 
-def _row_splits(folder: Path, files: list[Path], config: DataConfig) -> Splits:
+def row_splits(folder: Path, files: list[Path], config: DataConfig, chat_column: str = "") -> Splits:
+    """Return the splits of data files, each named by its file or the closest folder with the name of a split.
+
+    Raises:
+        UserError: some files belong to a split and others to none, or a split has files of several formats.
+    """
     splits: dict[str | None, list[Path]] = defaultdict(list)
     for file in files:
         parts = file.relative_to(folder).parts
-        splits[_split_name(*reversed(parts))].append(file)
+        splits[split_name(*reversed(parts))].append(file)
     if None in splits and len(splits) > 1:
         named = listed(sorted(filter(None, splits)))
         raise UserError(f"{splits[None][0]} belongs to no split, while other files belong to {named}")
@@ -98,11 +118,12 @@ def _row_splits(folder: Path, files: list[Path], config: DataConfig) -> Splits:
         kinds = {"".join(file.suffixes[-2:] if file.suffix.lower() == ".gz" else [file.suffix]) for file in group}
         if len(kinds) > 1:
             raise UserError(f"{folder} has {split or 'its rows'} more than once: as {' and as '.join(sorted(kinds))}")
-    return {split or "train": partial(_read_all, group, str(folder), config) for split, group in splits.items()}
+    read = partial(_read_all, named=str(folder), config=config, chat_column=chat_column)
+    return {split or "train": partial(read, group) for split, group in splits.items()}
 
 
-def _read_all(files: list[Path], named: str, config: DataConfig) -> Part:
-    return joined([read_file(file, config) for file in files], named)
+def _read_all(files: list[Path], named: str, config: DataConfig, chat_column: str) -> Part:
+    return joined([read_file(file, config, chat_column) for file in files], named)
 
 
 # ---- images ------------------------------------------------------------------------------------------------------
@@ -112,12 +133,12 @@ def _image_splits(folder: Path, images: list[Path], lists: list[Path], config: D
     """Return the splits of images: one subfolder for each class, in one for each split if there are several."""
     depth = 2 if lists else 3  # parts of the paths under a split: no class's folder if a list gives the classes
     tops = {image.relative_to(folder).parts for image in images}
-    in_splits = all(len(parts) >= depth and _split_name(parts[0]) for parts in tops)
+    in_splits = all(len(parts) >= depth and split_name(parts[0]) for parts in tops)
 
     def grouped(files: list[Path]) -> dict[str, list[Path]]:
         groups: dict[str, list[Path]] = defaultdict(list)
         for file in files:
-            groups[(_split_name(file.relative_to(folder).parts[0]) or "train") if in_splits else "train"].append(file)
+            groups[(split_name(file.relative_to(folder).parts[0]) or "train") if in_splits else "train"].append(file)
         return groups
 
     if lists:

@@ -47,8 +47,8 @@ def train(task: Task, folder: Path, start: Callable[[], nn.Module], until: int |
         if run.patience is not None and progress.evaluations_since_best >= run.patience:
             break
         started = time.perf_counter()
-        batch = whole_batch(step, run.batch_size, len(rows), run.seed)
-        loss = _gradient(task, model, batch, step, progress)
+        batch = whole_batch(step, task.batch_size, len(rows), run.seed)
+        loss = gradient(task, model, batch, step, progress)
         computing = time.perf_counter()
         norm = float(accelerator.clip_grad_norm_(model.parameters(), optim.clip_norm or math.inf))
         if not math.isfinite(norm):
@@ -80,7 +80,7 @@ def train(task: Task, folder: Path, start: Callable[[], nn.Module], until: int |
     return progress
 
 
-def _gradient(task: Task, model: nn.Module, batch: Tensor, step: int, progress: Progress) -> Tensor:
+def gradient(task: Task, model: nn.Module, batch: Tensor, step: int, progress: Progress) -> Tensor:
     """Add the gradient of the batch's mean loss to the parameters; return this process's part of the loss.
 
     Where memory runs out, the micro-batches are halved, and the step begins again. The batch stays the same.

@@ -92,7 +92,7 @@ def new_classifier(name: str, classes: int, random_weights: bool, seed: int) -> 
         encoder = from_config(encoder_config, trust_remote_code=False)
     else:
         options = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
-        encoder, info = _load(transformers.AutoModel, name, **options)
+        encoder, info = load_from(transformers.AutoModel, name, **options)
         missing = [key for key in info["missing_keys"] if "pooler" not in key]  # mean pooling does not use a pooler
         if missing:
             raise UserError(f"the weights in {name} lack {len(missing)} of the encoder's tensors, such as {missing[0]}")
@@ -121,11 +121,15 @@ def empty_encoder(name: str) -> Any:
         return from_config(_encoder_config(name), trust_remote_code=False)
 
 
-def load_preprocessor(name: str, images: bool) -> Any:
-    """Return the tokenizer of `name`, or for images its image processor. Raises `UserError` if it has none."""
+def load_preprocessor(name: str, images: bool, **extra: Any) -> Any:
+    """Return the tokenizer of `name`, or for images its image processor; `extra` is for `from_pretrained`.
+
+    Raises:
+        UserError: it has none.
+    """
     if images:
-        return _load(transformers.AutoImageProcessor, name)
-    tokenizer = _load(transformers.AutoTokenizer, name)
+        return load_from(transformers.AutoImageProcessor, name)
+    tokenizer = load_from(transformers.AutoTokenizer, name, **extra)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # any token works, since the attention mask hides it
     return tokenizer
@@ -197,7 +201,8 @@ def load(run_folder: str | Path) -> Predictor:
     return Predictor(model.eval(), preprocessor, about["classes"], about["images"], length)
 
 
-def _load(auto_class: Any, name: str, **options: Any) -> Any:
+def load_from(auto_class: Any, name: str, **options: Any) -> Any:
+    """Return `auto_class.from_pretrained(name, **options)`. Raises `UserError` if that fails."""
     try:
         return auto_class.from_pretrained(name, trust_remote_code=False, **options)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
@@ -205,7 +210,7 @@ def _load(auto_class: Any, name: str, **options: Any) -> Any:
 
 
 def _encoder_config(name: str) -> Any:
-    config = _load(transformers.AutoConfig, name)
+    config = load_from(transformers.AutoConfig, name)
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(f"{name} is an encoder-decoder; finetune takes encoders")
     return config

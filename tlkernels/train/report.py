@@ -35,7 +35,7 @@ def training_result(task: Task, stage: str, progress: Progress, scores: Scores, 
     step_seconds = progress.seconds / progress.step
     rest = progress.seconds - progress.compute_seconds - progress.data_seconds
     return {
-        **result(stage, scores, run.batch_size * task.row_size / step_seconds, step_seconds),
+        **result(stage, scores, task.batch_size * task.row_size / step_seconds, step_seconds),
         **loss_cost(task, batches, step_seconds),
         "data_share": progress.data_seconds / progress.seconds,
         "trainer_share": rest / progress.seconds,
@@ -45,22 +45,19 @@ def training_result(task: Task, stage: str, progress: Progress, scores: Scores, 
     }
 
 
-def result(stage: str, scores: Scores, speed: float, step_seconds: float) -> dict[str, Any]:
-    """Return what every line of the table has; `speed` in samples or tokens a second."""
-    return {
-        "stage": stage,
-        **scores.values,
-        "count": scores.count,
-        "speed": speed,
-        "step_ms": step_seconds * 1e3,
-    }
+def result(stage: str, scores: Scores, speed: float | None = None, step_seconds: float | None = None) -> dict[str, Any]:
+    """Return what every line of the table has; `speed` in samples or tokens a second, if something was trained."""
+    line = {"stage": stage, **scores.values, "count": scores.count}
+    if speed is not None and step_seconds is not None:
+        line |= {"speed": speed, "step_ms": step_seconds * 1e3}
+    return line
 
 
 @torch.no_grad()
 def features(task: Task, network: nn.Module, step: int, micro_batch: int | None) -> list[tuple[Any, ...]]:
     """Return what the loss takes in each micro-batch of a step."""
     run, accelerator, rows = task.config.run, task.accelerator, task.rows["train"]
-    batch = whole_batch(step, run.batch_size, len(rows), run.seed)
+    batch = whole_batch(step, task.batch_size, len(rows), run.seed)
     pieces = micro_batches(batch, rows.lengths, micro_batch, accelerator.process_index, accelerator.num_processes)
     kept: list[tuple[Any, ...]] = []
 
@@ -140,7 +137,9 @@ def table(task: Task, results: list[dict[str, Any]], rows: str) -> str:
     ]
     for row in results:
         scores = "".join(f" {_figure(row[name]):>10}" for name in task.headings)
-        line = f"{titles[row['stage']]:<{width}}{scores} {row['speed']:>10.1f}"
+        line = f"{titles[row['stage']]:<{width}}{scores}"
+        if "speed" in row:
+            line += f" {row['speed']:>10.1f}"
         if "loss_share" in row:
             line += f"   {row['loss_share']:>9.3%}  {row['eager_loss_share']:>9.3%}"
         if "data_share" in row:

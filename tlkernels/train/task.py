@@ -78,6 +78,7 @@ class Task(ABC):
         headings: the scores in the final table, and their headings there.
         curve: the score in the picture.
         unit: "samples" or "tokens", in which the speed is given.
+        batch_size: rows of an optimiser step, on all processes together.
         row_size: how many of them a training row has on average.
     """
 
@@ -89,6 +90,7 @@ class Task(ABC):
     headings: ClassVar[dict[str, str]]
     curve: ClassVar[str]
     unit: ClassVar[str]
+    batch_size: int
     row_size: float
 
     @abstractmethod
@@ -127,7 +129,7 @@ class Task(ABC):
     def steps(self) -> int:
         """Optimiser steps of one training."""
         run: RunConfig = self.config.run
-        return run.steps or math.ceil(run.epochs * len(self.rows["train"]) / run.batch_size)
+        return run.steps or math.ceil(run.epochs * len(self.rows["train"]) / self.batch_size)
 
     @property
     def device(self) -> torch.device:

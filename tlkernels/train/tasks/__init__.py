@@ -6,9 +6,10 @@ from importlib import import_module
 from typing import Any
 
 from tlkernels.train.config import Config, Options
+from tlkernels.train.lm_config import LmConfig
 
-CONFIGS: dict[str, type[Options]] = {"finetune": Config}
-_CLASSES = {"finetune": ("classify", "Classify")}
+CONFIGS: dict[str, type[Options]] = {"finetune": Config, "lm": LmConfig}
+_CLASSES = {"finetune": ("classify", "Classify"), "lm": ("lm", "LanguageModelling")}
 
 
 def task_class(command: str) -> Any:

@@ -16,7 +16,7 @@ import tlkernels as tlk
 from tlkernels.train import report
 from tlkernels.train.batches import micro_batches
 from tlkernels.train.config import Config
-from tlkernels.train.data import IGNORE, Data, Table, load_data
+from tlkernels.train.data import IGNORE, Table, load_data
 from tlkernels.train.errors import UserError, listed
 from tlkernels.train.metrics import Tally
 from tlkernels.train.model import (
@@ -28,6 +28,7 @@ from tlkernels.train.model import (
     save_model,
     source,
 )
+from tlkernels.train.paths import absolute
 from tlkernels.train.probe import linear_probe
 from tlkernels.train.rows import ImageRows, LabelledRows, TextRows
 from tlkernels.train.task import OURS, Scores, Stage, Task
@@ -44,14 +45,17 @@ class Classify(Task):
 
     def __init__(self, config: Config, accelerator: Accelerator) -> None:
         """Read the data. Raises `UserError` if they, an option or the model folder are wrong."""
-        self.config, self.accelerator = config, accelerator
+        self.config, self.accelerator, self.batch_size = config, accelerator, config.run.batch_size or 32
         with accelerator.main_process_first():  # it may download files for the others
             self.name = source(config.model.path)
             self.adapted = config.model.adapted and _adapted(config.model.adapted)
             data = load_data(config.data, config.run.seed)
             self.preprocessor = load_preprocessor(self.name, data.images)
             limit = None if data.images else positions(empty_encoder(self.name))
-        _make_absolute(config, data)
+        absolute(config.model, "path", "adapted")
+        absolute(
+            config.data, "path", *(side for side in ("eval", "test") if getattr(config.data, side) not in data.splits)
+        )
         max_length = min(config.data.tokens, limit or config.data.tokens)
         self.about: dict[str, Any] = {"classes": data.classes, "images": data.images, "max_length": max_length}
 
@@ -190,14 +194,3 @@ def _adapted(path: str) -> str:
     if not (folder / "config.json").is_file():
         raise UserError(f"--model.adapted must be the run folder of a finished `tlkernels lm`, got {path}")
     return str(folder.resolve())
-
-
-def _make_absolute(config: Config, data: Data) -> None:
-    """Make paths in `config` absolute, so that `resume` finds them. A link keeps its name, which has the ending."""
-    parts = ((config.model, "path"), (config.model, "adapted"), (config.data, "path"), (config.data, "eval"))
-    for part, option in (*parts, (config.data, "test")):
-        value = getattr(part, option)
-        split = option in ("eval", "test") and value in data.splits
-        if value is not None and not split and Path(value).expanduser().exists():
-            path = Path(value).expanduser()
-            setattr(part, option, str(path.parent.resolve() / path.name))

@@ -1,0 +1,1 @@
+"""tlkernels in the training loops of other libraries; each module needs that library alone."""
