@@ -291,7 +291,7 @@ class SlightlyScaled(Scaled):
 
 class WidelyCapped(Scaled):
     def change(self, logits):
-        return 500 * torch.tanh(logits / 500)
+        return 20000 * torch.tanh(logits / 20000)
 
 
 class Masked(Scaled):

@@ -71,7 +71,7 @@ def test_a_write_that_the_operating_system_cuts_short(file, tmp_path, paths):
     for parameter in network.parameters():
         parameter.grad = parameter.detach().clone()
     optimizer.step()
-    arguments = (task, network, optimizer, checkpoint.Progress(step=1))
+    arguments = (task, network, optimizer.state_dict(), checkpoint.Progress(step=1))
     checkpoint.save_checkpoint(tmp_path / "last", *arguments)
     before = {file.name: file.read_bytes() for file in (tmp_path / "last").iterdir()}
     if file == "tokenizer.json":  # larger than the weights that are written before it

@@ -67,7 +67,8 @@ def hidden_states(model: PreTrainedModel, head: VocabularyHead, **inputs: Any) -
     """Return what the head's layer receives in a forward pass of the model, `(batch, length, width)`, with autograd.
 
     The layer is called but multiplies nothing, so no logits are made. The model gets `inputs` and, where it accepts it,
-    `use_cache=False`. If it is sharded, call this in the forward pass of the outermost module, and the loss there too.
+    `use_cache=False`. If it is sharded or autocasts, compute the loss there too: in the forward pass of the outermost
+    module, under the same autocast.
 
     Raises:
         UnreadableHead: the model's head is not `head.linear`, was not called exactly once, or is sharded afterwards.

@@ -40,13 +40,13 @@ class Progress:
 
 
 def save_checkpoint(
-    folder: Path, task: Task, network: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress
+    folder: Path, task: Task, network: nn.Module, optimizer_state: dict[str, Any], progress: Progress
 ) -> None:
     """Replace the checkpoint in `folder`. Raises `RunError` if that fails; the old one is then still complete."""
 
     def fill(place: Path) -> None:
         task.save(place, network)
-        torch.save(optimizer.state_dict(), place / "optimizer.pt")
+        torch.save(optimizer_state, place / "optimizer.pt")
         (place / "progress.json").write_text(json.dumps(asdict(progress)) + "\n", encoding="utf-8")
 
     if task.accelerator.is_main_process:

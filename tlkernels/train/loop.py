@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import threading
 import time
@@ -19,6 +20,7 @@ from tlkernels.train.errors import RunError, UserError
 from tlkernels.train.log import Log
 from tlkernels.train.memory import halved, out_of_memory
 from tlkernels.train.optim import learning_rate, make_optimizer
+from tlkernels.train.sharding import load_optimizer_state, optimizer_state, whole_network
 from tlkernels.train.task import OURS, Task
 
 stop = threading.Event()  # set it, and `train` saves a checkpoint after the step and returns
@@ -35,7 +37,7 @@ def train(task: Task, folder: Path, start: Callable[[], nn.Module], until: int |
         UserError: the checkpoint belongs to other rows, or is incomplete.
     """
     run, optim, accelerator, rows = task.config.run, task.config.optim, task.accelerator, task.rows["train"]
-    network, model, optimizer, progress = _begin(task, folder, start)
+    network, model, optimizer, progress, whole = _begin(task, folder, start)
     log = Log(folder, progress.step, run.tensorboard, accelerator.is_main_process)
     silent = None if accelerator.is_main_process else True  # None: no bar unless the output is a terminal
     total = task.steps
@@ -68,10 +70,11 @@ def train(task: Task, folder: Path, start: Callable[[], nn.Module], until: int |
         progress.seconds += time.perf_counter() - started
         evaluating = progress.step % evaluate_every == 0 or progress.step == total
         if evaluating:
-            _evaluate(task, folder, network, progress, log)
+            _evaluate(task, folder, network, whole, progress, log)
         stopping = progress.step == until or _stopped(task)
         if evaluating or stopping:
-            save_checkpoint(folder / "last", task, network, optimizer, progress)
+            state = optimizer_state(accelerator, network, optimizer)
+            save_checkpoint(folder / "last", task, whole_network(accelerator, network, whole), state, progress)
         if stopping:
             break
     bar.close()
@@ -121,29 +124,31 @@ def gradient(task: Task, model: nn.Module, batch: Tensor, step: int, progress: P
 
 def _begin(
     task: Task, folder: Path, start: Callable[[], nn.Module]
-) -> tuple[nn.Module, nn.Module, torch.optim.Optimizer, Progress]:
-    """Return the network, its wrapper by Accelerate, its optimiser, and the progress."""
+) -> tuple[nn.Module, nn.Module, torch.optim.Optimizer, Progress, nn.Module]:
+    """Return the network, its wrapper by Accelerate, its optimiser, the progress, and a network for whole weights."""
     saved = load_checkpoint(folder / "last", task)
     network = saved[0] if saved else start()
+    whole = copy.deepcopy(network) if task.accelerator.is_fsdp2 else network
     model, optimizer = task.accelerator.prepare(network, make_optimizer(network, task.config.optim))
     progress = Progress(fingerprint=task.rows["train"].fingerprint())
     if saved:
         if saved[2].fingerprint != progress.fingerprint:
             raise UserError(f"the training rows are not those that {folder} was trained on")
-        optimizer.load_state_dict(saved[1])
+        load_optimizer_state(task.accelerator, network, optimizer, saved[1])
         progress = saved[2]
-    return network, model, optimizer, progress
+    return network, model, optimizer, progress, whole
 
 
-def _evaluate(task: Task, folder: Path, network: nn.Module, progress: Progress, log: Log) -> None:
+def _evaluate(task: Task, folder: Path, network: nn.Module, whole: nn.Module, progress: Progress, log: Log) -> None:
     """Score the network on the evaluation rows, and save it in `folder/best` if it is the best so far."""
     scores = task.scores(network, "eval")
     log.write(progress.step, **{f"eval_{name}": value for name, value in scores.values.items()})
     progress.evaluations_since_best += 1
     if scores.better_than(progress.best):
         progress.best, progress.best_step, progress.evaluations_since_best = scores, progress.step, 0
+        saved = whole_network(task.accelerator, network, whole)
         if task.accelerator.is_main_process:
-            write_folder(folder / "best", lambda place: task.save(place, network))
+            write_folder(folder / "best", lambda place: task.save(place, saved))
 
 
 def _stopped(task: Task) -> bool:

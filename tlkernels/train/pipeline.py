@@ -23,6 +23,7 @@ from tlkernels.train.checkpoint import write_file
 from tlkernels.train.compare import compare_losses
 from tlkernels.train.config import Options
 from tlkernels.train.errors import UserError
+from tlkernels.train.sharding import for_evaluation
 from tlkernels.train.task import Stage, Task
 from tlkernels.train.tasks import CONFIGS, task_class
 
@@ -89,9 +90,9 @@ def start(config: Options) -> Accelerator:
 
 def prepare(config: Options, accelerator: Accelerator) -> Task:
     """Return the task of `config`, which has read its data."""
-    if config.run.batch_size < accelerator.num_processes:
-        raise UserError(f"--run.batch_size must be at least the number of processes, {accelerator.num_processes}")
     task: Task = task_class(config.command)(config, accelerator)
+    if task.batch_size < accelerator.num_processes:
+        raise UserError(f"--run.batch_size must be at least the number of processes, {accelerator.num_processes}")
     return task
 
 
@@ -131,10 +132,8 @@ def _run_stage(name: str, stage: Stage, task: Task, folder: Path, until: int | N
         if progress.step < task.steps and (progress.step == until or loop.stop.is_set()):
             _say(task, f"stopped after step {progress.step}")
             return None
-        best = task.load(folder / "best")
-        prepared: Any = accelerator.prepare_model(best.eval(), evaluation_mode=True)
-        scores = task.scores(prepared, "test")
-        result = report.training_result(task, name, progress, scores, prepared)
+        best = for_evaluation(accelerator, task.load(folder / "best"))
+        result = report.training_result(task, name, progress, task.scores(best, "test"), best)
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         write_file(folder / "result.json", json.dumps(result, indent=2) + "\n")

@@ -22,6 +22,7 @@ from tlkernels.train.model import load_preprocessor, positions
 from tlkernels.train.packed_inputs import model_inputs, position_offset, takes_additive_mask, verify_packing
 from tlkernels.train.packing import IGNORE, Batch, PackedRows, causal_targets
 from tlkernels.train.paths import absolute
+from tlkernels.train.sharding import for_evaluation
 from tlkernels.train.task import OURS, Scores, Stage, Task
 
 
@@ -176,7 +177,7 @@ class LanguageModelling(Task):
         return language.new_model(self.name, self.extra, self.causal, self.config.model.freeze)
 
     def _pretrained(self) -> dict[str, Any]:
-        network: Any = self.accelerator.prepare_model(self._new().eval(), evaluation_mode=True)
+        network = for_evaluation(self.accelerator, self._new())
         return report.result("pretrained", self.scores(network, "test"))
 
     def _targets(self, side: str, numbers: Tensor, step: int | None) -> tuple[Batch, Tensor, Tensor]:
