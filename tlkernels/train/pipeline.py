@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -24,6 +20,7 @@ from tlkernels.train.compare import compare_losses
 from tlkernels.train.config import Options
 from tlkernels.train.errors import UserError
 from tlkernels.train.sharding import for_evaluation
+from tlkernels.train.stopping import stop_on_sigterm, stopped
 from tlkernels.train.task import Stage, Task
 from tlkernels.train.tasks import CONFIGS, task_class
 
@@ -39,7 +36,7 @@ def run(config: Options, until: int | None = None) -> Path:
         RunError: the run had to stop; `resume` continues from the last checkpoint.
     """
     started = time.perf_counter()
-    with _sigterm():
+    with stop_on_sigterm():
         config.check()
         accelerator = start(config)
         folder = _new_folder(config, accelerator)
@@ -54,7 +51,7 @@ def run(config: Options, until: int | None = None) -> Path:
 def resume(folder: str | Path, until: int | None = None) -> Path:
     """Continue the run in `folder` with its options, and return the folder. Raises as `run` does."""
     started = time.perf_counter()
-    with _sigterm():
+    with stop_on_sigterm():
         file = Path(folder) / "config.json"
         if not file.is_file():
             raise UserError(f"{folder} is not a run folder: it has no config.json")
@@ -108,7 +105,7 @@ def _run(task: Task, folder: Path, until: int | None, started: float) -> Path:
     results: list[dict[str, Any]] = []
     for name, stage in stages.items():
         result = _finished(folder / name / "result.json")
-        if result is None and not loop.stop.is_set():
+        if result is None and not stopped(accelerator):
             result = _run_stage(name, stage, task, folder / name, until)
         if result is None:
             _say(task, f"to continue: tlkernels {task.config.command} --resume {folder}")
@@ -129,7 +126,7 @@ def _run_stage(name: str, stage: Stage, task: Task, folder: Path, until: int | N
     else:
         assert stage.start is not None
         progress = loop.train(task, folder, stage.start, until)
-        if progress.step < task.steps and (progress.step == until or loop.stop.is_set()):
+        if progress.step < task.steps and (progress.step == until or stopped(accelerator)):
             _say(task, f"stopped after step {progress.step}")
             return None
         best = for_evaluation(accelerator, task.load(folder / "best"))
@@ -143,20 +140,6 @@ def _run_stage(name: str, stage: Stage, task: Task, folder: Path, until: int | N
     accelerator.wait_for_everyone()
     accelerator.free_memory()
     return result
-
-
-@contextmanager
-def _sigterm() -> Iterator[None]:
-    """Let SIGTERM stop the training after its step; afterwards it means what it meant before."""
-    loop.stop.clear()
-    if threading.current_thread() is not threading.main_thread():  # Python allows handlers only there
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: loop.stop.set())
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _finished(file: Path) -> dict[str, Any] | None:

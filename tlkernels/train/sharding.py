@@ -51,7 +51,7 @@ def for_evaluation(accelerator: Accelerator, network: nn.Module) -> nn.Module:
     if accelerator.is_fsdp2:
         network = network.to(accelerator.device)
         context = torch.autocast(accelerator.device.type, torch.bfloat16, accelerator.mixed_precision == "bf16")
-        network.forward = context(network.forward)  # type: ignore[method-assign]
+        network.forward = context(network.forward)
         return network.eval()
     prepared: nn.Module = accelerator.prepare_model(network.eval(), evaluation_mode=True)
     return prepared

@@ -153,14 +153,14 @@ class LanguageModelling(Task):
     def describe(self) -> str:
         """Return the data, the model and the number of steps."""
         rows = self.rows["train"]
-        tokens = {side: int(rows.lengths.sum()) for side, rows in self.rows.items()}
+        tokens = {side: int(of_side.lengths.sum()) for side, of_side in self.rows.items()}
         apart = self.rows["test"] is not self.rows["eval"]
         hold_out = f"{tokens['test']} hold-out" if apart else "the evaluation tokens are the hold-out"
         kind = "causal" if self.causal else "masked"
         counted = int(rows.counts.sum()) / tokens["train"]
         predicted = counted if self.causal else counted * self.config.mask.probability
         return (
-            f"{kind} language modelling: {tokens['train']} training tokens in {len(rows)} rows of at most {self.length}, "
+            f"{kind} language modelling: {tokens['train']} training tokens in {len(rows)} rows up to {self.length}, "
             f"{tokens['eval']} evaluation, {hold_out}; {predicted:.0%} of the tokens are predicted; "
             f"model {self.config.model.path or 'all-MiniLM-L6-v2'}, {self.steps} steps of {self.batch_size} rows"
         )
