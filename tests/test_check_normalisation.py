@@ -45,7 +45,8 @@ def paths(tmp_path_factory):
 @pytest.fixture
 def one_process(monkeypatch):
     """Spawn none: what two processes would do, one does in two micro-batches."""
-    monkeypatch.setattr(check, "_over_processes", lambda config, task, model, count: check._gradient(task, model, count))
+    alone = lambda config, task, model, count: check._gradient(task, model, count)  # noqa: E731
+    monkeypatch.setattr(check, "_over_processes", alone)
 
 
 def arguments(kind, paths, *more, batch_size=12):
@@ -158,9 +159,9 @@ def test_a_loop_that_counts_the_rows_of_each_piece_is_found(kind, paths, tmp_pat
     found = tables(capsys.readouterr().out)
     ours = found[f"tlkernels {'finetune' if kind == 'finetune' else 'lm'}"]
     right = expected(kind, paths, tmp_path)  # means, not divided by their number
-    for (count, factor, _, verdict), (mean_factor, _) in zip(ours, right, strict=True):
+    for (count, factor, *_), (mean_factor, _) in zip(ours, right, strict=True):
         assert factor == pytest.approx(count * mean_factor, abs=4 * 6e-4)
-        assert verdict == ("ok" if count == 1 else "NOT OK")
+    assert ours[0][3] == "ok" and ours[2][3] == ours[3][3] == "NOT OK"  # a half without labels changes nothing
 
 
 def test_a_loss_that_is_a_mean_is_found(paths, one_process, monkeypatch, capsys):
@@ -234,11 +235,9 @@ def test_it_writes_nothing(paths, tmp_path, one_process, monkeypatch, capsys):
 @pytest.mark.parametrize("batch_size", [
     8,
     12,
-    pytest.param(6, marks=pytest.mark.xfail(strict=True, reason="6 rows in micro-batches of 2 are 3, not 4")),
+    6,
 ])  # fmt: skip
-def test_the_lines_are_those_of_the_micro_batches_that_were_made(
-    batch_size, paths, one_process, monkeypatch, capsys
-):
+def test_the_lines_are_those_of_the_micro_batches_that_were_made(batch_size, paths, one_process, monkeypatch, capsys):
     counts = []
 
     def counting(batch, lengths, limit):

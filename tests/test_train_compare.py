@@ -24,7 +24,7 @@ from train_cases import (
 )
 
 from tlkernels import cli, timing
-from tlkernels.train import UserError, compare, loop, pipeline
+from tlkernels.train import RunError, UserError, compare, loop, pipeline
 from tlkernels.train.batches import whole_batch
 from tlkernels.train.compare import compare_losses, in_words
 
@@ -142,7 +142,7 @@ def test_the_losses_are_those_of_a_plain_loop_and_the_training_is_that_without_a
 
 def test_the_comparison_changes_no_bit_of_a_training_with_dropout(made, tmp_path):
     """Dropout draws random numbers, and the comparison sets their seed."""
-    for name, steps in (("without", None), ("with", 2)):
+    for name, steps in (("without", None), ("with", 3)):
         config = made("finetune", tmp_path / name, compare_loss=steps)
         config.model.path = tiny_model(tmp_path / "dropout", dropout=0.1)
         pipeline.run(config)
@@ -152,7 +152,7 @@ def test_the_comparison_changes_no_bit_of_a_training_with_dropout(made, tmp_path
 
 
 def test_resuming_does_not_compare_again(made, tmp_path, monkeypatch, capsys):
-    pipeline.run(made("finetune", tmp_path / "run", compare_loss=2), until=2)
+    pipeline.run(made("finetune", tmp_path / "run", compare_loss=3), until=2)
     before = (tmp_path / "run/comparison.json").read_text()
     capsys.readouterr()
     monkeypatch.setattr(pipeline, "compare_losses", lambda *_: pytest.fail("compared again"))
@@ -161,14 +161,31 @@ def test_resuming_does_not_compare_again(made, tmp_path, monkeypatch, capsys):
     assert json.loads((tmp_path / "run/results.json").read_text())["comparison"] == json.loads(before)
 
 
-def test_several_processes_are_refused(tmp_path):
-    task = SimpleNamespace(accelerator=SimpleNamespace(num_processes=2))
-    with pytest.raises(UserError, match=r"^--run\.compare_loss takes one process$"):
-        compare_losses(task, tmp_path / "run", lambda: None)
-    assert not (tmp_path / "run").exists()
+def test_several_processes_are_refused(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "task_class", lambda _: lambda *_: SimpleNamespace(batch_size=8))
+    with pytest.raises(UserError, match=r"^--run\.compare_loss takes one process, got 2$"):
+        pipeline.prepare(made("finetune", tmp_path, compare_loss=3), SimpleNamespace(num_processes=2))
 
 
-@pytest.mark.xfail(strict=True, raises=ZeroDivisionError, reason="the difference is divided by the loss, which is 0")
+def test_a_loss_that_runs_out_of_memory_drops_out(made, tmp_path, capsys):
+    task = task_of(made("masked", tmp_path, compare_loss=3))
+    real, calls = task.losses["eager"], []
+
+    def fails(*arguments):
+        calls.append(1)
+        if len(calls) > 4:  # in the second step
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes.")
+        return real(*arguments)
+
+    task.losses["eager"] = fails
+    comparison = compare_losses(task, tmp_path, lambda: start_of(task))
+    assert list(comparison["losses"]) == ["tlkernels", "eager on gathered rows"]
+    assert comparison["text"].endswith("\neager ran out of memory.") and "eager ran" in capsys.readouterr().out
+    task.losses["tlkernels"], calls[:] = fails, [1] * 4
+    with pytest.raises(RunError, match=r"out of memory: give a smaller --run.micro_batch"):
+        compare_losses(task, tmp_path, lambda: start_of(task))
+
+
 def test_a_step_without_a_label_is_compared_too(made, tmp_path):
     config = made("finetune patchy", tmp_path, batch_size=1, micro_batch=None, compare_loss=6)
     comparison = compare_losses(task_of(config), tmp_path, lambda: start_of(task_of(config)))
@@ -176,10 +193,9 @@ def test_a_step_without_a_label_is_compared_too(made, tmp_path):
     assert all(row["difference"] < 1e-5 for row in comparison["losses"].values())
 
 
-@pytest.mark.xfail(strict=True, reason="the peak of the first step already has Adam's states, which are added again")
 def test_the_memory_is_that_of_parameters_states_gradients_and_activations(made, tmp_path):
     """Adam has two states of the size of the parameters; with few tokens there is almost nothing else."""
-    config = made("finetune", tmp_path, compare_loss=2, batch_size=2, micro_batch=None)
+    config = made("finetune", tmp_path, compare_loss=3, batch_size=2, micro_batch=None)
     task = task_of(config)
     network = start_of(task)
     network.head = torch.nn.Sequential(
@@ -216,8 +232,8 @@ def sentence(**eager):
 def test_the_table():
     lines = in_words({"tlkernels": figures(), "eager": figures(step=1.5, loss=0.75, peak=2 * 10**9)}).splitlines()
     assert len(lines) == 4
-    assert lines[1].split() == "tlkernels 1.000 1.00 GB 25.00% at most 1.333 ×".split()
-    assert lines[2].split() == "eager 1.500 2.00 GB 50.00% at most 2.000 ×".split()
+    assert lines[1].split() == ["tlkernels", "1.000", "1.00", "GB", "25.00%", "at", "most", "1.333", "×"]
+    assert lines[2].split() == ["eager", "1.500", "2.00", "GB", "50.00%", "at", "most", "2.000", "×"]
     assert "not measured" in in_words({"tlkernels": figures(peak=None), "eager": figures(peak=None)})
 
 
@@ -241,9 +257,10 @@ def test_where_pytorchs_loss_is_faster_that_is_said():
     assert "PyTorch's" not in sentence(speedup=(0.98, 0.9, 1.01))
 
 
-def test_a_difference_within_the_noise_is_no_gain():
-    for speedup in ((1.05, 0.99, 1.2), (1.01, 1.005, 1.015), (0.98, 0.9, 1.01)):
-        assert sentence(speedup=speedup).endswith(" That is no gain in speed.")
+def test_a_difference_within_the_noise_or_of_less_than_two_percent_is_no_gain():
+    for speedup in ((1.05, 0.99, 1.2), (0.98, 0.9, 1.01)):
+        assert sentence(speedup=speedup).endswith(" The steps' times vary by more than that.")
+    assert sentence(speedup=(1.01, 1.005, 1.015)).endswith(" That is hardly a gain in speed.")
 
 
 @pytest.mark.parametrize(("gathered", "share"), [(1.2, "80%"), (1.0, "100%"), (0.9, "100%"), (1.5, None), (1.6, None)])
@@ -261,9 +278,9 @@ def test_how_much_of_the_gain_comes_from_gathered_rows(gathered, share):
     assert slower.startswith("Against gathered"), "there is no gain"
 
 
-@pytest.mark.parametrize(("steps", "expected"), [(5, [2.0, 1.75, 2.125]), (1, [9.0, 9.0, 9.0])])
+@pytest.mark.parametrize(("steps", "expected"), [(5, [2.0, 2.0, 2.25]), (3, [2.0, 2.0, 2.0])])
 def test_the_figures_follow_from_the_times(steps, expected):
-    """The first step is left out if there are others."""
+    """The first two steps are left out."""
 
     def run(seconds, losses):
         return SimpleNamespace(seconds=seconds[:steps], losses=losses, peak=100, state_bytes=lambda: 11)
@@ -273,7 +290,7 @@ def test_the_figures_follow_from_the_times(steps, expected):
     row = compare._measured(eager, ours, 1.0)
     assert row["speedup"] == expected  # eager's time divided by ours: above 1, ours is faster
     assert compare._measured(ours, ours, 1.0)["speedup"] == [1.0, 1.0, 1.0]
-    step = 4.0 if steps == 5 else 9.0
+    step = 4.0
     assert row["step_seconds"] == step
     assert row["loss_share"] == 1 / step and row["bound"] == pytest.approx(step / (step - 1))
     assert row["difference"] == pytest.approx(0.25)  # of 5 and 4
@@ -301,7 +318,7 @@ def test_zero_steps_are_refused(command, made, tmp_path, capsys):
     kind = {"finetune": "finetune", "lm": "causal"}[command]
     code = cli.main([*arguments(made(kind, tmp_path / "run"), command), "--run.compare_loss=0"])
     assert code == 2
-    assert capsys.readouterr().err == "tlkernels: --run.compare_loss must be 1 or more, got 0\n"
+    assert capsys.readouterr().err == "tlkernels: --run.compare_loss must be 3 or more, got 0\n"
     assert not (tmp_path / "run").exists()
 
 
@@ -317,7 +334,9 @@ def test_the_trainer_takes_at_most_two_percent_more_than_a_bare_loop(tmp_path, m
     """
     from transformers import BertConfig, BertModel
 
-    rows = [{"text": " ".join(row["text"] for row in made_rows(9, seed)), "label": "ab"[seed % 2]} for seed in range(80)]
+    rows = [
+        {"text": " ".join(row["text"] for row in made_rows(9, seed)), "label": "ab"[seed % 2]} for seed in range(80)
+    ]
     model = tiny_model(tmp_path / "model")
     config = BertConfig(
         vocab_size=2000, hidden_size=384, num_hidden_layers=2, num_attention_heads=12, intermediate_size=1536,

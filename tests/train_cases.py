@@ -3,11 +3,18 @@
 import csv
 import itertools
 import json
+import multiprocessing
 import random
 from pathlib import Path
 
 import pytest
 import torch
+
+# Of "forkserver" processes: one imports these, and those of the tests are forked from it.
+multiprocessing.set_forkserver_preload([
+    "tlkernels.train.pipeline", "tlkernels.train.tasks.classify", "tlkernels.train.tasks.lm", "torch.distributed.fsdp",
+    "transformers.models.bert.modeling_bert", "transformers.models.llama.modeling_llama",
+])  # fmt: skip
 
 WORDS = {
     "river": ["water", "flows", "bank", "fish", "boat", "bridge", "wet", "stream"],

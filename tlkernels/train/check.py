@@ -41,11 +41,13 @@ def check(config: Options) -> bool:
     network = _first_network(task)
     model: Any = task.accelerator.prepare_model(network)
     print(f"{task.describe()}\n", flush=True)
+    size = task.batch_size  # of which not every number of pieces of one size can be made
+    pieces = [count for count in PIECES if -(-size // -(-size // count)) == count]
     checks = {
-        f"tlkernels {config.command}": (lambda count: _gradient(task, model, count), PIECES, "micro-batches"),
+        f"tlkernels {config.command}": (lambda count: _gradient(task, model, count), pieces, "micro-batches"),
         "the same, over processes": (lambda count: _over_processes(config, task, model, count), PROCESSES, "processes"),
         "a loop that averages the means of its micro-batches, on the same rows": (
-            lambda count: _mean_of_means(task, model, count), PIECES, "micro-batches",
+            lambda count: _mean_of_means(task, model, count), pieces, "micro-batches",
         ),
     }  # fmt: skip
     right = []
@@ -110,4 +112,7 @@ def _worker(rank: int, count: int, port: str, config: Options, file: str) -> Non
         _gradient(task, model, 2)
         if rank == 0:
             torch.save({name: p.grad for name, p in network.named_parameters() if p.grad is not None}, file)
+    # Before the process group ends: DDP's destructor would wait for threads of gloo that wait for the same lock.
+    del model, network
+    task.accelerator.free_memory()
     task.accelerator.end_training()

@@ -20,8 +20,8 @@ from tlkernels.timing import interleaved, wait
 from tlkernels.train import report
 from tlkernels.train.batches import micro_batches, whole_batch
 from tlkernels.train.checkpoint import write_file
-from tlkernels.train.errors import UserError
-from tlkernels.train.memory import peak_bytes
+from tlkernels.train.errors import RunError, one_line
+from tlkernels.train.memory import out_of_memory, peak_bytes
 from tlkernels.train.optim import learning_rate, make_optimizer
 from tlkernels.train.stopping import stopped
 from tlkernels.train.task import OURS, Loss, Task
@@ -74,28 +74,36 @@ class _Run:
 def compare_losses(task: Task, folder: Path, start: Callable[[], nn.Module]) -> dict[str, Any] | None:
     """Train `run.compare_loss` steps with each of the task's losses; print, draw and return what they cost.
 
-    The steps are done in turns, so that a change of the machine's speed affects all losses alike. The first step of
-    each measures memory; its time is not counted. Return None if the run is asked to stop.
+    The steps are done in turns, so that a change of the machine's speed affects all losses alike. The times of the
+    first two steps are not counted: the first makes the optimiser's state, and in the second memory is measured. A loss
+    that runs out of memory drops out. Return None if the run is asked to stop.
 
     Raises:
-        UserError: there are several processes. Their memory and time are not those of one.
+        RunError: tlkernels' loss runs out of memory.
     """
-    if task.accelerator.num_processes > 1:
-        raise UserError("--run.compare_loss takes one process")
     network, count = start(), task.config.run.compare_loss
     runs = {name: _Run(task, copy.deepcopy(network), loss) for name, loss in task.losses.items()}
-    for run in runs.values():
-        run.peak = peak_bytes(partial(run.step, 0))
-    for number in range(1, count):
+    for number in range(count):
         if stopped(task.accelerator):
             return None
-        for run in runs.values():
-            run.step(number)
+        for name, run in list(runs.items()):
+            try:
+                if number == 1:
+                    run.peak = peak_bytes(partial(run.step, number))
+                else:
+                    run.step(number)
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                if name == OURS:
+                    raise RunError(f"out of memory: give a smaller --run.micro_batch ({one_line(error)})") from error
+                del runs[name]
     batches = report.features(task, runs[OURS].network, 0, task.config.run.micro_batch)
-    alone = interleaved({name: report.way(task, loss, batches) for name, loss in task.losses.items()}, 0.5, least=2)
+    alone = interleaved({name: report.way(task, run.loss, batches) for name, run in runs.items()}, 0.5, least=2)
     result = {name: _measured(run, runs[OURS], alone[name]) for name, run in runs.items()}
     comparison = {"steps": count, "losses": result, "description": task.describe()}
-    comparison["text"] = in_words(result)
+    dropped = [f"{name} ran out of memory." for name in task.losses if name not in runs]
+    comparison["text"] = "\n".join([in_words(result), *dropped])
     folder.mkdir(parents=True, exist_ok=True)
     draw(folder / "compare_loss.png", result)
     write_file(folder / "comparison.json", json.dumps(comparison, indent=2) + "\n")
@@ -105,8 +113,8 @@ def compare_losses(task: Task, folder: Path, start: Callable[[], nn.Module]) -> 
 
 def _measured(run: _Run, ours: _Run, loss_seconds: float) -> dict[str, Any]:
     """Return the figures of one loss. `speedup` is ours over it: the median over steps, and the quartiles."""
-    times = run.seconds[1:] or run.seconds
-    ratios = [mine / own for mine, own in zip(times, ours.seconds[1:] or ours.seconds, strict=True)]
+    times = run.seconds[2:]
+    ratios = [own / mine for own, mine in zip(times, ours.seconds[2:], strict=True)]
     step = statistics.median(times)
     return {
         "values": run.losses,
@@ -116,7 +124,7 @@ def _measured(run: _Run, ours: _Run, loss_seconds: float) -> dict[str, Any]:
         "loss_seconds": loss_seconds,
         "loss_share": min(1.0, loss_seconds / step),
         "bound": step / max(step - loss_seconds, 1e-9),
-        "difference": max(abs(a - b) / abs(b) for a, b in zip(ours.losses, run.losses, strict=True)),
+        "difference": max(abs(a - b) / max(abs(b), 1e-12) for a, b in zip(ours.losses, run.losses, strict=True)),
     }
 
 
@@ -146,16 +154,16 @@ def in_words(result: dict[str, dict[str, Any]]) -> str:
         if row["peak_bytes"] and ours["peak_bytes"]:
             sentence += f", with {ours['peak_bytes'] / row['peak_bytes']:.2f} of the memory"
         sentence += f"; the losses of the steps differ by at most {row['difference']:.1e} of their value."
+        if high < 1:
+            sentence += " Here PyTorch's loss is the faster one."
         if row["bound"] < WORTH:
             sentence += (
                 f" No loss can gain speed here: one that costs nothing would make the step at most "
                 f"{(row['bound'] - 1) * 100:.2g} % faster."
             )
-        elif high < 1:
-            sentence += " Here PyTorch's loss is the faster one."
-        elif low <= 1:
+        elif low <= 1 <= high:
             sentence += " The steps' times vary by more than that."
-        elif middle < WORTH:
+        elif 1 < middle < WORTH:
             sentence += " That is hardly a gain in speed."
         lines.append(sentence)
     others = [name for name in result if name != OURS]
@@ -174,13 +182,14 @@ def in_words(result: dict[str, dict[str, Any]]) -> str:
 def draw(file: Path, result: dict[str, dict[str, Any]]) -> None:
     """Draw the loss curves on top of each other, and bars of the steps' time and memory."""
     figure = Figure(figsize=(10, 3.4), layout="constrained")
-    curves, times, memory = figure.subplots(1, 3, width_ratios=(2, 1.2, 1.2))
+    curves, times, memory = figure.subplots(1, 3, width_ratios=(1.8, 1.4, 1.2))
     names = list(result)
     for number, (name, row) in enumerate(result.items()):
         steps = range(1, len(row["values"]) + 1)
         curves.plot(steps, row["values"], color=f"C{number}", label=name, linewidth=2 * (len(result) - number))
-    curves.set(xlabel="step", ylabel="loss, nats", title="the same losses")
+    curves.set(xlabel="step", ylabel="loss, nats", title="loss of each step")
     curves.legend(fontsize="small")
+    curves.xaxis.get_major_locator().set_params(integer=True)
     curves.grid(alpha=0.3)
     colors = [f"C{number}" for number in range(len(names))]
     trunk = [row["step_seconds"] - row["loss_share"] * row["step_seconds"] for row in result.values()]

@@ -65,8 +65,8 @@ class RunConfig:
         precision: bf16: autocast to bfloat16; the weights stay float32.
         device: cpu: use no accelerator.
         tensorboard: Also write TensorBoard events.
-        compare_loss: Before the training, train this many steps with tlkernels' loss and with PyTorch's, and compare
-            the losses, the time and the memory. None: no comparison.
+        compare_loss: Before the training, train this many steps, 3 or more, with tlkernels' loss and with PyTorch's,
+            and compare the losses, the time and the memory. None: no comparison.
     """
 
     folder: str | None = None
@@ -97,9 +97,10 @@ class Options:
     def check(self) -> None:
         """Raise `UserError` with the name of the first option whose value is out of range."""
         optim, run = self.optim, self.run
-        for name in ("batch_size", "log_every", "steps", "micro_batch", "eval_every", "patience", "compare_loss"):
+        for name in ("batch_size", "log_every", "steps", "micro_batch", "eval_every", "patience"):
             value = getattr(run, name)
             require(value is None or value >= 1, f"run.{name}", "1 or more", value)
+        require(run.compare_loss is None or run.compare_loss >= 3, "run.compare_loss", "3 or more", run.compare_loss)
         require(optim.lr > 0, "optim.lr", "above 0", optim.lr)
         require(optim.weight_decay >= 0, "optim.weight_decay", "0 or more", optim.weight_decay)
         require(0 < optim.momentum < 1, "optim.momentum", "above 0 and below 1", optim.momentum)

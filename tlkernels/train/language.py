@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import importlib.util
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -121,7 +124,10 @@ def new_model(name: str, extra: dict[str, str], causal: bool, freeze: int) -> La
     options: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True, **extra}
     if not extra:
         options["use_safetensors"] = True
-    model, info = load_from(auto, name, **options)
+    with contextlib.redirect_stderr(io.StringIO()) if extra else contextlib.nullcontext():  # a progress bar
+        model, info = load_from(auto, name, **options)
+    if extra:
+        model = _unquantised(auto, model)
     missing = {key for key in info["missing_keys"] if "pooler" not in key}
     head = {key for key in model.state_dict() if not key.startswith(f"{model.base_model_prefix}.")}
     tied = set(model.all_tied_weights_keys)
@@ -134,6 +140,18 @@ def new_model(name: str, extra: dict[str, str], causal: bool, freeze: int) -> La
     if freeze:
         _freeze(model, freeze)
     return network
+
+
+def _unquantised(auto: Any, model: Any) -> Any:
+    """Return a model with the weights of one from a .gguf file, which were converted to float32 when it was read.
+
+    The model itself refuses to be saved: it is marked as quantised.
+    """
+    config = copy.deepcopy(model.config)
+    del config.quantization_config
+    plain = auto.from_config(config, dtype=torch.float32)
+    plain.load_state_dict(model.state_dict())
+    return plain
 
 
 def _freeze(model: Any, count: int) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,8 @@ from tlkernels.train.checkpoint import Progress, load_checkpoint, save_checkpoin
 from tlkernels.train.errors import RunError, UserError
 from tlkernels.train.log import Log
 from tlkernels.train.memory import halved, out_of_memory
-from tlkernels.train.optim import learning_rate, make_optimizer
-from tlkernels.train.sharding import load_optimizer_state, optimizer_state, whole_network
+from tlkernels.train.optim import learning_rate
+from tlkernels.train.sharding import load_optimizer_state, optimizer_state, prepared, whole_network
 from tlkernels.train.stopping import stopped
 from tlkernels.train.task import OURS, Task
 
@@ -36,9 +36,8 @@ def train(task: Task, folder: Path, start: Callable[[], nn.Module], until: int |
     """
     run, optim, accelerator, rows = task.config.run, task.config.optim, task.accelerator, task.rows["train"]
     network, model, optimizer, progress, whole = _begin(task, folder, start)
-    log = Log(folder, progress.step, run.tensorboard, accelerator.is_main_process)
+    total, log = task.steps, Log(folder, progress.step, run.tensorboard, accelerator.is_main_process)
     silent = None if accelerator.is_main_process else True  # None: no bar unless the output is a terminal
-    total = task.steps
     bar = tqdm(total=total, initial=progress.step, desc=folder.name, unit="step", disable=silent)
     evaluate_every = run.eval_every or math.ceil(total / 4)
     model.train()
@@ -71,7 +70,7 @@ def train(task: Task, folder: Path, start: Callable[[], nn.Module], until: int |
             _evaluate(task, folder, network, whole, progress, log)
         stopping = progress.step == until or stopped(accelerator)
         if evaluating or stopping:
-            state = optimizer_state(accelerator, network, optimizer)
+            state = optimizer_state(accelerator, optimizer)
             save_checkpoint(folder / "last", task, whole_network(accelerator, network, whole), state, progress)
         if stopping:
             break
@@ -88,16 +87,16 @@ def gradient(task: Task, model: nn.Module, batch: Tensor, step: int, progress: P
     """
     accelerator, run = task.accelerator, task.config.run
     rank, world = accelerator.process_index, accelerator.num_processes
-    lengths = task.rows["train"].lengths
     while True:
         limit = progress.micro_batch or run.micro_batch
-        pieces = micro_batches(batch, lengths, limit, rank, world)
+        pieces = micro_batches(batch, task.rows["train"].lengths, limit, rank, world)
         # Dropout depends on seed, step and process: a resumed run draws the same numbers as an uninterrupted one.
         torch.manual_seed((run.seed * 1_000_003 + step) * 1_009 + rank)
         # The rows of the step's micro-batches on all processes are known in advance. Each summed loss is divided by
         # what the whole step counts, so that the gradients add up to that of the batch's mean.
         divisor = task.divisor(batch, step)
-        loss = torch.zeros((), device=accelerator.device)
+        loss = share = torch.zeros((), device=accelerator.device)
+        inputs: Any = None
         try:
             for number, piece in enumerate(pieces, start=1):
                 started = time.perf_counter()
@@ -115,7 +114,9 @@ def gradient(task: Task, model: nn.Module, batch: Tensor, step: int, progress: P
             if not out_of_memory(error):
                 raise
             progress.micro_batch = halved(max(map(len, pieces)), world, error)
-        model.zero_grad()  # here, where the failed graph is gone
+        del inputs, share  # and with them the failed graph
+        model.zero_grad()
+        torch.cuda.empty_cache()
         if accelerator.is_main_process:
             print(f"step {step + 1}: out of memory; going on with micro-batches of {progress.micro_batch}", flush=True)
 
@@ -126,13 +127,12 @@ def _begin(
     """Return the network, its wrapper by Accelerate, its optimiser, the progress, and a network for whole weights."""
     saved = load_checkpoint(folder / "last", task)
     network = saved[0] if saved else start()
-    whole = copy.deepcopy(network) if task.accelerator.is_fsdp2 else network
-    model, optimizer = task.accelerator.prepare(network, make_optimizer(network, task.config.optim))
+    model, optimizer, whole = prepared(task.accelerator, network, task.config.optim)
     progress = Progress(fingerprint=task.rows["train"].fingerprint())
     if saved:
         if saved[2].fingerprint != progress.fingerprint:
             raise UserError(f"the training rows are not those that {folder} was trained on")
-        load_optimizer_state(task.accelerator, network, optimizer, saved[1])
+        load_optimizer_state(optimizer, saved[1])
         progress = saved[2]
     return network, model, optimizer, progress, whole
 

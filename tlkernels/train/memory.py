@@ -28,7 +28,6 @@ def halved(rows: int, processes: int, error: BaseException) -> int:
         # One process cannot tell the others, which already wait for its gradients.
         why = "one row is too much" if rows < 2 else "give each of the processes a smaller --run.micro_batch"
         raise RunError(f"out of memory: {why} ({one_line(error)})") from error
-    torch.cuda.empty_cache()
     return (rows + 1) // 2
 
 

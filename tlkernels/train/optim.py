@@ -10,8 +10,11 @@ from torch import nn
 from tlkernels.train.config import OptimConfig, ScheduleConfig
 
 
-def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """Return an optimiser with two groups: matrices, and vectors (biases, normalisation) without weight decay."""
+def make_optimizer(model: nn.Module, config: OptimConfig, sharded: bool = False) -> torch.optim.Optimizer:
+    """Return an optimiser with two groups: matrices, and vectors (biases, normalisation) without weight decay.
+
+    `sharded` parameters are those of FSDP2, for which torch has no fused SGD.
+    """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
@@ -24,9 +27,9 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimiz
         case "adam":
             return torch.optim.Adam(groups, lr=config.lr, fused=True)
         case "sgd":
-            return torch.optim.SGD(groups, lr=config.lr, fused=True)
+            return torch.optim.SGD(groups, lr=config.lr, fused=not sharded)
         case "momentum":
-            return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
+            return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=not sharded)
         case "adagrad":
             return torch.optim.Adagrad(groups, lr=config.lr)
 

@@ -90,6 +90,8 @@ def prepare(config: Options, accelerator: Accelerator) -> Task:
     task: Task = task_class(config.command)(config, accelerator)
     if task.batch_size < accelerator.num_processes:
         raise UserError(f"--run.batch_size must be at least the number of processes, {accelerator.num_processes}")
+    if config.run.compare_loss is not None and accelerator.num_processes > 1:
+        raise UserError(f"--run.compare_loss takes one process, got {accelerator.num_processes}")
     return task
 
 
@@ -114,6 +116,7 @@ def _run(task: Task, folder: Path, until: int | None, started: float) -> Path:
     else:
         if accelerator.is_main_process:
             report.write(folder, task, results, comparison, time.perf_counter() - started)
+    accelerator.free_memory()  # before the process group ends, for which DDP's destructor would wait forever
     accelerator.end_training()
     return folder
 
@@ -154,7 +157,8 @@ def _new_folder(config: Options, accelerator: Accelerator) -> Path:
     chosen = [config.run.folder or f"runs/{datetime.now():%Y%m%d-%H%M%S}", ""]
     if accelerator.is_main_process:
         folder = Path(chosen[0])
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        first = ("command", "command.new", "config.json.new")  # a kill can leave these behind before the job begins
+        if folder.exists() and (not folder.is_dir() or any(file.name not in first for file in folder.iterdir())):
             chosen[1] = f"{folder} is not empty: give another --run.folder, or continue the run with --resume {folder}"
     broadcast_object_list(chosen)
     if chosen[1]:
