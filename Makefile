@@ -24,7 +24,7 @@ setup: $(VENV)/built  ## virtual environment, pinned dependencies, the extension
 # A name of its own for each run: a run folder is never written over.
 DEMO := runs/demo-$(shell date +%Y%m%d-%H%M%S)
 demo: setup  ## adapt a pretrained model to docstrings, comparing the losses, and classify with it
-	$(BIN)/tlkernels lm --run.compare_loss 5 --run.folder $(DEMO)/lm $(DEMO_LM_ARGS)
+	$(BIN)/tlkernels lm --run.compare_loss 4 --run.steps 20 --run.folder $(DEMO)/lm $(DEMO_LM_ARGS)
 	$(BIN)/tlkernels finetune --model.adapted $(DEMO)/lm --run.folder $(DEMO)/finetune $(DEMO_ARGS)
 
 test: setup build/cuda_host  ## every loss, implementation, dtype and option, in pairs (TEST_ARGS='-k softcap')

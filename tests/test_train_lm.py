@@ -68,14 +68,9 @@ def test_the_gradient_of_a_step_is_that_of_the_whole_batchs_mean(kind, z_loss, m
     config = tiny_lm_config(tmp_path, models[kind], data, steps=1, eval_every=1)
     config.optim = OptimConfig(name="sgd", lr=1.0, weight_decay=0.0, clip_norm=None)
     config.schedule, config.loss.z_loss = ScheduleConfig(name="constant", warmup=0.0), z_loss
+    config.model.dropout = False
     task = task_of(config)
-    for module in (network := task._new().double()).modules():
-        if hasattr(module, "attention_dropout") or isinstance(module, torch.nn.Dropout):
-            module.attention_dropout = module.p = 0.0
-    if kind == "headless":
-        network.model.config.attention_probs_dropout_prob = 0.0
-        for layer in network.model.encoder.layer:
-            layer.attention.self.dropout.p = 0.0
+    network = task._new().double()
     before = {name: value.detach().clone() for name, value in network.named_parameters()}
 
     inputs, target, count = task.inputs("train", whole_batch(0, 8, len(task.rows["train"]), 0), 0)
@@ -139,6 +134,22 @@ def test_masks_change_from_step_to_step_but_not_in_evaluations(models, data, tmp
     assert torch.equal(task.inputs("eval", rows[:2], None)[1], task.inputs("eval", rows[:2], None)[1])
     alone = torch.cat([task.inputs("train", rows[[row]], 0)[1][0][:4] for row in range(8)])
     assert torch.equal(alone, first[:, :4].flatten()), "the other rows of a micro-batch decide a row's masks"
+
+
+@pytest.mark.parametrize("kind", ["causal", "headless"])
+def test_dropout_is_off_unless_asked_for(kind, models, data, tmp_path):
+    losses = {}
+    for dropout in (False, True):
+        config = tiny_lm_config(tmp_path / "run", models[kind], data)
+        config.model.dropout = dropout
+        task = task_of(config)
+        network, arguments = task._new().train(), (*task.inputs("train", torch.arange(8), 0), task.losses["tlkernels"])
+        losses[dropout] = [float(network(*arguments)) for _ in range(2)]
+        task.save(tmp_path / str(dropout), network)
+    assert losses[False][0] == losses[False][1]
+    assert losses[True][0] != losses[True][1]
+    saved = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("False", "True")]
+    assert saved[0] == saved[1]
 
 
 def test_frozen_blocks_stay_as_they_are(models, data, tmp_path):

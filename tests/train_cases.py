@@ -165,4 +165,6 @@ def tiny_lm_config(folder, model, data, **run):
     """Return a configuration of language modelling with six steps of 8 rows of 24 tokens."""
     from tlkernels.train import LmConfig
 
-    return _tiny(LmConfig(), folder, model, data, run, length=24)
+    config = _tiny(LmConfig(), folder, model, data, run, length=24)
+    config.model.dropout = True  # of the tiny models that have it
+    return config

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from tlkernels.integrations.head import UnreadableHead, VocabularyHead, hidden_states, read_head
 from tlkernels.train.errors import UserError, one_line
+from tlkernels.train.lm_config import LmModelConfig
 from tlkernels.train.model import load_from, source
 
 SMOLLM2_HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -114,11 +115,12 @@ def is_causal(name: str, extra: dict[str, str], objective: str) -> bool:
     return objective == "causal"
 
 
-def new_model(name: str, extra: dict[str, str], causal: bool, freeze: int) -> LanguageModel:
-    """Return the pretrained network, with its lower `freeze` blocks frozen.
+def new_model(name: str, extra: dict[str, str], causal: bool, config: LmModelConfig) -> LanguageModel:
+    """Return the pretrained network, with its lower `config.freeze` blocks frozen.
 
     Raises:
-        UserError: weights are missing, the head cannot be read, or there are fewer blocks.
+        UserError: weights are missing, the head cannot be read, there are fewer blocks, or dropout cannot be turned
+            off.
     """
     auto: Any = transformers.AutoModelForCausalLM if causal else transformers.AutoModelForMaskedLM
     options: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True, **extra}
@@ -137,9 +139,27 @@ def new_model(name: str, extra: dict[str, str], causal: bool, freeze: int) -> La
     if missing:
         raise UserError(f"the weights in {name} lack {len(missing)} of the model's tensors, such as {min(missing)}")
     network = LanguageModel(model)
-    if freeze:
-        _freeze(model, freeze)
+    if config.freeze:
+        _freeze(model, config.freeze)
+    if not config.dropout:
+        _without_dropout(model, name)
     return network
+
+
+def _without_dropout(model: Any, name: str) -> None:
+    """Turn dropout off in the modules; the saved configuration keeps it. Check that nothing random is left."""
+    for module in model.modules():
+        for attribute, value in vars(module).items():
+            if isinstance(value, float) and (
+                "drop" in attribute or (isinstance(module, nn.Dropout) and attribute == "p")
+            ):
+                setattr(module, attribute, 0.0)
+    ids = torch.arange(8).unsqueeze(0) + 8
+    model.train()
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        first, second = (model(input_ids=ids)[0] for _ in range(2))
+    if not torch.equal(first, second):
+        raise UserError(f"the dropout of {name} cannot be turned off; --model.dropout true leaves it on")
 
 
 def _unquantised(auto: Any, model: Any) -> Any:
@@ -181,11 +201,11 @@ def save(folder: Path, network: LanguageModel, tokenizer: Any, about: dict[str, 
     (folder / "about.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 
-def load(folder: Path, freeze: int) -> LanguageModel:
+def load(folder: Path, config: LmModelConfig) -> LanguageModel:
     """Return the network that `save` wrote, bit for bit. Raises `UserError` if it is not complete."""
     try:
         about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
-        network = new_model(str(folder), {}, about["causal"], freeze)
+        network = new_model(str(folder), {}, about["causal"], config)
         if network.bias is not None:
             stored = safetensors.torch.load_file(folder / "head.safetensors")
             network.bias.data.copy_(stored["bias"])

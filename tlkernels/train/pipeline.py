@@ -21,7 +21,7 @@ from tlkernels.train.config import Options
 from tlkernels.train.errors import UserError
 from tlkernels.train.sharding import for_evaluation
 from tlkernels.train.stopping import stop_on_sigterm, stopped
-from tlkernels.train.task import Stage, Task
+from tlkernels.train.task import OURS, Stage, Task
 from tlkernels.train.tasks import CONFIGS, task_class
 
 
@@ -108,7 +108,7 @@ def _run(task: Task, folder: Path, until: int | None, started: float) -> Path:
     for name, stage in stages.items():
         result = _finished(folder / name / "result.json")
         if result is None and not stopped(accelerator):
-            result = _run_stage(name, stage, task, folder / name, until)
+            result = _run_stage(name, stage, task, folder / name, until, comparison)
         if result is None:
             _say(task, f"to continue: tlkernels {task.config.command} --resume {folder}")
             break
@@ -121,7 +121,9 @@ def _run(task: Task, folder: Path, until: int | None, started: float) -> Path:
     return folder
 
 
-def _run_stage(name: str, stage: Stage, task: Task, folder: Path, until: int | None) -> dict[str, Any] | None:
+def _run_stage(
+    name: str, stage: Stage, task: Task, folder: Path, until: int | None, comparison: dict[str, Any] | None
+) -> dict[str, Any] | None:
     """Return one line of the final table, or None if the training stopped before its end."""
     started, accelerator = time.perf_counter(), task.accelerator
     if stage.measure is not None:
@@ -133,7 +135,9 @@ def _run_stage(name: str, stage: Stage, task: Task, folder: Path, until: int | N
             _say(task, f"stopped after step {progress.step}")
             return None
         best = for_evaluation(accelerator, task.load(folder / "best"))
-        result = report.training_result(task, name, progress, task.scores(best, "test"), best)
+        losses = comparison["losses"] if comparison else {}
+        known = {name: losses[name]["loss_seconds"] for name in (OURS, "eager")} if "eager" in losses else None
+        result = report.training_result(task, name, progress, task.scores(best, "test"), best, known)
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         write_file(folder / "result.json", json.dumps(result, indent=2) + "\n")

@@ -25,18 +25,21 @@ LOSS_SECONDS = 0.5  # time to measure the loss of a training, ours and eager's i
 # ---- one line of the table ---------------------------------------------------------------------------------------
 
 
-def training_result(task: Task, stage: str, progress: Progress, scores: Scores, best: nn.Module) -> dict[str, Any]:
-    """Return the table's line of a training.
+def training_result(
+    task: Task, stage: str, progress: Progress, scores: Scores, best: nn.Module, alone: dict[str, float] | None
+) -> dict[str, Any]:
+    """Return the table's line of a training. `alone` are the seconds of a step's loss, ours and eager's, if known.
 
-    The loss is timed on the trained network's features for the last step's batch, in the step's micro-batches.
+    Otherwise they are measured on the trained network's features for the last step's batch, in its micro-batches.
     """
     run = task.config.run
-    batches = features(task, best, progress.step - 1, progress.micro_batch or run.micro_batch)
+    if alone is None:
+        alone = loss_seconds(task, features(task, best, progress.step - 1, progress.micro_batch or run.micro_batch))
     step_seconds = progress.seconds / progress.step
     rest = progress.seconds - progress.compute_seconds - progress.data_seconds
     return {
         **result(stage, scores, task.batch_size * task.row_size / step_seconds, step_seconds),
-        **loss_cost(task, batches, step_seconds),
+        **loss_cost(alone, step_seconds),
         "data_share": progress.data_seconds / progress.seconds,
         "trainer_share": rest / progress.seconds,
         "steps": progress.step,
@@ -85,19 +88,25 @@ def way(task: Task, loss: Loss, batches: list[tuple[Any, ...]]) -> Callable[[], 
     return run
 
 
-def loss_cost(task: Task, batches: list[tuple[Any, ...]], step_seconds: float) -> dict[str, float]:
-    """Return the cost of one step's loss, forward and backward, for tlkernels and eager PyTorch.
-
-    In milliseconds and as a share of the step. The eager share refers to a step with the eager loss.
-    """
+def loss_seconds(task: Task, batches: list[tuple[Any, ...]]) -> dict[str, float]:
+    """Return the seconds of a step's loss, forward and backward, for tlkernels and eager PyTorch."""
     eager = next(name for name in task.losses if name != OURS)
     ways = {name: way(task, task.losses[name], batches) for name in (OURS, eager)}
     seconds = interleaved(ways, LOSS_SECONDS, least=2)
+    return {OURS: seconds[OURS], "eager": seconds[eager]}
+
+
+def loss_cost(seconds: dict[str, float], step_seconds: float) -> dict[str, float]:
+    """Return the cost of one step's loss in milliseconds and as a share of the step.
+
+    The eager share refers to a step with the eager loss.
+    """
+    ours, eager = seconds[OURS], seconds["eager"]
     return {
-        "loss_ms": seconds[OURS] * 1e3,
-        "eager_loss_ms": seconds[eager] * 1e3,
-        "loss_share": seconds[OURS] / step_seconds,
-        "eager_loss_share": seconds[eager] / (step_seconds - seconds[OURS] + seconds[eager]),
+        "loss_ms": ours * 1e3,
+        "eager_loss_ms": eager * 1e3,
+        "loss_share": ours / step_seconds,
+        "eager_loss_share": eager / (step_seconds - ours + eager),
     }
 
 

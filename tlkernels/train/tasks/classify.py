@@ -164,7 +164,7 @@ class Classify(Task):
         network = new_classifier(self.name, len(self.about["classes"]), random_weights=False, seed=self.config.run.seed)
         probe = linear_probe(self, network)
         speed = len(self.rows["train"]) / probe.seconds
-        cost = report.loss_cost(self, [(probe.logits, probe.target)], probe.pass_seconds)
+        cost = report.loss_cost(report.loss_seconds(self, [(probe.logits, probe.target)]), probe.pass_seconds)
         chosen = {"penalty": probe.penalty, "eval_accuracy": probe.eval_scores.values["accuracy"]}
         return report.result("frozen", probe.scores, speed, probe.pass_seconds) | cost | chosen
 

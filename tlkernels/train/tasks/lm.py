@@ -148,7 +148,7 @@ class LanguageModelling(Task):
 
     def load(self, folder: Path) -> nn.Module:
         """Return the network that `save` wrote."""
-        return language.load(folder, self.config.model.freeze)
+        return language.load(folder, self.config.model)
 
     def describe(self) -> str:
         """Return the data, the model and the number of steps."""
@@ -174,7 +174,7 @@ class LanguageModelling(Task):
         )
 
     def _new(self) -> language.LanguageModel:
-        return language.new_model(self.name, self.extra, self.causal, self.config.model.freeze)
+        return language.new_model(self.name, self.extra, self.causal, self.config.model)
 
     def _pretrained(self) -> dict[str, Any]:
         network = for_evaluation(self.accelerator, self._new())
