@@ -101,7 +101,10 @@ def plain_losses(task, count):
     return losses
 
 
-@pytest.mark.parametrize("kind", NAMES)
+QUICK = ("masked", "finetune patchy")
+
+
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.full] * (kind not in QUICK)) for kind in NAMES])
 def test_the_losses_are_those_of_a_plain_loop_and_the_training_is_that_without_a_comparison(
     kind, made, tmp_path, capsys
 ):
@@ -140,6 +143,7 @@ def test_the_losses_are_those_of_a_plain_loop_and_the_training_is_that_without_a
     assert trained[:4] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.full
 def test_the_comparison_changes_no_bit_of_a_training_with_dropout(made, tmp_path):
     """Dropout draws random numbers, and the comparison sets their seed."""
     for name, steps in (("without", None), ("with", 3)):
@@ -151,6 +155,7 @@ def test_the_comparison_changes_no_bit_of_a_training_with_dropout(made, tmp_path
     assert same_bits(weights(left / "last"), weights(right / "last"))
 
 
+@pytest.mark.full
 def test_resuming_does_not_compare_again(made, tmp_path, monkeypatch, capsys):
     pipeline.run(made("finetune", tmp_path / "run", compare_loss=3), until=2)
     before = (tmp_path / "run/comparison.json").read_text()

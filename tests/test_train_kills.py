@@ -255,6 +255,7 @@ def test_sigterm_ends_the_run_after_the_step_that_it_reached(command, step, plac
 # ---- seeds -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("command", ["lm", pytest.param("finetune", marks=pytest.mark.full)])
 def test_the_seed_alone_decides_the_bits(command, places, tmp_path):
     for name, seed in (("one", 3), ("two", 3), ("other", 4)):

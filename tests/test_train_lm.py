@@ -107,7 +107,7 @@ def test_scores_are_those_of_transformers_logits(kind, models, data, tmp_path):
     assert scores.values["entropy"] == pytest.approx(float(-(log_probs.exp() * log_probs).sum(-1).mean()), rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["causal", "masked", pytest.param("headless", marks=pytest.mark.full)])
 def test_a_stopped_and_resumed_run_is_the_unbroken_one(kind, models, data, tmp_path):
     for name, stop in (("whole", None), ("stopped", 3)):
         pipeline.run(tiny_lm_config(tmp_path / name, models[kind], data), until=stop)
@@ -144,7 +144,7 @@ def test_dropout_is_off_unless_asked_for(kind, models, data, tmp_path):
         config.model.dropout = dropout
         task = task_of(config)
         network, arguments = task._new().train(), (*task.inputs("train", torch.arange(8), 0), task.losses["tlkernels"])
-        losses[dropout] = [float(network(*arguments)) for _ in range(2)]
+        losses[dropout] = [network(*arguments).item() for _ in range(2)]
         task.save(tmp_path / str(dropout), network)
     assert losses[False][0] == losses[False][1]
     assert losses[True][0] != losses[True][1]

@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import socket
-from dataclasses import replace
 
 import pytest
 import torch
@@ -115,39 +112,6 @@ def test_a_step_without_any_label_changes_nothing(plain_model, patchy_data, tmp_
     monkeypatch.setattr(pipeline, "prepare", unlabelled)
     change = one_step(tiny_config(tmp_path, plain_model, patchy_data), tmp_path / "run")
     assert max(float(value.abs().max()) for value in change.values()) == 0
-
-
-def _in_process(rank, port, config, folder):
-    """Run, in each of two processes, one float64 step and then a whole job."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    torch.set_num_threads(1)
-    change = one_step(replace_run(config), folder / "step")
-    if rank == 0:
-        torch.save(change, folder / "change.pt")
-    pipeline.run(config)
-
-
-def replace_run(config):
-    return replace(config, run=replace(config.run), optim=replace(config.optim), schedule=replace(config.schedule))
-
-
-def test_two_processes_learn_what_one_does(plain_model, patchy_data, tmp_path):
-    config = tiny_config(tmp_path / "two", plain_model, patchy_data, batch_size=16, micro_batch=3)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    torch.multiprocessing.spawn(_in_process, args=(port, config, tmp_path), nprocs=2)
-
-    right, _ = whole_gradient(replace_run(config))
-    assert distance(torch.load(tmp_path / "change.pt"), right) < 1e-12
-
-    alone = replace_run(config)
-    alone.run.folder = str(tmp_path / "one")
-    pipeline.run(alone)
-    one, two = (weights(tmp_path / name / "finetuned" / "last") for name in ("one", "two"))
-    assert distance(one, two) < 1e-5
-    for left, right_ in zip(metrics(tmp_path / "one/finetuned"), metrics(tmp_path / "two/finetuned"), strict=True):
-        assert left == pytest.approx(right_, abs=1e-5)
 
 
 # Step 3 is between two evaluations, step 4 at one.

@@ -175,6 +175,7 @@ def test_a_run_goes_on_with_half_micro_batches_and_is_the_run_that_had_them(mode
             assert before["loss"] == pytest.approx(after["loss"], rel=0.3)
 
 
+@pytest.mark.full
 def test_a_resumed_run_keeps_the_smaller_micro_batches(model, data, tmp_path, memory_for):
     pipeline.run(tiny_config(tmp_path / "right", model, data, micro_batch=2))
     sizes = memory_for(2)
@@ -295,9 +296,16 @@ def test_peak_bytes_measures_a_known_allocation(mib, freed, measured):
 
 
 def test_peak_bytes_is_the_most_at_one_time(measured):
-    def step():
-        for mib in (16, 48, 8):
-            torch.empty(mib * MIB // 4).fill_(1)
-
-    assert peak_bytes(step) == pytest.approx(48 * MIB, rel=0.1)
-    assert peak_bytes(lambda: None) < MIB
+    """In a process of its own: a hole in the heap, left by earlier tests, would keep a freed buffer's pages."""
+    code = (
+        "import torch\n"
+        "from tlkernels.train.memory import peak_bytes\n"
+        "def step():\n"
+        "    for mib in (16, 48, 8):\n"
+        "        torch.empty(mib << 18).fill_(1)\n"
+        "print(peak_bytes(step), peak_bytes(lambda: None))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    most, none = map(int, done.stdout.split())
+    assert most == pytest.approx(48 * MIB, rel=0.1)
+    assert none < MIB

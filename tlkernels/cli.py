@@ -29,10 +29,10 @@ usage: tlkernels COMMAND [--config FILE] [--data.path FILE] [--model.path FOLDER
 
 Without options each command runs a demonstration that needs no network.
 
-  finetune   classify texts or images: a pretrained encoder with a linear head
-  lm         train a language model, causal or masked, on text or chats
-  check-normalisation   whether a step's gradient depends on micro-batches and processes, as in many loops it does
-  doctor     what this machine can run
+  finetune              classify texts or images: a pretrained encoder with a linear head
+  lm                    train a language model, causal or masked, on text or chats
+  check-normalisation   whether the gradient of a step depends on micro-batches and processes
+  doctor                what this machine can run
 """
 
 
