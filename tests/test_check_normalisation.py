@@ -121,6 +121,7 @@ def test_the_trainers_gradient_is_ok_and_the_mean_of_means_is_off_by_the_factor_
         assert "The gradient depends on the number of micro-batches: with " in printed
 
 
+@pytest.mark.full
 def test_over_two_processes(paths, capfd):
     """Two processes that are started for it, with 6 rows each in two micro-batches."""
     assert cli.main(arguments("finetune", paths)) == 0

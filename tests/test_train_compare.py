@@ -101,7 +101,7 @@ def plain_losses(task, count):
     return losses
 
 
-QUICK = ("masked", "finetune patchy")
+QUICK = ("masked",)
 
 
 @pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.full] * (kind not in QUICK)) for kind in NAMES])
@@ -310,6 +310,7 @@ def arguments(config, command):
     return [*options, f"--run.folder={config.run.folder}", "--run.batch_size=4", "--run.steps=1"]
 
 
+@pytest.mark.full
 def test_the_short_form_of_the_option(made, tmp_path, capsys):
     code = cli.main([*arguments(made("finetune", tmp_path / "run"), "finetune"), "--compare-loss"])
     assert code == 0, capsys.readouterr().err

@@ -202,7 +202,8 @@ def test_a_kill_in_the_middle_of_a_checkpoint_of_lm(places, wholes, tmp_path):
 # ---- SIGTERM -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["lm", pytest.param("finetune", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("command", ["lm", "finetune"])
 def test_sigterm_ends_the_command_with_a_checkpoint(command, places, wholes, tmp_path):
     """The signal reaches the process after the third step's line in metrics.jsonl, so in the fourth step or later."""
     run = tmp_path / "run"
@@ -256,7 +257,7 @@ def test_sigterm_ends_the_run_after_the_step_that_it_reached(command, step, plac
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("command", ["lm", pytest.param("finetune", marks=pytest.mark.full)])
+@pytest.mark.parametrize("command", ["lm", "finetune"])
 def test_the_seed_alone_decides_the_bits(command, places, tmp_path):
     for name, seed in (("one", 3), ("two", 3), ("other", 4)):
         pipeline.run(config_of(command, tmp_path / name, places, steps=2, seed=seed))

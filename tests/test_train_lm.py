@@ -107,7 +107,9 @@ def test_scores_are_those_of_transformers_logits(kind, models, data, tmp_path):
     assert scores.values["entropy"] == pytest.approx(float(-(log_probs.exp() * log_probs).sum(-1).mean()), rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["causal", "masked", pytest.param("headless", marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    "kind", ["causal", *(pytest.param(kind, marks=pytest.mark.full) for kind in ("masked", "headless"))]
+)
 def test_a_stopped_and_resumed_run_is_the_unbroken_one(kind, models, data, tmp_path):
     for name, stop in (("whole", None), ("stopped", 3)):
         pipeline.run(tiny_lm_config(tmp_path / name, models[kind], data), until=stop)
@@ -162,6 +164,7 @@ def test_frozen_blocks_stay_as_they_are(models, data, tmp_path):
     assert frozen and changed == before.keys() - frozen
 
 
+@pytest.mark.full
 def test_an_encoder_without_a_head_is_saved_as_one(models, data, tmp_path):
     """Its folder is an encoder's, from which `finetune` can start."""
     from transformers import AutoModel

@@ -117,7 +117,7 @@ def test_a_step_without_any_label_changes_nothing(plain_model, patchy_data, tmp_
 # Step 3 is between two evaluations, step 4 at one.
 @pytest.mark.parametrize(("stop", "optimizer"), [
     (3, "adamw"),
-    (4, "momentum"),
+    pytest.param(4, "momentum", marks=pytest.mark.full),
     pytest.param(3, "momentum", marks=pytest.mark.full),
     pytest.param(4, "adamw", marks=pytest.mark.full),
 ])  # fmt: skip

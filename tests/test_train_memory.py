@@ -156,6 +156,7 @@ def test_the_failed_attempt_is_freed_before_the_next(where, model, data, tmp_pat
 # ---- a run -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_a_run_goes_on_with_half_micro_batches_and_is_the_run_that_had_them(model, data, tmp_path, memory_for, capsys):
     pipeline.run(tiny_config(tmp_path / "right", model, data, micro_batch=2))
     pipeline.run(tiny_config(tmp_path / "large", model, data, micro_batch=None))

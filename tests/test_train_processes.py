@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from train_cases import (
     write_texts,
 )
 
-from tlkernels.train import pipeline
+from tlkernels.train import loop, pipeline
 from tlkernels.train.batches import micro_batches, whole_batch
 from tlkernels.train.checkpoint import Progress
 from tlkernels.train.loop import gradient
@@ -313,3 +314,30 @@ def start_of(task, folder):
     (folder / "start").mkdir()
     task.save(folder / "start", first(task))
     return saved(folder / "start")
+
+
+def terminated(rank, folder, places, kind, name):
+    """Run a job in which the second process alone gets SIGTERM in the third step."""
+    real = loop.whole_batch
+
+    def whole_batch(step, *rest):
+        if rank == 1 and step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(step, *rest)
+
+    loop.whole_batch = whole_batch
+    try:
+        job(rank, folder, places, kind, False, name, None)
+    finally:
+        loop.whole_batch = real
+
+
+@pytest.mark.full
+def test_sigterm_in_one_process_stops_all_after_the_same_step(places, tmp_path):
+    spawn(terminated, 2, tmp_path, places, "causal", "stopped")
+    last = tmp_path / "stopped/trained/last"
+    assert json.loads((last / "progress.json").read_text())["step"] == 3
+    spawn(job, 2, tmp_path, places, "causal", False, "stopped", None)
+    spawn(job, 2, tmp_path, places, "causal", False, "whole", None)
+    assert same_bits(saved(last), saved(tmp_path / "whole/trained/last"))
+    assert metrics(tmp_path / "stopped/trained") == metrics(tmp_path / "whole/trained")

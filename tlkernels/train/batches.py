@@ -32,6 +32,11 @@ def micro_batches(batch: Tensor, lengths: Tensor, limit: int | None, rank: int =
     return list(share.tensor_split(count)) if count else []
 
 
+def step_seed(seed: int, step: int, rank: int = 0) -> int:
+    """Return the seed of a step's random numbers, such as dropout's: a resumed run draws those of an unbroken one."""
+    return (seed * 1_000_003 + step) * 1_009 + rank
+
+
 @lru_cache(maxsize=2)
 def _shuffled(rows: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(rows, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))

@@ -18,7 +18,7 @@ from torch import nn
 
 from tlkernels.timing import interleaved, wait
 from tlkernels.train import report
-from tlkernels.train.batches import micro_batches, whole_batch
+from tlkernels.train.batches import micro_batches, step_seed, whole_batch
 from tlkernels.train.checkpoint import write_file
 from tlkernels.train.errors import RunError, one_line
 from tlkernels.train.memory import out_of_memory, peak_bytes
@@ -43,7 +43,7 @@ class _Run:
     def step(self, number: int) -> None:
         """Do step `number`, counted from 0, of the run's schedule."""
         task, run, optim = self.task, self.task.config.run, self.task.config.optim
-        torch.manual_seed(run.seed * 1_000_003 + number)
+        torch.manual_seed(step_seed(run.seed, number))
         rows = task.rows["train"]
         batch = whole_batch(number, task.batch_size, len(rows), run.seed)
         pieces = [task.inputs("train", piece, number) for piece in micro_batches(batch, rows.lengths, run.micro_batch)]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tlkernels.train.batches import micro_batches, whole_batch
+from tlkernels.train.batches import micro_batches, step_seed, whole_batch
 from tlkernels.train.checkpoint import Progress, load_checkpoint, save_checkpoint, write_folder
 from tlkernels.train.errors import RunError, UserError
 from tlkernels.train.log import Log
@@ -90,8 +90,7 @@ def gradient(task: Task, model: nn.Module, batch: Tensor, step: int, progress: P
     while True:
         limit = progress.micro_batch or run.micro_batch
         pieces = micro_batches(batch, task.rows["train"].lengths, limit, rank, world)
-        # Dropout depends on seed, step and process: a resumed run draws the same numbers as an uninterrupted one.
-        torch.manual_seed((run.seed * 1_000_003 + step) * 1_009 + rank)
+        torch.manual_seed(step_seed(run.seed, step, rank))
         # The rows of the step's micro-batches on all processes are known in advance. Each summed loss is divided by
         # what the whole step counts, so that the gradients add up to that of the batch's mean.
         divisor = task.divisor(batch, step)
