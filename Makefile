@@ -34,15 +34,15 @@ test-full: setup build/cuda_host sanitize  ## every test there is, and every com
 	$(PY) -m pytest -n auto --dist worksteal -m '' $(TEST_ARGS)
 	$(MAKE) cuda-compile
 
-# Parts k, k + 6, k + 12 and k + 18 compile architecture k. Odd parts run a twelfth of the core tests of the CPU kernels
-# under the sanitizers, even parts a twelfth of those of the CUDA kernels' host run. Triton's resource report is a test.
+# Parts k, k + 6, ... k + 42 compile architecture k. Odd parts run a 24th of the core tests of the CPU kernels
+# under the sanitizers, even parts a 24th of those of the CUDA kernels' host run. Triton's resource report is a test.
 ARCHITECTURES := sm_80 sm_86 sm_89 sm_90a sm_100a sm_120
-SANITIZED_PART = $$((($(PART) + 1) / 2))/12
-test-part: setup build/cuda_host  ## one of 24 parts of what `make test` leaves out (PART=1 ... 24)
-	$(PY) -m pytest -n auto --dist worksteal -m full --part $(PART)/24 $(TEST_ARGS)
+SANITIZED_PART = $$((($(PART) + 1) / 2))/24
+test-part: setup build/cuda_host  ## one of 48 parts of what `make test` leaves out (PART=1 ... 48)
+	$(PY) -m pytest -n auto --dist worksteal -m full --part $(PART)/48 $(TEST_ARGS)
 	$(MAKE) $(if $(filter %1 %3 %5 %7 %9,$(PART)),sanitize-cpu,sanitize-cuda-host) TEST_ARGS="--part $(SANITIZED_PART)"
 	if $(PY) -c 'from csrc import nvcc; raise SystemExit(nvcc.compiler() is None)'; then \
-		TLKERNELS_CUDA_ARCHS=$(word $(PART),$(foreach _,1 2 3 4,$(ARCHITECTURES))) $(MAKE) cuda-compile COMPILE_ARGS=--quick; fi
+		TLKERNELS_CUDA_ARCHS=$(word $(PART),$(foreach _,1 2 3 4 5 6 7 8,$(ARCHITECTURES))) $(MAKE) cuda-compile COMPILE_ARGS=--quick; fi
 
 # The CUDA kernels for the host run; before the tests, so that their processes need not wait for one another.
 .PHONY: build/cuda_host
