@@ -14,7 +14,7 @@ BENCH_ARGS ?=
 COMPILE_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full test-part lint docs bench readme sanitize sanitize-cpu sanitize-cuda-host cuda-compile wheel gpu-kit gpu-run clean FORCE
+.PHONY: help setup demo test test-full test-part kernels-part lint docs bench readme sanitize sanitize-cpu sanitize-cuda-host cuda-compile wheel gpu-kit gpu-run clean FORCE
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*##/\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -34,15 +34,18 @@ test-full: setup build/cuda_host sanitize  ## every test there is, and every com
 	$(PY) -m pytest -n auto --dist worksteal -m '' $(TEST_ARGS)
 	$(MAKE) cuda-compile
 
-# Parts k, k + 6, ... k + 42 compile architecture k. Odd parts run a 24th of the core tests of the CPU kernels
-# under the sanitizers, even parts a 24th of those of the CUDA kernels' host run. Triton's resource report is a test.
-ARCHITECTURES := sm_80 sm_86 sm_89 sm_90a sm_100a sm_120
-SANITIZED_PART = $$((($(PART) + 1) / 2))/24
+# Parts 1 to 24 are tests. Parts 25 to 48 are the kernels: the sanitizers, a twelfth of the core tests of the CPU kernels
+# or of the CUDA kernels' host run in turns, and nvcc for one architecture. Triton's resource report is a test.
 test-part: setup build/cuda_host  ## one of 48 parts of what `make test` leaves out (PART=1 ... 48)
-	$(PY) -m pytest -n auto --dist worksteal -m full --part $(PART)/48 $(TEST_ARGS)
-	$(MAKE) $(if $(filter %1 %3 %5 %7 %9,$(PART)),sanitize-cpu,sanitize-cuda-host) TEST_ARGS="--part $(SANITIZED_PART)"
+	if [ $(PART) -le 24 ]; then $(PY) -m pytest -n auto --dist worksteal -m full --part $(PART)/24 $(TEST_ARGS); \
+	else $(MAKE) kernels-part KERNELS=$$(($(PART) - 24)); fi
+
+ARCHITECTURES := sm_80 sm_86 sm_89 sm_90a sm_100a sm_120
+SANITIZED_PART = $$((($(KERNELS) + 1) / 2))/12
+kernels-part: setup
+	$(MAKE) $(if $(filter %1 %3 %5 %7 %9,$(KERNELS)),sanitize-cpu,sanitize-cuda-host) TEST_ARGS="--part $(SANITIZED_PART)"
 	if $(PY) -c 'from csrc import nvcc; raise SystemExit(nvcc.compiler() is None)'; then \
-		TLKERNELS_CUDA_ARCHS=$(word $(PART),$(foreach _,1 2 3 4 5 6 7 8,$(ARCHITECTURES))) $(MAKE) cuda-compile COMPILE_ARGS=--quick; fi
+		TLKERNELS_CUDA_ARCHS=$(word $(KERNELS),$(foreach _,1 2 3 4,$(ARCHITECTURES))) $(MAKE) cuda-compile COMPILE_ARGS=--quick; fi
 
 # The CUDA kernels for the host run; before the tests, so that their processes need not wait for one another.
 .PHONY: build/cuda_host
