@@ -3,7 +3,6 @@
 import ctypes
 import gc
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -12,17 +11,11 @@ from math import prod
 from pathlib import Path
 
 from bench.work import Case, Step, build
+from tlkernels.train.memory import resident
 
 SLACK = 4 << 20  # thread stacks and huge-page rounding move the resident size too
 GRAIN = 32 << 20  # where eager's peak is lower, SLACK is too much of it
 ELEMENTS = 2 << 20  # smaller cases are not tried: a process takes seconds, and the grid has hundreds of cases
-
-
-def _resident(field: str) -> int:
-    found = re.search(rf"^{field}:\s*(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
-    if found is None:
-        raise OSError(f"no {field} in /proc/self/status")
-    return 1024 * int(found[1])
 
 
 def peak(step: Step, calls: int = 2) -> int:
@@ -34,13 +27,13 @@ def peak(step: Step, calls: int = 2) -> int:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # free pages that the allocator holds would be used again without being counted
     Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to the present size
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     step()
     for _ in range(calls - 1):
         step.release()
         step.prepare()
         step()
-    return _resident("VmHWM") - before
+    return resident("VmHWM") - before
 
 
 def peaks(case: Case, names: Sequence[str]) -> dict[str, int]:

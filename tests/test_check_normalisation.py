@@ -76,7 +76,7 @@ def expected(kind, paths, tmp_path, batch_size=12):
     rows = task.rows["train"]
     batch = whole_batch(0, batch_size, len(rows), 0)
     batch = batch[rows.lengths[batch].argsort(descending=True, stable=True)]
-    network = check._first_network(task).double().eval()
+    network = task.start().double().eval()
     inputs, target, *_ = task.inputs("train", batch, 0)  # of the whole batch: masks do not depend on its pieces
     lines, whole = [], None
     for count in (1, 2, 3, 4):

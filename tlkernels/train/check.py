@@ -38,7 +38,7 @@ def check(config: Options) -> bool:
         raise UserError("check-normalisation starts its own processes; run it without torchrun or accelerate launch")
     if task.batch_size < max(PIECES):
         raise UserError(f"--run.batch_size must be at least {max(PIECES)} for this check, got {task.batch_size}")
-    network = _first_network(task)
+    network = task.start()
     model: Any = task.accelerator.prepare_model(network)
     print(f"{task.describe()}\n", flush=True)
     size = task.batch_size  # of which not every number of pieces of one size can be made
@@ -56,12 +56,6 @@ def check(config: Options) -> bool:
         print(f"{name}\n{report.text(what)}\n", flush=True)
         right.append(report.ok)
     return all(right[:2])
-
-
-def _first_network(task: Task) -> nn.Module:
-    """Return the network with which the task's first training starts."""
-    start = next(stage.start for stage in task.stages().values() if stage.start is not None)
-    return start()
 
 
 def _gradient(task: Task, model: nn.Module, count: int) -> None:
@@ -106,7 +100,7 @@ def _worker(rank: int, count: int, port: str, config: Options, file: str) -> Non
     torch.set_num_threads(max(1, torch.get_num_threads() // count))
     config.run.device = "cpu"
     task = pipeline.prepare(config, pipeline.start(config))
-    network = _first_network(task)
+    network = task.start()
     model: Any = task.accelerator.prepare(network)
     with repeatable(network):
         _gradient(task, model, 2)

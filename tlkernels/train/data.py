@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import torch
 
 from tlkernels.train import docstrings
-from tlkernels.train.columns import Part, part_of, wanted
+from tlkernels.train.columns import Part, as_json, part_of, wanted
 from tlkernels.train.config import DataConfig
 from tlkernels.train.errors import UserError, listed, one_line
 from tlkernels.train.files import OPTIONS, ending, read_file
@@ -152,11 +152,20 @@ def _open(path: str, config: DataConfig) -> Splits:
         return {"train": partial(read_file, local, config)}
     if local is not None:
         return read_folder(local, config)
+    return hub_splits(path, config)
+
+
+def hub_splits(path: str, config: DataConfig, chat_column: str = "") -> Splits:
+    """Return the splits of a data set of the hub, with the chat column if one is named.
+
+    Raises:
+        UserError: it cannot be read.
+    """
     try:
         loaded = datasets.load_dataset(path, config.subset)
     except Exception as error:  # the network, the hub and every builder raise their own errors
         raise UserError(f"cannot read {path}: {one_line(error.__cause__ or error)}") from error
-    return {split: partial(_hub_part, rows, split, path, config) for split, rows in loaded.items()}
+    return {split: partial(_hub_part, rows, split, path, config, chat_column) for split, rows in loaded.items()}
 
 
 def local_path(path: str) -> Path | None:
@@ -176,15 +185,16 @@ def local_path(path: str) -> Path | None:
     return None
 
 
-def _hub_part(rows: Any, split: str, path: str, config: DataConfig) -> Part:
+def _hub_part(rows: Any, split: str, path: str, config: DataConfig, chat_column: str) -> Part:
     names = rows.column_names
-    table = rows.select_columns(wanted(names, config, path)).with_format("arrow")[:]
+    table = rows.select_columns(wanted(names, config, path, chat_column)).with_format("arrow")[:]
     columns = dict(zip(table.column_names, table.columns, strict=True))
 
     def place(row: int) -> str:
         return f"row {row} (from 0) of {path}, {split}"
 
-    return part_of(config, columns, rows.features, rows=len(rows), kind="hub", names=names, place=place)
+    chats = as_json(columns[chat_column], chat_column, place) if chat_column in columns else None
+    return part_of(config, columns, rows.features, rows=len(rows), kind="hub", names=names, place=place, chats=chats)
 
 
 def _refuse_unused(config: DataConfig, kinds: set[str]) -> None:

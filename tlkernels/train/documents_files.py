@@ -10,13 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import datasets
-
-from tlkernels.train.columns import Part, as_json, part_of, wanted
+from tlkernels.train.columns import Part
 from tlkernels.train.config import DataConfig
-from tlkernels.train.data import local_path
+from tlkernels.train.data import hub_splits, local_path
 from tlkernels.train.documents_config import CorpusConfig
-from tlkernels.train.errors import UserError, listed, one_line, shown
+from tlkernels.train.errors import UserError, listed, shown
 from tlkernels.train.files import ENDINGS, read_file, read_text
 from tlkernels.train.folders import files_of, is_data, row_splits, split_name
 
@@ -72,10 +70,16 @@ def open_documents(path: str, config: CorpusConfig) -> DocumentSplits:
         raise UserError(f"no such file or folder: {path}")
     local = local_path(path)
     # An empty name asks for no column.
-    columns = DataConfig(text_column=config.text_column, label_column="", image_column="", encoding=config.encoding)
+    columns = DataConfig(
+        subset=config.subset,
+        text_column=config.text_column,
+        label_column="",
+        image_column="",
+        encoding=config.encoding,
+    )
     rows: dict[str, Callable[[], Part]]
     if local is None:
-        rows = _hub_splits(path, columns, config)
+        rows = hub_splits(path, columns, config.chat_column)
     elif local.is_file():
         if local.suffix.lower() in TEXT_ENDINGS:
             return {"train": partial(_read_texts, [local], config)}
@@ -124,30 +128,6 @@ def _read_texts(files: list[Path], config: CorpusConfig) -> Documents:
         raise UserError(f"{files[0]} is empty" if len(files) == 1 else f"all {len(files)} text files are empty")
     names = list(texts)
     return Documents(list(texts.values()), None, lambda row: names[row], "text")
-
-
-def _hub_splits(path: str, columns: DataConfig, config: CorpusConfig) -> dict[str, Callable[[], Part]]:
-    try:
-        loaded = datasets.load_dataset(path, config.subset)
-    except Exception as error:  # the network, the hub and every builder raise their own errors
-        raise UserError(f"cannot read {path}: {one_line(error.__cause__ or error)}") from error
-
-    def read(split: str) -> Part:
-        rows = loaded[split]
-        names, chats = rows.column_names, None
-
-        def place(row: int) -> str:
-            return f"row {row} (from 0) of {path}, {split}"
-
-        table = rows.select_columns(wanted(names, columns, path, config.chat_column)).with_format("arrow")[:]
-        stored = dict(zip(table.column_names, table.columns, strict=True))
-        if config.chat_column in stored:
-            chats = as_json(stored[config.chat_column], config.chat_column, place)
-        return part_of(
-            columns, stored, rows.features, rows=len(rows), kind="hub", names=names, place=place, chats=chats
-        )
-
-    return {split: partial(read, split) for split in loaded}
 
 
 # ---- records -----------------------------------------------------------------------------------------------------

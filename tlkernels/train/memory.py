@@ -50,15 +50,16 @@ def peak_bytes(step: Callable[[], object]) -> int | None:
     gc.collect()
     libc.malloc_trim(0)  # free pages that the allocator keeps would be used again without being counted
     _RESET.write_text("5", encoding="ascii")  # sets the high-water mark to the present size
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     step()
-    peak = _resident("VmHWM") - before
+    peak = resident("VmHWM") - before
     libc.mallopt(_MMAP_THRESHOLD, 32 << 20)  # where glibc itself puts it after the first large tensor is freed
     libc.mallopt(_TRIM_THRESHOLD, 64 << 20)
     return peak
 
 
-def _resident(field: str) -> int:
+def resident(field: str) -> int:
+    """Return a number of bytes of /proc/self/status, such as VmRSS or VmHWM."""
     found = re.search(rf"^{field}:\s*(\d+) kB$", _STATUS.read_text(encoding="ascii"), re.MULTILINE)
     assert found is not None, field
     return 1024 * int(found[1])

@@ -110,8 +110,16 @@ def positions(encoder: Any) -> int | None:
     relative = getattr(encoder.config, "relative_attention", False) and not tables  # DeBERTa
     if relative or not isinstance(limit, int) or limit < 1:
         return None
-    padding = [table.padding_idx for table in tables if getattr(table, "padding_idx", None) is not None]
-    return limit - max(padding, default=-1) - 1  # RoBERTa and its variants count from the padding index
+    return limit - position_offset(encoder)
+
+
+def position_offset(model: nn.Module) -> int:
+    """Return the number of a model's first position: RoBERTa and its variants count from the padding index."""
+    for name, module in model.named_modules():
+        padding = getattr(module, "padding_idx", None)
+        if name.split(".")[-1] == "position_embeddings" and padding is not None:
+            return int(padding) + 1
+    return 0
 
 
 def empty_encoder(name: str) -> Any:

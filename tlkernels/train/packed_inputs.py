@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tlkernels.train.errors import UserError, one_line
+from tlkernels.train.model import position_offset
 from tlkernels.train.packing import Batch
 
 # Share of what the attention to other pieces would change. A model that takes the mask and the positions is off by
@@ -50,15 +51,6 @@ def model_inputs(
             mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, lowest)
         inputs["attention_mask"] = mask
     return inputs
-
-
-def position_offset(model: nn.Module) -> int:
-    """Return the number of a model's first position: RoBERTa and its variants count from the padding index."""
-    for name, module in model.named_modules():
-        padding = getattr(module, "padding_idx", None)
-        if name.split(".")[-1] == "position_embeddings" and padding is not None:
-            return int(padding) + 1
-    return 0
 
 
 def takes_additive_mask(model: Any) -> bool:

@@ -102,8 +102,7 @@ def _run(task: Task, folder: Path, until: int | None, started: float) -> Path:
     _say(task, f"{task.describe()}\nrun folder {folder}")
     comparison = None
     if task.config.run.compare_loss is not None:
-        first = next(stage.start for stage in stages.values() if stage.start)
-        comparison = _finished(folder / "comparison.json") or compare_losses(task, folder, first)
+        comparison = _finished(folder / "comparison.json") or compare_losses(task, folder, task.start)
     results: list[dict[str, Any]] = []
     for name, stage in stages.items():
         result = _finished(folder / name / "result.json")

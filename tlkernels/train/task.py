@@ -125,6 +125,10 @@ class Task(ABC):
     def verdict(self, results: list[dict[str, Any]]) -> str:
         """Return what the lines of the final table show, in one or more sentences; "" if nothing is compared."""
 
+    def start(self) -> nn.Module:
+        """Return the network with which the first training starts."""
+        return next(stage.start for stage in self.stages().values() if stage.start is not None)()
+
     @property
     def steps(self) -> int:
         """Optimiser steps of one training."""

@@ -18,8 +18,8 @@ from tlkernels.train.documents import load_documents
 from tlkernels.train.errors import UserError
 from tlkernels.train.lm_config import LmConfig, MaskConfig
 from tlkernels.train.masking import MaskTokens, masked
-from tlkernels.train.model import load_preprocessor, positions
-from tlkernels.train.packed_inputs import model_inputs, position_offset, takes_additive_mask, verify_packing
+from tlkernels.train.model import load_preprocessor, position_offset, positions
+from tlkernels.train.packed_inputs import model_inputs, takes_additive_mask, verify_packing
 from tlkernels.train.packing import IGNORE, Batch, PackedRows, causal_targets
 from tlkernels.train.paths import absolute
 from tlkernels.train.sharding import for_evaluation
