@@ -13,6 +13,7 @@ from train_cases import (
     metrics,
     quick,
     same_bits,
+    task_of,
     tiny_causal_model,
     tiny_config,
     tiny_lm_config,
@@ -65,21 +66,12 @@ def made(tmp_path_factory):
     return config
 
 
-def task_of(config):
-    config.check()
-    return pipeline.prepare(config, pipeline.start(config))
-
-
-def start_of(task):
-    return next(stage.start for stage in task.stages().values() if stage.start)()
-
-
 def plain_losses(task, count):
     """Return the losses of the first steps in float64: PyTorch's logits, loss, AdamW and clipping, whole batches.
 
     The learning rate rises over the first of six steps and then falls to 0.
     """
-    network = start_of(task).double().train()
+    network = task.start().double().train()
     groups = [
         {"params": [p for p in network.parameters() if p.ndim >= 2], "weight_decay": 0.01},
         {"params": [p for p in network.parameters() if p.ndim < 2], "weight_decay": 0.0},
@@ -183,17 +175,17 @@ def test_a_loss_that_runs_out_of_memory_drops_out(made, tmp_path, capsys):
         return real(*arguments)
 
     task.losses["eager"] = fails
-    comparison = compare_losses(task, tmp_path, lambda: start_of(task))
+    comparison = compare_losses(task, tmp_path, lambda: task.start())
     assert list(comparison["losses"]) == ["tlkernels", "eager on gathered rows"]
     assert comparison["text"].endswith("\neager ran out of memory.") and "eager ran" in capsys.readouterr().out
     task.losses["tlkernels"], calls[:] = fails, [1] * 4
     with pytest.raises(RunError, match=r"out of memory: give a smaller --run.micro_batch"):
-        compare_losses(task, tmp_path, lambda: start_of(task))
+        compare_losses(task, tmp_path, lambda: task.start())
 
 
 def test_a_step_without_a_label_is_compared_too(made, tmp_path):
     config = made("finetune patchy", tmp_path, batch_size=1, micro_batch=None, compare_loss=6)
-    comparison = compare_losses(task_of(config), tmp_path, lambda: start_of(task_of(config)))
+    comparison = compare_losses(task_of(config), tmp_path, lambda: task_of(config).start())
     assert 0.0 in comparison["losses"]["eager"]["values"]
     assert all(row["difference"] < 1e-5 for row in comparison["losses"].values())
 
@@ -202,7 +194,7 @@ def test_the_memory_is_that_of_parameters_states_gradients_and_activations(made,
     """Adam has two states of the size of the parameters; with few tokens there is almost nothing else."""
     config = made("finetune", tmp_path, compare_loss=3, batch_size=2, micro_batch=None)
     task = task_of(config)
-    network = start_of(task)
+    network = task.start()
     network.head = torch.nn.Sequential(
         torch.nn.Linear(32, 1 << 18, bias=False), torch.nn.Linear(1 << 18, 32, bias=False), torch.nn.Linear(32, 3)
     )
@@ -357,7 +349,7 @@ def test_the_trainer_takes_at_most_two_percent_more_than_a_bare_loop(tmp_path, m
     assert batches[0][0]["input_ids"].shape == (16, 64)
 
     def bare():
-        network, loss = start_of(task).train(), task.losses["tlkernels"]
+        network, loss = task.start().train(), task.losses["tlkernels"]
         optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, fused=True)
 
         def step(number):
@@ -385,7 +377,7 @@ def test_the_trainer_takes_at_most_two_percent_more_than_a_bare_loop(tmp_path, m
         return real(step, *arguments)
 
     monkeypatch.setattr(loop, "whole_batch", whole_batch_after_bare_steps)
-    loop.train(task, tmp_path / "run", lambda: start_of(task))
+    loop.train(task, tmp_path / "run", lambda: task.start())
 
     # A step's time is that before the next one. The first steps warm up; those with an evaluation are left out.
     kept = [step for step in range(5, steps - 1) if (step + 1) % (steps // 4)]

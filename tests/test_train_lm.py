@@ -10,6 +10,7 @@ from train_cases import (
     metrics,
     quick,
     same_bits,
+    task_of,
     tiny_causal_model,
     tiny_lm_config,
     tiny_masked_model,
@@ -39,11 +40,6 @@ def models(tmp_path_factory):
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return write_texts(tmp_path_factory.mktemp("data") / "texts.jsonl", 120)
-
-
-def task_of(config):
-    config.check()
-    return pipeline.prepare(config, pipeline.start(config))
 
 
 def weights(folder):

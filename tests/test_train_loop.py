@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from torch.nn import functional
-from train_cases import made_rows, metrics, quick, same_bits, tiny_config, tiny_model, weights, write_csv
+from train_cases import made_rows, metrics, quick, same_bits, task_of, tiny_config, tiny_model, weights, write_csv
 
 from tlkernels.train import RunError, UserError, pipeline
 from tlkernels.train.batches import micro_batches, whole_batch
@@ -41,19 +41,6 @@ def patchy_data(tmp_path_factory):
     return write_csv(tmp_path_factory.mktemp("patchy") / "rows.csv", rows)
 
 
-def task_of(config):
-    from accelerate import Accelerator, DistributedDataParallelKwargs
-
-    config.check()
-    handlers = [DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)]
-    return pipeline.prepare(config, Accelerator(cpu=True, kwargs_handlers=handlers))
-
-
-def first(task):
-    """Return the network before its first step."""
-    return task.stages()["finetuned"].start()
-
-
 def one_step(config, folder):
     """Return the gradient of one step, from the change that plain SGD with rate 1 makes; in float64."""
     config.optim = OptimConfig(name="sgd", lr=1.0, weight_decay=0.0, clip_norm=None)
@@ -63,7 +50,7 @@ def one_step(config, folder):
     networks = []
 
     def make():
-        networks.append(first(task).double())
+        networks.append(task.start().double())
         return networks[0]
 
     before = {key: value.clone() for key, value in make().state_dict().items()}
@@ -78,7 +65,7 @@ def whole_gradient(config):
     batch = whole_batch(0, config.run.batch_size, len(rows), config.run.seed)
 
     def gradient(pieces):
-        network = first(task).double()
+        network = task.start().double()
         for piece in pieces:
             logits = network.logits(**rows.inputs(piece, "cpu"))
             (functional.cross_entropy(logits, rows.labels[piece]).nan_to_num() / len(pieces)).backward()
@@ -188,7 +175,7 @@ def test_the_best_model_is_kept_and_patience_ends_the_run(model, data, tmp_path,
         return Scores({"loss": 1.0, "accuracy": accuracy}, (accuracy, -1.0), 10)
 
     monkeypatch.setattr(task, "scores", scores)
-    make = lambda: first(task)  # noqa: E731
+    make = lambda: task.start()  # noqa: E731
     progress = train(task, tmp_path / "run", make)
     assert (progress.step, progress.best_step, progress.best.values["accuracy"]) == (4, 2, 0.6)
     assert not same_bits(weights(tmp_path / "run/best"), weights(tmp_path / "run/last"))
@@ -209,7 +196,7 @@ def test_a_gradient_that_is_no_number_ends_the_run_before_it_reaches_the_weights
 
     with pytest.raises(RunError, match="gradient of step"):
         task.losses[OURS] = Breaks()
-        train(task, tmp_path / "run", lambda: first(task))
+        train(task, tmp_path / "run", lambda: task.start())
     assert all(value.isfinite().all() for value in weights(tmp_path / "run/last").values())
 
 
@@ -220,7 +207,7 @@ def test_clipping(plain_model, data, tmp_path):
         config.optim = OptimConfig(name="sgd", lr=1.0, weight_decay=0.0, clip_norm=norm)
         config.schedule.warmup = 0.0
         task = task_of(config)
-        network = first(task)
+        network = task.start()
         before = torch.cat([p.detach().flatten().clone() for p in network.parameters()])
         train(task, tmp_path / str(norm), lambda network=network: network)
         lengths[norm] = float((torch.cat([p.detach().flatten() for p in network.parameters()]) - before).norm())
@@ -280,7 +267,7 @@ def test_the_schedule_reaches_the_optimiser(plain_model, data, tmp_path):
         config.optim = OptimConfig(name="sgd", lr=1.0, weight_decay=0.0, clip_norm=None)
         config.schedule = ScheduleConfig(name="constant", warmup=warmup)
         task = task_of(config)
-        network = first(task).double()
+        network = task.start().double()
         before = torch.cat([p.detach().flatten().clone() for p in network.parameters()])
         train(task, tmp_path / str(warmup), lambda network=network: network, until=1)
         change[warmup] = torch.cat([p.detach().flatten() for p in network.parameters()]) - before

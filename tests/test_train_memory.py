@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from train_cases import made_rows, metrics, quick, same_bits, tiny_config, tiny_model, weights, write_csv
+from train_cases import made_rows, metrics, quick, same_bits, task_of, tiny_config, tiny_model, weights, write_csv
 
 from tlkernels import cli
 from tlkernels.train import RunError, pipeline
@@ -75,11 +75,6 @@ def memory_for(monkeypatch):
         return sizes
 
     return limit
-
-
-def task_of(config):
-    config.check()
-    return pipeline.prepare(config, pipeline.start(config))
 
 
 def first_gradient(task, micro_batch):
@@ -239,7 +234,7 @@ import re, resource, sys
 import torch
 torch.set_num_threads(1)
 from pathlib import Path
-from train_cases import tiny_config
+from train_cases import task_of, tiny_config
 from tlkernels.train import loop, pipeline
 from tlkernels.train.task import OURS
 

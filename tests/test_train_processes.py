@@ -91,10 +91,6 @@ def task_of(case, places):
     return pipeline.prepare(config, pipeline.start(config))
 
 
-def first(task):
-    return next(stage.start for stage in task.stages().values() if stage.start)()
-
-
 # ---- one step ----------------------------------------------------------------------------------------------------
 
 
@@ -102,7 +98,7 @@ def step_gradient(case, places):
     """Return the gradient of the trainer's step in float64, each process's the same."""
     with fsdp2(case.kind) if case.sharded else unsharded():
         task = task_of(case, places)
-        network = first(task).double()
+        network = task.start().double()
         model, _ = task.accelerator.prepare(network, make_optimizer(network, task.config.optim))
         model.train()
         batch = whole_batch(0, case.rows, len(task.rows["train"]), 0)
@@ -120,7 +116,7 @@ def plain_gradient(case, places, world=None):
     With `world`, that of the mean of the processes' and micro-batches' means, which another way to normalise gives.
     """
     task = task_of(case, places)
-    rows, network = task.rows["train"], first(task).double().train()
+    rows, network = task.rows["train"], task.start().double().train()
     batch = whole_batch(0, case.rows, len(rows), 0)
     pieces = [batch]
     if world:
@@ -312,7 +308,7 @@ def test_a_sharded_run_that_was_stopped_and_resumed_is_the_unbroken_one(kind, pl
 def start_of(task, folder):
     """Return the tensors of the network before its first step."""
     (folder / "start").mkdir()
-    task.save(folder / "start", first(task))
+    task.save(folder / "start", task.start())
     return saved(folder / "start")
 
 

@@ -103,6 +103,14 @@ def _tiny(config, folder, model, data, run, **data_options):
     return config
 
 
+def task_of(config):
+    """Return the task of a configuration, which has read its data."""
+    from tlkernels.train import pipeline
+
+    config.check()
+    return pipeline.prepare(config, pipeline.start(config))
+
+
 def metrics(folder):
     """Return the lines of a training's metrics.jsonl without the times."""
     lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
