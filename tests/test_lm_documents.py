@@ -238,7 +238,7 @@ def test_built_in_sources_are_whole_files_of_several_packages(tmp_path, monkeypa
         (tmp_path / package / "latin.py").write_bytes(b"# na\xefve")
         expected |= {f"{package}/m{i}.py": f"{package} = {i}\n" for i in range(4)}
     files(tmp_path, expected)
-    monkeypatch.setattr(docstrings, "_packages", lambda: ((package, tmp_path / package) for package in packages))
+    monkeypatch.setattr(docstrings, "packages", lambda: ((package, tmp_path / package) for package in packages))
     sides = load(None, documents=20)
     found = {side.place(row): text for side in sides.values() for row, text in enumerate(side.texts)}
     assert len(found) == 20 and found.items() <= expected.items()

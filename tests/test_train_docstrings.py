@@ -33,7 +33,7 @@ def planted(tmp_path, monkeypatch):
         for number in range(40):
             (folder / ("sub" if number % 2 else "") / f"m{number}.py").write_text(source(package, number))
         (folder / "broken.py").write_text("def (")
-    monkeypatch.setattr(docstrings, "_packages", lambda: ((p, tmp_path / p) for p in ("zebra", "quokka", "okapi")))
+    monkeypatch.setattr(docstrings, "packages", lambda: ((p, tmp_path / p) for p in ("zebra", "quokka", "okapi")))
     return tmp_path
 
 

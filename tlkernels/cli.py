@@ -19,7 +19,8 @@ from tlkernels.train.config import Options
 from tlkernels.train.errors import RunError, UserError, need_extras, one_line
 from tlkernels.train.tasks import CONFIGS
 
-COMPARE = {"--compare-loss": "--run.compare_loss=10"}  # the short form of the option, with its usual value
+# The short forms of options; --compare-loss has its usual value.
+SHORT = {"--compare-loss": "--run.compare_loss=10", "--cache-teacher": "--teacher.top_k"}
 
 USAGE = """\
 usage: tlkernels COMMAND [--config FILE] [--data.path FILE] [--model.path FOLDER] ...   (--help lists every option)
@@ -31,6 +32,7 @@ Without options each command runs a demonstration that needs no network.
 
   finetune              classify texts or images: a pretrained encoder with a linear head
   lm                    train a language model, causal or masked, on text or chats
+  distill               train a small language model to predict what a larger one predicts
   check-normalisation   whether the gradient of a step depends on micro-batches and processes
   doctor                what this machine can run
 """
@@ -114,7 +116,7 @@ def _parsed(command: str, arguments: list[str], checking: bool) -> tuple[Options
     for part in vars(default):
         parser.add_class_arguments(type(getattr(default, part)), part)
     try:
-        parsed = parser.parse_args([COMPARE.get(argument, argument) for argument in arguments])
+        parsed = parser.parse_args([SHORT.get(argument, argument) for argument in arguments])
     except Exception as error:  # argparse.ArgumentError, and the parser's own errors from a broken file
         raise UserError(f"{' '.join(str(error).split())} ({prog} --help)") from error
     given = parser.instantiate(parsed)

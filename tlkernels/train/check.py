@@ -13,11 +13,12 @@ import torch
 from torch import nn
 
 from tlkernels.normalisation import check_normalisation, repeatable
-from tlkernels.train import loop, pipeline
+from tlkernels.train import pipeline
 from tlkernels.train.batches import micro_batches, whole_batch
 from tlkernels.train.checkpoint import Progress
 from tlkernels.train.config import Options
 from tlkernels.train.errors import UserError
+from tlkernels.train.gradient import gradient
 from tlkernels.train.task import OURS, Task
 
 PIECES, PROCESSES = (1, 2, 3, 4), (1, 2)
@@ -63,7 +64,7 @@ def _gradient(task: Task, model: nn.Module, count: int) -> None:
     rows = -(-task.batch_size // task.accelerator.num_processes)
     batch = whole_batch(0, task.batch_size, len(task.rows["train"]), task.config.run.seed)
     model.train()
-    loop.gradient(task, model, batch, 0, Progress(micro_batch=-(-rows // count)))
+    gradient(task, model, batch, 0, Progress(micro_batch=-(-rows // count)))
 
 
 def _mean_of_means(task: Task, model: nn.Module, count: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
@@ -17,6 +17,19 @@ from tlkernels.train.config import DataConfig
 from tlkernels.train.errors import UserError, listed
 
 NO_LABEL = ("", "-100")  # and null; -100 is what PyTorch's losses ignore
+
+
+@dataclass
+class Columns(DataConfig):
+    """Further columns to read; the options of a command with more columns than text, label and image name them.
+
+    Attributes:
+        further: columns that are read as strings.
+        lists: columns of texts or lists, read as JSON. A value in a .csv or .tsv file is a text.
+    """
+
+    further: tuple[str, ...] = ()
+    lists: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -33,6 +46,7 @@ class Part:
         images: what `datasets.Image` stores, or None if there is no such column.
         chats: the lists and objects of the chat column as JSON, or None if there is no such column.
         classes: the names of the classes, if the data declare them.
+        further: the columns of `Columns` that exist: strings, or JSON.
     """
 
     rows: int
@@ -44,6 +58,12 @@ class Part:
     images: pa.ChunkedArray | None = None
     classes: list[str] | None = None
     chats: pa.ChunkedArray | None = None
+    further: dict[str, pa.ChunkedArray] = field(default_factory=dict)
+
+
+def further_columns(config: DataConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the further columns that are read as strings, and those that are read as JSON."""
+    return (config.further, config.lists) if isinstance(config, Columns) else ((), ())
 
 
 def part_of(
@@ -75,7 +95,9 @@ def part_of(
             labels = _names_of(label, classes, place)
         labels = pc.if_else(pc.is_in(labels, pa.array(NO_LABEL, labels.type)), None, labels)
     texts = None if text is None else strings(text, config.text_column, place)
-    return Part(rows, kind, names, place, texts, labels, image, classes, chats)
+    others, lists = further_columns(config)
+    further = {name: strings(columns[name], name, place) for name in (*others, *lists) if name in columns}
+    return Part(rows, kind, names, place, texts, labels, image, classes, chats, further)
 
 
 def strings(column: pa.ChunkedArray, name: str, place: Callable[[int], str]) -> pa.ChunkedArray:
@@ -90,6 +112,13 @@ def strings(column: pa.ChunkedArray, name: str, place: Callable[[int], str]) -> 
         return column.cast(pa.large_string())
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise UserError(f"column {name!r}: expected strings or numbers, got {column.type} ({place(0)})") from error
+
+
+def read_lists(config: DataConfig, columns: dict[str, pa.ChunkedArray], place: Callable[[int], str]) -> None:
+    """Replace the columns of lists of `Columns` by JSON."""
+    for name in further_columns(config)[1]:
+        if name in columns:
+            columns[name] = as_json(columns[name], name, place)
 
 
 def as_json(column: pa.ChunkedArray, name: str, place: Callable[[int], str]) -> pa.ChunkedArray:
@@ -109,7 +138,9 @@ def wanted(names: Sequence[str], config: DataConfig, place: str, chat_column: st
     Raises:
         UserError: one of them occurs twice.
     """
-    asked = dict.fromkeys(filter(None, (config.text_column, config.label_column, config.image_column, chat_column)))
+    others, lists = further_columns(config)
+    columns = (config.text_column, config.label_column, config.image_column, chat_column, *others, *lists)
+    asked = dict.fromkeys(filter(None, columns))
     present = [name for name in asked if name in names]
     for name in present:
         if names.count(name) > 1:
@@ -134,7 +165,7 @@ def joined(parts: Sequence[Part], named: str) -> Part:
     first = parts[0]
     for part in parts[1:]:
         same = [(a is None) == (b is None) for a, b in zip(_columns(first), _columns(part), strict=True)]
-        if not all(same) or part.classes != first.classes:
+        if not all(same) or part.classes != first.classes or part.further.keys() != first.further.keys():
             raise UserError(
                 f"the files of {named} differ: columns {listed(first.names)} ({first.place(0)}), "
                 f"but {listed(part.names)} ({part.place(0)})"
@@ -143,13 +174,17 @@ def joined(parts: Sequence[Part], named: str) -> Part:
         None if column[0] is None else pa.chunked_array([chunk for part in column for chunk in part.chunks])
         for column in zip(*map(_columns, parts), strict=True)
     )
+    further = {
+        name: pa.chunked_array([chunk for part in parts for chunk in part.further[name].chunks], pa.large_string())
+        for name in first.further
+    }
     ends = list(accumulate(part.rows for part in parts))
 
     def place(row: int) -> str:
         number = bisect.bisect_right(ends, row)
         return parts[number].place(row - ends[number] + parts[number].rows)
 
-    return Part(ends[-1], first.kind, first.names, place, texts, labels, images, first.classes, chats)
+    return Part(ends[-1], first.kind, first.names, place, texts, labels, images, first.classes, chats, further)
 
 
 def _columns(part: Part) -> tuple[pa.ChunkedArray | None, ...]:

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import torch
 
 from tlkernels.train import docstrings
-from tlkernels.train.columns import Part, as_json, part_of, wanted
+from tlkernels.train.columns import Part, as_json, part_of, read_lists, wanted
 from tlkernels.train.config import DataConfig
 from tlkernels.train.errors import UserError, listed, one_line
 from tlkernels.train.files import OPTIONS, ending, read_file
@@ -73,17 +73,17 @@ def load_data(config: DataConfig, seed: int) -> Data:
             rows, or there is only one class.
     """
     if config.path is None:
-        _refuse_unused(config, set())
+        refuse_unused(config, set())
         return _built_in(config)
-    splits = _open(config.path, config)
-    parts = {"train": _split(splits, config.split, config.path)}
+    splits = open_splits(config.path, config)
+    parts = {"train": read_split(splits, config.split, config.path)}
     for side, value in (("eval", config.eval), ("test", config.test)):
         if value is not None:
             if value in splits:
-                parts[side] = _split(splits, value, config.path)
+                parts[side] = read_split(splits, value, config.path)
             else:
-                parts[side] = _split(_open(value, config), "train", value)
-    _refuse_unused(config, {part.kind for part in parts.values()})
+                parts[side] = read_split(open_splits(value, config), "train", value)
+    refuse_unused(config, {part.kind for part in parts.values()})
     column, images = _column(parts["train"], config)
     # From all rows of the file, before it is split: so a rare class is a class, and an error names the file's line.
     classes = class_names(parts["train"], config)
@@ -145,8 +145,12 @@ def _built_in(config: DataConfig) -> Data:
 # ---- reading -----------------------------------------------------------------------------------------------------
 
 
-def _open(path: str, config: DataConfig) -> Splits:
-    """Return the splits of `path`; a file has one, `train`."""
+def open_splits(path: str, config: DataConfig) -> Splits:
+    """Return the splits of `path`; a file has one, `train`.
+
+    Raises:
+        UserError: there is no such file or data set, or a folder has neither images nor data files, or both.
+    """
     local = local_path(path)
     if local is not None and local.is_file():
         return {"train": partial(read_file, local, config)}
@@ -194,17 +198,19 @@ def _hub_part(rows: Any, split: str, path: str, config: DataConfig, chat_column:
         return f"row {row} (from 0) of {path}, {split}"
 
     chats = as_json(columns[chat_column], chat_column, place) if chat_column in columns else None
+    read_lists(config, columns, place)
     return part_of(config, columns, rows.features, rows=len(rows), kind="hub", names=names, place=place, chats=chats)
 
 
-def _refuse_unused(config: DataConfig, kinds: set[str]) -> None:
+def refuse_unused(config: DataConfig, kinds: set[str]) -> None:
     """Raise for an option that is given and applies to no file that is read."""
     for name, takers in OPTIONS.items():
         if getattr(config, name) is not None and not kinds.intersection(takers):
             raise UserError(f"--data.{name} applies to {listed(takers)}; the data are of another kind")
 
 
-def _split(splits: Splits, split: str, path: str) -> Part:
+def read_split(splits: Splits, split: str, path: str) -> Part:
+    """Return the rows of one split. Raises `UserError` if there is no such split, or if it has no rows."""
     if split not in splits:
         raise UserError(f"{path} has no split {split!r}, only {listed(list(splits))}")
     part = splits[split]()

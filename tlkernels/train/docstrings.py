@@ -80,7 +80,7 @@ def build(
         raise UserError(f"the built-in data set needs 2 classes and a document on each side; got {classes} and {sides}")
     counts: dict[str, int] = {}
     collected: dict[str, list[Document]] = {}
-    for name, folder in _packages():
+    for name, folder in packages():
         documents = _collect(name, folder, round(1.5 * per_class))  # some are near-duplicates
         counts[name] = len(documents)
         if len(documents) >= per_class:
@@ -107,9 +107,9 @@ def sources(count: int) -> dict[str, str]:
         UserError: the installed packages have fewer source files.
     """
     texts: dict[str, str] = {}
-    for package, folder in _packages():
+    for package, folder in packages():
         most = min(count, len(texts) + -(-count // 8))
-        for file in _sources(folder):
+        for file in sources_of(folder):
             if len(texts) == most or file.stat().st_size > LARGE:
                 break
             try:
@@ -119,7 +119,7 @@ def sources(count: int) -> dict[str, str]:
             if text.strip():
                 texts[f"{package}/{file.relative_to(folder).as_posix()}"] = text
         if len(texts) == count:
-            return {module: texts[module] for module in sorted(texts, key=_digest)}
+            return {module: texts[module] for module in sorted(texts, key=digest)}
     raise UserError(f"--data.documents is {count}, but the installed packages have {len(texts)} usable source files")
 
 
@@ -128,14 +128,15 @@ def sources(count: int) -> dict[str, str]:
 
 def _collect(package: str, folder: Path, wanted: int) -> list[Document]:
     documents: list[Document] = []
-    for file in _sources(folder):
+    for file in sources_of(folder):
         documents += _read(file, package, folder)
         if len(documents) >= wanted:
             break
     return documents
 
 
-def _packages() -> Iterator[tuple[str, Path]]:
+def packages() -> Iterator[tuple[str, Path]]:
+    """Yield the name and the folder of each package: `PREFERRED`, then the others, the largest sources first."""
     folders: dict[str, Path] = {"stdlib": Path(sysconfig.get_paths()["stdlib"])}
     for entry in sys.path:
         root = Path(entry)
@@ -152,11 +153,11 @@ def _packages() -> Iterator[tuple[str, Path]]:
         yield name, folders[name]
 
 
-def _sources(folder: Path) -> list[Path]:
+def sources_of(folder: Path) -> list[Path]:
     """Return the package's files in an order that depends on a hash of their names; large files are last."""
     files = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*.py") if file.is_file()}
     names = [name for name in files if not _SKIP.intersection(name.split("/"))]
-    return [files[name] for name in sorted(names, key=lambda name: (files[name].stat().st_size > LARGE, _digest(name)))]
+    return [files[name] for name in sorted(names, key=lambda name: (files[name].stat().st_size > LARGE, digest(name)))]
 
 
 def _read(file: Path, package: str, folder: Path) -> list[Document]:
@@ -167,21 +168,21 @@ def _read(file: Path, package: str, folder: Path) -> list[Document]:
     except (OSError, SyntaxError, ValueError, RecursionError):
         return []  # a template, a test for bad input, another encoding
     module = f"{package}/{file.relative_to(folder).as_posix()}"
-    whole = [" ".join((ast.get_docstring(node) or "").split()) for node in _documented(tree)]
+    whole = [" ".join((ast.get_docstring(node) or "").split()) for node in documented(tree)]
     imports = (match for text in whole for match in _ALIAS.findall(text))
     aliases = frozenset(((parent or name).split(".")[0], alias) for parent, name, alias in imports)
     texts = {text[:MAX_CHARS] for text in whole}
     long_enough = [text for text in texts if len(_words(text)) >= MIN_WORDS]
-    return [Document(text, package, module, aliases) for text in sorted(long_enough, key=_digest)[:PER_MODULE]]
+    return [Document(text, package, module, aliases) for text in sorted(long_enough, key=digest)[:PER_MODULE]]
 
 
-def _documented(node: ast.AST) -> Iterator[ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
+def documented(node: ast.AST) -> Iterator[ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
     """Yield the module, classes and functions under `node`; expressions, most of the tree, are skipped."""
     if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
         yield node
     for child in ast.iter_child_nodes(node):
         if isinstance(child, (ast.stmt, ast.excepthandler, ast.match_case)):
-            yield from _documented(child)
+            yield from documented(child)
 
 
 # ---- masking -----------------------------------------------------------------------------------------------------
@@ -256,22 +257,31 @@ def _shingles(text: str) -> set[str]:
     return {" ".join(words[i : i + 4]) for i in range(max(1, len(words) - 3))}
 
 
+class Distinct:
+    """Texts of which no two are near-duplicates."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+        self.holders: dict[str, list[int]] = defaultdict(list)  # shingle -> numbers of the texts that have it
+
+    def add(self, text: str) -> bool:
+        """Add a text, and return True, unless it is similar to one of those before it."""
+        shingles = _shingles(text)
+        common = Counter(number for shingle in shingles for number in self.holders.get(shingle, ()))
+        if any(n >= SIMILAR * (len(shingles) + self.sizes[number] - n) for number, n in common.items()):
+            return False
+        for shingle in shingles:
+            self.holders[shingle].append(len(self.sizes))
+        self.sizes.append(len(shingles))
+        return True
+
+
 def _without_near_duplicates(collected: dict[str, list[Document]]) -> dict[str, list[Document]]:
     """Keep the first of similar documents, over all classes: a text that two packages share reveals neither."""
-    kept: dict[str, list[Document]] = {name: [] for name in collected}
-    sizes: list[int] = []
-    holders: dict[str, list[int]] = defaultdict(list)  # shingle -> numbers of the kept documents that have it
-    for name, documents in collected.items():
-        for document in documents:
-            shingles = _shingles(document.text)
-            common = Counter(number for shingle in shingles for number in holders.get(shingle, ()))
-            if any(n >= SIMILAR * (len(shingles) + sizes[number] - n) for number, n in common.items()):
-                continue
-            for shingle in shingles:
-                holders[shingle].append(len(sizes))
-            sizes.append(len(shingles))
-            kept[name].append(document)
-    return kept
+    kept = Distinct()
+    return {
+        name: [document for document in documents if kept.add(document.text)] for name, documents in collected.items()
+    }
 
 
 def _split(collected: dict[str, list[Document]], sides: dict[str, int]) -> dict[str, dict[str, list[Document]]]:
@@ -289,7 +299,7 @@ def _by_module(documents: list[Document], sides: dict[str, int]) -> dict[str, li
     modules: dict[str, list[Document]] = defaultdict(list)
     for document in documents:
         modules[document.module].append(document)
-    queue = iter(sorted(modules, key=lambda name: _digest("side " + name)))
+    queue = iter(sorted(modules, key=lambda name: digest("side " + name)))
     split: dict[str, list[Document]] = {}
     for side, count in sides.items():
         rows: list[Document] = []
@@ -302,8 +312,9 @@ def _by_module(documents: list[Document], sides: dict[str, int]) -> dict[str, li
 
 
 def _order(document: Document) -> str:
-    return _digest(document.module + document.text)
+    return digest(document.module + document.text)
 
 
-def _digest(text: str) -> str:
+def digest(text: str) -> str:
+    """Return a hash of a text, for an order that is mixed and always the same."""
     return hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).hexdigest()

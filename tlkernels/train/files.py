@@ -25,7 +25,7 @@ import datasets
 import pyarrow as pa
 from pyarrow import parquet
 
-from tlkernels.train.columns import Part, as_json, part_of, wanted
+from tlkernels.train.columns import Part, as_json, further_columns, part_of, read_lists, wanted
 from tlkernels.train.config import DataConfig
 from tlkernels.train.errors import UserError, one_line
 
@@ -49,7 +49,7 @@ def ending(path: Path) -> str | None:
 
 
 def read_file(path: Path, config: DataConfig, chat_column: str = "") -> Part:
-    """Return the text, label and image columns of a file, and the chat column if one is named.
+    """Return the text, label and image columns of a file, those of `Columns`, and the chat column if one is named.
 
     Raises:
         UserError: the file is empty or has another format than its ending says, a row has more or fewer fields than
@@ -89,6 +89,7 @@ def _read_parquet(path: Path, config: DataConfig, chat_column: str) -> Part:
         return f"row {row} (from 0) of {path}"
 
     chats = as_json(columns[chat_column], chat_column, place) if chat_column in columns else None
+    read_lists(config, columns, place)
     return part_of(config, columns, features, rows=rows, kind=".parquet", names=names, place=place, chats=chats)
 
 
@@ -101,8 +102,9 @@ def _read_text(path: Path, kind: str, config: DataConfig, chat_column: str) -> P
             rows = _separated(file, path, "\t" if separator == r"\t" else separator, quotes, config, names)
         else:
             rows = _records(file, path, kind, config, chat_column, names)
-        (*columns, chats), lines = _gathered(rows, path)
-    asked = (config.text_column, config.label_column)
+        further, lists = further_columns(config)
+        asked = (config.text_column, config.label_column, *further, *lists)
+        (*columns, chats), lines = _gathered(rows, len(asked) + 1, path)
     present = {name: column for name, column in zip(asked, columns, strict=True) if name in names}
     chats = chats if chat_column in names and kind not in (".csv", ".tsv") else None
 
@@ -112,9 +114,9 @@ def _read_text(path: Path, kind: str, config: DataConfig, chat_column: str) -> P
     return part_of(config, present, {}, rows=len(lines), kind=kind, names=names, place=place, chats=chats)
 
 
-def _gathered(rows: Iterator[_Row], path: Path) -> tuple[list[pa.ChunkedArray], array[int]]:
-    """Return the columns of texts, labels and chats, and the line on which each row begins."""
-    chunks: list[list[pa.Array]] = [[], [], []]
+def _gathered(rows: Iterator[_Row], columns: int, path: Path) -> tuple[list[pa.ChunkedArray], array[int]]:
+    """Return the columns of the rows, and the line on which each row begins."""
+    chunks: list[list[pa.Array]] = [[] for _ in range(columns)]
     lines = array("q")
     while batch := list(islice(rows, _BATCH)):
         lines.extend(line for line, _ in batch)
@@ -186,7 +188,7 @@ def _undecodable(path: Path, encoding: str) -> str:
 def _separated(
     file: io.TextIOWrapper, path: Path, separator: str, quotes: bool, config: DataConfig, names: list[str]
 ) -> Iterator[_Row]:
-    """Yield rows of text, label and no chat; appends the header to `names`."""
+    """Yield rows of text, label, further columns, lists and no chat; appends the header to `names`."""
     quoting: Any = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
     reader = csv.reader(file, delimiter=separator, quoting=quoting, strict=True)
     rows = _lines(reader, path)
@@ -197,12 +199,18 @@ def _separated(
         raise UserError(f"the header of {path} has NUL characters: is it UTF-16? (--data.encoding utf-16-le)")
     names += header
     wanted(names, config, f"the header of {path}")
-    places = [names.index(name) if name in names else None for name in (config.text_column, config.label_column)]
+    further, lists = further_columns(config)
+    asked = (config.text_column, config.label_column, *further)
+    places, list_places = (
+        [names.index(name) if name in names else None for name in columns] for columns in (asked, lists)
+    )
     for line, row in rows:
         if len(row) != len(header):
             hint = "" if quotes else "; quotation marks are read as text (--data.quotes true)"
             raise UserError(f"line {line} of {path} has {len(row)} fields, the header has {len(header)}{hint}")
-        yield line, [*(None if place is None else row[place] for place in places), None]
+        values = [None if place is None else row[place] for place in places]
+        texts = [None if place is None else json.dumps(row[place], ensure_ascii=False) for place in list_places]
+        yield line, [*values, *texts, None]
 
 
 def _lines(reader: Any, path: Path) -> Iterator[tuple[int, list[str]]]:
@@ -242,8 +250,9 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 def _records(
     file: io.TextIOWrapper, path: Path, kind: str, config: DataConfig, chat_column: str, names: list[str]
 ) -> Iterator[_Row]:
-    """Yield rows of text, label and chat; appends every key that occurs to `names`."""
-    asked = (config.text_column, config.label_column)
+    """Yield rows of text, label, further columns, lists and chat; appends every key that occurs to `names`."""
+    further, lists = further_columns(config)
+    asked = (config.text_column, config.label_column, *further)
     known: dict[str, None] = {}
     start, first = file.tell(), " "
     while first and first.isspace():
@@ -257,8 +266,12 @@ def _records(
         if len(row) < len(record):
             wanted([key for key, _ in record], config, f"line {line} of {path}", chat_column)
         known.update(dict.fromkeys(row))
-        chat = json.dumps(_plain(row[chat_column]), ensure_ascii=False) if chat_column in row else None
-        yield line, [*(_string(row.get(name), name, line, path) for name in asked), chat]
+        values = [_string(row.get(name), name, line, path) for name in asked]
+        nested = (*lists, chat_column)
+        yield (
+            line,
+            values + [json.dumps(_plain(row[name]), ensure_ascii=False) if name in row else None for name in nested],
+        )
     names += known
 
 

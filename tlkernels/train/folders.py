@@ -168,10 +168,10 @@ def _read_listed(lists: list[Path], config: DataConfig) -> Part:
         if image is None:
             raise UserError(f"no such image: {name!r} in {rows.place(row)}")
         images.append(image)
-    return _image_part(images, rows.labels, rows.names, config)
+    return replace(_image_part(images, rows.labels, rows.names, config), further=rows.further)
 
 
 def _image_part(images: list[Path], labels: pa.ChunkedArray | None, names: list[str], config: DataConfig) -> Part:
     stored = datasets.Image().cast_storage(pa.array([str(image) for image in images], pa.string()))
-    names = [config.image_column, *(names or [config.label_column])]
+    names = [config.image_column, *(names or filter(None, [config.label_column]))]
     return Part(len(images), "images", names, lambda row: str(images[row]), None, labels, pa.chunked_array([stored]))

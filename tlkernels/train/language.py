@@ -77,9 +77,14 @@ class LanguageModel(nn.Module):
 def find(path: str | None) -> tuple[str, dict[str, str]]:
     """Return the folder or hub name of a model, and what else `from_pretrained` needs for it.
 
+    The run folder of a finished `tlkernels lm` or `tlkernels distill` stands for its best network.
+
     Raises:
         UserError: it is a folder without a model.
     """
+    for name in ("trained", "distilled"):
+        if path is not None and (best := Path(path).expanduser() / name / "best").is_dir():
+            path = str(best)
     if path == "smollm2":
         spec = importlib.util.find_spec(_SMOLLM2_PACKAGE)
         files = [
@@ -139,14 +144,23 @@ def new_model(name: str, extra: dict[str, str], causal: bool, config: LmModelCon
     if missing:
         raise UserError(f"the weights in {name} lack {len(missing)} of the model's tensors, such as {min(missing)}")
     network = LanguageModel(model)
+    if network.bias is not None and (saved := _saved_bias(Path(name))) is not None:
+        network.bias.data.copy_(saved)
     if config.freeze:
         _freeze(model, config.freeze)
     if not config.dropout:
-        _without_dropout(model, name)
+        without_dropout(model, name)
     return network
 
 
-def _without_dropout(model: Any, name: str) -> None:
+def _saved_bias(folder: Path) -> Tensor | None:
+    """Return the bias that `save` wrote; None if the folder is of another kind, such as a classifier's."""
+    file = folder / "head.safetensors"
+    saved = safetensors.torch.load_file(file) if file.is_file() else {}
+    return saved["bias"] if saved.keys() == {"bias"} else None
+
+
+def without_dropout(model: Any, name: str) -> None:
     """Turn dropout off in the modules; the saved configuration keeps it. Check that nothing random is left."""
     for module in model.modules():
         for attribute, value in vars(module).items():
@@ -206,9 +220,8 @@ def load(folder: Path, config: LmModelConfig) -> LanguageModel:
     try:
         about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
         network = new_model(str(folder), {}, about["causal"], config)
-        if network.bias is not None:
-            stored = safetensors.torch.load_file(folder / "head.safetensors")
-            network.bias.data.copy_(stored["bias"])
+        if network.bias is not None and _saved_bias(folder) is None:
+            raise UserError(f"{folder} has no head.safetensors with a bias")
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder} has no model of tlkernels lm: {one_line(error)}") from error
     return network

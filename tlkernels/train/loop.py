@@ -5,23 +5,22 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
-from tlkernels.train.batches import micro_batches, step_seed, whole_batch
+from tlkernels.train.batches import whole_batch
 from tlkernels.train.checkpoint import Progress, load_checkpoint, save_checkpoint, write_folder
 from tlkernels.train.errors import RunError, UserError
+from tlkernels.train.gradient import gradient
 from tlkernels.train.log import Log
-from tlkernels.train.memory import halved, out_of_memory
 from tlkernels.train.optim import learning_rate
 from tlkernels.train.sharding import load_optimizer_state, optimizer_state, prepared, whole_network
 from tlkernels.train.stopping import stopped
-from tlkernels.train.task import OURS, Task
+from tlkernels.train.task import Task
 
 
 def train(task: Task, folder: Path, start: Callable[[], nn.Module], until: int | None = None) -> Progress:
@@ -80,46 +79,6 @@ def train(task: Task, folder: Path, start: Callable[[], nn.Module], until: int |
     return progress
 
 
-def gradient(task: Task, model: nn.Module, batch: Tensor, step: int, progress: Progress) -> Tensor:
-    """Add the gradient of the batch's mean loss to the parameters; return this process's part of the loss.
-
-    Where memory runs out, the micro-batches are halved, and the step begins again. The batch stays the same.
-    """
-    accelerator, run = task.accelerator, task.config.run
-    rank, world = accelerator.process_index, accelerator.num_processes
-    while True:
-        limit = progress.micro_batch or run.micro_batch
-        pieces = micro_batches(batch, task.rows["train"].lengths, limit, rank, world)
-        torch.manual_seed(step_seed(run.seed, step, rank))
-        # The rows of the step's micro-batches on all processes are known in advance. Each summed loss is divided by
-        # what the whole step counts, so that the gradients add up to that of the batch's mean.
-        divisor = task.divisor(batch, step)
-        loss = share = torch.zeros((), device=accelerator.device)
-        inputs: Any = None
-        try:
-            for number, piece in enumerate(pieces, start=1):
-                started = time.perf_counter()
-                inputs = task.inputs("train", piece if len(piece) else batch[:1], step)
-                ready = time.perf_counter()
-                with nullcontext() if number == len(pieces) else accelerator.no_sync(model):
-                    # A process without a row takes part in the communication, with a loss of weight zero.
-                    share = model(*inputs, task.losses[OURS]) * (bool(len(piece)) / divisor)
-                    accelerator.backward(share * world)  # undoes the average that data parallelism takes
-                loss += share.detach()
-                progress.data_seconds += ready - started
-                progress.compute_seconds += time.perf_counter() - ready
-            return loss
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
-                raise
-            progress.micro_batch = halved(max(map(len, pieces)), world, error)
-        del inputs, share  # and with them the failed graph
-        model.zero_grad()
-        torch.cuda.empty_cache()
-        if accelerator.is_main_process:
-            print(f"step {step + 1}: out of memory; going on with micro-batches of {progress.micro_batch}", flush=True)
-
-
 def _begin(
     task: Task, folder: Path, start: Callable[[], nn.Module]
 ) -> tuple[nn.Module, nn.Module, torch.optim.Optimizer, Progress, nn.Module]:
@@ -142,7 +101,7 @@ def _evaluate(task: Task, folder: Path, network: nn.Module, whole: nn.Module, pr
     log.write(progress.step, **{f"eval_{name}": value for name, value in scores.values.items()})
     progress.evaluations_since_best += 1
     if scores.better_than(progress.best):
-        progress.best, progress.best_step, progress.evaluations_since_best = scores, progress.step, 0
+        progress.best, progress.best_step, progress.evaluations_since_best = replace(scores, each=()), progress.step, 0
         saved = whole_network(task.accelerator, network, whole)
         if task.accelerator.is_main_process:
             write_folder(folder / "best", lambda place: task.save(place, saved))

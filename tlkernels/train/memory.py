@@ -58,6 +58,26 @@ def peak_bytes(step: Callable[[], object]) -> int | None:
     return peak
 
 
+def reset_peak() -> None:
+    """Begin a measurement that ends with `peak`."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    elif _RESET.exists():
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        _RESET.write_text("5", encoding="ascii")  # sets the high-water mark to the present size
+
+
+def peak() -> int | None:
+    """Return the most memory that was in use since `reset_peak`; None where it cannot be measured.
+
+    On a GPU that of the device's tensors, otherwise that of the whole process (Linux).
+    """
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resident("VmHWM") if _RESET.exists() else None
+
+
 def resident(field: str) -> int:
     """Return a number of bytes of /proc/self/status, such as VmRSS or VmHWM."""
     found = re.search(rf"^{field}:\s*(\d+) kB$", _STATUS.read_text(encoding="ascii"), re.MULTILINE)

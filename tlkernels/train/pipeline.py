@@ -19,6 +19,7 @@ from tlkernels.train.checkpoint import write_file
 from tlkernels.train.compare import compare_losses
 from tlkernels.train.config import Options
 from tlkernels.train.errors import UserError
+from tlkernels.train.memory import peak, reset_peak
 from tlkernels.train.sharding import for_evaluation
 from tlkernels.train.stopping import stop_on_sigterm, stopped
 from tlkernels.train.task import OURS, Stage, Task
@@ -125,24 +126,30 @@ def _run_stage(
 ) -> dict[str, Any] | None:
     """Return one line of the final table, or None if the training stopped before its end."""
     started, accelerator = time.perf_counter(), task.accelerator
+    compared, task = stage.task is None, stage.task or task
     if stage.measure is not None:
         result = stage.measure()
+        if result is None:
+            return None
     else:
         assert stage.start is not None
+        reset_peak()
         progress = loop.train(task, folder, stage.start, until)
         if progress.step < task.steps and (progress.step == until or stopped(accelerator)):
             _say(task, f"stopped after step {progress.step}")
             return None
+        memory = {"peak_bytes": peak()}
         best = for_evaluation(accelerator, task.load(folder / "best"))
-        losses = comparison["losses"] if comparison else {}
+        losses = comparison["losses"] if comparison and compared else {}
         known = {name: losses[name]["loss_seconds"] for name in (OURS, "eager")} if "eager" in losses else None
-        result = report.training_result(task, name, progress, task.scores(best, "test"), best, known)
+        result = report.training_result(task, name, progress, task.scores(best, "test"), best, known) | memory
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         write_file(folder / "result.json", json.dumps(result, indent=2) + "\n")
         score = next(iter(task.headings))
         seconds = time.perf_counter() - started
-        _say(task, f"{stage.title}: {task.headings[score]} {result[score]:.3f}, {seconds:.0f} s")
+        scored = f"{task.headings[score]} {result[score]:.3f}, " if score in result else ""
+        _say(task, f"{stage.title}: {scored}{seconds:.0f} s")
     accelerator.wait_for_everyone()
     accelerator.free_memory()
     return result

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from matplotlib.figure import Figure
@@ -17,6 +17,7 @@ from tlkernels.timing import interleaved
 from tlkernels.train import log
 from tlkernels.train.batches import micro_batches, whole_batch
 from tlkernels.train.checkpoint import Progress, write_file
+from tlkernels.train.gradcache import joined, leaves
 from tlkernels.train.task import OURS, Loss, Scores, Task
 
 LOSS_SECONDS = 0.5  # time to measure the loss of a training, ours and eager's in turns
@@ -45,12 +46,15 @@ def training_result(
         "steps": progress.step,
         "best_step": progress.best_step,
         "train_seconds": progress.seconds,
+        **task.facts,
     }
 
 
 def result(stage: str, scores: Scores, speed: float | None = None, step_seconds: float | None = None) -> dict[str, Any]:
     """Return what every line of the table has; `speed` in samples or tokens a second, if something was trained."""
     line = {"stage": stage, **scores.values, "count": scores.count}
+    if scores.each:
+        line["each"] = [round(value, 6) for value in scores.each]
     if speed is not None and step_seconds is not None:
         line |= {"speed": speed, "step_ms": step_seconds * 1e3}
     return line
@@ -71,19 +75,21 @@ def features(task: Task, network: nn.Module, step: int, micro_batch: int | None)
     for piece in pieces:
         if len(piece):
             network(*task.inputs("train", piece, step), keep)
-    return kept
+    return [joined(kept)] if task.joint else kept
 
 
 def way(task: Task, loss: Loss, batches: list[tuple[Any, ...]]) -> Callable[[], None]:
     """Return a function that computes a loss and its gradients for these arguments, from `features`."""
-    leaves = [(first.detach().clone().requires_grad_(), *rest) for first, *rest in batches]
+    calls = [(leaves(batch, task.features), batch[task.features :]) for batch in batches]
 
     def run() -> None:
-        for leaf, *rest in leaves:
+        for features, rest in calls:
             with task.accelerator.autocast():
-                value = loss(leaf, *rest)
+                value = loss(*features, *rest)
             value.backward()
-            leaf.grad = None
+            for leaf in features:
+                if leaf is not None:
+                    leaf.grad = None
 
     return run
 
@@ -131,30 +137,43 @@ def write(folder: Path, task: Task, results: list[dict[str, Any]], comparison: A
     }
     write_file(folder / "results.json", json.dumps(contents, indent=2) + "\n")
     print(f"\n{text}\n{closing}\n" if closing else f"\n{text}\n")
-    trained = next(name for name, stage in task.stages().items() if stage.start)
+    trained = next(name for name, stage in task.stages().items() if stage.start and stage.task is None)
     print(f"{seconds:.0f} s; in {folder}: results.json, curves.png, the model in {trained}/best")
 
 
 def table(task: Task, results: list[dict[str, Any]], rows: str) -> str:
     """Return the final table; `rows` names the rows that were scored."""
     titles = {name: stage.title for name, stage in task.stages().items()}
-    width = max(map(len, [*titles.values(), rows])) + 7
-    headings = "".join(f" {heading:>10}" for heading in task.headings.values())
-    lines = [
-        f"{'on the ' + rows:<{width}}{headings} {task.unit + '/s':>10}   loss's share of a step     other shares",
-        f"{'':<{width}}{'':{11 * len(task.headings)}} {'':>10}   tlkernels      eager     data   trainer",
+    columns = [column for column in _columns(task) if any(column.key in row for row in results)]
+    cells = [[column.title for column in columns]]
+    cells += [[column.show(row[column.key]) if column.key in row else "" for column in columns] for row in results]
+    widths = [max(map(len, column)) + 2 for column in zip(*cells, strict=True)]
+    names = [f"on the {rows}", *(titles[row["stage"]] for row in results)]
+    first = max(map(len, names))
+    return "\n".join(
+        f"{name:<{first}}" + "".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True))
+        for name, line in zip(names, cells, strict=True)
+    )
+
+
+class _Column(NamedTuple):
+    key: str
+    title: str
+    show: Callable[[Any], str]
+
+
+def _columns(task: Task) -> list[_Column]:
+    """Return the columns, of which the table has those that occur. The shares are of a step's time."""
+    return [
+        *(_Column(key, heading, _figure) for key, heading in task.headings.items()),
+        _Column("speed", f"{task.unit}/s", "{:.1f}".format),
+        _Column("peak_bytes", "peak GB", lambda value: "" if value is None else f"{value / 1e9:.2f}"),
+        _Column("cache_bytes", "bytes/token", "{:.0f}".format),
+        _Column("loss_share", "loss", "{:.3%}".format),
+        _Column("eager_loss_share", "eager loss", "{:.3%}".format),
+        _Column("data_share", "data", "{:.2%}".format),
+        _Column("trainer_share", "trainer", "{:.2%}".format),
     ]
-    for row in results:
-        scores = "".join(f" {_figure(row[name]):>10}" for name in task.headings)
-        line = f"{titles[row['stage']]:<{width}}{scores}"
-        if "speed" in row:
-            line += f" {row['speed']:>10.1f}"
-        if "loss_share" in row:
-            line += f"   {row['loss_share']:>9.3%}  {row['eager_loss_share']:>9.3%}"
-        if "data_share" in row:
-            line += f"  {row['data_share']:>7.2%}   {row['trainer_share']:>7.2%}"
-        lines.append(line)
-    return "\n".join(lines)
 
 
 def _figure(value: float) -> str:
@@ -166,6 +185,8 @@ def _curves(folder: Path, task: Task, results: list[dict[str, Any]], rows: str) 
     score, loss = figure.subplots(1, 2)
     stages = task.stages()
     for number, row in enumerate(results):
+        if task.curve not in row:
+            continue
         name = f"{stages[row['stage']].title} ({rows} {_figure(row[task.curve])})"
         if stages[row["stage"]].start is None:
             score.axhline(row[task.curve], color="tab:gray", linestyle="--", label=name)

@@ -42,11 +42,13 @@ class Scores:
     Attributes:
         values: each score by its name.
         rank: scores with a larger one are better.
+        each: what each row adds to the first heading's score, by which two networks are compared row by row.
     """
 
     values: dict[str, float]
     rank: tuple[float, ...]
     count: int
+    each: tuple[float, ...] = ()
 
     def better_than(self, other: Scores | None) -> bool:
         """Compare by `rank`; any scores are better than None."""
@@ -60,12 +62,14 @@ class Stage:
     Attributes:
         title: its name there.
         start: returns the network that is trained; None if none is.
-        measure: returns the line of a stage without training.
+        measure: returns the line of a stage without training, or None if the run is asked to stop.
+        task: trains the network, if it is not the run's own task; it has the same rows.
     """
 
     title: str
     start: Callable[[], nn.Module] | None = None
-    measure: Callable[[], dict[str, Any]] | None = None
+    measure: Callable[[], dict[str, Any] | None] | None = None
+    task: Task | None = None
 
 
 class Task(ABC):
@@ -80,6 +84,11 @@ class Task(ABC):
         unit: "samples" or "tokens", in which the speed is given.
         batch_size: rows of an optimiser step, on all processes together.
         row_size: how many of them a training row has on average.
+        features: how many of a loss's first arguments the network computes from the rows.
+        joint: whether the loss compares the rows of a batch with one another. It is then the mean over the whole batch,
+            which it gets at once, in the order in which `inputs` gave the rows; with several processes, each gets its
+            own rows, and the loss sees to the others'.
+        facts: further figures of the task's lines in the table.
     """
 
     command: ClassVar[str]  # of the command line
@@ -92,6 +101,9 @@ class Task(ABC):
     unit: ClassVar[str]
     batch_size: int
     row_size: float
+    features: ClassVar[int] = 1
+    joint: ClassVar[bool] = False
+    facts: Mapping[str, float] = {}
 
     @abstractmethod
     def stages(self) -> dict[str, Stage]:

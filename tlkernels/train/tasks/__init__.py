@@ -6,10 +6,15 @@ from importlib import import_module
 from typing import Any
 
 from tlkernels.train.config import Config, Options
+from tlkernels.train.distill_config import DistillConfig
 from tlkernels.train.lm_config import LmConfig
 
-CONFIGS: dict[str, type[Options]] = {"finetune": Config, "lm": LmConfig}
-_CLASSES = {"finetune": ("classify", "Classify"), "lm": ("lm", "LanguageModelling")}
+CONFIGS: dict[str, type[Options]] = {"finetune": Config, "lm": LmConfig, "distill": DistillConfig}
+_CLASSES = {
+    "finetune": ("classify", "Classify"),
+    "lm": ("lm", "LanguageModelling"),
+    "distill": ("distill", "Distill"),
+}
 
 
 def task_class(command: str) -> Any:
