@@ -164,7 +164,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_what_is_written_reaches_the_disk_before_the_rename(tmp_path, monkeypatch):
     order = []
     real = checkpoint.Path.rename
-    monkeypatch.setattr(checkpoint, "_to_disk", lambda path: order.append(f"fsync {path.name}"))
+    monkeypatch.setattr(checkpoint, "to_disk", lambda path: order.append(f"fsync {path.name}"))
     monkeypatch.setattr(
         checkpoint.Path, "rename", lambda self, to: (order.append(f"rename {self.name}"), real(self, to))
     )

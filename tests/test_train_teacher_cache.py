@@ -9,13 +9,13 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional
-from train_cases import tiny_causal_model
 
 from tlkernels import linear_topk_distillation
 from tlkernels.train import RunError, UserError, teacher_cache
@@ -265,15 +265,24 @@ def test_stop_ends_after_a_shard(whole, tmp_path):
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_processes_together_write_the_same_files(whole, tmp_path, world):
+def test_processes_together_write_the_same_files(whole, tmp_path, world, monkeypatch):
     """Each takes other shards, and all ask equally often whether to stop, as a collective operation requires."""
     folder, barrier = tmp_path / "cache", threading.Barrier(world)
     shards, results, stops = {}, {}, {}
+    real = teacher_cache.write_file
+
+    def slow(*arguments):
+        time.sleep(0.05)
+        real(*arguments)
+
+    monkeypatch.setattr(teacher_cache, "write_file", slow)  # no process may go on before these files are there
 
     def process(rank):
         shards[rank], stops[rank] = [], 0
 
         def teacher(numbers):
+            assert (folder / "identity.json").exists()
+            time.sleep(0.02 * rank)
             shards[rank].append(int(numbers[0]) // SHARD_ROWS)
             return TEACHER(numbers)
 
@@ -316,7 +325,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_shards_before_it(whole, tmp_path
 
 def test_a_shard_reaches_the_disk_before_its_rename(tmp_path, monkeypatch):
     order, real = [], Path.replace
-    monkeypatch.setattr(teacher_cache, "_to_disk", lambda path: order.append(f"fsync {path.name}"))
+    monkeypatch.setattr(teacher_cache, "to_disk", lambda path: order.append(f"fsync {path.name}"))
     monkeypatch.setattr(Path, "replace", lambda self, to: (order.append(f"rename {self.name}"), real(self, to)))
     write_cache(tmp_path / "cache", IDENTITY, K, COUNTS[:2], TEACHER)
     new = SHARDS[0] + ".new"
@@ -502,11 +511,13 @@ def test_a_teacher_without_its_files_is_refused(tmp_path):
         file_digest(tmp_path, None)
 
 
-def test_a_tokenizer_is_known_by_its_vocabulary_and_template(tmp_path):
-    from transformers import AutoTokenizer
+def test_a_tokenizer_is_known_by_its_vocabulary_and_template():
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
 
-    def load():
-        return AutoTokenizer.from_pretrained(tiny_causal_model(tmp_path))
+    def load(words=("<unk>", "river", "oven")):
+        model = models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>")
+        return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), unk_token="<unk>")
 
     def changed(change):
         tokenizer = load()
@@ -518,11 +529,12 @@ def test_a_tokenizer_is_known_by_its_vocabulary_and_template(tmp_path):
 
     digests = [
         tokenizer_digest(load()),
+        tokenizer_digest(load(("<unk>", "oven", "river"))),
         changed(lambda tokenizer: tokenizer.add_tokens(["new"])),
         changed(lambda tokenizer: tokenizer.add_special_tokens({"bos_token": "new"})),
         changed(template),
     ]
-    assert len(set(digests)) == 4
+    assert len(set(digests)) == 5
     assert tokenizer_digest(load()) == digests[0]
 
 

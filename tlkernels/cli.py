@@ -33,6 +33,8 @@ Without options each command runs a demonstration that needs no network.
   finetune              classify texts or images: a pretrained encoder with a linear head
   lm                    train a language model, causal or masked, on text or chats
   distill               train a small language model to predict what a larger one predicts
+  distill-classifier    train a small classifier to answer as a larger one does
+  contrast              train one or two encoders: which queries and keys belong together
   check-normalisation   whether the gradient of a step depends on micro-batches and processes
   doctor                what this machine can run
 """

@@ -85,11 +85,11 @@ def write_folder(final: Path, fill: Callable[[Path], None]) -> None:
         new.mkdir(parents=True)
         fill(new)
         for file in [*new.rglob("*"), new]:
-            _to_disk(file)
+            to_disk(file)
         if final.exists():
             final.rename(old)  # a folder cannot replace another; `settle` repairs a kill between these two lines
         new.rename(final)
-        _to_disk(final.parent)
+        to_disk(final.parent)
     except Exception as error:  # on a full disk torch, safetensors and tokenizers each raise their own error
         settle(final)
         kept = "the previous one is complete" if final.exists() else "there is no previous one"
@@ -111,7 +111,7 @@ def write_file(final: Path, text: str) -> None:
     new = final.with_name(final.name + ".new")
     try:
         new.write_text(text, encoding="utf-8")
-        _to_disk(new)
+        to_disk(new)
         new.replace(final)
     except OSError as error:
         raise RunError(f"cannot write {final}: {one_line(error)}") from error
@@ -121,7 +121,8 @@ def _temporary(final: Path) -> tuple[Path, Path]:
     return final.with_name(final.name + ".new"), final.with_name(final.name + ".old")
 
 
-def _to_disk(path: Path) -> None:
+def to_disk(path: Path) -> None:
+    """Wait until a file or the names in a folder are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

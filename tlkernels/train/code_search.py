@@ -30,7 +30,7 @@ PER_FILE = 5  # pairs of one file; with more, a few files would dominate
 MIN_WORDS, MAX_QUERY = 4, 300  # words and characters of a query
 MIN_LINES, MAX_KEY = 3, 2000  # lines of a body without its docstring, and characters of a function
 _TRAIN_PACKAGES, _HELD_OUT_PACKAGES = 12, 4  # a side has at least as many packages
-_WORD = re.compile(r"[A-Za-z]{2,}")
+_WORD = re.compile(r"\S*[A-Za-z]\S*")
 _DEF = re.compile(r"^(?P<margin>[ \t]*)(?:async )?def (?P<name>\w+)", re.MULTILINE)
 _DOCSTRING = re.compile(r':[ \t]*\n\s*[rRuU]?"""(.*?)"""', re.DOTALL)
 _SKIPPED = re.compile(r"test\w*|__\w+__")  # tests, and methods such as __init__
@@ -143,13 +143,15 @@ def _of_file(text: str, package: str, module: str, negatives: int) -> Iterator[P
         function = block.function if _may_give_a_pair(block.text) else None
         if function is None or not _is_query(function.query) or function.query in " ".join(function.key.split()):
             continue
-        apart = (other for other in blocks if other.end <= block.start or other.start >= block.end)
-        functions = (other.function for other in apart)
-        others = (other.key for other in functions if other is not None and other.query != function.query)
-        chosen = tuple(islice(dict.fromkeys(key for key in others if key != function.key), negatives))
+        chosen: dict[str, None] = {}
+        for other in blocks:
+            apart = other.end <= block.start or other.start >= block.end
+            another = other.function if apart and len(chosen) < negatives else None
+            if another is not None and another.query != function.query and another.key != function.key:
+                chosen[another.key] = None
         if len(chosen) == negatives:
             place = f"{module}:{text.count(chr(10), 0, block.start) + 1}"
-            yield Pair(function.query, function.key, chosen, package, place)
+            yield Pair(function.query, function.key, tuple(chosen), package, place)
 
 
 def _may_give_a_pair(text: str) -> bool:
@@ -174,26 +176,27 @@ class _Function:
 
 @dataclass(frozen=True)
 class _Block:
-    """The lines of a function: its place in the file's text, and its text without the indentation."""
+    """The lines of a function: their place in the file's text, the function's indentation, and the lines."""
 
     start: int
     end: int
+    margin: int
     text: str
 
     @cached_property
     def function(self) -> _Function | None:
         """The function; None if it is short or long, or if the text is not one."""
+        lines = [line[self.margin :] for line in self.text.split("\n")]
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # old escapes in other people's sources
-                [node] = ast.parse(self.text).body
+                [node] = ast.parse("\n".join(lines)).body
         except (SyntaxError, ValueError, RecursionError):
             return None  # in a string, or with a string whose lines are not indented
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             return None
-        first, lines = node.body[0], self.text.split("\n")[: node.end_lineno]
-        docstring = ast.get_docstring(node)
-        body = lines[first.lineno - 1 :] if docstring is None else lines[first.end_lineno :]
+        first, docstring = node.body[0], ast.get_docstring(node)
+        body = lines[first.lineno - 1 if docstring is None else first.end_lineno : node.end_lineno]
         key = "\n".join([*lines[: first.lineno - 1], *body])
         if first.lineno == 1 or sum(map(bool, map(str.strip, body))) < MIN_LINES or len(key) > MAX_KEY:
             return None  # the first line has more than the signature
@@ -203,12 +206,12 @@ class _Block:
 def _blocks(text: str) -> Iterator[_Block]:
     """Yield the functions of a file but tests and dunder methods. A block ends before the next line of its margin."""
     for match in _DEF.finditer(text):
+        if _SKIPPED.fullmatch(match["name"]):
+            continue
         margin = len(match["margin"])
         following = _line_of(margin).search(text, match.end())
         end = following.start() if following else len(text)
-        lines = text[match.start() : end].split("\n")
-        if not _SKIPPED.fullmatch(match["name"]) and len(lines) > MIN_LINES:
-            yield _Block(match.start(), end, "\n".join(line[margin:] for line in lines))
+        yield _Block(match.start(), end, margin, text[match.start() : end])
 
 
 @cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from tlkernels.train.config import OptimConfig, Options, RunConfig, ScheduleConfig, require
+from tlkernels.train.config import DataConfig, OptimConfig, Options, RunConfig, ScheduleConfig, check_data, require
 from tlkernels.train.documents_config import CorpusConfig, check_corpus
 from tlkernels.train.errors import UserError
 from tlkernels.train.lm_config import MaskConfig
@@ -50,8 +50,8 @@ class StudentConfig:
 
 
 @dataclass
-class DistillLossConfig:
-    """The loss, tlkernels.linear_distillation, or tlkernels.linear_topk_distillation from a cache.
+class SoftLossConfig:
+    """The loss between the teacher's and the student's logits, tlkernels.distillation.
 
     Args:
         divergence: forward_kl: KL(teacher || student); reverse_kl: KL(student || teacher); js: the Jensen-Shannon
@@ -59,12 +59,8 @@ class DistillLossConfig:
         beta: The teacher's share in the mixture of `js`, above 0 and below 1.
         temperature: Divides the logits of both, above 0. The loss is multiplied by its square.
         temperature_end: The temperature of the last step, reached linearly. None: that of the first.
-        hard_weight: Share of the cross entropy with the data, 0 <= share <= 1.
+        hard_weight: Share of the cross entropy with the labels, 0 <= share <= 1.
         hard_weight_end: The share in the last step, reached linearly. None: that of the first.
-        tokens: Masked models only. all: every token of the text is distilled, and is its own label in the cross
-            entropy. masked: only masked tokens.
-        tail: From a cache only: what becomes of the classes that it does not have. bucket: they are one more class;
-            renormalize: they have no probability; ignore: they are left out.
         impl: The implementation that computes it. `tlkernels doctor` lists the available ones.
     """
 
@@ -74,8 +70,6 @@ class DistillLossConfig:
     temperature_end: float | None = None
     hard_weight: float = 0.0
     hard_weight_end: float | None = None
-    tokens: Literal["all", "masked"] = "all"
-    tail: Literal["bucket", "renormalize", "ignore"] = "bucket"
     impl: Literal["auto", "reference", "native", "triton"] = "auto"
 
     def at(self, step: int, steps: int) -> tuple[float, float]:
@@ -86,6 +80,21 @@ class DistillLossConfig:
             return first if last is None else first + (last - first) * share
 
         return between(self.temperature, self.temperature_end), between(self.hard_weight, self.hard_weight_end)
+
+
+@dataclass
+class DistillLossConfig(SoftLossConfig):
+    """The loss, tlkernels.linear_distillation, or tlkernels.linear_topk_distillation from a cache.
+
+    Args:
+        tokens: Masked models only. all: every token of the text is distilled, and is its own label. masked: only
+            masked tokens.
+        tail: From a cache only: what becomes of the classes that it does not have. bucket: they are one more class;
+            renormalize: they have no probability; ignore: they are left out.
+    """
+
+    tokens: Literal["all", "masked"] = "all"
+    tail: Literal["bucket", "renormalize", "ignore"] = "bucket"
 
 
 @dataclass
@@ -140,9 +149,7 @@ class DistillConfig(Options):
         require(teacher.top_k is None or teacher.top_k >= 1, "teacher.top_k", "1 or more", teacher.top_k)
         require(0 < self.mask.probability < 1, "mask.probability", "above 0 and below 1", self.mask.probability)
         require(hints.weight > 0, "hints.weight", "above 0", hints.weight)
-        given = [name for name in ("layers", "path", "config") if getattr(student, name) is not None]
-        if len(given) > 1:
-            raise UserError(f"--student.{given[0]} and --student.{given[1]} exclude each other")
+        check_student_options(student)
         cached = teacher.top_k is not None or teacher.cache is not None
         if cached and hints.blocks:
             raise UserError("--hints.blocks needs the teacher, and a cache (--teacher.top_k) has only its answers")
@@ -150,7 +157,7 @@ class DistillConfig(Options):
             raise UserError("--loss.tail applies to a cache (--teacher.top_k)")
 
 
-def check_distillation(loss: DistillLossConfig) -> None:
+def check_distillation(loss: SoftLossConfig) -> None:
     """Raise `UserError` with the name of the first option of the loss whose value is out of range."""
     require(0 < loss.beta < 1, "loss.beta", "above 0 and below 1", loss.beta)
     for name in ("temperature", "temperature_end"):
@@ -159,3 +166,70 @@ def check_distillation(loss: DistillLossConfig) -> None:
     for name in ("hard_weight", "hard_weight_end"):
         value = getattr(loss, name)
         require(value is None or 0 <= value <= 1, f"loss.{name}", "0 <= share <= 1", value)
+
+
+def check_student_options(student: StudentConfig) -> None:
+    """Raise `UserError` if there is more than one student."""
+    given = [name for name in ("layers", "path", "config") if getattr(student, name) is not None]
+    if len(given) > 1:
+        raise UserError(f"--student.{given[0]} and --student.{given[1]} exclude each other")
+
+
+# ---- tlkernels distill-classifier --------------------------------------------------------------------------------
+
+
+@dataclass
+class ClassifierTeacherConfig:
+    """The classifier that teaches.
+
+    Args:
+        path: The run folder of a finished `tlkernels finetune`.
+    """
+
+    path: str | None = None
+
+
+@dataclass
+class ClassifierLossConfig(SoftLossConfig):
+    """The loss, tlkernels.distillation of the logits, and of rows with a label tlkernels.cross_entropy."""
+
+    temperature: float = 2.0
+    hard_weight: float = 0.5
+
+
+@dataclass
+class ClassifierRunConfig(RunConfig):
+    """The run itself, and what the distilled student is compared with.
+
+    Args:
+        compare: Also train the student on the labels alone.
+    """
+
+    compare: bool = True
+
+
+@dataclass
+class DistillClassifierConfig(Options):
+    """All options of `tlkernels distill-classifier`. Without options of the data, they are those of the teacher."""
+
+    command = "distill-classifier"
+    summary = "Train a small classifier to answer as a larger one does, which `tlkernels finetune` has trained."
+
+    teacher: ClassifierTeacherConfig = field(default_factory=ClassifierTeacherConfig)
+    student: StudentConfig = field(default_factory=StudentConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: ClassifierLossConfig = field(default_factory=ClassifierLossConfig)
+    hints: HintConfig = field(default_factory=HintConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    run: ClassifierRunConfig = field(default_factory=ClassifierRunConfig)
+
+    def check(self) -> None:
+        """Raise `UserError` with the name of the first option whose value is out of range."""
+        super().check()
+        check_data(self.data)
+        check_distillation(self.loss)
+        check_student_options(self.student)
+        require(self.hints.weight > 0, "hints.weight", "above 0", self.hints.weight)
+        if self.teacher.path is None:
+            raise UserError("--teacher.path must be the run folder of a finished `tlkernels finetune`")

@@ -209,7 +209,7 @@ def _separated(
             hint = "" if quotes else "; quotation marks are read as text (--data.quotes true)"
             raise UserError(f"line {line} of {path} has {len(row)} fields, the header has {len(header)}{hint}")
         values = [None if place is None else row[place] for place in places]
-        texts = [None if place is None else json.dumps(row[place], ensure_ascii=False) for place in list_places]
+        texts = [None if place is None else _as_json(row[place]) for place in list_places]
         yield line, [*values, *texts, None]
 
 
@@ -266,12 +266,8 @@ def _records(
         if len(row) < len(record):
             wanted([key for key, _ in record], config, f"line {line} of {path}", chat_column)
         known.update(dict.fromkeys(row))
-        values = [_string(row.get(name), name, line, path) for name in asked]
-        nested = (*lists, chat_column)
-        yield (
-            line,
-            values + [json.dumps(_plain(row[name]), ensure_ascii=False) if name in row else None for name in nested],
-        )
+        nested = [_as_json(row[name]) if name in row else None for name in (*lists, chat_column)]
+        yield line, [*(_string(row.get(name), name, line, path) for name in asked), *nested]
     names += known
 
 
@@ -282,6 +278,10 @@ def _string(value: Any, column: str, line: int, path: Path) -> str | None:
         return value
     kind = "an object" if isinstance(value, _Pairs) else "a list"
     raise UserError(f"line {line} of {path}, column {column!r}: expected a string or a number, got {kind}")
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(_plain(value), ensure_ascii=False)
 
 
 def _plain(value: Any) -> Any:

@@ -18,6 +18,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from tlkernels.integrations.head import UnreadableHead, VocabularyHead, hidden_states, read_head
+from tlkernels.train.blocks import block_list
+from tlkernels.train.dropout import without_dropout
 from tlkernels.train.errors import UserError, one_line
 from tlkernels.train.lm_config import LmModelConfig
 from tlkernels.train.model import load_from, source
@@ -160,22 +162,6 @@ def _saved_bias(folder: Path) -> Tensor | None:
     return saved["bias"] if saved.keys() == {"bias"} else None
 
 
-def without_dropout(model: Any, name: str) -> None:
-    """Turn dropout off in the modules; the saved configuration keeps it. Check that nothing random is left."""
-    for module in model.modules():
-        for attribute, value in vars(module).items():
-            if isinstance(value, float) and (
-                "drop" in attribute or (isinstance(module, nn.Dropout) and attribute == "p")
-            ):
-                setattr(module, attribute, 0.0)
-    ids = torch.arange(8).unsqueeze(0) + 8
-    model.train()
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        first, second = (model(input_ids=ids)[0] for _ in range(2))
-    if not torch.equal(first, second):
-        raise UserError(f"the dropout of {name} cannot be turned off; --model.dropout true leaves it on")
-
-
 def _unquantised(auto: Any, model: Any) -> Any:
     """Return a model with the weights of one from a .gguf file, which were converted to float32 when it was read.
 
@@ -190,15 +176,10 @@ def _unquantised(auto: Any, model: Any) -> Any:
 
 def _freeze(model: Any, count: int) -> None:
     """Freeze the lower `count` blocks and what is below them; an embedding that is the head too stays trained."""
-    total = model.config.get_text_config().num_hidden_layers
-    blocks = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == total]
-    if len(blocks) != 1:
-        raise UserError(
-            f"--model.freeze: {type(model).__name__} has {len(blocks)} lists of {total} blocks; expected one"
-        )
-    if count > total:
-        raise UserError(f"--model.freeze must be at most {total}, the model's number of blocks, got {count}")
-    for block in blocks[0][:count]:
+    _, blocks = block_list(model)
+    if count > len(blocks):
+        raise UserError(f"--model.freeze must be at most {len(blocks)}, the model's number of blocks, got {count}")
+    for block in blocks[:count]:
         block.requires_grad_(False)
     output = model.get_output_embeddings()
     embeddings = model.get_input_embeddings().weight

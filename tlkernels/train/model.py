@@ -26,7 +26,7 @@ class Classifier(nn.Module):
     """A transformers encoder, the mean of its last hidden states over all tokens but padding, and a linear head."""
 
     encoder: Any  # a transformers.PreTrainedModel
-    head: nn.Module
+    head: nn.Linear
 
     def __init__(self, encoder: nn.Module, width: int, classes: int) -> None:
         """Add a head with random weights to `encoder`, whose hidden size is `width`."""
@@ -48,14 +48,19 @@ class Classifier(nn.Module):
 
     def features(self, **inputs: Tensor) -> Tensor:
         """Return the pooled features, `(rows, width)`."""
-        hidden: Tensor = self.encoder(**inputs).last_hidden_state
-        if hidden.ndim == 4:  # (rows, channels, height, width), from a convolutional network
-            hidden = hidden.flatten(2).transpose(1, 2)
-        mask = inputs.get("attention_mask")
-        if mask is None:
-            return hidden.mean(1)
-        weight = mask.unsqueeze(-1).to(hidden.dtype)
-        return (hidden * weight).sum(1) / weight.sum(1).clamp_min(1)
+        return pooled(self.encoder, inputs)
+
+
+def pooled(encoder: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """Return the mean of an encoder's last hidden states over all tokens but padding, `(rows, width)`."""
+    hidden: Tensor = encoder(**inputs).last_hidden_state
+    if hidden.ndim == 4:  # (rows, channels, height, width), from a convolutional network
+        hidden = hidden.flatten(2).transpose(1, 2)
+    mask = inputs.get("attention_mask")
+    if mask is None:
+        return hidden.mean(1)
+    weight = mask.unsqueeze(-1).to(hidden.dtype)
+    return (hidden * weight).sum(1) / weight.sum(1).clamp_min(1)
 
 
 def source(path: str | None) -> str:
@@ -85,19 +90,31 @@ def new_classifier(name: str, classes: int, random_weights: bool, seed: int) -> 
         UserError: `name` is neither a model folder nor a hub model that can be reached, weights are missing, or it is
             not an encoder.
     """
-    encoder_config = _encoder_config(name)
     torch.manual_seed(seed)
     if random_weights:
+        encoder_config = _encoder_config(name)
         from_config: Any = transformers.AutoModel.from_config
-        encoder = from_config(encoder_config, trust_remote_code=False)
+        encoder, width = from_config(encoder_config, trust_remote_code=False), width_of(encoder_config)
     else:
-        options = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
-        encoder, info = load_from(transformers.AutoModel, name, **options)
-        missing = [key for key in info["missing_keys"] if "pooler" not in key]  # mean pooling does not use a pooler
-        if missing:
-            raise UserError(f"the weights in {name} lack {len(missing)} of the encoder's tensors, such as {missing[0]}")
+        encoder, width = load_encoder(name)
     torch.manual_seed(seed)  # again, so that the head does not depend on what the encoder drew
-    return Classifier(encoder, _width(encoder_config), classes)
+    return Classifier(encoder, width, classes)
+
+
+def load_encoder(name: str) -> tuple[Any, int]:
+    """Return a pretrained encoder and its width.
+
+    Raises:
+        UserError: `name` is neither a model folder nor a hub model that can be reached, weights are missing, or it is
+            not an encoder.
+    """
+    width = width_of(_encoder_config(name))
+    options = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
+    encoder, info = load_from(transformers.AutoModel, name, **options)
+    missing = [key for key in info["missing_keys"] if "pooler" not in key]  # mean pooling does not use a pooler
+    if missing:
+        raise UserError(f"the weights in {name} lack {len(missing)} of the encoder's tensors, such as {missing[0]}")
+    return encoder, width
 
 
 def positions(encoder: Any) -> int | None:
@@ -224,6 +241,7 @@ def _encoder_config(name: str) -> Any:
     return config
 
 
-def _width(config: Any) -> int:
+def width_of(config: Any) -> int:
+    """Return the width of an encoder's last hidden states."""
     width = getattr(config, "hidden_size", None) or config.hidden_sizes[-1]
     return int(width)

@@ -1,299 +1,129 @@
-"""The student networks of `tlkernels distill`: some blocks of the teacher, or a configuration with random weights."""
+"""The students that distillation begins with, and whether a student and its teacher fit together."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+import math
 from typing import Any
 
 import torch
-import transformers
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from tlkernels.train.errors import RunError, UserError, listed, one_line, shown
-from tlkernels.train.model import load_from
+from tlkernels.train import language
+from tlkernels.train.blocks import block_list, chosen_blocks, from_config, same_vocabulary, with_blocks
+from tlkernels.train.distill_config import DistillClassifierConfig, DistillConfig, HintConfig, StudentConfig
+from tlkernels.train.dropout import without_dropout
+from tlkernels.train.errors import UserError
+from tlkernels.train.language import LanguageModel
+from tlkernels.train.lm_config import LmModelConfig
+from tlkernels.train.model import (
+    Classifier,
+    load_encoder,
+    load_preprocessor,
+    position_offset,
+    positions,
+    source,
+    width_of,
+)
+from tlkernels.train.packed_inputs import takes_additive_mask, verify_packing
 
-# Attributes of modules that the student need not share with the teacher.
-_MODES = {"training", "gradient_checkpointing"}
-
-
-def block_list(model: Any) -> tuple[str, nn.ModuleList]:
-    """Return the name and the list of a transformers model's blocks.
-
-    Raises:
-        UserError: the model does not have exactly one list of as many modules as its configuration has layers. Lists
-            inside such a list do not count.
-    """
-    kind = type(model).__name__
-    config = model.config.get_text_config()
-    total = getattr(config, "num_hidden_layers", None)
-    if not isinstance(total, int) or hasattr(config, "depths"):
-        what = "stages of several depths" if hasattr(config, "depths") else "no num_hidden_layers"
-        raise UserError(f"{kind} has no list of equal blocks: its configuration has {what}")
-    lists: list[tuple[str, nn.ModuleList]] = []
-    for name, module in model.named_modules():  # a list comes before those inside it
-        inside = any(name.startswith(f"{outer}.") for outer, _ in lists)
-        if isinstance(module, nn.ModuleList) and len(module) == total and not inside:
-            lists.append((name, module))
-    if len(lists) != 1:
-        raise UserError(f"{kind} has {len(lists)} lists of {total} blocks; expected one")
-    return lists[0]
+_SMOLLM2_LAYERS = 10  # of 30, so that the demonstration's student is small beside its head
 
 
-def chosen_blocks(layers: int | list[int], total: int) -> list[int]:
-    """Return the numbers of the blocks that a student takes from a teacher with `total` of them, counted from 0.
-
-    Args:
-        layers: The numbers themselves, or how many: these are spread evenly from the first block to the last. A single
-            one is the first, which is the only block that knows the embeddings.
-        total: The teacher's number of blocks.
+def new_student(config: DistillConfig, teacher: LanguageModel, causal: bool) -> LanguageModel:
+    """Return the student with the weights that it begins with.
 
     Raises:
-        UserError: there are no such blocks, or they are not in ascending order.
+        UserError: there is no such model, or the teacher cannot be cut to its blocks.
     """
-    if isinstance(layers, int):
-        if not 1 <= layers <= total:
-            raise UserError(f"--student.layers must be from 1 to {total}, the teacher's number of blocks, got {layers}")
-        return [round(i * (total - 1) / max(layers - 1, 1)) for i in range(layers)]
-    in_range = all(0 <= block < total for block in layers)
-    if not layers or not in_range or layers != sorted(set(layers)):
-        raise UserError(
-            f"--student.layers must be different blocks of the teacher, from 0 to {total - 1}, in ascending order, "
-            f"got {shown(layers)}"
-        )
-    return list(layers)
+    student, options = config.student, LmModelConfig(dropout=config.student.dropout)
+    if student.path is not None:
+        name, extra = language.find(student.path)
+        if language.is_causal(name, extra, config.teacher.objective) != causal:
+            raise UserError("--student.path must be causal if the teacher is, and otherwise masked")
+        return language.new_model(name, extra, causal, options)
+    if student.config is not None:
+        kind = causal or (None if teacher.head is None else False)
+        network = LanguageModel(from_config(student.config, teacher.model, kind, config.run.seed))
+    else:
+        packaged = config.teacher.path in (None, "smollm2")
+        network = LanguageModel(_cut(teacher.model, student, _SMOLLM2_LAYERS if packaged else None))
+        if network.bias is not None and teacher.bias is not None:
+            network.bias.data.copy_(teacher.bias)
+    network.requires_grad_(True)
+    if not student.dropout:
+        without_dropout(network.model, "the student")
+    return network
 
 
-def with_blocks(model: Any, blocks: list[int]) -> Any:
-    """Return a new model that has only these blocks of `model`, with copies of its weights in float32.
-
-    A block keeps what its number meant in `model`, such as its kind of attention. The new model is compared with
-    `model` without the other blocks, on a few tokens or pixels; `model` is left in the mode that it was in.
-
-    Args:
-        model: a transformers.PreTrainedModel in float32.
-        blocks: what `chosen_blocks` returned.
+def new_classifier_student(config: DistillClassifierConfig, teacher: Classifier, preprocessor: Any) -> Classifier:
+    """Return the student of a classifier with the weights that it begins with, the head those of the teacher's blocks.
 
     Raises:
-        UserError: a model of this class cannot be cut so that it computes what its blocks compute in `model`.
+        UserError: there is no such model, its tokens are not those of the teacher, or the teacher cannot be cut.
     """
-    name, teacher_blocks = block_list(model)
-    try:
-        config = _cut_config(model.config, blocks, len(teacher_blocks))
-        with torch.random.fork_rng(devices=[]):
-            student = type(model)._from_config(config, dtype=torch.float32)
-        student.load_state_dict(_cut_weights(model.state_dict(), name, blocks))
-        if model.can_generate():
-            student.generation_config = copy.deepcopy(model.generation_config)
-        student.to(model.device).train(model.training)
-        _check_attributes(teacher_blocks, student.get_submodule(name), blocks)
-        _check_outputs(model, student, teacher_blocks, blocks)
-    except Exception as error:  # of transformers' classes, which raise anything
-        raise UserError(
-            f"--student.layers: {type(model).__name__} cannot be cut to the blocks {listed([str(b) for b in blocks])}: "
-            f"{one_line(error)}"
-        ) from error
-    return student
+    student = config.student
+    if student.path is not None:
+        encoder, width = load_encoder(source(student.path))
+        if encoder.main_input_name == "input_ids":
+            own = load_preprocessor(source(student.path), images=False)
+            sizes = [len(model.get_input_embeddings().weight) for model in (teacher.encoder, encoder)]
+            same_vocabulary(preprocessor, own, *sizes)
+    elif student.config is not None:
+        encoder = from_config(student.config, teacher.encoder, None, config.run.seed)
+        width = width_of(encoder.config)
+    else:
+        encoder, width = _cut(teacher.encoder, student), teacher.head.in_features
+    encoder.requires_grad_(True)
+    if not student.dropout:
+        without_dropout(encoder, "the student")
+    torch.manual_seed(config.run.seed)
+    network = Classifier(encoder, width, teacher.head.out_features)
+    if student.path is None and student.config is None:
+        network.head.load_state_dict(teacher.head.state_dict())
+    return network
 
 
-def _cut_config(config: Any, blocks: list[int], total: int) -> Any:
-    """Return the configuration of a model with only these blocks, as it will be after saving and loading."""
-    text, options = config.get_text_config(), config.to_dict()
-    changed = options
-    if text is not config:
-        parts = {key: part for key in config.sub_configs if (part := getattr(config, key)) is not None}
-        others = [key for key, part in parts.items() if part is not text]
-        if others:
-            raise UserError(f"it is not a model of texts alone: its configuration has {listed(others)}")
-        changed = options[next(key for key, part in parts.items() if part is text)]
-    for key in ("out_features", "out_indices"):  # of a backbone; the default is the last block
-        changed.pop(key, None)
-    common = transformers.PreTrainedConfig().to_dict()  # these are not of layers
-    for key, value in changed.items():
-        if isinstance(value, list | tuple) and len(value) == total and key not in common and "token" not in key:
-            changed[key] = [value[block] for block in blocks]
-    changed[text.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(blocks)
-    cut = type(config).from_dict(options)
-    cut._attn_implementation = config._attn_implementation  # is not saved
-    return cut
+def _cut(model: Any, config: StudentConfig, usual: int | None = None) -> Any:
+    """Return the blocks of a teacher that a student begins with; half of them if neither says how many."""
+    total = len(block_list(model)[1])
+    layers = config.layers or (usual if usual is not None and usual < total else math.ceil(total / 2))
+    return with_blocks(model, chosen_blocks(layers, total))
 
 
-def _cut_weights(weights: dict[str, Tensor], name: str, blocks: list[int]) -> dict[str, Tensor]:
-    """Return the weights without those of the other blocks, and with the chosen blocks numbered from 0."""
-    numbers = {str(block): str(number) for number, block in enumerate(blocks)}
-    kept = {}
-    for key, value in weights.items():
-        if key.startswith(f"{name}."):
-            block, _, rest = key.removeprefix(f"{name}.").partition(".")
-            if block not in numbers:
-                continue
-            key = f"{name}.{numbers[block]}.{rest}"
-        kept[key] = value
-    return kept
+def check_student(
+    config: DistillConfig, teacher: LanguageModel, student: LanguageModel, tokenizer: Any, length: int, causal: bool
+) -> None:
+    """Raise `UserError` unless the student and the hints fit the teacher, whose rows have up to `length` tokens."""
+    for whose, network in (("teacher", teacher), ("student", student)):
+        head = network.head
+        if head is not None and head.temperature != 1 and head.softcap is not None:
+            raise UserError(f"the {whose}'s head has a scale and a softcap, which distillation cannot combine")
+    if config.student.path is not None:
+        name, extra = language.find(config.student.path)
+        own = load_preprocessor(name, images=False, **extra)
+        same_vocabulary(tokenizer, own, head_rows(teacher), head_rows(student))
+    limit = positions(student.model)
+    if limit is not None and limit < length:
+        raise UserError(f"--data.length must be at most {limit}, the student's positions, got {length}")
+    own_ways, ways = ((position_offset(n.model), takes_additive_mask(n.model)) for n in (student, teacher))
+    if own_ways != ways:
+        raise UserError("the student numbers its positions, or masks its attention, in another way than the teacher")
+    if config.data.pack:
+        verify_packing(student.model, "the student", length, causal=causal)
+    check_hints(config.hints, student.model, teacher.model)
 
 
-def _check_attributes(teacher: nn.ModuleList, student: nn.ModuleList, blocks: list[int]) -> None:
-    """Compare the options that the blocks' modules hold, such as the window of the attention.
-
-    The few tokens of `_check_outputs` cannot show a window that is longer.
-    """
-    for number, block in enumerate(blocks):
-        pairs = zip(teacher[block].named_modules(), student[number].named_modules(), strict=True)
-        for (name, expected), (_, found) in pairs:
-            for key, value in vars(expected).items():
-                if key.startswith("_") or key in _MODES or "drop" in key or isinstance(expected, nn.Dropout):
-                    continue
-                other = vars(found).get(key)
-                if isinstance(value, int | float | str | None) and value != other and (value, other) != (block, number):
-                    where = f"{name}.{key}".lstrip(".")
-                    raise UserError(f"{where} of block {block} would be {shown(other)}, it is {shown(value)}")
+def check_hints(hints: HintConfig, student: Any, teacher: Any) -> None:
+    """Raise `UserError` unless the two transformers models have the blocks of the hints."""
+    for place, (whose, model) in enumerate((("student", student), ("teacher", teacher))):
+        total = len(block_list(model)[1]) if hints.blocks else 0
+        for pair in hints.blocks:
+            if not 0 <= pair[place] < total:
+                raise UserError(
+                    f"--hints.blocks: the {whose} has the blocks 0 to {total - 1}, got {pair[place]} in {list(pair)}"
+                )
 
 
-def _check_outputs(model: Any, student: Any, teacher_blocks: nn.ModuleList, blocks: list[int]) -> None:
-    """Compare the student with the teacher whose other blocks return their input."""
-    inputs = _probe_inputs(model)
-    training = model.training
-    model.eval()
-    student.eval()
-    try:
-        with torch.no_grad():
-            found = student(**inputs)[0]
-            with _skipped([block for n, block in enumerate(teacher_blocks) if n not in blocks]):
-                expected = model(**inputs)[0]
-    finally:
-        model.train(training)
-        student.train(training)
-    error, scale = (found - expected).abs().max(), expected.abs().max()
-    if not error <= 1e-4 * scale:
-        raise UserError(f"its output differs by {error:.2g} from that of the teacher's blocks (at most {scale:.2g})")
-
-
-def _probe_inputs(model: Any) -> dict[str, Tensor]:
-    config = model.config
-    generator = torch.Generator().manual_seed(0)
-    if model.main_input_name == "pixel_values":
-        size = config.image_size
-        height, width = (size, size) if isinstance(size, int) else size
-        pixels = torch.rand(1, config.num_channels, height, width, generator=generator)
-        return {"pixel_values": pixels.to(model.device)}
-    ids = torch.randint(config.get_text_config().vocab_size, (2, 16), generator=generator)
-    return {"input_ids": ids.to(model.device)}
-
-
-@contextmanager
-def _skipped(modules: list[nn.Module]) -> Iterator[None]:
-    def skip(_: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
-
-    handles = [module.register_forward_hook(skip, with_kwargs=True) for module in modules]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def from_config(file: str, teacher_model: Any, causal: bool | None, seed: int) -> Any:
-    """Return a model of a configuration, with random weights that depend on `seed`, in float32.
-
-    Args:
-        file: config.json, or its folder.
-        teacher_model: the transformers model whose vocabulary it must have.
-        causal: whether it is a causal language model, or a masked one; None: an encoder without a head.
-        seed: of the random weights.
-
-    Raises:
-        UserError: there is no such file, no such model, or it has another number of tokens than the teacher.
-    """
-    path = Path(file).expanduser()
-    if not path.is_file() and not (path / "config.json").is_file():
-        raise UserError(f"--student.config: expected a config.json or its folder, got {file}")
-    config = load_from(transformers.AutoConfig, str(path))
-    if getattr(config, "is_encoder_decoder", False):
-        raise UserError(f"--student.config: {file} is an encoder-decoder; expected an encoder or a decoder")
-    found, expected = (getattr(c.get_text_config(), "vocab_size", None) for c in (config, teacher_model.config))
-    if found != expected:
-        raise UserError(f"--student.config: vocab_size must be {expected}, as in the teacher, got {found}")
-    auto: Any = {
-        True: transformers.AutoModelForCausalLM,
-        False: transformers.AutoModelForMaskedLM,
-        None: transformers.AutoModel,
-    }[causal]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        try:
-            return auto.from_config(config, dtype=torch.float32, trust_remote_code=False)
-        except (ValueError, RuntimeError, ImportError) as error:
-            raise UserError(f"--student.config: cannot make {auto.__name__} of {file}: {one_line(error)}") from error
-
-
-class BlockOutputs:
-    """The hidden states after some blocks of a model in one forward pass, with autograd.
-
-    Those after the last block are not normalised yet. Call the model once inside, and `backward` outside, where
-    activation checkpointing runs the blocks again:
-
-        with BlockOutputs(model, [1, 3]) as outputs:
-            model(input_ids=tokens)
-        outputs.values[3]
-
-    Attributes:
-        values: the output of each block, `(rows, tokens, width)`, by its number.
-    """
-
-    values: dict[int, Tensor]
-
-    def __init__(self, model: Any, blocks: list[int]) -> None:
-        """Choose the blocks. Raises `UserError` if the model has no list of blocks."""
-        self._model, self._list = type(model).__name__, block_list(model)[1]
-        self._blocks = blocks
-        self._handles: list[RemovableHandle] = []
-        self.values = {}
-
-    def __enter__(self) -> BlockOutputs:
-        """Add the hooks."""
-        self.values = {}
-        for number in self._blocks:
-            self._handles.append(self._list[number].register_forward_hook(self._hook(number)))
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Remove the hooks. Raises `RunError` if a block was not called."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        missing = [str(number) for number in self._blocks if number not in self.values]
-        if missing and kind is None:
-            raise RunError(f"{self._model} did not call its blocks {listed(missing)}; expected one call of each")
-
-    def _hook(self, number: int) -> Any:
-        def keep(_: nn.Module, __: Any, output: Any) -> None:
-            if number in self.values:
-                raise RunError(f"{self._model} called its block {number} twice; expected one call")
-            self.values[number] = output[0] if isinstance(output, tuple) else output
-
-        return keep
-
-
-def same_vocabulary(teacher_tokenizer: Any, student_tokenizer: Any, teacher_rows: int, student_rows: int) -> None:
-    """Check that two models number their tokens alike, as the loss compares their logits one by one.
-
-    Raises:
-        UserError: a token has another number, or one of the heads has more rows.
-    """
-    teacher, student = teacher_tokenizer.get_vocab(), student_tokenizer.get_vocab()
-    for token in sorted(teacher | student, key=lambda token: teacher.get(token, len(teacher) + student.get(token, 0))):
-        ids = [str(vocabulary.get(token, "missing")) for vocabulary in (teacher, student)]
-        if ids[0] != ids[1]:
-            raise UserError(
-                f"the student has another vocabulary: the token {shown(token)} is {ids[0]} in the teacher and {ids[1]} "
-                "in the student"
-            )
-    if teacher_rows != student_rows:
-        raise UserError(
-            f"the student has another vocabulary: its head has {student_rows} rows, that of the teacher {teacher_rows}"
-        )
+def head_rows(network: LanguageModel) -> int:
+    """Return the number of rows of a network's head."""
+    head = network.head
+    return len(network.model.get_input_embeddings().weight if head is None else head.linear.weight)

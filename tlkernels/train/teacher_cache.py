@@ -20,10 +20,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from tlkernels.train.checkpoint import _to_disk, write_file
+from tlkernels.train.checkpoint import to_disk, write_file
 from tlkernels.train.errors import RunError, UserError, one_line
 
-SHARD_ROWS = 512  # 17 MB with 256 tokens a row, 32 classes a token and a vocabulary of at most 65536
+SHARD_ROWS = 128  # 4 MB with 256 tokens a row, 32 classes a token and a vocabulary of at most 65536
 
 Teacher = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Row numbers -> the classes and their log-probabilities, each (tokens of these rows, K)."""
@@ -50,8 +50,8 @@ class Identity:
 class _Shard:
     """The tensors of one file; of mapped files, only the pages that are used are read.
 
-    A float16 `log_probs` has a relative error of at most 2^-11. That is small for each class, but not for the probability of
-    all other classes, which is 1 minus a sum near 1: so the log of that sum is stored in float32.
+    Rounding to float16 changes a log-probability by up to 2^-11 of it. That is little for each class, but much for the
+    probability of all other classes, which is 1 minus a sum near 1: so the log of that sum is stored in float32.
     """
 
     counts: Tensor  # int32, (rows,): tokens of each row
@@ -285,9 +285,9 @@ def _write_shard(final: Path, shard: _Shard) -> None:
     new = final.with_name(final.name + ".new")
     try:
         new.write_bytes(save(vars(shard)))
-        _to_disk(new)
+        to_disk(new)
         new.replace(final)
-        _to_disk(final.parent)
+        to_disk(final.parent)
     except OSError as error:
         with contextlib.suppress(OSError):
             new.unlink(missing_ok=True)  # a full disk is not left full

@@ -1,20 +1,23 @@
-"""The network of `tlkernels distill`, a student that hears its teacher, and its losses."""
+"""The network of distillation, a student that hears its teacher, and the losses of `tlkernels distill`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional
 
 import tlkernels as tlk
+from tlkernels.train.blocks import BlockOutputs
 from tlkernels.train.distill_config import DistillLossConfig, HintConfig
-from tlkernels.train.language import LanguageModel
+from tlkernels.train.errors import UserError, one_line
 from tlkernels.train.packing import IGNORE
-from tlkernels.train.student import BlockOutputs
 from tlkernels.train.task import OURS, Loss
 
 
@@ -61,55 +64,85 @@ class Taught(nn.Module):
     """A student, whose loss gets what the teacher computes from the same rows.
 
     Attributes:
-        student: the network that is trained.
+        student: the network that is trained, a `LanguageModel` or a `Classifier`; the teacher is one, too.
         maps: for each pair of `hints`, the linear map from the student's hidden states to the teacher's.
     """
 
-    def __init__(self, student: LanguageModel, teacher: Teacher | None = None, hints: HintConfig | None = None) -> None:
+    def __init__(self, student: nn.Module, teacher: Teacher | None = None, hints: HintConfig | None = None) -> None:
         """Add new maps for the hints, from the present random numbers."""
         super().__init__()
         self.student, self.teacher, self.hints = student, teacher, hints or HintConfig()
         self.maps = nn.ModuleList()
         if self.hints.blocks:
             assert teacher is not None
-            widths = [
-                network.config.get_text_config().hidden_size for network in (student.model, teacher.network.model)
-            ]
-            self.maps.extend(nn.Linear(*widths) for _ in self.hints.blocks)
+            configs = [transformer(network).config.get_text_config() for network in (student, teacher.network)]
+            self.maps.extend(nn.Linear(*(config.hidden_size for config in configs)) for _ in self.hints.blocks)
 
-    def forward(
-        self, inputs: dict[str, Tensor], target: Tensor, valid: int, lesson: Lesson | None, loss: Callable[..., Tensor]
-    ) -> Tensor:
-        """Return `loss(...)` with the arguments of the student's head, and with a lesson those of the teacher's.
+    def forward(self, inputs: dict[str, Tensor], target: Tensor, *rest: Any) -> Tensor:
+        """Return the loss. `rest` is what the student takes after the target, a `Lesson` or None, and the loss.
 
-        Hints are added to it, summed over the tokens with a target. Without a lesson the student is alone.
+        Without a lesson the student is alone. With one, the loss also gets what the teacher gives to its own loss, or
+        None if the lesson has the teacher's answers, and the lesson. Hints are added to the loss, summed over the
+        tokens with a target, or of a classifier over all but padding.
         """
+        *counts, lesson, loss = rest
         if lesson is None:
-            alone: Tensor = self.student(inputs, target, valid, loss)
-            return alone
+            return self._of(self.student, inputs, target, *counts, loss)
         if self.teacher is None or lesson.classes is not None:
-            cached: Tensor = self.student(inputs, target, valid, lambda *head: loss(*head, None, lesson))
-            return cached
-        teacher = self.teacher.network
-        blocks = list(zip(*self.hints.blocks, strict=True)) or [(), ()]
-        taken: list[tuple[Any, ...]] = []
+            return self._of(self.student, inputs, target, *counts, lambda *head: loss(*head, None, lesson))
+        teacher, taken = self.teacher.network, list[tuple[Any, ...]]()
+        own_blocks, its_blocks = zip(*self.hints.blocks, strict=True) if self.hints.blocks else ((), ())
 
         def take(*head: Any) -> Tensor:
             taken.append(head)
             return torch.zeros(())
 
-        def watch(model: Any, numbers: tuple[int, ...]) -> Any:
-            return BlockOutputs(model, sorted(set(numbers))) if numbers else nullcontext()
-
-        with torch.no_grad(), watch(getattr(teacher, "model", None), blocks[1]) as told:
-            teacher(inputs, target, valid, take)
-        with watch(self.student.model, blocks[0]) as own:
-            value: Tensor = self.student(inputs, target, valid, lambda *head: loss(*head, taken[0], lesson))
-        counted = target != IGNORE
+        with torch.no_grad(), _watched(teacher, its_blocks) as told:
+            teacher(inputs, target, *counts, take)
+        with _watched(self.student, own_blocks) as own:
+            value = self._of(self.student, inputs, target, *counts, lambda *head: loss(*head, taken[0], lesson))
         for one, (mine, its) in zip(self.maps, self.hints.blocks, strict=True):
+            counted = self._counted(inputs, target, told.values[its])
             guess, right = one(own.values[mine][counted]), told.values[its][counted]
             value = value + self.hints.weight / right.shape[-1] * tlk.mse(guess, right.to(guess.dtype), reduction="sum")
         return value
+
+    @staticmethod
+    def _counted(inputs: dict[str, Tensor], target: Tensor, hidden: Tensor) -> Tensor:
+        if target.dim() == 2:
+            return target != IGNORE
+        mask = inputs.get("attention_mask")
+        return torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device) if mask is None else mask.bool()
+
+    @staticmethod
+    def _of(network: nn.Module, *arguments: Any) -> Tensor:
+        value: Tensor = network(*arguments)
+        return value
+
+
+def transformer(network: Any) -> Any:
+    """Return the transformers model in a `LanguageModel` or a `Classifier`."""
+    return network.model if hasattr(network, "model") else network.encoder
+
+
+def save_maps(folder: Path, network: Taught) -> None:
+    """Write the maps of the hints, if there are any."""
+    if network.maps:
+        maps = {name: value.detach().cpu().contiguous() for name, value in network.maps.state_dict().items()}
+        safetensors.torch.save_file(maps, folder / "hints.safetensors")
+
+
+def load_maps(folder: Path, network: Taught) -> None:
+    """Load what `save_maps` wrote. Raises `UserError` if it is missing."""
+    if network.maps:
+        try:
+            network.maps.load_state_dict(safetensors.torch.load_file(folder / "hints.safetensors"))
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise UserError(f"{folder} has no maps of the hints: {one_line(error)}") from error
+
+
+def _watched(network: nn.Module, blocks: Sequence[int]) -> Any:
+    return BlockOutputs(transformer(network), sorted(set(blocks))) if blocks else nullcontext()
 
 
 def live_losses(config: DistillLossConfig, gathered: bool) -> dict[str, Loss]:
@@ -134,7 +167,7 @@ def live_losses(config: DistillLossConfig, gathered: bool) -> dict[str, Loss]:
             functional.log_softmax(student / temperature, -1), functional.softmax(taught / temperature, -1),
             reduction="none",
         )  # fmt: skip
-        loss = (1 - share) * temperature**2 * (soft.sum(-1) * (target != IGNORE)).sum()
+        loss: Tensor = (1 - share) * temperature**2 * (soft.sum(-1) * (target != IGNORE)).sum()
         if share:
             hard = functional.cross_entropy(
                 student.flatten(0, -2), target.flatten(), ignore_index=IGNORE, reduction="sum"

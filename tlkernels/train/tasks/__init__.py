@@ -6,14 +6,19 @@ from importlib import import_module
 from typing import Any
 
 from tlkernels.train.config import Config, Options
-from tlkernels.train.distill_config import DistillConfig
+from tlkernels.train.contrast_config import ContrastConfig
+from tlkernels.train.distill_config import DistillClassifierConfig, DistillConfig
 from tlkernels.train.lm_config import LmConfig
 
-CONFIGS: dict[str, type[Options]] = {"finetune": Config, "lm": LmConfig, "distill": DistillConfig}
+CONFIGS: dict[str, type[Options]] = {
+    config.command: config for config in (Config, LmConfig, DistillConfig, DistillClassifierConfig, ContrastConfig)
+}
 _CLASSES = {
     "finetune": ("classify", "Classify"),
     "lm": ("lm", "LanguageModelling"),
     "distill": ("distill", "Distill"),
+    "distill-classifier": ("distill_classifier", "DistillClassifier"),
+    "contrast": ("contrast", "Contrast"),
 }
 
 

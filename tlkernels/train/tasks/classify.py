@@ -15,7 +15,7 @@ from torch.nn import functional
 import tlkernels as tlk
 from tlkernels.train import report
 from tlkernels.train.batches import micro_batches
-from tlkernels.train.config import Config
+from tlkernels.train.config import Config, DataConfig
 from tlkernels.train.data import IGNORE, Table, load_data
 from tlkernels.train.errors import UserError, listed
 from tlkernels.train.metrics import Tally
@@ -31,7 +31,7 @@ from tlkernels.train.model import (
 from tlkernels.train.paths import absolute
 from tlkernels.train.probe import linear_probe
 from tlkernels.train.rows import ImageRows, LabelledRows, TextRows
-from tlkernels.train.task import OURS, Scores, Stage, Task
+from tlkernels.train.task import OURS, Loss, Scores, Stage, Task
 
 
 class Classify(Task):
@@ -45,18 +45,23 @@ class Classify(Task):
 
     def __init__(self, config: Config, accelerator: Accelerator) -> None:
         """Read the data. Raises `UserError` if they, an option or the model folder are wrong."""
-        self.config, self.accelerator, self.batch_size = config, accelerator, config.run.batch_size or 32
+        self.config, self.accelerator = config, accelerator
         with accelerator.main_process_first():  # it may download files for the others
             self.name = source(config.model.path)
             self.adapted = config.model.adapted and _adapted(config.model.adapted)
-            data = load_data(config.data, config.run.seed)
-            self.preprocessor = load_preprocessor(self.name, data.images)
-            limit = None if data.images else positions(empty_encoder(self.name))
+            self.read(config.data)
         absolute(config.model, "path", "adapted")
-        absolute(
-            config.data, "path", *(side for side in ("eval", "test") if getattr(config.data, side) not in data.splits)
-        )
-        max_length = min(config.data.tokens, limit or config.data.tokens)
+        some_ignored = bool((self.rows["train"].labels == IGNORE).any())
+        self.losses = losses(config.loss.label_smoothing, config.loss.impl, gathered=some_ignored)
+
+    def read(self, options: DataConfig) -> None:
+        """Read the rows for the encoder of `name`. Raises `UserError` if they, or an option, are wrong."""
+        self.batch_size = self.config.run.batch_size or 32
+        data = load_data(options, self.config.run.seed)
+        self.preprocessor = load_preprocessor(self.name, data.images)
+        limit = None if data.images else positions(empty_encoder(self.name))
+        absolute(options, "path", *(side for side in ("eval", "test") if getattr(options, side) not in data.splits))
+        max_length = min(options.tokens, limit or options.tokens)
         self.about: dict[str, Any] = {"classes": data.classes, "images": data.images, "max_length": max_length}
 
         def rows(table: Table) -> LabelledRows:
@@ -66,19 +71,6 @@ class Classify(Task):
 
         self.rows = {"train": rows(data.train), "eval": rows(data.eval)}
         self.rows["test"] = rows(data.test) if data.test is not None else self.rows["eval"]
-        smoothing = config.loss.label_smoothing
-        options: Any = {"ignore_index": IGNORE, "reduction": "sum", "label_smoothing": smoothing}
-
-        def gathered(logits: Tensor, target: Tensor) -> Tensor:
-            valid = target != IGNORE
-            return functional.cross_entropy(logits[valid], target[valid], **options)
-
-        self.losses = {
-            OURS: tlk.CrossEntropyLoss(**options, impl=config.loss.impl),
-            "eager": partial(functional.cross_entropy, **options),
-        }
-        if (self.rows["train"].labels == IGNORE).any():
-            self.losses["eager on the labelled rows"] = gathered
 
     def stages(self) -> dict[str, Stage]:
         """Return the fine-tuning, and where they are asked for a probe, an adapted and a random start."""
@@ -167,6 +159,21 @@ class Classify(Task):
         cost = report.loss_cost(report.loss_seconds(self, [(probe.logits, probe.target)]), probe.pass_seconds)
         chosen = {"penalty": probe.penalty, "eval_accuracy": probe.eval_scores.values["accuracy"]}
         return report.result("frozen", probe.scores, speed, probe.pass_seconds) | cost | chosen
+
+
+def losses(label_smoothing: float, impl: str, gathered: bool) -> dict[str, Loss]:
+    """Return tlkernels' and eager PyTorch's cross entropy, summed over the labelled rows; `gathered` adds a third."""
+    options: Any = {"ignore_index": IGNORE, "reduction": "sum", "label_smoothing": label_smoothing}
+
+    def on_gathered(logits: Tensor, target: Tensor) -> Tensor:
+        valid = target != IGNORE
+        return functional.cross_entropy(logits[valid], target[valid], **options)
+
+    ways: dict[str, Loss] = {
+        OURS: tlk.CrossEntropyLoss(**options, impl=impl),
+        "eager": partial(functional.cross_entropy, **options),
+    }
+    return ways | ({"eager on the labelled rows": on_gathered} if gathered else {})
 
 
 def versus(name: str, first: dict[str, Any], other: str, second: dict[str, Any]) -> str:

@@ -6,16 +6,15 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 import transformers
 from accelerate import Accelerator
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from tlkernels.train import language, report
+from tlkernels.train.blocks import block_list
 from tlkernels.train.distill_config import DistillConfig
-from tlkernels.train.errors import UserError, one_line
+from tlkernels.train.errors import UserError
 from tlkernels.train.language import LanguageModel
 from tlkernels.train.lm_config import LmModelConfig
 from tlkernels.train.model import load_from
@@ -24,12 +23,20 @@ from tlkernels.train.paired import paired_difference
 from tlkernels.train.paths import absolute
 from tlkernels.train.sharding import for_evaluation
 from tlkernels.train.stopping import stopped
-from tlkernels.train.student import block_list
-from tlkernels.train.student_model import check_student, head_rows, new_student
+from tlkernels.train.student import check_student, head_rows, new_student
 from tlkernels.train.task import Stage
 from tlkernels.train.tasks.lm import losses as text_losses
 from tlkernels.train.teacher_cache import Identity, TeacherCache, file_digest, open_cache, tokenizer_digest, write_cache
-from tlkernels.train.teaching import Lesson, Taught, Teacher, cached_losses, live_losses, most_probable
+from tlkernels.train.teaching import (
+    Lesson,
+    Taught,
+    Teacher,
+    cached_losses,
+    live_losses,
+    load_maps,
+    most_probable,
+    save_maps,
+)
 from tlkernels.train.token_task import TokenTask
 
 TOP_K = 32  # of a cache, if it is not given
@@ -117,18 +124,12 @@ class Distill(TokenTask):
     def save(self, folder: Path, network: Any) -> None:
         """Write the student, its tokenizer, and the maps of the hints."""
         language.save(folder, network.student, self.tokenizer, {"causal": self.causal, "max_length": self.length})
-        if network.maps:
-            maps = {name: value.detach().cpu().contiguous() for name, value in network.maps.state_dict().items()}
-            safetensors.torch.save_file(maps, folder / "hints.safetensors")
+        save_maps(folder, network)
 
     def load(self, folder: Path) -> nn.Module:
         """Return the network that `save` wrote."""
         network = self._taught(language.load(folder, LmModelConfig(dropout=self.config.student.dropout)))
-        if network.maps:
-            try:
-                network.maps.load_state_dict(safetensors.torch.load_file(folder / "hints.safetensors"))
-            except (OSError, RuntimeError, SafetensorError) as error:
-                raise UserError(f"{folder} has no maps of the hints: {one_line(error)}") from error
+        load_maps(folder, network)
         return network
 
     def describe(self) -> str:

@@ -13,8 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from train_cases import quick, same_bits
 
-from tlkernels.train.errors import RunError, UserError
-from tlkernels.train.student import (
+from tlkernels.train.blocks import (
     BlockOutputs,
     block_list,
     chosen_blocks,
@@ -22,6 +21,7 @@ from tlkernels.train.student import (
     same_vocabulary,
     with_blocks,
 )
+from tlkernels.train.errors import RunError, UserError
 
 pytestmark = pytest.mark.usefixtures(quick.__name__)
 
@@ -197,6 +197,14 @@ def test_making_a_student_changes_neither_the_teachers_mode_nor_the_random_numbe
     assert not any(module._forward_hooks for module in teacher.modules())
 
 
+def test_a_student_has_the_teachers_generation_options_and_attention_code():
+    teacher = llama(attn_implementation="eager")
+    teacher.generation_config.top_k = 7
+    student = with_blocks(teacher, [0, 5])
+    assert student.generation_config.top_k == 7 and student.generation_config is not teacher.generation_config
+    assert teacher.config._attn_implementation == student.config._attn_implementation == "eager"
+
+
 class Numbered(transformers.LlamaForCausalLM):
     """A Llama whose logits depend on its number of layers."""
 
@@ -239,6 +247,12 @@ def test_models_that_cannot_be_cut_are_refused_in_one_line(case):
     with pytest.raises(UserError, match=message) as caught:
         with_blocks(build(name, options), blocks)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
+def test_lists_inside_the_blocks_are_not_lists_of_blocks():
+    model = build("T5EncoderModel", T5[1] | {"num_layers": 2})  # each block is a list of two modules
+    name, blocks = block_list(model)
+    assert name == "encoder.block" and blocks is model.encoder.block
 
 
 def test_a_model_of_texts_and_images_is_refused():
