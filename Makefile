@@ -8,6 +8,7 @@ EXTRAS := train,hf,vision,bench,dev
 CSRC := $(shell find csrc -type f 2>/dev/null)
 
 DEMO_LM_ARGS ?=
+DEMO_DISTILL_ARGS ?=
 DEMO_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
@@ -23,8 +24,10 @@ setup: $(VENV)/built  ## virtual environment, pinned dependencies, the extension
 
 # A name of its own for each run: a run folder is never written over.
 DEMO := runs/demo-$(shell date +%Y%m%d-%H%M%S)
-demo: setup  ## adapt a pretrained model to docstrings, comparing the losses, and classify with it
+demo: setup  ## adapt a pretrained model to docstrings, let it teach a smaller one, comparing the losses, and classify with it
 	$(BIN)/tlkernels lm --run.compare_loss 4 --run.steps 20 --run.folder $(DEMO)/lm $(DEMO_LM_ARGS)
+	$(BIN)/tlkernels distill --teacher.path $(DEMO)/lm --student.layers [0,1] --run.compare_loss 4 --run.steps 10 \
+		--run.compare false --run.folder $(DEMO)/distill $(DEMO_DISTILL_ARGS)
 	$(BIN)/tlkernels finetune --model.adapted $(DEMO)/lm --run.folder $(DEMO)/finetune $(DEMO_ARGS)
 
 test: setup build/cuda_host  ## every loss, implementation, dtype and option, in pairs (TEST_ARGS='-k softcap')

@@ -226,6 +226,17 @@ def test_the_examples(tmp_path, capsys):
     assert float(script.stdout.split()[-1]) < 1e-4
 
 
+@pytest.mark.parametrize("name", ["distillation", "two_encoders"])
+def test_the_longer_examples(name):
+    script = python(str(ROOT / f"examples/{name}.py"))
+    assert script.returncode == 0, script.stderr
+    figures = [line.split() for line in script.stdout.splitlines()]
+    if name == "distillation":  # the student with a teacher is far better
+        assert float(figures[2][-1]) < 0.3 * float(figures[1][-1])
+    else:
+        assert figures[0][1:] == figures[1][1:]
+
+
 def test_every_option_has_its_help(capsys):
     with pytest.raises(SystemExit):
         cli.main(["finetune", "--help"])

@@ -12,7 +12,7 @@ from train_cases import made_rows, metrics, quick, same_bits, tiny_config, tiny_
 
 from tlkernels.train import RunError, UserError, checkpoint, pipeline
 from tlkernels.train.checkpoint import settle, write_file, write_folder
-from tlkernels.train.model import load
+from tlkernels.train.loading import load
 from tlkernels.train.optim import make_optimizer
 
 pytestmark = pytest.mark.usefixtures(quick.__name__)

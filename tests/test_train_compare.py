@@ -28,12 +28,13 @@ from tlkernels import cli, timing
 from tlkernels.train import RunError, UserError, compare, loop, pipeline
 from tlkernels.train.batches import whole_batch
 from tlkernels.train.compare import compare_losses, in_words
+from tlkernels.train.task import GATHERED
 
 pytestmark = pytest.mark.usefixtures(quick.__name__)
 
 NAMES = {
     "finetune": ["tlkernels", "eager"],
-    "finetune patchy": ["tlkernels", "eager", "eager on the labelled rows"],
+    "finetune patchy": ["tlkernels", "eager", "eager on gathered rows"],
     "causal": ["tlkernels", "eager"],
     "masked": ["tlkernels", "eager", "eager on gathered rows"],
 }
@@ -122,7 +123,7 @@ def test_the_losses_are_those_of_a_plain_loop_and_the_training_is_that_without_a
     assert comparison["losses"]["tlkernels"]["speedup"] == [1.0, 1.0, 1.0]
     assert comparison["text"] == in_words(comparison["losses"])
     assert f"\n{comparison['text']}\n" in printed
-    assert printed.index(comparison["text"]) < printed.index("loss's share of a step")
+    assert printed.index(comparison["text"]) < printed.index("are shares of a step")
     picture = (tmp_path / "run/compare_loss.png").read_bytes()
     assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
     assert not list((tmp_path / "run").glob("*.new*"))
@@ -262,17 +263,17 @@ def test_a_difference_within_the_noise_or_of_less_than_two_percent_is_no_gain():
 
 @pytest.mark.parametrize(("gathered", "share"), [(1.2, "80%"), (1.0, "100%"), (0.9, "100%"), (1.5, None), (1.6, None)])
 def test_how_much_of_the_gain_comes_from_gathered_rows(gathered, share):
-    rows = {"tlkernels": figures(1.0), "eager": figures(2.0, speedup=(2, 2, 2)), "gathered": figures(gathered)}
+    rows = {"tlkernels": figures(1.0), "eager": figures(2.0, speedup=(2, 2, 2)), GATHERED: figures(gathered)}
     said = in_words(rows).splitlines()[-1]
     if share is None:  # half of it or less
-        assert said.startswith("Against gathered")
+        assert said.startswith(f"Against {GATHERED}")
     else:
         assert said == (
             f"{share} of the time gained against eager comes from leaving out the rows that do not count, "
-            "which `gathered` does as well."
+            f"which `{GATHERED}` does as well."
         )
     slower = in_words(rows | {"tlkernels": figures(2.5)}).splitlines()[-1]
-    assert slower.startswith("Against gathered"), "there is no gain"
+    assert slower.startswith(f"Against {GATHERED}"), "there is no gain"
 
 
 @pytest.mark.parametrize(("steps", "expected"), [(5, [2.0, 2.0, 2.25]), (3, [2.0, 2.0, 2.0])])

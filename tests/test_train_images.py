@@ -14,7 +14,7 @@ from tlkernels.train import UserError, pipeline
 from tlkernels.train.config import DataConfig
 from tlkernels.train.data import load_data
 from tlkernels.train.images import to_rgb
-from tlkernels.train.model import load
+from tlkernels.train.loading import load
 from tlkernels.train.rows import ImageRows
 
 pytestmark = pytest.mark.usefixtures(quick.__name__)

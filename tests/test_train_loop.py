@@ -11,8 +11,8 @@ from train_cases import made_rows, metrics, quick, same_bits, task_of, tiny_conf
 from tlkernels.train import RunError, UserError, pipeline
 from tlkernels.train.batches import micro_batches, whole_batch
 from tlkernels.train.config import OptimConfig, ScheduleConfig
+from tlkernels.train.loading import load
 from tlkernels.train.loop import train
-from tlkernels.train.model import load
 from tlkernels.train.optim import learning_rate, make_optimizer
 from tlkernels.train.task import OURS, Scores
 

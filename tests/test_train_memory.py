@@ -9,16 +9,33 @@ from pathlib import Path
 
 import pytest
 import torch
-from train_cases import made_rows, metrics, quick, same_bits, task_of, tiny_config, tiny_model, weights, write_csv
+from train_cases import (
+    made_rows,
+    metrics,
+    quick,
+    same_bits,
+    task_of,
+    tiny_causal_model,
+    tiny_config,
+    tiny_contrast_config,
+    tiny_distill_config,
+    tiny_model,
+    weights,
+    write_csv,
+    write_pairs,
+    write_texts,
+)
 
 from tlkernels import cli
-from tlkernels.train import RunError, pipeline
+from tlkernels.train import RunError, pipeline, teacher_cache
 from tlkernels.train.batches import whole_batch
 from tlkernels.train.checkpoint import Progress
+from tlkernels.train.encoders import Encoders
 from tlkernels.train.loop import gradient
 from tlkernels.train.memory import halved, out_of_memory, peak_bytes
 from tlkernels.train.task import OURS
 from tlkernels.train.tasks.classify import Classify
+from tlkernels.train.tasks.distill import Distill
 
 pytestmark = pytest.mark.usefixtures(quick.__name__)
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,6 +52,18 @@ def data(tmp_path_factory):
     """Texts longer than 9 words have no label, so micro-batches of similar lengths differ in labelled rows."""
     rows = [row | {"label": "" if len(row["text"].split()) > 9 else row["label"]} for row in made_rows(60)]
     return write_csv(tmp_path_factory.mktemp("data") / "rows.csv", rows)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """The teacher and its texts."""
+    folder = tmp_path_factory.mktemp("texts")
+    return tiny_causal_model(folder / "llama", dropout=0.1), write_texts(folder / "texts.jsonl", 60)
+
+
+@pytest.fixture(scope="module")
+def pairs(model, tmp_path_factory):
+    return model, write_pairs(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", 60)
 
 
 def no_memory():
@@ -55,23 +84,23 @@ class FailsInBackward(torch.autograd.Function):
 def memory_for(monkeypatch):
     """Let the loss of a training fail for more than so many rows; return the list of the sizes that it gets."""
 
-    def limit(most, error=no_memory):
-        sizes, real = [], Classify.__init__
+    def limit(most, error=no_memory, task=Classify):
+        sizes, real = [], task.__init__
 
         def init(self, config, accelerator):
             real(self, config, accelerator)
             ours = self.losses[OURS]
 
-            def loss(logits, target):
-                if logits.grad_fn is not None:  # in a training
-                    sizes.append(len(logits))
-                    if len(logits) > most:
+            def loss(features, *rest):
+                if features.grad_fn is not None:  # in a training
+                    sizes.append(len(features))
+                    if len(features) > most:
                         raise error()
-                return ours(logits, target)
+                return ours(features, *rest)
 
             self.losses[OURS] = loss
 
-        monkeypatch.setattr(Classify, "__init__", init)
+        monkeypatch.setattr(task, "__init__", init)
         return sizes
 
     return limit
@@ -79,7 +108,7 @@ def memory_for(monkeypatch):
 
 def first_gradient(task, micro_batch):
     """Return the loss and the gradients of the first step, and the size of the micro-batches after it."""
-    network, progress = task.stages()["finetuned"].start().train(), Progress(micro_batch=micro_batch)
+    network, progress = task.start().train(), Progress(micro_batch=micro_batch)
     batch = whole_batch(0, task.batch_size, len(task.rows["train"]), task.config.run.seed)
     loss = gradient(task, network, batch, 0, progress)
     return {"loss": loss} | {name: p.grad for name, p in network.named_parameters() if p.grad is not None}, progress
@@ -90,22 +119,27 @@ def first_gradient(task, micro_batch):
 
 @pytest.mark.parametrize("call", [1, 3])
 @pytest.mark.parametrize("where", ["forward", "backward"])
-def test_the_gradient_is_that_of_a_step_with_the_smaller_micro_batches(where, call, model, data, tmp_path, capsys):
+@pytest.mark.parametrize("command", ["finetune", "distill"])
+def test_the_gradient_is_that_of_a_step_with_the_smaller_micro_batches(
+    command, where, call, model, data, texts, tmp_path, capsys
+):
     """Call 3 is the last micro-batch: the gradients of two others are there when it fails."""
-    task = task_of(tiny_config(tmp_path, model, data))
+    task = task_of(
+        tiny_config(tmp_path, model, data) if command == "finetune" else tiny_distill_config(tmp_path, *texts)
+    )
     ours, calls = task.losses[OURS], 0
     right, _ = first_gradient(task, 2)
     other, _ = first_gradient(task, 3)
     assert not same_bits(right, other), "the gradients do not tell the sizes of micro-batches apart"
 
-    def loss(logits, target):
+    def loss(features, *rest):
         nonlocal calls
         calls += 1
         if calls != call:
-            return ours(logits, target)
+            return ours(features, *rest)
         if where == "forward":
             raise no_memory()
-        return FailsInBackward.apply(logits * ours(logits, target)).sum()
+        return FailsInBackward.apply(features * ours(features, *rest)).sum()
 
     task.losses[OURS] = loss
     capsys.readouterr()
@@ -113,6 +147,45 @@ def test_the_gradient_is_that_of_a_step_with_the_smaller_micro_batches(where, ca
     assert same_bits(found, right)
     assert progress.micro_batch == 2
     assert calls == call + 4
+    assert capsys.readouterr().out == "step 1: out of memory; going on with micro-batches of 2\n"
+
+
+# The three micro-batches make calls 1 to 3 in the first pass of GradCache and 4 to 6 in the second.
+@pytest.mark.parametrize(("where", "call"), [
+    ("forward", 1), ("forward", 3), ("loss", 0), ("forward", 4), ("forward", 6), ("backward", 4), ("backward", 6),
+])  # fmt: skip
+def test_the_gradient_of_a_joint_loss_is_that_of_the_smaller_micro_batches(
+    where, call, pairs, tmp_path, monkeypatch, capsys
+):
+    """In the second pass there are gradients of earlier micro-batches, which must not stay."""
+    task = task_of(tiny_contrast_config(tmp_path, *pairs))
+    right, _ = first_gradient(task, 2)
+    other, _ = first_gradient(task, 3)
+    assert not same_bits(right, other), "the gradients do not tell the sizes of micro-batches apart"
+    real, calls, failures, ours = Encoders.forward, [], [], task.losses[OURS]
+
+    def forward(self, rows, loss):
+        calls.append(len(rows["ids"]))
+        if len(calls) == call and where == "forward":
+            raise no_memory()
+        if len(calls) == call and where == "backward":
+            return FailsInBackward.apply(real(self, rows, loss))
+        return real(self, rows, loss)
+
+    def loss(*arguments):
+        if where == "loss" and not failures:
+            failures.append("the loss")
+            raise no_memory()
+        return ours(*arguments)
+
+    monkeypatch.setattr(Encoders, "forward", forward)
+    task.losses[OURS] = loss
+    capsys.readouterr()
+    found, progress = first_gradient(task, 3)
+    assert same_bits(found, right)
+    assert progress.micro_batch == 2
+    first = call or 3
+    assert calls == [3, 3, 2, 3, 3, 2][:first] + 8 * [2]
     assert capsys.readouterr().out == "step 1: out of memory; going on with micro-batches of 2\n"
 
 
@@ -169,6 +242,73 @@ def test_a_run_goes_on_with_half_micro_batches_and_is_the_run_that_had_them(mode
         assert before["step"] == after["step"]  # rounding, and dropout, whose numbers depend on the micro-batches
         if "loss" in before:
             assert before["loss"] == pytest.approx(after["loss"], rel=0.3)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("command", ["distill", "contrast"])
+def test_a_run_of_another_command_is_the_one_that_had_the_smaller_micro_batches(
+    command, texts, pairs, tmp_path, memory_for, monkeypatch, capsys
+):
+    make, stage = (tiny_distill_config, "distilled") if command == "distill" else (tiny_contrast_config, "trained")
+    parts = texts if command == "distill" else pairs
+    pipeline.run(make(tmp_path / "right", *parts, micro_batch=2))
+    real = Encoders.embed
+
+    def embed(self, inputs, key=False):
+        if self.training and len(inputs["input_ids"]) > 2:
+            raise no_memory()
+        return real(self, inputs, key)
+
+    monkeypatch.setattr(Encoders, "embed", embed)
+    memory_for(2, task=Distill) if command == "distill" else None
+    capsys.readouterr()
+    pipeline.run(make(tmp_path / "halved", *parts, micro_batch=None))
+    printed = [line for line in capsys.readouterr().out.splitlines() if "out of memory" in line]
+    assert printed == [f"step 1: out of memory; going on with micro-batches of {rows}" for rows in (4, 2)]
+    right, found = (tmp_path / name / stage for name in ("right", "halved"))
+    assert metrics(found) == metrics(right)
+    for kept in ("best", "last"):
+        assert same_bits(tensors(found / kept), tensors(right / kept))
+
+
+def tensors(folder):
+    from safetensors.torch import load_file
+
+    return {f"{file.name} {k}": v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
+
+
+@pytest.mark.parametrize("most", [2, 0])
+def test_the_teachers_answers_are_found_for_fewer_rows_at_a_time(most, texts, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(teacher_cache, "SHARD_ROWS", 7)
+    tasks = []
+    for name, rows in (("right", 2), ("halved", None)):
+        config = tiny_distill_config(tmp_path / name, *texts, micro_batch=rows)
+        config.teacher.top_k, config.teacher.cache = 8, str(tmp_path / name)
+        tasks.append(task_of(config))
+    right, halved_task = tasks
+    right.write_answers()
+    network, sizes = halved_task.teacher.network, []
+
+    def check(_, arguments):
+        sizes.append(len(arguments[1]))
+        if sizes[-1] > most:
+            raise no_memory()
+
+    network.register_forward_pre_hook(check)
+    capsys.readouterr()
+    printed = [f"the teacher's answers: out of memory; going on with {n} rows at a time" for n in (4, 2, 1)]
+    if most == 0:
+        with pytest.raises(RunError, match="out of memory: one row is too much"):
+            halved_task.write_answers()
+        assert sizes == [7, 4, 2, 1] and capsys.readouterr().out.splitlines() == printed
+        assert sorted(file.name for file in (tmp_path / "halved").iterdir()) == ["identity.json"]
+        return
+    line = halved_task.write_answers()
+    assert line["top_k"] == 8
+    assert sizes[:6] == [7, 4, 2, 2, 2, 1] and max(sizes[2:]) == 2
+    assert capsys.readouterr().out.splitlines() == printed[:2]
+    files = [{file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("right", "halved")]
+    assert files[0] == files[1] and len(files[0]) > 4
 
 
 @pytest.mark.full

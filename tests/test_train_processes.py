@@ -96,7 +96,7 @@ def task_of(case, places):
 
 def step_gradient(case, places):
     """Return the gradient of the trainer's step in float64, each process's the same."""
-    with fsdp2(case.kind) if case.sharded else unsharded():
+    with fsdp2(BLOCKS[case.kind]) if case.sharded else unsharded():
         task = task_of(case, places)
         network = task.start().double()
         model, _ = task.accelerator.prepare(network, make_optimizer(network, task.config.optim))
@@ -161,8 +161,8 @@ def unsharded():
 
 
 @contextmanager
-def fsdp2(kind):
-    """Let the trainer's Accelerator shard with FSDP2, which Accelerate itself does only on an accelerator."""
+def fsdp2(block):
+    """Let the trainer's Accelerator shard a class of blocks with FSDP2, which Accelerate does only on an accelerator."""
     from accelerate import FullyShardedDataParallelPlugin
     from accelerate.state import AcceleratorState
 
@@ -176,7 +176,7 @@ def fsdp2(kind):
     options = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
     AcceleratorState._reset_state()
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (options | {"FSDP_TRANSFORMER_CLS_TO_WRAP": BLOCKS[kind]}).items():
+        for name, value in (options | {"FSDP_TRANSFORMER_CLS_TO_WRAP": block}).items():
             patch.setenv(name, value)
         patch.setattr(AcceleratorState, "is_fsdp2", property(lambda state: True))
         patch.setattr(pipeline, "start", start)
@@ -238,7 +238,7 @@ def test_the_gradient_of_several_processes_is_the_whole_batchs(world, few, place
 
 def job(rank, folder, places, kind, sharded, name, until, optimizer="adamw"):
     """Run a job, or resume it if its folder is there."""
-    with fsdp2(kind) if sharded else unsharded():
+    with fsdp2(BLOCKS[kind]) if sharded else unsharded():
         if (folder / name / "config.json").exists():
             pipeline.resume(folder / name)
         else:

@@ -25,7 +25,7 @@ from tlkernels.train.gradcache import joint_gradient
 from tlkernels.train.memory import out_of_memory, peak_bytes
 from tlkernels.train.optim import learning_rate, make_optimizer
 from tlkernels.train.stopping import stopped
-from tlkernels.train.task import OURS, Loss, Task
+from tlkernels.train.task import GATHERED, OURS, Loss, Task
 
 WORTH = 1.02  # a step that is faster by less is called no gain
 
@@ -175,7 +175,7 @@ def in_words(result: dict[str, dict[str, Any]]) -> str:
             sentence += " That is hardly a gain in speed."
         lines.append(sentence)
     others = [name for name in result if name != OURS]
-    if len(others) == 2 and others[1].startswith("eager on"):
+    if len(others) == 2 and others[1] == GATHERED:
         whole, gathered = (result[name] for name in others)
         gain = whole["step_seconds"] - ours["step_seconds"]
         by_hand = (whole["step_seconds"] - gathered["step_seconds"]) / gain if gain > 0 else 0.0

@@ -39,7 +39,7 @@ class ContrastLossConfig:
         name: info_nce: tlkernels.info_nce of queries and keys; sigmoid: tlkernels.sigmoid_contrastive of them (SigLIP);
             nt_xent: tlkernels.nt_xent of two views of each row (SimCLR); sup_con: tlkernels.sup_con, with labels.
         symmetric: `info_nce` only: also classify each key among the queries. Hard negatives take part in one direction.
-        temperature: Divides the cosine similarities at the start, above 0.
+        temperature: Divides the cosine similarities at the start, above 0; 0.01 or more if it is learned.
         learnable: Whether the temperature is learned, down to 0.01.
         bias: `sigmoid` only: what is added to the similarities at the start, and learned.
         label_smoothing: `info_nce` only: 0 <= value < 1.
@@ -76,6 +76,8 @@ class ContrastConfig(Options):
         model, loss, default = self.model, self.loss, ContrastLossConfig()
         require(model.dimensions is None or model.dimensions >= 1, "model.dimensions", "1 or more", model.dimensions)
         require(loss.temperature > 0, "loss.temperature", "above 0", loss.temperature)
+        valid = not loss.learnable or loss.temperature >= 0.01
+        require(valid, "loss.temperature", "0.01 or more if it is learned", loss.temperature)
         require(0 <= loss.label_smoothing < 1, "loss.label_smoothing", "0 <= x < 1", loss.label_smoothing)
         require(
             self.run.batch_size is None or self.run.batch_size >= 2, "run.batch_size", "2 or more", self.run.batch_size

@@ -68,12 +68,17 @@ def _cross_entropies(
     keys = k if negatives is None else torch.cat([k, negatives])
     known = ids[rows, None] == ids
     known = known & (rows[:, None] != torch.arange(len(k), device=k.device))  # false negatives, not the positive
-    options: Any = {"label_smoothing": config.label_smoothing, "reduction": "sum"}
+    smoothing = config.label_smoothing
 
     def one(mine: Tensor, others: Tensor) -> Tensor:
-        logits = scale * mine[rows] @ others.T
         hidden = functional.pad(known, (0, len(others) - known.shape[1]))
-        return functional.cross_entropy(logits.masked_fill(hidden, -torch.inf), rows, **options)
+        logits = (scale * mine[rows] @ others.T).masked_fill(hidden, -torch.inf)
+        loss = functional.cross_entropy(logits, rows, reduction="sum")
+        if smoothing == 0:
+            return loss
+        # PyTorch's label smoothing is infinite if a logit is; the uniform distribution is that over the other keys.
+        log_p = logits.log_softmax(1).masked_fill(hidden, 0.0)
+        return (1 - smoothing) * loss - smoothing * (log_p.sum(1) / (~hidden).sum(1)).sum()
 
     forward = one(q, keys)
     return (forward + one(k, q)) / 2 if config.symmetric else forward
@@ -96,7 +101,7 @@ class _Slices(Function):
     def forward(ctx: Any, config: ContrastLossConfig, rows_at_a_time: int, ids: Tensor, *tensors: Tensor) -> Tensor:
         leaves = [tensor.detach().requires_grad_() for tensor in tensors]
         q, k, scale, *negatives = leaves
-        total = torch.zeros((), device=q.device)
+        total = q.new_zeros(())
         with torch.enable_grad():
             for rows in torch.arange(len(q), device=q.device).split(rows_at_a_time):
                 part = _cross_entropies(config, q, k, negatives[0] if negatives else None, ids, scale, rows) / len(q)

@@ -59,8 +59,7 @@ class Encoders(nn.Module):
         key = None if rows["key"] is None else self.embed(rows["key"], key=True)
         negatives = None if rows["negatives"] is None else self.embed(rows["negatives"], key=True)
         if self.log_scale.requires_grad:
-            with torch.no_grad():
-                self.log_scale.clamp_(max=math.log(MAX_SCALE))
+            self.log_scale.data.clamp_(max=math.log(MAX_SCALE))  # .data: to autograd, no weight has changed
         return loss(query, key, negatives, rows["ids"], rows["labels"], self.log_scale.exp(), self.bias)
 
     def embed(self, inputs: dict[str, Tensor], key: bool = False) -> Tensor:

@@ -39,7 +39,7 @@ def joint_gradient(
     """
 
     def run(number: int, loss: Callable[..., Tensor]) -> Tensor:
-        torch.manual_seed(seed * 4_099 + number)
+        torch.manual_seed((seed * 4_099 + number) % (1 << 63))  # a seed has 64 bits
         with accelerator.autocast():
             result: Tensor = model(*inputs[number], loss)
         return result

@@ -209,15 +209,15 @@ class Predictor:
         return answers
 
 
-def load(run_folder: str | Path) -> Predictor:
-    """Return the best model of a run, in evaluation mode on the CPU: `load("runs/mine").predict(["a text"])`.
+def load_predictor(folder: Path) -> Predictor:
+    """Return the best classifier of a run, or the one in a folder, in evaluation mode on the CPU.
 
     Raises:
-        UserError: the folder has no model.
+        UserError: the folder has none.
     """
-    folder = Path(run_folder)
     if not (folder / "about.json").is_file():
-        folder = folder / "finetuned" / "best"
+        trained = "distilled" if (folder / "distilled").is_dir() else "finetuned"
+        folder = folder / trained / "best"
     model, about = load_model(folder)
     preprocessor = load_preprocessor(str(folder), about["images"])
     length = about["max_length"]

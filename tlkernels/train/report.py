@@ -150,10 +150,13 @@ def table(task: Task, results: list[dict[str, Any]], rows: str) -> str:
     widths = [max(map(len, column)) + 2 for column in zip(*cells, strict=True)]
     names = [f"on the {rows}", *(titles[row["stage"]] for row in results)]
     first = max(map(len, names))
-    return "\n".join(
+    lines = [
         f"{name:<{first}}" + "".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True))
         for name, line in zip(names, cells, strict=True)
-    )
+    ]
+    if any("loss_share" in row for row in results):
+        lines.append("(loss, data and trainer are shares of a step; eager loss: the share with PyTorch's loss)")
+    return "\n".join(line.rstrip() for line in lines)
 
 
 class _Column(NamedTuple):
@@ -163,7 +166,7 @@ class _Column(NamedTuple):
 
 
 def _columns(task: Task) -> list[_Column]:
-    """Return the columns, of which the table has those that occur. The shares are of a step's time."""
+    """Return the columns, of which the table has those that occur."""
     return [
         *(_Column(key, heading, _figure) for key, heading in task.headings.items()),
         _Column("speed", f"{task.unit}/s", "{:.1f}".format),

@@ -11,8 +11,8 @@ _ROWS = 1024  # queries whose similarities to all keys exist at a time
 def ranks(queries: Tensor, keys: Tensor, query_ids: Tensor, key_ids: Tensor, *, same: bool = False) -> Tensor:
     """Return for each query the rank, from 1, of the first key that belongs to it, among all keys by their similarity.
 
-    A key belongs to a query if it has the same id. Of equally similar keys, those that do not belong come first. A
-    query to which no key belongs gets 0.
+    A key belongs to a query if it has the same id. Of equally similar keys, those that do not belong come first, and
+    so do those whose similarity is NaN. A query to which no key belongs gets 0.
 
     Args:
         queries: embeddings, `(N, D)`.
@@ -27,10 +27,10 @@ def ranks(queries: Tensor, keys: Tensor, query_ids: Tensor, key_ids: Tensor, *, 
         belongs = query_ids[rows, None] == key_ids
         others = ~belongs
         if same:
-            own = rows[:, None] == rows.new_tensor(range(len(keys)))
+            own = rows[:, None] == torch.arange(len(keys), device=keys.device)
             belongs, others = belongs & ~own, others & ~own
         best = similarity.masked_fill(~belongs, -torch.inf).amax(1, keepdim=True)
-        rank = 1 + (others & (similarity >= best)).sum(1)
+        rank = 1 + (others & ~(similarity < best)).sum(1)
         found.append(rank * belongs.any(1))
     return torch.cat(found)
 

@@ -18,7 +18,8 @@ from tlkernels.train.config import RunConfig
 # Returns the loss of the features that a network's trunk computes, summed over a micro-batch. The further arguments are
 # the network's own, such as the head and the targets.
 Loss = Callable[..., Tensor]
-OURS = "tlkernels"  # the name of tlkernels' loss in `Task.losses`
+OURS = "tlkernels"  # the names of losses in `Task.losses`; the second is eager PyTorch's on the rows that count
+GATHERED = "eager on gathered rows"
 
 
 class Rows(Protocol):

@@ -18,7 +18,7 @@ from tlkernels.train.blocks import BlockOutputs
 from tlkernels.train.distill_config import DistillLossConfig, HintConfig
 from tlkernels.train.errors import UserError, one_line
 from tlkernels.train.packing import IGNORE
-from tlkernels.train.task import OURS, Loss
+from tlkernels.train.task import GATHERED, OURS, Loss
 
 
 class Lesson(NamedTuple):
@@ -51,7 +51,8 @@ class Teacher:
     def network(self) -> Any:
         """The network, in evaluation mode."""
         if self._network is None:
-            with torch.enable_grad():  # by which the head is read
+            # The head is read by autograd. A resumed run may load it at another step, and draws the same numbers.
+            with torch.enable_grad(), torch.random.fork_rng(devices=[]):
                 self._network = self._load()
         return self._network
 
@@ -181,7 +182,7 @@ def live_losses(config: DistillLossConfig, gathered: bool) -> dict[str, Loss]:
         return eager(hidden[counted], target[counted], valid, *head, (teacher[0][counted], *teacher[1:]), lesson)
 
     ways: dict[str, Loss] = {OURS: ours, "eager": eager}
-    return ways | ({"eager on gathered rows": on_gathered} if gathered else {})
+    return ways | ({GATHERED: on_gathered} if gathered else {})
 
 
 def cached_losses(config: DistillLossConfig) -> dict[str, Loss]:

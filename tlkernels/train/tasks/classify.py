@@ -31,7 +31,7 @@ from tlkernels.train.model import (
 from tlkernels.train.paths import absolute
 from tlkernels.train.probe import linear_probe
 from tlkernels.train.rows import ImageRows, LabelledRows, TextRows
-from tlkernels.train.task import OURS, Loss, Scores, Stage, Task
+from tlkernels.train.task import GATHERED, OURS, Loss, Scores, Stage, Task
 
 
 class Classify(Task):
@@ -173,7 +173,7 @@ def losses(label_smoothing: float, impl: str, gathered: bool) -> dict[str, Loss]
         OURS: tlk.CrossEntropyLoss(**options, impl=impl),
         "eager": partial(functional.cross_entropy, **options),
     }
-    return ways | ({"eager on the labelled rows": on_gathered} if gathered else {})
+    return ways | ({GATHERED: on_gathered} if gathered else {})
 
 
 def versus(name: str, first: dict[str, Any], other: str, second: dict[str, Any]) -> str:

@@ -117,7 +117,8 @@ class Contrast(Task):
         with torch.random.fork_rng():
             torch.manual_seed(self.config.run.seed)
             for piece in pieces:
-                network(*self.inputs(side, piece if len(piece) else everything[:1], None), keep)
+                [inputs] = self.inputs(side, piece if len(piece) else everything[:1], None)
+                network(inputs | {"negatives": None}, keep)  # no score takes the hard negatives
         network.train(training)
         query: Any
         query, key = (self._together(parts, pieces, len(rows)) for parts in found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tlkernels.train.distill_config import DistillConfig
 from tlkernels.train.errors import UserError
 from tlkernels.train.language import LanguageModel
 from tlkernels.train.lm_config import LmModelConfig
+from tlkernels.train.memory import halved, out_of_memory
 from tlkernels.train.model import load_from
 from tlkernels.train.packing import IGNORE, Batch
 from tlkernels.train.paired import paired_difference
@@ -26,7 +28,15 @@ from tlkernels.train.stopping import stopped
 from tlkernels.train.student import check_student, head_rows, new_student
 from tlkernels.train.task import Stage
 from tlkernels.train.tasks.lm import losses as text_losses
-from tlkernels.train.teacher_cache import Identity, TeacherCache, file_digest, open_cache, tokenizer_digest, write_cache
+from tlkernels.train.teacher_cache import (
+    Identity,
+    TeacherCache,
+    file_digest,
+    is_complete,
+    open_cache,
+    tokenizer_digest,
+    write_cache,
+)
 from tlkernels.train.teaching import (
     Lesson,
     Taught,
@@ -59,18 +69,24 @@ class Distill(TokenTask):
         teacher = self.read(config.teacher.path or "smollm2", config.teacher.objective, LmModelConfig())
         given = config.teacher.top_k is not None or config.teacher.cache is not None
         if given and not self.causal:
-            raise UserError("a cache is for causal models; the masks of a masked model are new in every step")
+            raise UserError(
+                "--teacher.top_k and --teacher.cache apply to causal models; the masks of this one are new in every step"
+            )
         if self.causal and config.loss.tokens != "all":
             raise UserError("--loss.tokens applies to masked models; this one is causal")
         student = new_student(config, teacher, self.causal)
         check_student(config, teacher, student, self.tokenizer, self.length, self.causal)
-        absolute(config.teacher, "path", "cache")
+        absolute(config.teacher, "path")
+        if config.teacher.cache is not None:  # it need not exist yet
+            config.teacher.cache = str(Path(config.teacher.cache).expanduser().resolve())
         absolute(config.student, "path", "config")
         blocks = [str(len(block_list(network.model)[1])) for network in (student, teacher)]
         self.about = config.student.path or config.student.config or f"of {blocks[0]} of its {blocks[1]} blocks"
         self.vocabulary, self.top_k = head_rows(teacher), config.teacher.top_k or TOP_K
         self.teacher = Teacher(lambda: for_evaluation(accelerator, self._read_teacher()))
         self._set_way("cached" if given else "live")
+        if given and is_complete(self._folder):
+            self.top_k = self.answers.top_k  # raises if the cache does not fit
 
     def stages(self) -> dict[str, Stage]:
         """Return the teacher, the student as it begins, and the student's trainings."""
@@ -83,12 +99,12 @@ class Distill(TokenTask):
         if not self.causal or self.config.hints.blocks:  # of which there is no cache
             others = []
         cached = {self.way: self, **{way: self._sibling(way) for way in others}}.get("cached")
+        if cached is not None:  # before any training, as it may not fit
+            title = f"the teacher's {self.top_k} best classes on disk"
+            stages["cache"] = Stage(title, measure=cached.write_answers)
         if self.compare:
             text = self._sibling("text")
             stages["text"] = Stage("student trained on text alone", text.start, task=text)
-        if cached is not None:
-            title = f"the teacher's {self.top_k} best classes on disk"
-            stages["cache"] = Stage(title, measure=cached.write_answers)
         stages["distilled"] = Stage(titles[self.way], self.start)
         for way in others:
             other = cached if way == "cached" and cached is not None else self._sibling(way)
@@ -98,7 +114,7 @@ class Distill(TokenTask):
     def start(self) -> nn.Module:
         """Return the network with which the distillation starts."""
         if self.way == "cached":
-            self.answers  # noqa: B018  # raises if the cache does not fit
+            self.write_answers()  # --run.compare_loss comes before the stages
         student = self.new_student()
         torch.manual_seed(self.config.run.seed)  # of the maps
         return self._taught(student)
@@ -172,23 +188,25 @@ class Distill(TokenTask):
         return self._answers
 
     def write_answers(self) -> dict[str, Any] | None:
-        """Write what the cache lacks, and return its line of the table; None if the run is asked to stop."""
+        """Write what the cache lacks, and return its line of the table; None if the run is asked to stop.
+
+        A complete cache is only read.
+        """
         limit, accelerator = self.config.run.micro_batch or self.batch_size, self.accelerator
 
         def best(numbers: Tensor) -> tuple[Tensor, Tensor]:
-            found: list[tuple[Tensor, Tensor]] = []
+            nonlocal limit
+            while True:
+                try:
+                    return self._best(numbers.split(limit))
+                except (RuntimeError, MemoryError) as error:
+                    if not out_of_memory(error):
+                        raise
+                    limit = halved(min(limit, len(numbers)), 1, error)  # no other process waits for this one's shard
+                torch.cuda.empty_cache()
+                print(f"the teacher's answers: out of memory; going on with {limit} rows at a time", flush=True)
 
-            def keep(*head: Any) -> Tensor:
-                found.append(most_probable(head, self.top_k))
-                return torch.zeros(())
-
-            with torch.no_grad():
-                for part in numbers.split(limit):
-                    self.teacher.network(*super(Distill, self).inputs("train", part, None), keep)
-            index, log_probs = zip(*found, strict=True)
-            return torch.cat(index), torch.cat(log_probs)
-
-        complete = write_cache(
+        complete = is_complete(self._folder) or write_cache(
             self._folder, self._identity(), self.top_k, self.rows["train"].counts, best,
             rank=accelerator.process_index, world=accelerator.num_processes,
             stop=lambda: stopped(accelerator), wait=accelerator.wait_for_everyone,
@@ -200,12 +218,27 @@ class Distill(TokenTask):
 
     # ---- parts -------------------------------------------------------------------------------------------------------
 
+    @torch.no_grad()
+    def _best(self, parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the teacher's most probable classes of some rows, and their log-probabilities."""
+        found: list[tuple[Tensor, Tensor]] = []
+
+        def keep(*head: Any) -> Tensor:
+            found.append(most_probable(head, self.top_k))
+            return torch.zeros(())
+
+        for part in parts:
+            self.teacher.network(*super().inputs("train", part, None), keep)
+        index, log_probs = zip(*found, strict=True)
+        return torch.cat(index), torch.cat(log_probs)
+
     def _set_way(self, way: str) -> None:
-        self.way, self._answers = way, None
+        self.way, self._answers, self.facts = way, None, {}
         if way == "text":
             self.losses = text_losses(self.config.loss.impl, 0.0, gathered=self.some_ignored)
         elif way == "live":
-            self.losses = live_losses(self.config.loss, gathered=self.some_ignored)
+            every = not self.causal and self.config.loss.tokens == "all"
+            self.losses = live_losses(self.config.loss, gathered=self.some_ignored and not every)
         else:
             self.losses = cached_losses(self.config.loss)
 
@@ -220,6 +253,7 @@ class Distill(TokenTask):
 
     def _taught(self, student: LanguageModel) -> Taught:
         if self.way == "live":
+            self.teacher.network  # noqa: B018  # loaded before the first step, whose time is measured
             return Taught(student, self.teacher, self.config.hints)
         self.teacher.release()
         return Taught(student)

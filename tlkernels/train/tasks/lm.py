@@ -16,7 +16,7 @@ from tlkernels.train.lm_config import LmConfig
 from tlkernels.train.packing import IGNORE
 from tlkernels.train.paths import absolute
 from tlkernels.train.sharding import for_evaluation
-from tlkernels.train.task import OURS, Loss, Stage
+from tlkernels.train.task import GATHERED, OURS, Loss, Stage
 from tlkernels.train.token_task import TokenTask
 
 
@@ -102,4 +102,4 @@ def losses(impl: str, z_loss: float, gathered: bool) -> dict[str, Loss]:
         return eager(hidden[counted], target[counted], *rest)
 
     ways: dict[str, Loss] = {OURS: ours, "eager": eager}
-    return ways | ({"eager on gathered rows": on_gathered} if gathered else {})
+    return ways | ({GATHERED: on_gathered} if gathered else {})
