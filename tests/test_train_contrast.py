@@ -1,5 +1,6 @@
 """`tlkernels contrast`: its losses and scores, resuming, two encoders, learning, and what is refused."""
 
+import itertools
 import json
 import math
 
@@ -22,14 +23,20 @@ from train_cases import (
 )
 
 from tlkernels import timing
-from tlkernels.train import UserError, compare, loop, pipeline
+from tlkernels.train import UserError, compare, loop, pipeline, report
 from tlkernels.train import check as normalisation
 from tlkernels.train.encoders import load_embedder
 from tlkernels.train.pairs import load_pairs
 from tlkernels.train.task import OURS
 
 pytestmark = pytest.mark.usefixtures(quick.__name__)
-COLOURS = {"water": (20, 30, 220), "bread": (220, 160, 20), "rook": (10, 10, 10), "fish": (20, 220, 30)}
+COLOURS = dict(
+    zip(
+        ["water", "bread", "rook", "fish", "mate", "wet", "hot", "loaf"],
+        itertools.product((30, 225), repeat=3),
+        strict=True,
+    )
+)
 
 
 @pytest.fixture(scope="module")
@@ -49,19 +56,21 @@ def made(tmp_path_factory):
     labelled = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
     labelled = [json.dumps(row | {"label": row["query"].split()[0]}) + "\n" for row in labelled]
     (folder / "labelled.jsonl").write_text("".join(labelled))
+    (folder / "pictures").mkdir()
     draw, listed = np.random.default_rng(0), []
-    for number in range(64):
-        name = list(COLOURS)[number % 4]
-        noise = draw.integers(0, 36, (20, 18 + number % 5, 3))
-        (folder / "pictures" / name).mkdir(parents=True, exist_ok=True)
-        image = Image.fromarray((noise + np.array(COLOURS[name])).clip(0, 255).astype(np.uint8))
-        image.save(folder / "pictures" / name / f"{number}.png")
-        listed.append({"file_name": f"{name}/{number}.png", "query": f"the {name}", "id": name})
+    for number, names in enumerate(itertools.product(COLOURS, repeat=2)):
+        halves = [draw.integers(-30, 31, (20, 10, 3)) + np.array(COLOURS[name]) for name in names]
+        image = Image.fromarray(np.concatenate(halves, 1).clip(0, 255).astype(np.uint8))
+        image.save(folder / f"pictures/{number}.png")
+        listed.append({"file_name": f"{number}.png", "query": f"{names[0]} then the {names[1]}"})
     (folder / "pictures/metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in listed))
-    for name in COLOURS:
-        (folder / "classes" / name).parent.mkdir(exist_ok=True)
-        (folder / "classes" / name).symlink_to(folder / "pictures" / name)
     return folder
+
+
+@pytest.fixture
+def no_picture(monkeypatch):
+    """A picture takes as long as the training."""
+    monkeypatch.setattr(report, "_curves", lambda *_: None)
 
 
 def config_of(made, place, loss="info_nce", data="pairs.jsonl", model="bert", key=None, run=None, **others):
@@ -160,11 +169,13 @@ def test_the_views_are_dropouts_of_a_text_and_augmentations_of_an_image(made, tm
         network, kept = task.start(), []
         task.alone = lambda q, k, *_, kept=kept: kept.append((q, k)) or 0.0
         state = torch.get_rng_state()
-        first, second = (task.scores(network.eval(), "eval") for _ in range(2))
-        assert first == second and torch.equal(state, torch.get_rng_state()) and not network.training
+        first = task.scores(network.eval(), "eval")
+        assert torch.equal(state, torch.get_rng_state()) and not network.training
+        torch.rand(1)
+        assert task.scores(network, "eval") == first
         for (q, k), (again, _) in zip(kept[: len(kept) // 2], kept[len(kept) // 2 :], strict=True):
             assert torch.equal(q, again) and not torch.allclose(q, k, atol=1e-3)
-            assert (q * k).sum(1).min() > 0.5
+            assert (q * k).sum(1).median() > 0.5
 
 
 # ---- training ----------------------------------------------------------------------------------------------------
@@ -180,6 +191,7 @@ RUNS = {
 IN_FULL = ("two encoders", "nt_xent", "sup_con", "sigmoid")
 
 
+@pytest.mark.usefixtures("no_picture")
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.full] * (k in IN_FULL)) for k in RUNS])
 def test_a_stopped_and_resumed_run_is_the_unbroken_one(kind, made, tmp_path):
     for name, stop in (("whole", None), ("stopped", 3)):
@@ -219,20 +231,24 @@ def test_the_temperature_is_learned_down_to_a_hundredth_or_stays(learnable, made
 # ---- two encoders ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("no_picture")
 @pytest.mark.parametrize("keys", ["texts", pytest.param("images", marks=pytest.mark.full)])
-def test_two_encoders_learn_and_the_folder_has_both(keys, made, tmp_path, capsys):
+def test_two_encoders_learn_and_the_folder_has_both(keys, made, tmp_path):
     data, key = ("pairs.jsonl", "narrow") if keys == "texts" else ("pictures", "vit")
-    config = config_of(made, tmp_path / "run", data=data, key=key, dimensions=8, key_column="key", query_length=5)
-    config.run.steps, config.run.eval_every, config.optim.lr = 30, 15, 1e-2
+    run = {"steps": 30, "batch_size": 16, "micro_batch": 6, "eval_every": 15}
+    config = config_of(made, tmp_path / "run", data=data, key=key, dimensions=8, test_fraction=0.3, run=run)
+    config.optim.lr, config.data.query_length = 1e-2, 6
     pipeline.run(config)
     before, after = json.loads((tmp_path / "run/results.json").read_text())["results"]
-    assert after["mrr10"] > before["mrr10"] + 0.15
+    assert after["mrr10"] > before["mrr10"] + 0.2
     best, embedder = tmp_path / "run/trained/best", load_embedder(tmp_path / "run")
     sides = load_pairs(config.data, 0, "pairs")["test"]
     queries = sides.queries
     values = sides.keys if keys == "texts" else [row["image"] for row in sides.keys]
     maps = load_file(best / "contrast.safetensors")
-    query = unit(hidden_means(best, queries) @ maps["maps.0.weight"].T)
+    cut = [" ".join(query.split()[:4]) for query in queries]  # and two special tokens
+    assert cut != queries or keys == "images"
+    query = unit(hidden_means(best, cut) @ maps["maps.0.weight"].T)
     key = unit(hidden_means(best / "key", values) @ maps["maps.1.weight"].T)
     assert query.shape == (len(queries), 8)
     assert torch.allclose(embedder.queries(queries, batch_size=3), query, atol=1e-5)
@@ -240,13 +256,15 @@ def test_two_encoders_learn_and_the_folder_has_both(keys, made, tmp_path, capsys
     ids = torch.tensor(sides.ids)
     expected = [1 / rank if 1 <= rank <= 10 else 0 for rank in ranks_by_hand(query, key, ids, ids, False)]
     assert after["each"] == pytest.approx(expected, abs=1e-6)
-    long = queries[0] + " the river"  # a query is cut to three words and two special tokens
-    assert len(queries[0].split()) > 3 or torch.allclose(embedder.queries([long]), query[:1], atol=1e-5)
 
 
 def test_one_encoder_embeds_both_sides(made, tmp_path):
-    pipeline.run(config_of(made, tmp_path / "run"))
-    best, embedder = tmp_path / "run/trained/best", load_embedder(tmp_path / "run")
+    config, best = config_of(made, tmp_path), tmp_path / "trained/best"
+    task = task_of(config)
+    best.mkdir(parents=True)
+    task.save(best, task.start())
+    (tmp_path / "config.json").write_text(config.to_json())
+    embedder = load_embedder(tmp_path)
     assert not (best / "key").exists()
     texts = ["the river", "bread bakes hot", "the " * 200]
     expected = unit(hidden_means(best, [*texts[:2], "the " * 38]))  # of 40 positions
@@ -259,8 +277,8 @@ def test_one_encoder_embeds_both_sides(made, tmp_path):
 
 def test_training_finds_translations_unless_the_rate_is_tiny(made, tmp_path):
     gains, verdicts = [], []
-    for lr in (1e-2, 1e-9):
-        run = {"steps": 30, "batch_size": 24, "micro_batch": 9, "eval_every": 15}
+    for lr, steps in ((1e-2, 30), (1e-9, 3)):
+        run = {"steps": steps, "batch_size": 24, "micro_batch": 9, "eval_every": 15}
         config = config_of(made, tmp_path / str(lr), eval_fraction=0.15, test_fraction=0.25, run=run)
         config.optim.lr = lr
         pipeline.run(config)
@@ -296,7 +314,7 @@ def test_the_verdict(made, tmp_path):
     assert said(low, low).startswith("After and before training cannot be told apart")
 
 
-@pytest.mark.parametrize("micro_batch", [None, 3])
+@pytest.mark.parametrize("micro_batch", [pytest.param(None, marks=pytest.mark.full), 3])
 def test_losses_are_compared(micro_batch, made, tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "interleaved", lambda ways, seconds, least: timing.interleaved(ways, 0.0, least))
     config = config_of(made, tmp_path, data="hard.jsonl", dropout=True, run={"micro_batch": micro_batch})
@@ -330,6 +348,7 @@ REFUSED = {
     "a large batch": ({"run": {"batch_size": 96}}, r"--run.batch_size must be at most 79, the training rows"),
     "a batch of one": ({"run": {"batch_size": 1}}, r"--run.batch_size must be 2 or more, got 1"),
     "hard negatives": ({"loss": "sigmoid", "data": "hard.jsonl"}, r"--data.negative_column applies to info_nce"),
+    "built-in negatives": ({"loss": "sigmoid", "negatives": 2}, r"--data.negatives applies to info_nce"),
     "two encoders": ({"loss": "nt_xent", "key": "narrow"}, r"--model.key_path applies to pairs"),
     "labels": ({"loss": "sup_con", "path": None}, r"built-in data"),
     "one encoder": ({"data": "pictures"}, r"need two encoders: --model.path and --model.key_path"),

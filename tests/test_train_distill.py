@@ -29,7 +29,7 @@ from train_cases import (
 )
 
 from tlkernels import timing
-from tlkernels.train import UserError, compare, pipeline
+from tlkernels.train import UserError, checkpoint, compare, pipeline, report, teacher_cache
 from tlkernels.train.batches import whole_batch
 from tlkernels.train.checkpoint import Progress
 from tlkernels.train.gradient import gradient
@@ -37,6 +37,7 @@ from tlkernels.train.loop import train
 from tlkernels.train.paired import paired_difference
 
 pytestmark = pytest.mark.usefixtures(quick.__name__)
+CURVES = report._curves
 TINY = {
     "vocab_size": 39, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
     "num_key_value_heads": 1, "max_position_embeddings": 64, "pad_token_id": 0, "eos_token_id": 2, "bos_token_id": None,
@@ -60,6 +61,19 @@ def models(tmp_path_factory):
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return write_texts(tmp_path_factory.mktemp("data") / "texts.jsonl", 40)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_runs(models):
+    """Do not wait for the disk, draw no curves, and let gc.collect pass over what the imports made."""
+    gc.freeze()
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (checkpoint, teacher_cache):
+            patch.setattr(module, "to_disk", lambda path: None)
+        patch.setattr(report, "_curves", lambda *_: None)
+        patch.setattr(compare, "interleaved", lambda ways, seconds, least: timing.interleaved(ways, 0.0, least))
+        yield
+    gc.unfreeze()
 
 
 def configured(folder, teacher, data, **run):
@@ -122,9 +136,7 @@ def distance(network, right):
     ("headless", "all", "forward_kl", 2),
     ("headless", "masked", "reverse_kl", 0),
 ])  # fmt: skip
-def test_the_gradient_of_a_step_is_that_of_the_whole_batchs_mean(
-    kind, tokens, divergence, step, models, data, tmp_path
-):
+def test_the_gradient_of_a_step_is_that_of_the_batchs_mean(kind, tokens, divergence, step, models, data, tmp_path):
     """From transformers' logits of all rows at once, in float64, with schedules."""
     config = configured(tmp_path, models[kind], data, steps=5)
     chosen(config, loss={"divergence": divergence, "tokens": tokens, "beta": 0.3, "temperature": 1.0,
@@ -202,7 +214,7 @@ def test_hints_add_the_mean_squared_error_of_hidden_states(kind, models, data, t
     right = expected_gradient(network, loss)
     assert float(gradient(task, network.train(), batch, 0, Progress())) == pytest.approx(loss.item(), rel=1e-6)
     assert distance(network, right) < 1e-6  # transformers normalises in float32
-    assert float(network.maps[0].weight.grad.abs().max()) > 1e-3
+    assert float(network.maps[0].weight.grad.abs().max()) > 1e-4
 
 
 # ---- the gradient from a cache -----------------------------------------------------------------------------------
@@ -245,7 +257,7 @@ def test_the_gradient_from_a_cache(tail, models, data, tmp_path):
     assert distance(network, right) < 2e-3
 
 
-def test_a_shared_cache_is_not_written_again_and_gives_the_same_training(models, data, tmp_path, monkeypatch):
+def test_a_shared_cache_is_not_written_again_and_gives_the_same_training(models, data, tmp_path):
     cache = tmp_path / "cache"
     for name, teacher in (("first", {"top_k": 5, "cache": str(cache)}), ("second", {"cache": str(cache)})):
         pipeline.run(chosen(configured(tmp_path / name, models["causal"], data, steps=2), teacher=teacher))
@@ -325,8 +337,8 @@ def test_only_the_assistants_tokens_of_a_chat_count(tmp_path):
     network, teacher = in_float64(task)
     batch = whole_batch(0, 8, len(task.rows["train"]), 0)
     inputs, target, count, _ = task.inputs("train", batch, 0)
-    said = [tokenizer.decode(row[row >= 0]).replace("<|im_end|>", "").strip() for row in target]
-    assert all(any(answer.strip() == one for answer in answers) for one in said)
+    said = {"".join(tokenizer.convert_ids_to_tokens(row[row >= 0])) for row in target}
+    assert len(said) == 8 and said <= {f"{answer}<|im_end|>" for answer in answers}
     assert count == int((target >= 0).sum()) < 0.6 * int(inputs["attention_mask"].sum())
     with torch.no_grad():
         taught = logits_of(teacher, inputs)
@@ -447,7 +459,7 @@ def compared(models, data, tmp_path_factory):
     """A run from a cache with everything to compare it with, with dropout."""
     folder = tmp_path_factory.mktemp("compared") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compare, "interleaved", lambda ways, seconds, least: timing.interleaved(ways, 0.0, least))
+        patch.setattr(report, "_curves", CURVES)
         config = tiny_distill_config(folder, models["causal"], data, compare=True, compare_loss=3)
         pipeline.run(chosen(config, teacher={"top_k": 5}, loss={"hard_weight": 0.5}))
     return folder
@@ -517,15 +529,20 @@ def test_a_stopped_and_resumed_run_with_hints_is_the_unbroken_one(models, data, 
     pipeline.resume(tmp_path / "stopped")
     same_training(tmp_path / "whole/distilled", tmp_path / "stopped/distilled")
     maps = [tensors(tmp_path / "whole/distilled" / kept)["hints.safetensors 0.weight"] for kept in ("best", "last")]
-    start = task_of(chosen(config, run={"folder": str(tmp_path / "again")})).start()
-    assert not torch.equal(maps[1], start.maps[0].weight), "the maps are not trained"
+    starts = []
+    for loaded in (False, True):
+        task = task_of(chosen(config, run={"folder": str(tmp_path / "again")}))
+        assert not loaded or task.teacher.network is not None
+        starts.append(task.start().maps[0].weight)
+    assert not torch.equal(maps[1], starts[0]), "the maps are not trained"
+    assert torch.equal(*starts), "what the maps begin with depends on when the teacher is loaded"
 
 
 @pytest.mark.parametrize("kind", ["causal", "masked", "cached"])
-def test_the_losses_that_are_compared_agree_with_a_plain_loop(kind, models, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(compare, "interleaved", lambda ways, seconds, least: timing.interleaved(ways, 0.0, least))
+def test_the_losses_that_are_compared_agree_with_a_plain_loop(kind, models, data, tmp_path):
     config = configured(tmp_path, models["causal" if kind == "cached" else kind], data, compare_loss=3)
     chosen(config, loss={"temperature": 2.0, "hard_weight": 0.5}, teacher={"top_k": 39 if kind == "cached" else None})
+    config.loss.tokens = "masked" if kind == "masked" else "all"
     task = task_of(config)
     rows = compare.compare_losses(task, tmp_path, lambda: task.start())["losses"]
     assert list(rows) == ["tlkernels", "eager", "eager on gathered rows"][: 2 + (kind == "masked")]

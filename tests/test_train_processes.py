@@ -162,7 +162,7 @@ def unsharded():
 
 @contextmanager
 def fsdp2(block):
-    """Let the trainer's Accelerator shard a class of blocks with FSDP2, which Accelerate does only on an accelerator."""
+    """Let the trainer's Accelerator shard these blocks with FSDP2, which Accelerate itself does only on a GPU."""
     from accelerate import FullyShardedDataParallelPlugin
     from accelerate.state import AcceleratorState
 

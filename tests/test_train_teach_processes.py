@@ -1,14 +1,22 @@
 """Distillation and contrastive training with 1, 2 and 4 processes: the gradient of a step, whole jobs, the commands."""
 
+import json
+import os
+import shutil
+import signal
+import sys
+import time
 from dataclasses import dataclass
 
 import pytest
 import torch
-from test_train_processes import distance, fsdp2, spawn, unsharded
+from test_train_processes import distance, fsdp2, saved, spawn, unsharded
 from torch.nn import functional
 from train_cases import (
     made_rows,
+    metrics,
     quick,
+    same_bits,
     task_of,
     tiny_causal_model,
     tiny_contrast_config,
@@ -21,10 +29,13 @@ from train_cases import (
     write_texts,
 )
 
+from tlkernels import cli
+from tlkernels.train import UserError, check, loop, pipeline, teacher_cache
 from tlkernels.train.batches import micro_batches, step_seed, whole_batch
 from tlkernels.train.checkpoint import Progress
 from tlkernels.train.gradient import gradient
 from tlkernels.train.optim import make_optimizer
+from tlkernels.train.tasks import CONFIGS
 
 pytestmark = pytest.mark.usefixtures(quick.__name__)
 SUMMED = ["live", "hints", "cached", "classifier"]
@@ -74,11 +85,12 @@ def places(tmp_path_factory):
     table = write_csv(folder / "rows.csv", rows)
     classifier = untrained_classifier(folder / "finetuned", tiny_model(folder / "encoder"), table)
     llama, texts = tiny_causal_model(folder / "causal"), write_texts(folder / "texts.jsonl", 120)
-    encoder = tiny_model(folder / "dropout", dropout=0.1)
+    encoder, plain_encoder = tiny_model(folder / "dropout", dropout=0.1), tiny_model(folder / "plain")
     hard, plain = write_pairs(folder / "hard.jsonl", 60, 2), write_pairs(folder / "pairs.jsonl", 60, 0)
     return {
         **dict.fromkeys(["live", "hints", "cached"], (llama, texts)), "classifier": (classifier, table),
         "info_nce": (encoder, hard), **dict.fromkeys(["nt_xent", "sup_con", "sigmoid"], (encoder, plain)),
+        "encoder": plain_encoder,
     }  # fmt: skip
 
 
@@ -247,23 +259,274 @@ def steps(rank, folder, places, several):
             torch.save(grads, folder / f"{case.name}.pt")
 
 
-@pytest.mark.parametrize("case", cases(1), ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=pytest.mark.full if case.pieces == 1 else ()) for case in cases(1)],
+    ids=lambda case: case.name,
+)
 def test_the_gradient_of_one_process_is_the_whole_batchs(case, places, tmp_path):
     assert_right(case, step_gradient(case, places, tmp_path), places, 1, tmp_path)
 
 
-# One test for all cases: the processes take seconds to start.
-@pytest.mark.parametrize(("world", "few"), [
-    pytest.param(2, True, id="2-few"),
-    pytest.param(2, False, id="2", marks=pytest.mark.full),
-    pytest.param(4, False, id="4", marks=pytest.mark.full),
+def select(world, kinds, few=False):
+    return [case for case in cases(world, few) if case.kind in kinds]
+
+
+# One test for many cases: the processes take seconds to start.
+@pytest.mark.parametrize(("world", "several"), [
+    pytest.param(2, select(2, ["hints", "cached", "info_nce", "nt_xent"], few=True), id="2-few"),
+    pytest.param(2, select(2, SUMMED), id="2-summed", marks=pytest.mark.full),
+    pytest.param(4, select(4, SUMMED), id="4-summed", marks=pytest.mark.full),
+    pytest.param(2, select(2, JOINT), id="2-joint", marks=pytest.mark.full),
+    pytest.param(4, select(4, JOINT), id="4-joint", marks=pytest.mark.full),
 ])  # fmt: skip
-def test_the_gradient_of_several_processes_is_the_whole_batchs(world, few, places, tmp_path):
-    spawn(steps, world, tmp_path, places, cases(world, few))
+def test_the_gradient_of_several_processes_is_the_whole_batchs(world, several, places, tmp_path):
+    spawn(steps, world, tmp_path, places, several)
     wrong = []
-    for case in cases(world, few):
+    for case in several:
         try:
             assert_right(case, torch.load(tmp_path / f"{case.name}.pt"), places, world, tmp_path)
         except AssertionError as error:
             wrong.append(f"{case.name}: {error}")
     assert not wrong, "\n".join(wrong)
+
+
+def test_a_batch_of_contrast_must_be_a_multiple_of_the_processes(places, monkeypatch):
+    from accelerate import Accelerator
+
+    config = config_of("info_nce", "unused", places, batch_size=9)
+    config.check()
+    with unsharded():
+        accelerator = pipeline.start(config)
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    words = r"--run.batch_size must be a multiple of the number of processes, 2, since .*; got 9"
+    with pytest.raises(UserError, match=words):
+        pipeline.prepare(config, accelerator)
+
+
+# ---- whole jobs --------------------------------------------------------------------------------------------------
+
+RESULTS = ["loss", "perplexity", "accuracy", "entropy", "mrr10", "recall1", "recall10", "mass", "count", "best_step"]
+
+
+def job(rank, folder, places, kind, sharded, name, signalled=None):
+    """Run a job, or resume it if its folder is there; one process gets SIGTERM in the step or shard `signalled`."""
+    teacher_cache.SHARD_ROWS = 16
+    with fsdp2(BLOCKS.get(kind, "BertLayer")) if sharded else unsharded(), pytest.MonkeyPatch.context() as patch:
+        if signalled is not None and rank == 1:
+            module, function, number = sys.modules[signalled[0]], *signalled[1:]
+            patch.setattr(module, function, counting(getattr(module, function), number))
+        if (folder / name / "config.json").exists():
+            pipeline.resume(folder / name)
+        else:
+            pipeline.run(job_config(kind, folder / name, places))
+
+
+def counting(real, number):
+    """Return a function that sends SIGTERM to its process in one of its calls."""
+    calls = []
+
+    def function(*arguments):
+        calls.append(arguments)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments)
+
+    return function
+
+
+def files(folder):
+    return {file.name: file.read_bytes() for file in folder.glob("*")}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("kind", "sharded"), [
+    ("live", False), ("cached", False), ("classifier", False), ("info_nce", False), ("live", True), ("cached", True),
+    ("classifier", True), ("info_nce", True),
+])  # fmt: skip
+def test_two_processes_learn_what_one_does(kind, sharded, places, tmp_path, monkeypatch):
+    places = places | {"info_nce": (places["encoder"], places["info_nce"][1])}  # whose dropout would differ
+    spawn(job, 2, tmp_path, places, kind, sharded, "two")
+    monkeypatch.setattr(teacher_cache, "SHARD_ROWS", 16)
+    pipeline.run(job_config(kind, tmp_path / "one", places))
+    one, two = (tmp_path / name / STAGE[kind] for name in ("one", "two"))
+    for kept in ("best", "last"):
+        assert distance(saved(one / kept), saved(two / kept)) < 2e-5
+    for left, right in zip(metrics(one), metrics(two), strict=True):
+        assert left == pytest.approx(right, rel=1e-3, abs=1e-5)
+    tables = [json.loads((tmp_path / name / "results.json").read_text())["results"] for name in ("one", "two")]
+    assert [row["stage"] for row in tables[0]] == [row["stage"] for row in tables[1]]
+    for left, right in zip(*tables, strict=True):
+        assert {name: left[name] for name in RESULTS if name in left} == pytest.approx(
+            {name: right[name] for name in RESULTS if name in right}, rel=1e-3
+        )
+    caches = [files(tmp_path / name / "teacher-cache") for name in ("one", "two")]
+    assert caches[0].keys() == caches[1].keys() and (kind != "cached" or len(caches[0]) > 4)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("kind", "where"), [
+    ("cached", ("tlkernels.train.teacher_cache", "_write_shard", 2)),
+    *((kind, ("tlkernels.train.loop", "whole_batch", 3)) for kind in ("cached", "live", "info_nce")),
+], ids=["cache", "cached", "live", "contrast"])  # fmt: skip
+def test_sigterm_in_one_process_stops_all_and_the_resumed_run_is_the_unbroken_one(kind, where, places, tmp_path):
+    spawn(job, 2, tmp_path, places, kind, False, "whole")
+    spawn(job, 2, tmp_path, places, kind, False, "stopped", where)
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert not (stopped / "results.json").exists()
+    if where[0] == teacher_cache.__name__:
+        shards = [name for name in files(stopped / "teacher-cache") if name.endswith(".safetensors")]
+        assert len(shards) == 4 and not (stopped / "distilled").exists()
+    else:
+        assert json.loads((stopped / STAGE[kind] / "last/progress.json").read_text())["step"] == 3
+    spawn(job, 2, tmp_path, places, kind, False, "stopped")
+    for kept in ("best", "last"):
+        assert same_bits(saved(whole / STAGE[kind] / kept), saved(stopped / STAGE[kind] / kept))
+    assert metrics(whole / STAGE[kind]) == metrics(stopped / STAGE[kind])
+    assert files(whole / "teacher-cache") == files(stopped / "teacher-cache")
+
+
+@pytest.mark.full
+def test_a_run_that_loads_its_teacher_in_the_first_step_is_the_one_that_had_it_before(places, tmp_path):
+    """Reading a classifier seeds the random numbers, from which the hints' maps and dropout are drawn."""
+    table = places["classifier"][1]
+    teacher = untrained_classifier(tmp_path / "teacher", tiny_model(tmp_path / "model", dropout=0.1), table)
+    for name in ("whole", "killed"):
+        config = job_config("classifier", tmp_path / name, {"classifier": (teacher, table)}, steps=4)
+        config.student.dropout, config.hints.blocks, config.run.seed = True, [(0, 1)], 5
+        pipeline.run(config, until=1 if name == "killed" else None)
+    assert (tmp_path / "killed/teacher/result.json").exists()
+    shutil.rmtree(tmp_path / "killed/distilled")
+    pipeline.resume(tmp_path / "killed")
+    whole, killed = (tmp_path / name / "distilled" for name in ("whole", "killed"))
+    assert metrics(whole) == metrics(killed)
+    assert same_bits(saved(whole / "last"), saved(killed / "last")) and (whole / "last/hints.safetensors").exists()
+
+
+# ---- the parts of a step's time ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["live", "info_nce"])
+def test_the_seconds_of_a_step_are_those_of_its_data_and_computation_and_little_else(kind, places, tmp_path):
+    """The data take 30 ms a micro-batch more than they would, the network 20 ms a pass."""
+    task = task_of(config_of(kind, tmp_path, places, batch_size=8, micro_batch=4, steps=3, eval_every=3))
+    inputs, passes = task.inputs, []
+
+    def slow(*arguments):
+        if arguments[2] is not None:
+            time.sleep(0.03)
+        return inputs(*arguments)
+
+    def slower(module, _):
+        if module.training:
+            passes.append(module)
+            time.sleep(0.02)
+
+    task.inputs = slow
+    network = task.start()
+    network.register_forward_pre_hook(slower)
+    progress = loop.train(task, tmp_path / "run", lambda: network)
+    assert len(passes) == 3 * 2 * (2 if kind == "info_nce" else 1)  # GradCache has two passes
+    assert 3 * 2 * 0.03 <= progress.data_seconds < progress.data_seconds + 0.02 * len(passes)
+    assert progress.compute_seconds >= 0.02 * len(passes)
+    rest = progress.seconds - progress.data_seconds - progress.compute_seconds
+    assert 0 <= rest < 0.3 * progress.seconds
+
+
+# ---- check-normalisation -----------------------------------------------------------------------------------------
+
+
+def check_options(kind, places, tmp_path):
+    config = config_of(kind, tmp_path / "run", places, batch_size=12, micro_batch=None)
+    (tmp_path / "options.json").write_text(config.to_json())
+    return ["check-normalisation", config.command, "--config", str(tmp_path / "options.json")]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "hints",
+        "info_nce",
+        pytest.param("cached", marks=pytest.mark.full),
+        *(pytest.param(kind, marks=pytest.mark.full) for kind in ("classifier", *JOINT[1:])),
+    ],
+)
+def test_the_gradient_does_not_depend_on_the_micro_batches(kind, places, tmp_path, monkeypatch, capsys):
+    alone = lambda config, task, model, count: check._gradient(task, model, count)  # noqa: E731
+    monkeypatch.setattr(check, "_over_processes", alone)
+    assert cli.main(check_options(kind, places, tmp_path)) == 0
+    _, ours, processes, means = capsys.readouterr().out.strip().split("\n\n")
+    assert ours.splitlines()[0] == f"tlkernels {config_of(kind, 'unused', places).command}"
+    assert ours.count(" ok\n") == 4 and processes.count(" ok\n") == 2 and "NOT OK" not in ours + processes
+    assert means.count("NOT OK") >= 2
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["live", "cached", "info_nce", "sup_con"])
+def test_the_gradient_does_not_depend_on_the_processes(kind, places, tmp_path, capfd):
+    assert cli.main(check_options(kind, places, tmp_path)) == 0
+    printed = capfd.readouterr()
+    assert printed.err == ""
+    assert printed.out.split("\n\n")[2].count(" ok\n") == 2
+
+
+# ---- the commands ------------------------------------------------------------------------------------------------
+
+COMMANDS = ["distill", "distill-classifier", "contrast"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_explains_every_option(command, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    lines = " ".join(capsys.readouterr().out.split())
+    for part, values in vars(CONFIGS[command]()).items():
+        for name in vars(values):
+            assert f"--{part}.{name} " in lines, f"--{part}.{name} is missing"
+            after = lines.split(f"--{part}.{name} ")[-1]
+            assert not after.lstrip("A-Z{,}_[]. ").startswith("(type"), f"--{part}.{name} has no help"
+
+
+@pytest.mark.parametrize(("command", "options", "expected"), [
+    ("distill", ["--cache-teacher", "16", "--hints.blocks=[[0,2],[9,29]]"], ["top_k: 16", "- - 0", "- 29"]),
+    ("distill-classifier", ["--teacher.path=runs/a", "--student.layers=[0,3]"], ["path: runs/a", "- 3"]),
+    ("contrast", ["--loss.name=sup_con", "--data.path=x.csv"], ["name: sup_con", "path: x.csv"]),
+])  # fmt: skip
+def test_print_config_is_read_again(command, options, expected, tmp_path, capsys):
+    with pytest.raises(SystemExit) as done:
+        cli.main([command, *options, "--print_config"])
+    assert done.value.code == 0
+    printed = capsys.readouterr().out
+    (tmp_path / "c.yaml").write_text(printed)
+    with pytest.raises(SystemExit):
+        cli.main([command, "--config", str(tmp_path / "c.yaml"), "--print_config"])
+    again = capsys.readouterr().out
+    assert again == printed
+    for part in expected:
+        assert part in printed
+
+
+@pytest.mark.parametrize("command", [
+    "distill", pytest.param("distill-classifier", marks=pytest.mark.xfail(reason="--resume wants --teacher.path")),
+    "contrast",
+])  # fmt: skip
+def test_a_run_folder_of_another_command_is_refused(command, tmp_path, capsys):
+    (tmp_path / "command").write_text("lm\n")
+    (tmp_path / "config.json").write_text("{}")
+    assert cli.main([command, "--resume", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"tlkernels: {tmp_path} is a run of tlkernels lm, not of tlkernels {command}\n"
+
+
+def test_a_resumed_distillation_keeps_its_cache_in_the_folder_that_is_resumed(places, tmp_path, monkeypatch):
+    """From another working directory, after the folder has moved."""
+    (tmp_path / "before").mkdir()
+    (tmp_path / "after").mkdir()
+    monkeypatch.chdir(tmp_path / "before")
+    pipeline.run(job_config("cached", "run", places, steps=4, eval_every=4), until=2)
+    (tmp_path / "before/run").rename(tmp_path / "after/moved")
+    written = files(tmp_path / "after/moved/teacher-cache")
+    monkeypatch.chdir(tmp_path)
+    pipeline.resume("after/moved")
+    assert files(tmp_path / "after/moved/teacher-cache") == written
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["after", "before"]
+    assert list((tmp_path / "before").iterdir()) == []

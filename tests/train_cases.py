@@ -232,7 +232,8 @@ def write_pairs(path, count, negatives=1, seed=0):
 def write_translations(path, count, negatives=0, repeats=True):
     """Write pairs as JSON lines, and return the path: a key has a translation of its query's words, in reverse.
 
-    Three of the 18 words are a query; with `repeats`, every tenth row has the query of the row before it.
+    Three of 18 words are a query, the first up to three times. With `repeats`, every tenth row has the query of the row
+    before it.
     """
     draw, words = random.Random(0), [*FILLER, *itertools.chain(*WORDS.values())]
     triples = draw.sample(list(itertools.permutations(range(18), 3)), count)
@@ -240,7 +241,7 @@ def write_translations(path, count, negatives=0, repeats=True):
     rows = []
     for number, triple in enumerate(triples):
         hard = [key((*triple[:2], draw.randrange(18))) for _ in range(negatives)]
-        query = " ".join(words[number] for number in triple)
+        query = " ".join(words[place] for place in (*triple, *[triple[0]] * (number % 3)))
         if repeats and number % 10 == 9:
             query = rows[-1]["query"]
         rows.append({"query": query, "key": key(triple), **({"negative": hard} if negatives else {})})
@@ -288,7 +289,7 @@ def untrained_classifier(folder, model, data):
 
 
 def sharpened(folder, factor=4.0):
-    """Multiply the matrices of a saved model, so that networks differ by more than float32 rounds; return the folder."""
+    """Multiply the matrices of a saved model, so that networks differ by more than rounding; return the folder."""
     from safetensors.torch import load_file, save_file
 
     file = Path(folder) / "model.safetensors"

@@ -85,7 +85,7 @@ class ContrastConfig(Options):
         for name, only in {"symmetric": "info_nce", "label_smoothing": "info_nce", "bias": "sigmoid"}.items():
             if loss.name != only and getattr(loss, name) != getattr(default, name):
                 raise UserError(f"--loss.{name} applies to {only}, not to {loss.name}")
+        if loss.name != "info_nce" and self.data.negatives:
+            raise UserError(f"--data.negatives applies to info_nce; {loss.name} has no hard negatives")
         if KINDS[loss.name] != "pairs" and model.key_path is not None:
             raise UserError(f"--model.key_path applies to pairs; {loss.name} has one encoder")
-        if KINDS[loss.name] != "pairs" and self.data.path is None:
-            raise UserError(f"--loss.name {loss.name} needs --data.path: the built-in data are pairs")

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from tlkernels.train.errors import UserError
 
 
-def without_dropout(model: Any, name: str) -> None:
+def without_dropout(model: Any, name: str, option: str = "--model.dropout") -> None:
     """Turn dropout off in the modules; the saved configuration keeps it. Check that nothing random is left.
 
     Raises:
-        UserError: two forward passes differ all the same; `name` is the model's name in the message.
+        UserError: two forward passes differ all the same. The message has the model's `name`, and the `option` that
+            leaves dropout on.
     """
     for module in model.modules():
         for attribute, value in vars(module).items():
@@ -29,7 +30,7 @@ def without_dropout(model: Any, name: str) -> None:
     for name_of_buffer, value in model.named_buffers():  # such as the statistics of batch normalisation
         value.copy_(state[name_of_buffer])
     if not torch.equal(first, second):
-        raise UserError(f"the dropout of {name} cannot be turned off; --model.dropout true leaves it on")
+        raise UserError(f"the dropout of {name} cannot be turned off; {option} true leaves it on")
 
 
 def probe_inputs(model: Any) -> dict[str, Tensor]:

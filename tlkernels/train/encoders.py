@@ -47,8 +47,9 @@ class Encoders(nn.Module):
         self.maps = nn.ModuleList(
             nn.Identity() if size is None else nn.Linear(width, size, bias=False) for width in widths
         )
-        self.log_scale = nn.Parameter(torch.tensor(-math.log(loss.temperature)), requires_grad=loss.learnable)
-        self.bias = nn.Parameter(torch.tensor(loss.bias)) if loss.name == "sigmoid" else None
+        # Of shape (1,), since FSDP2 takes no scalars.
+        self.log_scale = nn.Parameter(torch.tensor([-math.log(loss.temperature)]), requires_grad=loss.learnable)
+        self.bias = nn.Parameter(torch.tensor([loss.bias])) if loss.name == "sigmoid" else None
 
     def forward(self, rows: dict[str, Any], loss: Callable[..., Tensor]) -> Tensor:
         """Return `loss(query, key, negatives, ids, labels, scale, bias)` of the embeddings; what is absent is None.
@@ -60,7 +61,8 @@ class Encoders(nn.Module):
         negatives = None if rows["negatives"] is None else self.embed(rows["negatives"], key=True)
         if self.log_scale.requires_grad:
             self.log_scale.data.clamp_(max=math.log(MAX_SCALE))  # .data: to autograd, no weight has changed
-        return loss(query, key, negatives, rows["ids"], rows["labels"], self.log_scale.exp(), self.bias)
+        scale, bias = self.log_scale.exp().squeeze(), None if self.bias is None else self.bias.squeeze()
+        return loss(query, key, negatives, rows["ids"], rows["labels"], scale, bias)
 
     def embed(self, inputs: dict[str, Tensor], key: bool = False) -> Tensor:
         """Return the embeddings of queries or of keys, of 2-norm 1."""

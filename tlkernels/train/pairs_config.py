@@ -26,8 +26,9 @@ class PairsConfig:
         key_column: Column with the text of the key, which matches the query.
         negative_column: Column with the hard negatives, used if it exists: a text or a list of texts, which do not
             match the query. In a .csv or .tsv file, a list is written as JSON. Every row has the same number.
-        id_column: Column with an id, used if it exists. Rows with the same id are never negatives of each other, and
-            neither are rows with the same query or key.
+        id_column: Column with an id, used if it exists. Rows with the same id are not taken as negatives of each other,
+            and neither are rows with the same query or key. That is for the loss `info_nce`; other losses do not look
+            at it. In the scores of pairs, the keys of such rows all belong to the query.
         label_column: Column with the label, if rows with the same label are to be similar.
         image_column: Column with the image. The keys are images if there is no key column; where the rows are no
             pairs, they are images if there is no query column.

@@ -57,6 +57,7 @@ def resume(folder: str | Path, until: int | None = None) -> Path:
         if not file.is_file():
             raise UserError(f"{folder} is not a run folder: it has no config.json")
         config = CONFIGS[command_of(folder)].load(file)
+        config.run.folder = str(folder)  # it may have been moved, or be seen from another folder
         config.check()
         return _run(prepare(config, start(config)), Path(folder), until, started)
 

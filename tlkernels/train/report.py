@@ -202,10 +202,10 @@ def _curves(folder: Path, task: Task, results: list[dict[str, Any]], rows: str) 
         loss.plot(*zip(*trained, strict=True), color=f"C{number}", alpha=0.5, linewidth=1)
         loss.plot(steps, [line["eval_loss"] for line in scored], "o-", color=f"C{number}")
     score.set(xlabel="step", ylabel=f"{task.headings[task.curve]} on the evaluation rows", xlim=(0, None))
-    if task.curve == "accuracy":
-        score.set_ylim(0, 1)
-    else:
+    if task.curve == "perplexity":
         score.set_yscale("log")
+    else:
+        score.set_ylim(0, 1)
     loss.set(xlabel="step", ylabel="loss, nats (thin: training, dots: evaluation)", xlim=(0, None), ylim=(0, None))
     score.legend(loc="best", fontsize="small")
     for axes in (score, loss):

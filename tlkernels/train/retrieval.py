@@ -27,8 +27,7 @@ def ranks(queries: Tensor, keys: Tensor, query_ids: Tensor, key_ids: Tensor, *, 
         belongs = query_ids[rows, None] == key_ids
         others = ~belongs
         if same:
-            own = rows[:, None] == torch.arange(len(keys), device=keys.device)
-            belongs, others = belongs & ~own, others & ~own
+            belongs = belongs & (rows[:, None] != torch.arange(len(keys), device=keys.device))
         best = similarity.masked_fill(~belongs, -torch.inf).amax(1, keepdim=True)
         rank = 1 + (others & ~(similarity < best)).sum(1)
         found.append(rank * belongs.any(1))

@@ -50,7 +50,7 @@ def new_student(config: DistillConfig, teacher: LanguageModel, causal: bool) -> 
             network.bias.data.copy_(teacher.bias)
     network.requires_grad_(True)
     if not student.dropout:
-        without_dropout(network.model, "the student")
+        without_dropout(network.model, "the student", "--student.dropout")
     return network
 
 
@@ -74,7 +74,7 @@ def new_classifier_student(config: DistillClassifierConfig, teacher: Classifier,
         encoder, width = _cut(teacher.encoder, student), teacher.head.in_features
     encoder.requires_grad_(True)
     if not student.dropout:
-        without_dropout(encoder, "the student")
+        without_dropout(encoder, "the student", "--student.dropout")
     torch.manual_seed(config.run.seed)
     network = Classifier(encoder, width, teacher.head.out_features)
     if student.path is None and student.config is None:

@@ -182,6 +182,12 @@ class TeacherCache:
         return index, log_probs + (log_mass - log_probs.logsumexp(-1, keepdim=True))
 
 
+def written_top_k(folder: Path) -> int | None:
+    """Return the classes that a cache keeps of each token, or None if the folder is none yet."""
+    file = folder / "identity.json"
+    return int(_read(file, "top_k")["top_k"]) if file.is_file() else None
+
+
 def open_cache(folder: Path, identity: Identity, top_k: int | None) -> TeacherCache:
     """Open a cache; `top_k=None` takes it as it was written.
 

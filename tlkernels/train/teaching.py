@@ -51,7 +51,7 @@ class Teacher:
     def network(self) -> Any:
         """The network, in evaluation mode."""
         if self._network is None:
-            # The head is read by autograd. A resumed run may load it at another step, and draws the same numbers.
+            # The head is read by autograd. A resumed run may load it at another moment, and draws the same numbers.
             with torch.enable_grad(), torch.random.fork_rng(devices=[]):
                 self._network = self._load()
         return self._network

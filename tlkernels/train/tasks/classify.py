@@ -35,13 +35,18 @@ from tlkernels.train.task import GATHERED, OURS, Loss, Scores, Stage, Task
 
 
 class Classify(Task):
-    """Classification. The loss is cross entropy, summed over the rows that have a label."""
+    """Classification. The loss is cross entropy, summed over the rows that have a label.
+
+    Attributes:
+        label_losses: the losses of logits and labels, with which evaluations measure the loss.
+    """
 
     command = "finetune"
     headings: ClassVar[dict[str, str]] = {"accuracy": "accuracy", "macro_f1": "macro-F1"}
     curve = "accuracy"
     unit, row_size = "samples", 1.0
     rows: dict[str, LabelledRows]
+    label_losses: dict[str, Loss]
 
     def __init__(self, config: Config, accelerator: Accelerator) -> None:
         """Read the data. Raises `UserError` if they, an option or the model folder are wrong."""
@@ -49,15 +54,15 @@ class Classify(Task):
         with accelerator.main_process_first():  # it may download files for the others
             self.name = source(config.model.path)
             self.adapted = config.model.adapted and _adapted(config.model.adapted)
-            self.read(config.data)
+            self.read(config.data, config.run.seed)
         absolute(config.model, "path", "adapted")
         some_ignored = bool((self.rows["train"].labels == IGNORE).any())
-        self.losses = losses(config.loss.label_smoothing, config.loss.impl, gathered=some_ignored)
+        self.losses = self.label_losses = losses(config.loss.label_smoothing, config.loss.impl, gathered=some_ignored)
 
-    def read(self, options: DataConfig) -> None:
+    def read(self, options: DataConfig, seed: int) -> None:
         """Read the rows for the encoder of `name`. Raises `UserError` if they, or an option, are wrong."""
         self.batch_size = self.config.run.batch_size or 32
-        data = load_data(options, self.config.run.seed)
+        data = load_data(options, seed)
         self.preprocessor = load_preprocessor(self.name, data.images)
         limit = None if data.images else positions(empty_encoder(self.name))
         absolute(options, "path", *(side for side in ("eval", "test") if getattr(options, side) not in data.splits))
@@ -101,13 +106,13 @@ class Classify(Task):
         """Return loss, accuracy and macro-F1."""
         training, accelerator, rows = network.training, self.accelerator, self.rows[side]
         network.eval()
-        tally = Tally(rows.classes, self.device)
+        tally, loss = Tally(rows.classes, self.device), self.label_losses[OURS]
         everything = torch.arange(len(rows))
         for piece in micro_batches(everything, rows.lengths, 64, accelerator.process_index, accelerator.num_processes):
-            inputs, target = self.inputs(side, piece if len(piece) else everything[:1], None)
-            logits = network(inputs, target, lambda logits, _: logits)
+            inputs = self.inputs(side, piece if len(piece) else everything[:1], None)
+            logits, target = network(*inputs, lambda logits, _: logits), inputs[1]
             if len(piece):
-                tally.add(logits, target, self.losses[OURS](logits, target))
+                tally.add(logits, target, loss(logits, target))
         tally.counts = accelerator.reduce(tally.counts, "sum")
         tally.loss = accelerator.reduce(tally.loss, "sum")
         network.train(training)

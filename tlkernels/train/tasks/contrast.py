@@ -112,8 +112,7 @@ class Contrast(Task):
             return torch.zeros((), device=self.device)
 
         everything, share = torch.arange(len(rows)), (self.accelerator.process_index, self.accelerator.num_processes)
-        limit = min(self.config.run.micro_batch or 64, 64)
-        pieces = micro_batches(everything, rows.lengths, limit, *share)
+        pieces = micro_batches(everything, rows.lengths, 64, *share)
         with torch.random.fork_rng():
             torch.manual_seed(self.config.run.seed)
             for piece in pieces:

@@ -36,6 +36,7 @@ from tlkernels.train.teacher_cache import (
     open_cache,
     tokenizer_digest,
     write_cache,
+    written_top_k,
 )
 from tlkernels.train.teaching import (
     Lesson,
@@ -70,7 +71,7 @@ class Distill(TokenTask):
         given = config.teacher.top_k is not None or config.teacher.cache is not None
         if given and not self.causal:
             raise UserError(
-                "--teacher.top_k and --teacher.cache apply to causal models; the masks of this one are new in every step"
+                "--teacher.top_k and --teacher.cache apply to causal models; this one's masks are new in every step"
             )
         if self.causal and config.loss.tokens != "all":
             raise UserError("--loss.tokens applies to masked models; this one is causal")
@@ -82,7 +83,8 @@ class Distill(TokenTask):
         absolute(config.student, "path", "config")
         blocks = [str(len(block_list(network.model)[1])) for network in (student, teacher)]
         self.about = config.student.path or config.student.config or f"of {blocks[0]} of its {blocks[1]} blocks"
-        self.vocabulary, self.top_k = head_rows(teacher), config.teacher.top_k or TOP_K
+        self.vocabulary = head_rows(teacher)
+        self.top_k = config.teacher.top_k or written_top_k(self._folder) or min(TOP_K, self.vocabulary)
         self.teacher = Teacher(lambda: for_evaluation(accelerator, self._read_teacher()))
         self._set_way("cached" if given else "live")
         if given and is_complete(self._folder):

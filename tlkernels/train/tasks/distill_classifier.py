@@ -13,17 +13,15 @@ from torch.nn import functional
 
 import tlkernels as tlk
 from tlkernels.train import report
-from tlkernels.train.batches import micro_batches
 from tlkernels.train.config import Config, DataConfig
 from tlkernels.train.data import IGNORE
 from tlkernels.train.distill_config import DistillClassifierConfig, SoftLossConfig
 from tlkernels.train.errors import UserError, listed
-from tlkernels.train.metrics import Tally
 from tlkernels.train.model import load_model, save_model
 from tlkernels.train.paths import absolute
 from tlkernels.train.sharding import for_evaluation
 from tlkernels.train.student import check_hints, new_classifier_student
-from tlkernels.train.task import OURS, Loss, Scores, Stage
+from tlkernels.train.task import OURS, Loss, Stage
 from tlkernels.train.tasks.classify import Classify, losses, versus
 from tlkernels.train.teaching import Lesson, Taught, Teacher, load_maps, save_maps
 
@@ -48,7 +46,9 @@ class DistillClassifier(Classify):
         self.name = str(best)
         teacher, about = load_model(best)
         with accelerator.main_process_first():  # it may download files for the others
-            self.read(config.data if config.data != DataConfig() else Config.load(run / "config.json").data)
+            known = Config.load(run / "config.json")  # with its seed, the hold-out is the teacher's
+            own = config.data != DataConfig()
+            self.read(config.data if own else known.data, config.run.seed if own else known.run.seed)
         for what in ("classes", "images"):
             if about[what] != self.about[what]:
                 raise UserError(f"the {what} of the rows are {self.about[what]}, those of the teacher {about[what]}")
@@ -58,14 +58,14 @@ class DistillClassifier(Classify):
         check_hints(config.hints, student.encoder, teacher.encoder)
         self.teacher = Teacher(lambda: for_evaluation(accelerator, load_model(best)[0].requires_grad_(False)))
         self.losses = soft_losses(config.loss)
-        self._label_losses = losses(0.0, config.loss.impl, gathered=False)
+        self.label_losses = losses(0.0, config.loss.impl, gathered=False)
 
     def stages(self) -> dict[str, Stage]:
         """Return the teacher, and the student trained with it, and for comparison on the labels alone."""
         stages = {"teacher": Stage("teacher", measure=self._measure_teacher)}
         if self.config.run.compare:
             alone = copy.copy(self)
-            alone.soft, alone.losses = False, self._label_losses
+            alone.soft, alone.losses = False, self.label_losses
             stages["labels"] = Stage("student trained on labels alone", alone.start, task=alone)
         return stages | {"distilled": Stage("student distilled", self.start)}
 
@@ -83,23 +83,6 @@ class DistillClassifier(Classify):
         """Return the encoder's inputs, the classes, and in training the lesson."""
         taught = side == "train" and step is not None and self.soft
         return *super().inputs(side, numbers, step), Lesson(*self.config.loss.at(step, self.steps)) if taught else None
-
-    @torch.no_grad()
-    def scores(self, network: nn.Module, side: str) -> Scores:
-        """Return the student's cross entropy with the labels, its accuracy and its macro-F1."""
-        training, accelerator, rows = network.training, self.accelerator, self.rows[side]
-        network.eval()
-        tally, cross_entropy = Tally(rows.classes, self.device), self._label_losses[OURS]
-        everything = torch.arange(len(rows))
-        for piece in micro_batches(everything, rows.lengths, 64, accelerator.process_index, accelerator.num_processes):
-            inputs, target, lesson = self.inputs(side, piece if len(piece) else everything[:1], None)
-            logits = network(inputs, target, lesson, lambda logits, _: logits)
-            if len(piece):
-                tally.add(logits, target, cross_entropy(logits, target))
-        tally.counts = accelerator.reduce(tally.counts, "sum")
-        tally.loss = accelerator.reduce(tally.loss, "sum")
-        network.train(training)
-        return tally.scores()
 
     def save(self, folder: Path, network: Any) -> None:
         """Write the student, the preprocessor, the classes, and the maps of the hints."""
