@@ -58,7 +58,7 @@ def options(paths, folder, *more):
 
 
 def test_without_a_command(capsys):
-    fails([], 2, "no command; expected one of: finetune, lm, check-normalisation, doctor", capsys=capsys)
+    fails([], 2, "no command; expected one of: finetune, lm, distill, distill-classifier, contrast,", capsys=capsys)
     fails(["fintune"], 2, "unknown command 'fintune'", capsys=capsys)
     assert cli.main(["--help"]) == 0
     assert "tlkernels COMMAND --resume RUN_FOLDER" in capsys.readouterr().out

@@ -188,7 +188,7 @@ RUNS = {
     "sup_con": {"loss": "sup_con", "data": "labelled.jsonl"},
     "sigmoid": {"loss": "sigmoid", "dropout": True},
 }
-IN_FULL = ("two encoders", "nt_xent", "sup_con", "sigmoid")
+IN_FULL = ("two encoders", "images", "nt_xent", "sup_con", "sigmoid")
 
 
 @pytest.mark.usefixtures("no_picture")
@@ -231,6 +231,7 @@ def test_the_temperature_is_learned_down_to_a_hundredth_or_stays(learnable, made
 # ---- two encoders ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("no_picture")
 @pytest.mark.parametrize("keys", ["texts", pytest.param("images", marks=pytest.mark.full)])
 def test_two_encoders_learn_and_the_folder_has_both(keys, made, tmp_path):
@@ -275,6 +276,7 @@ def test_one_encoder_embeds_both_sides(made, tmp_path):
 # ---- what is learned, and what is said ---------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_training_finds_translations_unless_the_rate_is_tiny(made, tmp_path):
     gains, verdicts = [], []
     for lr, steps in ((1e-2, 30), (1e-9, 3)):
@@ -314,7 +316,7 @@ def test_the_verdict(made, tmp_path):
     assert said(low, low).startswith("After and before training cannot be told apart")
 
 
-@pytest.mark.parametrize("micro_batch", [pytest.param(None, marks=pytest.mark.full), 3])
+@pytest.mark.parametrize("micro_batch", [None, pytest.param(3, marks=pytest.mark.full)])
 def test_losses_are_compared(micro_batch, made, tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "interleaved", lambda ways, seconds, least: timing.interleaved(ways, 0.0, least))
     config = config_of(made, tmp_path, data="hard.jsonl", dropout=True, run={"micro_batch": micro_batch})

@@ -257,6 +257,7 @@ def test_the_gradient_from_a_cache(tail, models, data, tmp_path):
     assert distance(network, right) < 2e-3
 
 
+@pytest.mark.full
 def test_a_shared_cache_is_not_written_again_and_gives_the_same_training(models, data, tmp_path):
     cache = tmp_path / "cache"
     for name, teacher in (("first", {"top_k": 5, "cache": str(cache)}), ("second", {"cache": str(cache)})):
@@ -508,6 +509,7 @@ def test_the_text_alone_is_learned_as_by_lm(compared, models, data, tmp_path):
     same_training(tmp_path / "lm/trained", compared / "text")
 
 
+@pytest.mark.full
 def test_a_stopped_and_resumed_comparison_is_the_unbroken_one(compared, models, data, tmp_path):
     config = tiny_distill_config(tmp_path / "run", models["causal"], data, compare=True)
     pipeline.run(chosen(config, teacher={"top_k": 5}, loss={"hard_weight": 0.5}), until=3)

@@ -235,6 +235,7 @@ def test_the_losses_that_are_compared_agree(teacher, tmp_path):
     assert all(row["difference"] < 1e-5 for row in rows.values())
 
 
+@pytest.mark.full
 def test_an_image_classifier(tmp_path):
     options = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     transformers.ViTModel(transformers.ViTConfig(**options, image_size=16, patch_size=8)).save_pretrained(

@@ -354,6 +354,7 @@ def test_sigterm_ends_the_run_after_the_step_that_it_reached(command, step, plac
     assert_same(run, wholes[command], command)
 
 
+@pytest.mark.full
 def test_sigterm_while_the_cache_is_written_ends_the_command_after_the_shard(places, wholes, tmp_path, capsys):
     run, real, calls = tmp_path / "run", teacher_cache._write_shard, []
 

@@ -223,7 +223,8 @@ Path.replace = replace
 @pytest.mark.parametrize(("kill", "name", "left"), [
     pytest.param(IN_A_SHARD, SHARDS[2], ["identity.json", *SHARDS[:2], SHARDS[2] + ".new"], id="in-a-shard"),
     pytest.param(
-        BEFORE_THE_RENAME, SHARDS[2], ["identity.json", *SHARDS[:2], SHARDS[2] + ".new"], id="before-its-rename"
+        BEFORE_THE_RENAME, SHARDS[2], ["identity.json", *SHARDS[:2], SHARDS[2] + ".new"], id="before-its-rename",
+        marks=pytest.mark.full,
     ),
     pytest.param(BEFORE_THE_RENAME, "identity", ["identity.json.new"], id="identity", marks=pytest.mark.full),
     pytest.param(
