@@ -469,7 +469,7 @@ def compared(models, data, tmp_path_factory):
 def test_the_table_and_the_results(compared):
     results = json.loads((compared / "results.json").read_text())
     lines = {line["stage"]: line for line in results["results"]}
-    assert list(lines) == ["teacher", "student", "cache", "text", "distilled", "live"]
+    assert list(lines) == ["teacher", "student", "cache", "distilled", "text", "live"]
     assert all(lines[name]["peak_bytes"] > 0 for name in ("text", "distilled", "live"))
     assert 0 < lines["cache"]["mass"] < 1 and lines["cache"]["top_k"] == 5
     assert lines["cache"]["cache_bytes"] == lines["distilled"]["cache_bytes"] > 5 * 4

@@ -55,7 +55,8 @@ class RunConfig:
         steps: Optimiser steps. None: given by `epochs`.
         epochs: Passes over the training rows, above 0, if `steps` is not given.
         batch_size: Rows of one optimiser step, over all processes and micro-batches.
-            None: 32; in `lm` and `distill` 64, and 8 for causal models; in `contrast` 128.
+            None: 32; in `lm` and `distill` 64, for causal models 8, and 2 on the built-in data of `distill`; in
+            `contrast` 128.
         micro_batch: Largest number of rows in one forward pass of a process. None: no limit. Where memory runs out, it
             is halved.
         eval_every: Steps between evaluations, each followed by a checkpoint. None: a quarter of the run.

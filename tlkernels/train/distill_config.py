@@ -32,6 +32,21 @@ class TeacherConfig:
 
 
 @dataclass
+class DistillDataConfig(CorpusConfig):
+    """The documents, from which the rows are made: text files, texts of records, or chats."""
+
+    eval_fraction: float = 0.2
+    test_fraction: float = 0.2
+
+
+@dataclass
+class DistillOptimConfig(OptimConfig):
+    """The optimiser, from torch."""
+
+    lr: float = 5e-4
+
+
+@dataclass
 class StudentConfig:
     """The network that is trained: blocks of the teacher, or another model with the same vocabulary.
 
@@ -132,11 +147,11 @@ class DistillConfig(Options):
 
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
-    data: CorpusConfig = field(default_factory=CorpusConfig)
+    data: DistillDataConfig = field(default_factory=DistillDataConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
     loss: DistillLossConfig = field(default_factory=DistillLossConfig)
     hints: HintConfig = field(default_factory=HintConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
+    optim: DistillOptimConfig = field(default_factory=DistillOptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     run: DistillRunConfig = field(default_factory=DistillRunConfig)
 

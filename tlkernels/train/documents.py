@@ -16,10 +16,11 @@ SOURCES = 40  # files of the built-in data for causal models: an epoch is some m
 _TAKERS = {"subset": OPTIONS["subset"], "encoding": ("text", *OPTIONS["encoding"])}  # options and kinds of data
 
 
-def load_documents(config: CorpusConfig, seed: int, causal: bool) -> dict[str, Documents]:
+def load_documents(config: CorpusConfig, seed: int, causal: bool, sources: int = SOURCES) -> dict[str, Documents]:
     """Read the documents of "train", "eval" and "test"; `seed` decides the split if none is given.
 
-    `causal` selects the built-in documents. "test" is "eval" if `test_fraction` is 0.
+    `causal` selects the built-in documents, of which there are `sources` files if no number is given. "test" is "eval"
+    if `test_fraction` is 0.
 
     Raises:
         UserError: something cannot be read, a column is missing, a text is empty, a chat is not a list of messages, or
@@ -27,7 +28,7 @@ def load_documents(config: CorpusConfig, seed: int, causal: bool) -> dict[str, D
     """
     if config.path is None:
         _refuse_unused(config, set())
-        sides = _built_in_sources(config) if causal else _built_in_docstrings(config)
+        sides = _built_in_sources(config, sources) if causal else _built_in_docstrings(config)
     else:
         if config.documents is not None:
             raise UserError("--data.documents applies to the built-in data; --data.path names others")
@@ -106,8 +107,8 @@ def _built_in_docstrings(config: CorpusConfig) -> dict[str, Documents]:
     }
 
 
-def _built_in_sources(config: CorpusConfig) -> dict[str, Documents]:
-    files = docstrings.sources(config.documents or SOURCES)
+def _built_in_sources(config: CorpusConfig, usual: int) -> dict[str, Documents]:
+    files = docstrings.sources(config.documents or usual)
     train = _built_in(list(files.values()), list(files))
     return _with_shares({"train": train}, list(range(len(files))), config)
 

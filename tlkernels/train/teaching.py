@@ -38,10 +38,9 @@ class Lesson(NamedTuple):
 class Teacher:
     """A network that is loaded when it is needed, and is no part of the one that is trained, saved or copied."""
 
-    def __init__(self, load: Callable[[], nn.Module]) -> None:
-        """Take the function that returns the network, ready for evaluation."""
-        self._load = load
-        self._network: nn.Module | None = None
+    def __init__(self, load: Callable[[], nn.Module], network: nn.Module | None = None) -> None:
+        """Take the function that returns the network, ready for evaluation, and the network if it is loaded."""
+        self._load, self._network = load, network
 
     def __deepcopy__(self, memo: object) -> Teacher:
         """Return the same teacher: a copy of a student has no teacher of its own."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import tlkernels as tlk
 from tlkernels.train import language
 from tlkernels.train.batches import micro_batches
-from tlkernels.train.documents import load_documents
+from tlkernels.train.documents import SOURCES, load_documents
 from tlkernels.train.errors import UserError
 from tlkernels.train.lm_config import LmModelConfig, MaskConfig
 from tlkernels.train.masking import MaskTokens, masked
@@ -34,6 +34,7 @@ class TokenTask(Task):
     headings: ClassVar[dict[str, str]] = {"perplexity": "perplexity", "accuracy": "accuracy", "entropy": "entropy"}
     curve = "perplexity"
     unit = "tokens"
+    sources = SOURCES  # files of the built-in documents for causal models
     rows: dict[str, PackedRows]
 
     def read(self, path: str | None, objective: str, options: LmModelConfig) -> language.LanguageModel:
@@ -47,10 +48,10 @@ class TokenTask(Task):
             self.name, self.extra = language.find(path)
             self.causal = language.is_causal(self.name, self.extra, objective)
             self.tokenizer = load_preprocessor(self.name, images=False, **self.extra)
-            documents = load_documents(config.data, config.run.seed, self.causal)
+            documents = load_documents(config.data, config.run.seed, self.causal, self.sources)
         if self.causal and config.mask != MaskConfig():
             raise UserError("--mask.probability and --mask.whole_words apply to masked models; this one is causal")
-        self.batch_size = config.run.batch_size or (8 if self.causal else 64)
+        self.batch_size = config.run.batch_size or self.usual_batch_size
         network = language.new_model(self.name, self.extra, self.causal, options)
         limit = positions(network.model)
         self.length = min(config.data.tokens(self.causal), limit or config.data.tokens(self.causal))
@@ -69,6 +70,11 @@ class TokenTask(Task):
         self.row_size = float(self.rows["train"].lengths.float().mean())
         absolute(config.data, "path", *(side for side in ("eval", "test") if documents[side].split is None))
         return network
+
+    @property
+    def usual_batch_size(self) -> int:
+        """The number of rows of a step if none is given."""
+        return 8 if self.causal else 64
 
     def divisor(self, numbers: Tensor, step: int) -> float:
         """Return the number of tokens with a target; 1 if there is none."""

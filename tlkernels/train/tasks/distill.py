@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tlkernels.train import language, report
 from tlkernels.train.blocks import block_list
+from tlkernels.train.checkpoint import write_folder
 from tlkernels.train.distill_config import DistillConfig
 from tlkernels.train.errors import UserError
 from tlkernels.train.language import LanguageModel
@@ -61,6 +62,7 @@ class Distill(TokenTask):
     """
 
     command = "distill"
+    sources = 10  # the demonstration trains the student three times
     _answers: TeacherCache | None = None
 
     def __init__(self, config: DistillConfig, accelerator: Accelerator) -> None:
@@ -84,8 +86,9 @@ class Distill(TokenTask):
         blocks = [str(len(block_list(network.model)[1])) for network in (student, teacher)]
         self.about = config.student.path or config.student.config or f"of {blocks[0]} of its {blocks[1]} blocks"
         self.vocabulary = head_rows(teacher)
-        self.top_k = config.teacher.top_k or written_top_k(self._folder) or min(TOP_K, self.vocabulary)
-        self.teacher = Teacher(lambda: for_evaluation(accelerator, self._read_teacher()))
+        written = written_top_k(self._folder) if given else None
+        self.top_k = config.teacher.top_k or written or min(TOP_K, self.vocabulary)
+        self.teacher = Teacher(self._read_teacher, self._frozen(teacher))
         self._set_way("cached" if given else "live")
         if given and is_complete(self._folder):
             self.top_k = self.answers.top_k  # raises if the cache does not fit
@@ -94,7 +97,7 @@ class Distill(TokenTask):
         """Return the teacher, the student as it begins, and the student's trainings."""
         stages = {
             "teacher": Stage("teacher", measure=lambda: self._measured("teacher", self.teacher.network)),
-            "student": Stage("student before", measure=lambda: self._measured("student", self.new_student())),
+            "student": Stage("student before", measure=self._measure_student),
         }
         titles = {"live": "student distilled live", "cached": "student distilled from the cache"}
         others = ["live" if self.way == "cached" else "cached"] if self.compare else []
@@ -104,14 +107,19 @@ class Distill(TokenTask):
         if cached is not None:  # before any training, as it may not fit
             title = f"the teacher's {self.top_k} best classes on disk"
             stages["cache"] = Stage(title, measure=cached.write_answers)
-        if self.compare:
+        stages["distilled"] = Stage(titles[self.way], self.start)
+        if self.compare:  # after the training with the teacher, which is then still in memory
             text = self._sibling("text")
             stages["text"] = Stage("student trained on text alone", text.start, task=text)
-        stages["distilled"] = Stage(titles[self.way], self.start)
         for way in others:
             other = cached if way == "cached" and cached is not None else self._sibling(way)
             stages[way] = Stage(titles[way], other.start, task=other)
         return stages
+
+    @property
+    def usual_batch_size(self) -> int:
+        """The number of rows of a step if none is given; few in the demonstration, for more steps."""
+        return 2 if self.causal and self.config.data.path is None else super().usual_batch_size
 
     def start(self) -> nn.Module:
         """Return the network with which the distillation starts."""
@@ -178,8 +186,10 @@ class Distill(TokenTask):
         return "\n".join(said)
 
     def new_student(self) -> LanguageModel:
-        """Return the student as it begins."""
-        return new_student(self.config, self._read_teacher(), self.causal)
+        """Return the student as it begins. Once it has been measured it is on disk, and needs no teacher."""
+        if self._beginning is not None and self._beginning.is_dir():
+            return language.load(self._beginning, LmModelConfig(dropout=self.config.student.dropout))
+        return new_student(self.config, self.teacher.network, self.causal)
 
     @property
     def answers(self) -> TeacherCache:
@@ -194,7 +204,7 @@ class Distill(TokenTask):
 
         A complete cache is only read.
         """
-        limit, accelerator = self.config.run.micro_batch or self.batch_size, self.accelerator
+        limit, accelerator = self.config.run.micro_batch or 8, self.accelerator
 
         def best(numbers: Tensor) -> tuple[Tensor, Tensor]:
             nonlocal limit
@@ -250,8 +260,11 @@ class Distill(TokenTask):
         other._set_way(way)
         return other
 
-    def _read_teacher(self) -> LanguageModel:
-        return language.new_model(self.name, self.extra, self.causal, LmModelConfig()).requires_grad_(False)
+    def _read_teacher(self) -> nn.Module:
+        return self._frozen(language.new_model(self.name, self.extra, self.causal, LmModelConfig()))
+
+    def _frozen(self, teacher: LanguageModel) -> nn.Module:
+        return for_evaluation(self.accelerator, teacher.requires_grad_(False))
 
     def _taught(self, student: LanguageModel) -> Taught:
         if self.way == "live":
@@ -263,10 +276,24 @@ class Distill(TokenTask):
     def _measured(self, stage: str, network: LanguageModel) -> dict[str, Any]:
         return report.result(stage, self.scores(for_evaluation(self.accelerator, Taught(network)), "test"))
 
+    def _measure_student(self) -> dict[str, Any]:
+        student = self.new_student()
+        place = self._beginning
+        if self.accelerator.is_main_process and place is not None and not place.is_dir():
+            write_folder(place, lambda new: self.save(new, Taught(student)))
+        return self._measured("student", student)
+
+    @property
+    def _beginning(self) -> Path | None:
+        folder = self.config.run.folder  # None in check-normalisation
+        return None if folder is None else Path(folder) / "student" / "start"
+
     @property
     def _folder(self) -> Path:
-        given = self.config.teacher.cache
-        return Path(given).expanduser() if given else Path(self.config.run.folder) / "teacher-cache"
+        given, run = self.config.teacher.cache, self.config.run.folder
+        if given is None and run is None:
+            raise UserError("--teacher.cache must name a folder, as this command makes no run folder")
+        return Path(given) if given is not None else Path(run) / "teacher-cache"
 
     def _identity(self) -> Identity:
         """Return what a cache must belong to."""
