@@ -35,7 +35,7 @@ class CorpusConfig:
             positions. A longer document is cut into pieces. None: 128, and 256 for causal models.
         pack: Whether a row holds as many pieces as fit. A piece attends to no other one.
         documents: Built-in data only: the number of documents, all splits together, 3 or more.
-            None: 3200 docstrings; 40 source files, and 10 in `distill`.
+            None: 3200 docstrings; 40 source files, and 9 in `distill`.
     """
 
     path: str | None = None

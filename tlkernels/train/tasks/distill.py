@@ -62,7 +62,7 @@ class Distill(TokenTask):
     """
 
     command = "distill"
-    sources = 10  # the demonstration trains the student three times
+    sources = 9  # the demonstration trains the student three times
     _answers: TeacherCache | None = None
 
     def __init__(self, config: DistillConfig, accelerator: Accelerator) -> None:
