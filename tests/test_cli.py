@@ -226,6 +226,7 @@ def test_the_examples(tmp_path, capsys):
     assert float(script.stdout.split()[-1]) < 1e-4
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["distillation", "two_encoders"])
 def test_the_longer_examples(name):
     script = python(str(ROOT / f"examples/{name}.py"))

@@ -63,6 +63,7 @@ MODELS = {
     "ViTModel": IMAGES,
     "Dinov2Model": IMAGES,
 }
+QUICK = {"LlamaForCausalLM", "Gemma2ForCausalLM", "BertForMaskedLM", "ModernBertForMaskedLM", "ViTModel"}
 TUPLES = {"MPNetForMaskedLM", "DebertaV2ForMaskedLM"}  # their blocks return tuples
 # Their forward reads the kind of attention from the configuration, by the number of a block.
 READ_BY_NUMBER = {"Qwen2ForCausalLM", "Qwen3ForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM"}
@@ -130,7 +131,7 @@ def deleted(model, blocks):
     return model
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [pytest.param(m, marks=[pytest.mark.full] * (m not in QUICK)) for m in MODELS])
 def test_a_student_computes_what_its_blocks_compute_in_the_teacher(name, tmp_path):
     teacher, blocks = build(name, MODELS[name]), [0, 2, 5]
     inputs, before = batch(teacher), copy.deepcopy(teacher.state_dict())

@@ -155,6 +155,7 @@ def test_too_few_functions_is_one_clear_error(planted):
         build(2, 0.4, 0.4)
 
 
+@pytest.mark.full
 def test_on_this_machine():
     """The checks do not use the code that built the pairs."""
     split = build(200, 0.1, 0.1, negatives=1)

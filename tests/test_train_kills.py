@@ -196,7 +196,7 @@ def interrupted(folder, places, command, moments):
 
 
 @pytest.mark.parametrize(
-    "command", ["finetune", "lm", *(pytest.param(name, marks=pytest.mark.full) for name in ("distill", "contrast"))]
+    "command", ["lm", *(pytest.param(name, marks=pytest.mark.full) for name in ("finetune", "distill", "contrast"))]
 )
 def test_a_killed_run_is_the_unbroken_one(command, places, wholes, tmp_path):
     (lost,) = interrupted(tmp_path / "run", places, command, [(events(wholes[command], command) - 14, 0.0)])

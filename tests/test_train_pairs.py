@@ -274,7 +274,7 @@ def test_the_built_in_pairs(monkeypatch):
     assert sides["train"].negatives == [["n"]] * 6 and len(set(sides["train"].ids)) == 6
     assert sides["test"] is sides["eval"] and sides["eval"].place(1) == "eval:1"
     load(None)
-    assert asked[1] == (6000, 0.1, 0.1, 0, None)
+    assert asked[1] == (5000, 0.1, 0.1, 0, None)
     assert load(None, "views")["train"].keys is None
     refused(None, "built-in data have no labels: give --data.path", "labels")
     refused(None, "--data.negatives applies to pairs", "views", negatives=1)

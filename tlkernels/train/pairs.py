@@ -23,7 +23,7 @@ from tlkernels.train.files import OPTIONS
 from tlkernels.train.labels import class_names, numbers
 from tlkernels.train.pairs_config import PairsConfig
 
-PAIRS = 6000  # of the built-in data
+PAIRS = 5000  # of the built-in data
 Kind = Literal["pairs", "views", "labels"]
 
 

@@ -41,7 +41,7 @@ class PairsConfig:
             than the model's positions. None: 64.
         key_length: The same for keys and hard negatives. None: 128.
         packages: Built-in data only: the largest number of packages to read. None: as many as `pairs` need.
-        pairs: Built-in data only: the number of pairs, all splits together, 3 or more. None: 6000.
+        pairs: Built-in data only: the number of pairs, all splits together, 3 or more. None: 5000.
         negatives: Built-in data only: hard negatives of each pair, other functions of the same file.
     """
 

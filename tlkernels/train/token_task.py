@@ -34,6 +34,7 @@ class TokenTask(Task):
     headings: ClassVar[dict[str, str]] = {"perplexity": "perplexity", "accuracy": "accuracy", "entropy": "entropy"}
     curve = "perplexity"
     unit = "tokens"
+    verb = "are predicted"  # of tokens with a target
     sources = SOURCES  # files of the built-in documents for causal models
     rows: dict[str, PackedRows]
 
@@ -127,17 +128,22 @@ class TokenTask(Task):
         return Scores(values | {"entropy": entropy / n}, (-loss / n,), int(count), tuple(found[0].tolist()))
 
     def describe_rows(self) -> str:
-        """Return the numbers of tokens, and what share of them is predicted."""
+        """Return the numbers of tokens, and what share of them has a target."""
         rows = self.rows["train"]
         tokens = {side: int(of_side.lengths.sum()) for side, of_side in self.rows.items()}
         apart = self.rows["test"] is not self.rows["eval"]
         hold_out = f"{tokens['test']} hold-out" if apart else "the evaluation tokens are the hold-out"
-        counted = int(rows.counts.sum()) / tokens["train"]
-        predicted = counted if self.causal else counted * self.config.mask.probability
         return (
             f"{tokens['train']} training tokens in {len(rows)} rows up to {self.length}, {tokens['eval']} evaluation, "
-            f"{hold_out}; {predicted:.0%} of the tokens are predicted"
+            f"{hold_out}; {self.target_share:.0%} of the tokens {self.verb}"
         )
+
+    @property
+    def target_share(self) -> float:
+        """The share of the training tokens that has a target."""
+        rows = self.rows["train"]
+        counted = int(rows.counts.sum()) / int(rows.lengths.sum())
+        return counted if self.causal else counted * self.config.mask.probability
 
     @property
     def some_ignored(self) -> bool:

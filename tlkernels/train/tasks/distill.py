@@ -62,6 +62,7 @@ class Distill(TokenTask):
     """
 
     command = "distill"
+    verb = "are distilled"
     sources = 9  # the demonstration trains the student three times
     _answers: TeacherCache | None = None
 
@@ -120,6 +121,13 @@ class Distill(TokenTask):
     def usual_batch_size(self) -> int:
         """The number of rows of a step if none is given; few in the demonstration, for more steps."""
         return 2 if self.causal and self.config.data.path is None else super().usual_batch_size
+
+    @property
+    def target_share(self) -> float:
+        """The share of the training tokens that has a target."""
+        share = super().target_share
+        every = not self.causal and self.config.loss.tokens == "all"
+        return share / self.config.mask.probability if every else share
 
     def start(self) -> nn.Module:
         """Return the network with which the distillation starts."""
