@@ -20,7 +20,7 @@ from train_cases import (
 )
 
 from tlkernels import cli
-from tlkernels.train import UserError, check, loop, pipeline
+from tlkernels.train import UserError, check, pipeline
 from tlkernels.train.batches import micro_batches, whole_batch
 from tlkernels.train.task import OURS
 from tlkernels.train.tasks import classify, lm
@@ -155,7 +155,7 @@ def wrong_gradient(divisor_of):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_loop_that_counts_the_rows_of_each_piece_is_found(kind, paths, tmp_path, one_process, monkeypatch, capsys):
-    monkeypatch.setattr(loop, "gradient", wrong_gradient(lambda task, piece, pieces: task.divisor(piece, 0)))
+    monkeypatch.setattr(check, "gradient", wrong_gradient(lambda task, piece, pieces: task.divisor(piece, 0)))
     assert cli.main(arguments(kind, paths)) == 1
     found = tables(capsys.readouterr().out)
     ours = found[f"tlkernels {'finetune' if kind == 'finetune' else 'lm'}"]

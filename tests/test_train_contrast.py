@@ -188,7 +188,7 @@ RUNS = {
     "sup_con": {"loss": "sup_con", "data": "labelled.jsonl"},
     "sigmoid": {"loss": "sigmoid", "dropout": True},
 }
-IN_FULL = ("two encoders", "images", "nt_xent", "sup_con", "sigmoid")
+IN_FULL = ("two encoders", "images", "nt_xent", "info_nce", "sigmoid")
 
 
 @pytest.mark.usefixtures("no_picture")

@@ -281,6 +281,7 @@ def test_a_shared_cache_is_not_written_again_and_gives_the_same_training(models,
     refused("--teacher.top_k must be 5, as in the cache .*, or be left out; got 4", top_k=4)
 
 
+@pytest.mark.full
 def test_the_teacher_is_released_while_the_student_trains_from_the_cache(models, data, tmp_path, monkeypatch):
     seen, real = {}, pipeline.loop.gradient
 
@@ -485,14 +486,14 @@ def test_the_table_and_the_results(compared):
 @pytest.mark.parametrize(("kind", "options", "titles"), [
     ("causal", {"run": {"compare": True}}, {
         "teacher": "teacher", "student": "student before", "cache": "the teacher's 32 best classes on disk",
-        "text": "student trained on text alone", "distilled": "student distilled live",
+        "distilled": "student distilled live", "text": "student trained on text alone",
         "cached": "student distilled from the cache"}),
     ("causal", {"teacher": {"top_k": 3}}, {
         "teacher": "teacher", "student": "student before", "cache": "the teacher's 3 best classes on disk",
         "distilled": "student distilled from the cache"}),
     ("masked", {"run": {"compare": True}}, {
-        "teacher": "teacher", "student": "student before", "text": "student trained on text alone",
-        "distilled": "student distilled live"}),
+        "teacher": "teacher", "student": "student before", "distilled": "student distilled live",
+        "text": "student trained on text alone"}),
     ("masked", {}, {"teacher": "teacher", "student": "student before", "distilled": "student distilled live"}),
 ])  # fmt: skip
 def test_the_stages(kind, options, titles, models, data, tmp_path):
@@ -522,6 +523,7 @@ def test_a_stopped_and_resumed_comparison_is_the_unbroken_one(compared, models, 
     assert verdicts[0] == verdicts[1]
 
 
+@pytest.mark.full
 def test_a_stopped_and_resumed_run_with_hints_is_the_unbroken_one(models, data, tmp_path):
     """With dropout, and a teacher whose loading draws random numbers."""
     for name in ("whole", "stopped"):
@@ -540,7 +542,9 @@ def test_a_stopped_and_resumed_run_with_hints_is_the_unbroken_one(models, data, 
     assert torch.equal(*starts), "what the maps begin with depends on when the teacher is loaded"
 
 
-@pytest.mark.parametrize("kind", ["causal", "masked", "cached"])
+@pytest.mark.parametrize(
+    "kind", ["causal", *(pytest.param(kind, marks=pytest.mark.full) for kind in ("masked", "cached"))]
+)
 def test_the_losses_that_are_compared_agree_with_a_plain_loop(kind, models, data, tmp_path):
     config = configured(tmp_path, models["causal" if kind == "cached" else kind], data, compare_loss=3)
     chosen(config, loss={"temperature": 2.0, "hard_weight": 0.5}, teacher={"top_k": 39 if kind == "cached" else None})

@@ -27,7 +27,7 @@ from train_cases import (
 )
 
 from tlkernels import cli
-from tlkernels.train import RunError, pipeline, teacher_cache
+from tlkernels.train import RunError, memory, pipeline, teacher_cache
 from tlkernels.train.batches import whole_batch
 from tlkernels.train.checkpoint import Progress
 from tlkernels.train.encoders import Encoders
@@ -431,6 +431,16 @@ def test_peak_bytes_measures_a_known_allocation(mib, freed, measured):
         assert above[0] == 1
     kept = []
     assert peak_bytes(lambda: kept.append(torch.empty(mib * MIB // 4).fill_(1))) == pytest.approx(mib * MIB, rel=0.1)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there the memory of the device is measured")
+def test_the_peak_is_the_most_since_it_was_reset():
+    """Of the whole process; what was freed before the reset does not count."""
+    torch.ones(100 << 20)  # 400 MiB, freed at once
+    memory.reset_peak()
+    before = memory.resident("VmRSS")
+    torch.ones(50 << 20)
+    assert 190 << 20 < memory.peak() - before < 230 << 20
 
 
 def test_peak_bytes_is_the_most_at_one_time(measured):

@@ -274,7 +274,7 @@ def select(world, kinds, few=False):
 
 # One test for many cases: the processes take seconds to start.
 @pytest.mark.parametrize(("world", "several"), [
-    pytest.param(2, select(2, ["hints", "info_nce"], few=True), id="2-few"),
+    pytest.param(2, select(2, ["hints", "info_nce"], few=True), id="2-few", marks=pytest.mark.full),
     pytest.param(2, select(2, SUMMED), id="2-summed", marks=pytest.mark.full),
     pytest.param(4, select(4, SUMMED), id="4-summed", marks=pytest.mark.full),
     pytest.param(2, select(2, JOINT), id="2-joint", marks=pytest.mark.full),

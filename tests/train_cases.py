@@ -27,16 +27,21 @@ FILLER = ["the", "a", "of", "and", "in", "on", "with", "then", "it", "is", "was"
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
-    """One thread, since a tiny model gains nothing from more; no time spent on measuring the loss; a separate cache."""
+    """One thread, since a tiny model gains nothing from more; a separate cache.
+
+    No time is spent on measuring the loss, nor on the garbage collection before the memory is measured, which takes
+    a second for all that the tests have imported.
+    """
     import datasets
 
-    from tlkernels.train import report
+    from tlkernels.train import pipeline, report
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "cache")
         patch.setattr(report, "LOSS_SECONDS", 0.0)
+        patch.setattr(pipeline, "reset_peak", lambda: None)
         yield
     torch.set_num_threads(threads)
 

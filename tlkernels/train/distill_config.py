@@ -32,14 +32,6 @@ class TeacherConfig:
 
 
 @dataclass
-class DistillDataConfig(CorpusConfig):
-    """The documents, from which the rows are made: text files, texts of records, or chats."""
-
-    eval_fraction: float = 0.2
-    test_fraction: float = 0.2
-
-
-@dataclass
 class DistillOptimConfig(OptimConfig):
     """The optimiser, from torch."""
 
@@ -147,7 +139,7 @@ class DistillConfig(Options):
 
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
-    data: DistillDataConfig = field(default_factory=DistillDataConfig)
+    data: CorpusConfig = field(default_factory=CorpusConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
     loss: DistillLossConfig = field(default_factory=DistillLossConfig)
     hints: HintConfig = field(default_factory=HintConfig)

@@ -110,6 +110,9 @@ def _built_in_docstrings(config: CorpusConfig) -> dict[str, Documents]:
 def _built_in_sources(config: CorpusConfig, usual: int) -> dict[str, Documents]:
     files = docstrings.sources(config.documents or usual)
     train = _built_in(list(files.values()), list(files))
+    least = min(2, (len(files) - 1) // 2) / len(files)  # one short file would say little
+    of_test = max(config.test_fraction, least) if config.test_fraction else 0.0
+    config = replace(config, eval_fraction=max(config.eval_fraction, least), test_fraction=of_test)
     return _with_shares({"train": train}, list(range(len(files))), config)
 
 

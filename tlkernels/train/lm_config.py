@@ -14,8 +14,9 @@ class LmModelConfig:
     """The network: a pretrained transformers model, with its own vocabulary head.
 
     Args:
-        path: A local folder (config.json, *.safetensors, a tokenizer), a .gguf file, a hub name, or "smollm2":
-            SmolLM2-135M-Instruct. None: all-MiniLM-L6-v2. An encoder without a head gets its embeddings as the head.
+        path: A local folder (config.json, *.safetensors, a tokenizer), a .gguf file, a hub name, the run folder of a
+            finished `tlkernels lm` or `tlkernels distill`, or "smollm2": SmolLM2-135M-Instruct. None: all-MiniLM-L6-v2.
+            An encoder without a head gets its embeddings as the head.
         objective: causal: predict the next token; masked: predict masked tokens. auto: as the model's configuration
             says.
         freeze: The number of blocks, counted from the input, that are not trained, nor the embeddings below them if
