@@ -25,9 +25,9 @@ setup: $(VENV)/built  ## virtual environment, pinned dependencies, the extension
 # A name of its own for each run: a run folder is never written over.
 DEMO := runs/demo-$(shell date +%Y%m%d-%H%M%S)
 demo: setup  ## adapt a pretrained model to docstrings, let it teach a smaller one, comparing the losses, and classify with it
-	$(BIN)/tlkernels lm --run.compare_loss 3 --run.steps 15 --run.folder $(DEMO)/lm $(DEMO_LM_ARGS)
-	$(BIN)/tlkernels distill --teacher.path $(DEMO)/lm --student.layers [0,1] --run.compare_loss 4 --run.steps 8 \
-		--run.batch_size 32 --run.eval_every 8 --run.compare false --run.folder $(DEMO)/distill $(DEMO_DISTILL_ARGS)
+	$(BIN)/tlkernels lm --run.compare_loss 3 --run.steps 12 --run.folder $(DEMO)/lm $(DEMO_LM_ARGS)
+	$(BIN)/tlkernels distill --teacher.path $(DEMO)/lm --student.layers [0,1] --run.compare_loss 3 --run.steps 6 \
+		--run.batch_size 32 --run.eval_every 6 --run.compare false --run.folder $(DEMO)/distill $(DEMO_DISTILL_ARGS)
 	$(BIN)/tlkernels finetune --model.adapted $(DEMO)/lm --run.folder $(DEMO)/finetune $(DEMO_ARGS)
 
 test: setup build/cuda_host  ## every loss, implementation, dtype and option, in pairs (TEST_ARGS='-k softcap')
