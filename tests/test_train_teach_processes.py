@@ -6,11 +6,10 @@ import shutil
 import signal
 import sys
 import time
-from dataclasses import dataclass
 
 import pytest
 import torch
-from test_train_processes import distance, fsdp2, saved, spawn, unsharded
+from test_train_processes import Case, distance, fsdp2, saved, spawn, unsharded
 from torch.nn import functional
 from train_cases import (
     made_rows,
@@ -43,21 +42,6 @@ JOINT = ["info_nce", "nt_xent", "sup_con", "sigmoid"]
 BLOCKS = {"classifier": "BertLayer", **dict.fromkeys(["live", "hints", "cached"], "LlamaDecoderLayer")}
 STAGE = {"live": "distilled", "cached": "distilled", "classifier": "distilled", "info_nce": "trained"}
 HARD, TEMPERATURE = 0.3, 1.5  # of the live losses
-
-
-@dataclass(frozen=True)
-class Case:
-    """One step: the rows of its batch, and the most in a micro-batch, so that a process has `pieces` of them."""
-
-    kind: str
-    rows: int
-    limit: int
-    pieces: int
-    sharded: bool
-
-    @property
-    def name(self):
-        return f"{self.kind}-{self.rows}-{self.pieces}-{'fsdp2' if self.sharded else 'ddp'}"
 
 
 def cases(world, few=False):

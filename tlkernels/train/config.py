@@ -249,18 +249,31 @@ def check_data(data: DataConfig) -> None:
     """Raise `UserError` with the name of the first option of the rows whose value is out of range."""
     require(data.num_labels is None or data.num_labels >= 1, "data.num_labels", "1 or more", data.num_labels)
     require(data.per_class >= 1, "data.per_class", "1 or more", data.per_class)
-    valid = data.encoding is None or is_encoding(data.encoding)
-    require(valid, "data.encoding", "a text encoding", data.encoding)
-    valid = data.separator is None or data.separator == r"\t" or len(data.separator) == 1
-    valid = valid and data.separator not in ("\n", "\r", '"')
-    expected = "one character other than a quotation mark or a line end"
-    require(valid, "data.separator", expected, repr(data.separator))
+    check_encoding(data.encoding)
+    check_separator(data.separator)
     require(data.max_length is None or data.max_length >= 3, "data.max_length", "3 or more", data.max_length)
     require(data.classes >= 2, "data.classes", "2 or more", data.classes)
-    require(0 < data.eval_fraction < 1, "data.eval_fraction", "above 0 and below 1", data.eval_fraction)
-    require(0 <= data.test_fraction < 1, "data.test_fraction", "0 or more and below 1", data.test_fraction)
-    both = data.eval_fraction + data.test_fraction
-    require(both < 1, "data.eval_fraction + data.test_fraction", "below 1", both)
+    check_shares(data.eval_fraction, data.test_fraction)
+
+
+def check_encoding(name: str | None) -> None:
+    """Raise `UserError` unless --data.encoding is None or a text encoding of Python."""
+    require(name is None or is_encoding(name), "data.encoding", "a text encoding", name)
+
+
+def check_separator(character: str | None) -> None:
+    """Raise `UserError` unless --data.separator is None or can separate fields."""
+    valid = character is None or character == r"\t" or len(character) == 1
+    valid = valid and character not in ("\n", "\r", '"')
+    expected = "one character other than a quotation mark or a line end"
+    require(valid, "data.separator", expected, repr(character))
+
+
+def check_shares(of_eval: float, of_test: float) -> None:
+    """Raise `UserError` unless --data.eval_fraction and --data.test_fraction leave rows to train on."""
+    require(0 < of_eval < 1, "data.eval_fraction", "above 0 and below 1", of_eval)
+    require(0 <= of_test < 1, "data.test_fraction", "0 or more and below 1", of_test)
+    require(of_eval + of_test < 1, "data.eval_fraction + data.test_fraction", "below 1", of_eval + of_test)
 
 
 def is_encoding(name: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tlkernels.train.config import is_encoding, require
+from tlkernels.train.config import check_encoding, check_shares, require
 
 
 @dataclass
@@ -59,14 +59,9 @@ class CorpusConfig:
 
 def check_corpus(config: CorpusConfig) -> None:
     """Raise `UserError` with the name of the first option whose value is out of range."""
-    require(
-        config.encoding is None or is_encoding(config.encoding), "data.encoding", "a text encoding", config.encoding
-    )
+    check_encoding(config.encoding)
     require(config.length is None or config.length >= 8, "data.length", "8 or more", config.length)
     require(config.documents is None or config.documents >= 3, "data.documents", "3 or more", config.documents)
-    require(0 < config.eval_fraction < 1, "data.eval_fraction", "above 0 and below 1", config.eval_fraction)
-    require(0 <= config.test_fraction < 1, "data.test_fraction", "0 or more and below 1", config.test_fraction)
-    both = config.eval_fraction + config.test_fraction
-    require(both < 1, "data.eval_fraction + data.test_fraction", "below 1", both)
+    check_shares(config.eval_fraction, config.test_fraction)
     columns = (config.text_column, config.chat_column)
     require(columns[0] != columns[1], "data.text_column and --data.chat_column", "two columns", columns[0])

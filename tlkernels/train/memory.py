@@ -37,7 +37,7 @@ def peak_bytes(step: Callable[[], object]) -> int | None:
     On a GPU that of the device, otherwise that of the process (Linux).
     """
     if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+        reset_peak()
         before = torch.cuda.memory_allocated()
         step()
         return torch.cuda.max_memory_allocated() - before
@@ -47,15 +47,13 @@ def peak_bytes(step: Callable[[], object]) -> int | None:
     libc = ctypes.CDLL(None)
     # Each tensor from 1 MiB gets a mapping of its own: gaps that it would leave in the heap would count as well.
     libc.mallopt(_MMAP_THRESHOLD, 1 << 20)
-    gc.collect()
-    libc.malloc_trim(0)  # free pages that the allocator keeps would be used again without being counted
-    _RESET.write_text("5", encoding="ascii")  # sets the high-water mark to the present size
+    reset_peak()
     before = resident("VmRSS")
     step()
-    peak = resident("VmHWM") - before
+    most = resident("VmHWM") - before
     libc.mallopt(_MMAP_THRESHOLD, 32 << 20)  # where glibc itself puts it after the first large tensor is freed
     libc.mallopt(_TRIM_THRESHOLD, 64 << 20)
-    return peak
+    return most
 
 
 def reset_peak() -> None:
@@ -64,6 +62,7 @@ def reset_peak() -> None:
         torch.cuda.reset_peak_memory_stats()
     elif _RESET.exists():
         gc.collect()
+        # Free pages that the allocator keeps would be used again without being counted.
         ctypes.CDLL(None).malloc_trim(0)
         _RESET.write_text("5", encoding="ascii")  # sets the high-water mark to the present size
 

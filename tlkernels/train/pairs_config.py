@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tlkernels.train.config import is_encoding, require
+from tlkernels.train.config import check_encoding, check_separator, check_shares, require
 
 
 @dataclass
@@ -80,20 +80,13 @@ class PairsConfig:
 
 def check_pairs(config: PairsConfig) -> None:
     """Raise `UserError` with the name of the first option whose value is out of range."""
-    valid = config.encoding is None or is_encoding(config.encoding)
-    require(valid, "data.encoding", "a text encoding", config.encoding)
-    valid = config.separator is None or config.separator == r"\t" or len(config.separator) == 1
-    valid = valid and config.separator not in ("\n", "\r", '"')
-    expected = "one character other than a quotation mark or a line end"
-    require(valid, "data.separator", expected, repr(config.separator))
+    check_encoding(config.encoding)
+    check_separator(config.separator)
     least = {"query_length": 3, "key_length": 3, "packages": 1, "pairs": 3, "negatives": 0}
     for name, smallest in least.items():
         value = getattr(config, name)
         require(value is None or value >= smallest, f"data.{name}", f"{smallest} or more", value)
-    require(0 < config.eval_fraction < 1, "data.eval_fraction", "above 0 and below 1", config.eval_fraction)
-    require(0 <= config.test_fraction < 1, "data.test_fraction", "0 or more and below 1", config.test_fraction)
-    both = config.eval_fraction + config.test_fraction
-    require(both < 1, "data.eval_fraction + data.test_fraction", "below 1", both)
+    check_shares(config.eval_fraction, config.test_fraction)
     names = ("query_column", "key_column", "negative_column", "id_column", "label_column", "image_column")
     columns: dict[str, str] = {}
     for name in names:

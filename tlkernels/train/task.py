@@ -142,6 +142,11 @@ class Task(ABC):
         """Return the network with which the first training starts."""
         return next(stage.start for stage in self.stages().values() if stage.start is not None)()
 
+    def hold_out(self, count: int, what: str = "rows") -> str:
+        """Return how large the hold-out is, for `describe`; `count` is the number of `what` in "test"."""
+        apart = self.rows["test"] is not self.rows["eval"]
+        return f"{count} hold-out" if apart else f"the evaluation {what} are the hold-out"
+
     @property
     def steps(self) -> int:
         """Optimiser steps of one training."""

@@ -131,8 +131,7 @@ class TokenTask(Task):
         """Return the numbers of tokens, and what share of them has a target."""
         rows = self.rows["train"]
         tokens = {side: int(of_side.lengths.sum()) for side, of_side in self.rows.items()}
-        apart = self.rows["test"] is not self.rows["eval"]
-        hold_out = f"{tokens['test']} hold-out" if apart else "the evaluation tokens are the hold-out"
+        hold_out = self.hold_out(tokens["test"], "tokens")
         return (
             f"{tokens['train']} training tokens in {len(rows)} rows up to {self.length}, {tokens['eval']} evaluation, "
             f"{hold_out}; {self.target_share:.0%} of the tokens {self.verb}"

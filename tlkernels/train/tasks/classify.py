@@ -130,7 +130,7 @@ class Classify(Task):
         """Return the data, the model and the number of steps."""
         sizes = {side: len(rows) for side, rows in self.rows.items()}
         apart = self.rows["test"] is not self.rows["eval"]
-        hold_out = f"{sizes['test']} hold-out" if apart else "the evaluation rows are the hold-out"
+        hold_out = self.hold_out(sizes["test"])
         classes = self.about["classes"]
         sides = ("train", "eval", *["test"] * apart)
         unlabelled = sum(int((self.rows[side].labels == IGNORE).sum()) for side in sides)

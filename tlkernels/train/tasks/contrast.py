@@ -140,8 +140,7 @@ class Contrast(Task):
     def describe(self) -> str:
         """Return the data, the model and the number of steps."""
         sizes = {side: len(rows) for side, rows in self.rows.items()}
-        apart = self.rows["test"] is not self.rows["eval"]
-        hold_out = f"{sizes['test']} hold-out" if apart else "the evaluation rows are the hold-out"
+        hold_out = self.hold_out(sizes["test"])
         what = {"pairs": "pairs", "views": "rows in two views", "labels": "labelled rows"}[self.kind]
         models = " and ".join(
             p or "all-MiniLM-L6-v2" for p in (self.config.model.path, self.config.model.key_path)[: len(self.names)]

@@ -126,8 +126,12 @@ class Distill(TokenTask):
     def target_share(self) -> float:
         """The share of the training tokens that has a target."""
         share = super().target_share
-        every = not self.causal and self.config.loss.tokens == "all"
-        return share / self.config.mask.probability if every else share
+        return share / self.config.mask.probability if self.every_token else share
+
+    @property
+    def every_token(self) -> bool:
+        """Whether a masked model distils every token of the text, not only masked ones."""
+        return not self.causal and self.config.loss.tokens == "all"
 
     def start(self) -> nn.Module:
         """Return the network with which the distillation starts."""
@@ -151,7 +155,7 @@ class Distill(TokenTask):
     def targets(self, side: str, numbers: Tensor, step: int | None) -> tuple[Batch, Tensor, Tensor]:
         """Return the rows, the token ids that the models get, and the targets, in training also of unmasked tokens."""
         batch, ids, target = super().targets(side, numbers, step)
-        if not self.causal and side == "train" and self.way != "text" and self.config.loss.tokens == "all":
+        if self.every_token and side == "train" and self.way != "text":
             target = torch.where(batch.counted, batch.ids.to(target.dtype), IGNORE)
         return batch, ids, target
 
@@ -257,8 +261,7 @@ class Distill(TokenTask):
         if way == "text":
             self.losses = text_losses(self.config.loss.impl, 0.0, gathered=self.some_ignored)
         elif way == "live":
-            every = not self.causal and self.config.loss.tokens == "all"
-            self.losses = live_losses(self.config.loss, gathered=self.some_ignored and not every)
+            self.losses = live_losses(self.config.loss, gathered=self.some_ignored and not self.every_token)
         else:
             self.losses = cached_losses(self.config.loss)
 

@@ -98,9 +98,7 @@ class DistillClassifier(Classify):
     def describe(self) -> str:
         """Return the data, the networks and the number of steps."""
         sizes, classes = {side: len(rows) for side, rows in self.rows.items()}, self.about["classes"]
-        hold_out = "the evaluation rows are the hold-out"
-        if self.rows["test"] is not self.rows["eval"]:
-            hold_out = f"{sizes['test']} hold-out"
+        hold_out = self.hold_out(sizes["test"])
         unlabelled = int((self.rows["train"].labels == IGNORE).sum())
         student = self.config.student.path or self.config.student.config or "of its blocks"
         return (
