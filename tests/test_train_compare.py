@@ -11,6 +11,7 @@ from torch.nn import functional
 from train_cases import (
     made_rows,
     metrics,
+    plain_step,
     quick,
     same_bits,
     task_of,
@@ -84,12 +85,7 @@ def plain_losses(task, count):
         inputs, target, *_ = task.inputs("train", batch, step)
         logits = network.logits(**inputs) if hasattr(network, "logits") else network.model(**inputs).logits
         loss = functional.cross_entropy(logits.flatten(0, -2), target.flatten())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * (1.0 if step == 0 else 1 - (step - 1) / 5)
-        optimizer.step()
-        optimizer.zero_grad()
+        plain_step(network, optimizer, loss, step)
         losses.append(loss.item())
     return losses
 

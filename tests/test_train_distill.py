@@ -15,6 +15,7 @@ from torch.nn import functional
 from train_cases import (
     divergence_of,
     metrics,
+    plain_step,
     quick,
     same_bits,
     shaken,
@@ -563,12 +564,7 @@ def test_the_losses_that_are_compared_agree_with_a_plain_loop(kind, models, data
         guess, taught = (logits_of(of, inputs)[target >= 0] for of in (network, teacher))
         soft = divergence_of("forward_kl", guess, taught.detach(), 2.0)
         loss = (soft + functional.cross_entropy(guess, target[target >= 0], reduction="none")).mean() / 2
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * (1.0 if step == 0 else 1 - (step - 1) / 5)
-        optimizer.step()
-        optimizer.zero_grad()
+        plain_step(network, optimizer, loss, step)
         losses.append(loss.item())
     assert rows["tlkernels"]["values"] == pytest.approx(losses, rel=1e-4 if kind == "cached" else 1e-5)
 

@@ -13,6 +13,7 @@ from train_cases import (
     divergence_of,
     made_rows,
     metrics,
+    plain_step,
     quick,
     same_bits,
     shaken,
@@ -183,12 +184,7 @@ def test_the_table_and_the_student_of_labels_alone(teacher, tmp_path):
     for step in range(6):
         inputs, target, _ = task.inputs("train", whole_batch(step, 8, len(task.rows["train"]), 0), step)
         loss = functional.cross_entropy(network.logits(**inputs), target)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * (1.0 if step == 0 else 1 - (step - 1) / 5)
-        optimizer.step()
-        optimizer.zero_grad()
+        plain_step(network, optimizer, loss, step)
         losses.append(loss.item())
     found = [line["loss"] for line in metrics(tmp_path / "run/labels") if "loss" in line]
     assert found == pytest.approx(losses, rel=1e-5)

@@ -336,3 +336,13 @@ def ranks_by_hand(queries, keys, query_ids, key_ids, same):
         others = [similarity[j] for j in candidates if key_ids[j] != query_ids[i]]
         found.append(1 + sum(other >= max(own) for other in others) if own else 0)
     return found
+
+
+def plain_step(network, optimizer, loss, step):
+    """Do step `step` of the six of the tiny configurations in plain PyTorch: clipping, one step of warm-up, linear."""
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-3 * (1.0 if step == 0 else 1 - (step - 1) / 5)
+    optimizer.step()
+    optimizer.zero_grad()
