@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PY := $(BIN)/python
 PIP := $(PY) -m pip --disable-pip-version-check -q
-EXTRAS := train,hf,vision,bench,dev
+EXTRAS := train,hf,vision,bench,peers,dev
 CSRC := $(shell find csrc -type f 2>/dev/null)
 
 DEMO_LM_ARGS ?=
@@ -103,7 +103,7 @@ wheel: setup  ## a source archive, and a wheel for the torch of the virtual envi
 # The lent GPU machine has this Python and this torch (docs/gpu-run.md). Its build leaves that of the source tree alone.
 PYTHON312 ?= python3.12
 GPU_TORCH := 2.11.0
-GPU_PEERS := liger-kernel==0.8.5 cut-cross-entropy==25.1.1
+GPU_PEERS := liger-kernel==0.8.5 cut-cross-entropy==25.1.1 inf-cl==1.2.1 memeff==0.3.1 siglip-kernel==0.1.2
 KIT := build/gpu-kit
 KIT_PY := $(KIT)/venv/bin/python
 KIT_PIP := $(KIT_PY) -m pip --disable-pip-version-check -q

@@ -1,38 +1,15 @@
-"""`python -m bench.compare OLD NEW`: which speed-ups fell between two result files by more than their spread.
+"""`python -m bench.compare OLD NEW`: what changed between two result files by more than its spread.
 
-Only speed-ups are compared, which are ratios within a run; the times of two runs are not. The exit code is 1 if any
-fell.
+Speed-ups are compared, which are ratios within a run, and memory; the times of two runs are not. The exit code is 1 if
+a speed-up fell or memory grew.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
-Json = Mapping[str, Any]
-
-
-def changes(old: Json, new: Json) -> Iterator[tuple[str, str, float, float, str]]:
-    """Yield case, contestant, both speed-ups, and "slower" or "faster" where the quartiles do not overlap."""
-    before = {case["id"]: case["speedup"] for case in old["cases"]}
-    for case in new["cases"]:
-        for name in ("eager", "floor"):
-            if name in case["speedup"] and name in before.get(case["id"], {}):
-                then, now = before[case["id"]][name], case["speedup"][name]
-                word = "slower" if now[2] < then[0] else "faster" if now[0] > then[2] else ""
-                yield case["id"], name, then[1], now[1], word
-
-
-def differences(old: Json, new: Json) -> list[str]:
-    """Return what else differs between the runs, and so may be the reason."""
-    return [
-        f"{part}.{key}: {old[part].get(key)} -> {new[part].get(key)}"
-        for part in ("machine", "versions")
-        for key in sorted({*old[part], *new[part]})
-        if key != "busy" and old[part].get(key) != new[part].get(key)
-    ]
+from tlkernels.bench.compare import WORSE, changes, differences
 
 
 def main() -> int:
@@ -46,12 +23,12 @@ def main() -> int:
         parser.error("the two files have no case in common")
     for line in differences(old, new):
         print(f"not the same: {line}")
-    print(f"{'case':56} {'against':8} {'old':>8} {'new':>8} {'new/old':>8}")
+    print(f"{'case':56} {'against':8} {'old':>10} {'new':>10} {'new/old':>8}")
     for case, name, then, now, word in found:
-        print(f"{case:56} {name:8} {then:8.3g} {now:8.3g} {now / then:8.3f}  {word}".rstrip())
-    slower = sum(word == "slower" for *_, word in found)
-    print(f"{slower} of {len(found)} ratios became worse beyond their spread")
-    return 1 if slower else 0
+        print(f"{case:56} {name:8} {then:10.4g} {now:10.4g} {now / max(then, 1e-9):8.3f}  {word}".rstrip())
+    worse = sum(word in WORSE for *_, word in found)
+    print(f"{worse} of {len(found)} figures became worse beyond their spread")
+    return 1 if worse else 0
 
 
 if __name__ == "__main__":

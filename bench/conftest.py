@@ -5,15 +5,19 @@ import os
 from typing import Any, cast
 
 import pytest
+import torch
 
 # torch.compile compiles in this process: its workers would run while others are timed.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
-from bench import busy
 from bench.cases import CASES
-from bench.origin import ROOT, describe
-from bench.report import RESULTS, refusal, tables
-from bench.work import OURS
+from bench.report import RESULTS, refusal
+from tlkernels.bench import busy
+from tlkernels.bench.ceilings import add_roofs
+from tlkernels.bench.origin import ROOT, describe
+from tlkernels.bench.peers import versions
+from tlkernels.bench.tables import tables
+from tlkernels.bench.work import OURS
 
 NAMES = (*OURS, "eager", "compile", "floor")
 result_key = pytest.StashKey[dict[str, Any]]()
@@ -27,7 +31,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[result_key] = {**describe(), "whole": False, "cases": []}
+    config.stash[result_key] = {**describe(versions()), "whole": False, "cases": []}
 
 
 @pytest.fixture
@@ -48,6 +52,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         return
     result["whole"] = {case["id"] for case in found} == {case.id for case in CASES}
     result["machine"]["busy"] = busy.of_run(found)
+    add_roofs(result, torch.device("cpu"))
     reason = refusal(result)
     folder = ROOT / "build" / "bench" if reason else RESULTS
     folder.mkdir(parents=True, exist_ok=True)

@@ -11,8 +11,6 @@ loss, and for losses on pairs products of 8192 x 8192 x 8192 with as many operat
 """
 
 import argparse
-import importlib
-import importlib.util
 import json
 import os
 import statistics
@@ -30,12 +28,14 @@ from typing import Any, NamedTuple
 import torch
 
 import tlkernels as tlk
-from bench import losses
 from bench.cases import BF16, F32
-from bench.measure import checked_errors, excess
-from bench.origin import ROOT, describe
-from bench.work import Case, Cast, Loss, Make, Shape, Step, Work, build, classes_of, name_of, normal
 from tlkernels._core import triton
+from tlkernels.bench import cost, losses
+from tlkernels.bench.clock import AHEAD, Clock
+from tlkernels.bench.measure import checked_errors, excess
+from tlkernels.bench.memory import peak_on_gpu
+from tlkernels.bench.origin import ROOT, describe
+from tlkernels.bench.work import Case, Cast, Make, Shape, Step, Work, build, name_of, normal
 
 sys.path.append(str(ROOT / "tests"))
 import harness
@@ -43,41 +43,16 @@ import harness
 FAR = 8192  # rows, columns and depth of a product that runs at the card's rate
 LEAST_ROUNDS, MOST_ROUNDS = 5, 60
 SECONDS_OF_ONE = 0.25
-SLEEP = 1.5  # times the host's time
-CYCLES_OF_A_US = 2000  # of the fastest clock; a slower one sleeps longer
 DRY = 512  # sizes are divided by it
 OURS = ("native", "triton")
 COMPILED = (*OURS, "compile")  # native is there for comparison
+LINEAR_PEERS = ("liger", "liger large chunks", "quack", "cce", "cce exact")
+PAIRS_PEERS = ("inf-cl", "memeff", "siglip-kernel")
+PEERS = (*LINEAR_PEERS, *PAIRS_PEERS)
 FIRST_CASES = 4  # for --once
 PRODUCTS = {"info_nce": 4, "nt_xent": 3, "sup_con": 3, "sigmoid_contrastive": 3}
 """Products of N x N x D that each loss needs: similarities and gradients. InfoNCE, NT-Xent and SupCon compute the
 similarities twice, the sigmoid loss once. NT-Xent and SupCon need one product for their gradient, the others two."""
-
-
-def _installed(name: str, module: str, function: str, use: Callable[[Any], Loss]) -> dict[str, Loss]:
-    """Return a peer by name, or nothing where its package is missing."""
-    if importlib.util.find_spec(module.partition(".")[0]) is None:
-        return {}
-    return {name: use(getattr(importlib.import_module(module), function))}
-
-
-def cross_entropy(shape: Shape, cast: Cast) -> Work:
-    work = losses.cross_entropy(shape, cast)
-    y = classes_of(shape[1], shape[0])
-    liger = "liger_kernel.transformers.functional"
-    peers = _installed("liger", liger, "liger_cross_entropy", lambda function: lambda x: function(x, y))
-    peers |= _installed("quack", "quack.cross_entropy", "cross_entropy", lambda function: lambda x: function(x, y))
-    return work._replace(peers=peers, fresh=("liger",))
-
-
-def linear_cross_entropy(shape: Shape, cast: Cast) -> Work:
-    work = losses.linear_cross_entropy(shape, cast)
-    y = classes_of(shape[2], shape[0])
-    liger, name = "liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy"
-    peers = _installed("liger", liger, name, lambda function: lambda x, w: function(x, w, y))
-    cce = "cut_cross_entropy"
-    peers |= _installed("cce", cce, "linear_cross_entropy", lambda function: lambda x, w: function(x, w, y))
-    return work._replace(peers=peers)
 
 
 def pairs(make: Make) -> Make:
@@ -110,13 +85,9 @@ def operations(loss: str, shape: Shape) -> int:
     return PRODUCTS.get(loss, 0) * 2 * shape[0] ** 2 * shape[1]
 
 
-def moved(loss: str, shape: Shape, dtype: torch.dtype) -> int:
-    """Bytes that must move: the gradient is written, and the logits, or both inputs, are read."""
-    return (2 if loss == "cross_entropy" else 3) * prod(shape) * dtype.itemsize
-
-
 def _case(name: str, shape: Shape, make: Make, bars: dict[str, float], *contestants: str) -> Case:
-    return Case(name, shape, BF16, make, bars, ("floor", *OURS, *contestants))
+    peers = tuple(contestant for contestant in contestants if contestant in PEERS)
+    return Case(name, shape, BF16, make, bars, ("floor", *OURS, *contestants), peers=peers, device="cuda")
 
 
 def _ways(*names: str) -> tuple[str, ...]:
@@ -131,43 +102,52 @@ def _cases() -> Iterator[Case]:
     peers = ("eager", "compile", "liger", "quack")
     few = _ways("shared", "shared 256", "sweeps", "sweeps 512")
     many = _ways("cluster", "sweeps", "sweeps 512")
-    yield _case("cross_entropy", (32768, 32768), cross_entropy, logits, *few, *peers)
+    yield _case("cross_entropy", (32768, 32768), losses.cross_entropy, logits, *few, *peers)
     # 17.3 ms where the products at 790 TFLOP/s take 16.3
     linear = {"floor": 16.3 / 17.3, "liger": 1.0, "cce": 1.0}
-    yield _case("linear_cross_entropy", (4096, 4096, 128256), linear_cross_entropy, linear, "eager", "liger", "cce")
+    yield _case(
+        "linear_cross_entropy", (4096, 4096, 128256), losses.linear_cross_entropy, linear, "eager", *LINEAR_PEERS
+    )
     yield _case("distillation", (16384, 32000), losses.distillation, both, "eager", "compile")
     yield _case("info_nce", (65536, 1024), pairs(losses.info_nce), {"floor": 0.65})
-    yield _case("cross_entropy", (16384, 131072), cross_entropy, logits, *many, *peers)
+    yield _case("cross_entropy", (16384, 131072), losses.cross_entropy, logits, *many, *peers)
     yield _case(
-        "cross_entropy", (32768, 4096), cross_entropy, logits, *_ways("registers", "registers 256", "shared"), *peers
+        "cross_entropy",
+        (32768, 4096),
+        losses.cross_entropy,
+        logits,
+        *_ways("registers", "registers 256", "shared"),
+        *peers,
     )
     ways = _ways("registers", "shared", "shared 256", "sweeps")
-    yield _case("cross_entropy", (32768, 16384), cross_entropy, {"floor": 0.9}, *ways)
-    yield _case("cross_entropy", (256, 1000), cross_entropy, {"eager": 1.0}, *peers)
-    yield _case("cross_entropy", (8192, 50257), cross_entropy, {"floor": 0.8}, *few)
+    yield _case("cross_entropy", (32768, 16384), losses.cross_entropy, {"floor": 0.9}, *ways)
+    yield _case("cross_entropy", (256, 1000), losses.cross_entropy, {"eager": 1.0}, *peers)
+    yield _case("cross_entropy", (8192, 50257), losses.cross_entropy, {"floor": 0.8}, *few)
     yield _case("distillation", (8192, 128256), losses.distillation, both, "eager", "compile")
     shape = (4096, 4096, 4096, 128256)
     yield _case("linear_distillation", shape, losses.linear_distillation, {"floor": 1 / 1.1}, "eager")
-    yield _case("info_nce", (16384, 1024), pairs(losses.info_nce), {}, "eager")
+    yield _case("info_nce", (16384, 1024), pairs(losses.info_nce), {}, "eager", *PAIRS_PEERS)
     # The bar is 0.85 of the bandwidth, for two reads and a write; the floor has a read and a write.
     rows = (8192, 151936)
     yield _case("selective_log_softmax", rows, losses.selective_log_softmax, {"floor": 0.85 / 1.5}, "eager")
     yield _case("topk_distillation", rows, losses.topk_distillation, {"selective": 1 / 1.2}, "selective", "eager")
     layer, masked, peers_of = (8192, 4096, 128256), {"counted": 0.15}, ("floor", *OURS, "all", "counted")
     bars = {"all": 1 / 0.22}
-    yield Case("linear_cross_entropy", layer, BF16, losses.masked_linear_cross_entropy, bars, peers_of, masked)
+    yield Case(
+        "linear_cross_entropy", layer, BF16, losses.masked_linear_cross_entropy, bars, peers_of, masked, device="cuda"
+    )
     bars, layer = {"floor": 1 / 1.1}, (4096, 4096, 128256)
     yield _case("linear_selective_log_softmax", layer, losses.linear_selective_log_softmax, bars, "eager")
     for make in (losses.nt_xent, losses.sup_con, losses.sigmoid_contrastive):
-        yield _case(make.__name__, (32768, 768), pairs(make), {})
+        yield _case(make.__name__, (32768, 768), pairs(make), {}, *PAIRS_PEERS)
     yield _case("info_nce", (65536, 512), pairs(losses.info_nce), {"floor": 0.6})
-    yield _case("cross_entropy", (8192, 262144), cross_entropy, logits, *many, *peers)
-    yield _case("cross_entropy", (65536, 45), cross_entropy, {}, *_ways("lanes", "warp"), "eager")
+    yield _case("cross_entropy", (8192, 262144), losses.cross_entropy, logits, *many, *peers)
+    yield _case("cross_entropy", (65536, 45), losses.cross_entropy, {}, *_ways("lanes", "warp"), "eager")
     yield _case("distillation", (65536, 45), losses.distillation, {}, "eager")
     yield _case("mse", (8192, 8192), losses.mse, {}, "eager")
     yield _case("info_nce", (64, 128), losses.info_nce, {}, "eager")
     options, contestants = {"divergence": "js"}, ("floor", *OURS, "eager")
-    yield Case("distillation", (4096, 128256), F32, losses.distillation, {}, contestants, options)
+    yield Case("distillation", (4096, 128256), F32, losses.distillation, {}, contestants, options, device="cuda")
 
 
 CASES: tuple[Case, ...] = tuple(_cases())
@@ -183,48 +163,18 @@ class Timing(NamedTuple):
 
 
 def timed(step: Step, dry: bool) -> Timing:
-    """Time a forward and a backward by events.
-
-    The GPU sleeps until the host has launched everything: else a call whose kernels are faster than the host would be
-    timed with the host's gaps, which `host_us` has.
-    """
+    """Time a forward and a backward."""
+    clock = Clock(torch.device("cpu" if dry else "cuda"), cold=False)
     for _ in range(2):
-        sample(step, dry)
-    peak = 0
-    if not dry:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        sample(step, dry)
-        peak = torch.cuda.max_memory_allocated() - before
-    once, host = sample(step, dry)
-    ahead = 0.0 if dry else SLEEP * host
-    rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, int(1e3 * SECONDS_OF_ONE / max(once + ahead / 1e3, 1e-3))))
-    samples = [sample(step, dry, ahead) for _ in range(rounds)]
-    quartiles = statistics.quantiles([ms for ms, _ in samples], n=4, method="inclusive")
-    host = statistics.median(us for _, us in samples)
+        clock.sample(step)
+    peak = 0 if dry else peak_on_gpu(step, calls=1)
+    once = clock.sample(step)
+    ahead = 0.0 if dry else AHEAD * once.host
+    rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, int(SECONDS_OF_ONE / max(once.seconds + ahead, 1e-6))))
+    samples = [clock.sample(step, ahead=ahead) for _ in range(rounds)]
+    quartiles = statistics.quantiles([1e3 * one.seconds for one in samples], n=4, method="inclusive")
+    host = statistics.median(1e6 * one.host for one in samples)
     return Timing([float(f"{ms:.4g}") for ms in quartiles], float(f"{host:.4g}"), peak, rounds)
-
-
-def sample(step: Step, dry: bool, ahead_us: float = 0.0) -> tuple[float, float]:
-    """Return the ms of one call on the GPU, which begins after these µs, and the µs until the host has launched it."""
-    step.prepare()
-    start = time.perf_counter()
-    if dry:
-        step()
-        seconds = time.perf_counter() - start
-        step.release()
-        return 1e3 * seconds, 1e6 * seconds
-    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    torch.cuda._sleep(int(ahead_us * CYCLES_OF_A_US))
-    start = time.perf_counter()
-    before.record()
-    step()
-    after.record()
-    host = time.perf_counter() - start
-    torch.cuda.synchronize()
-    step.release()
-    return before.elapsed_time(after), 1e6 * host
 
 
 class Bench:
@@ -237,7 +187,6 @@ class Bench:
     def __init__(self, path: Path, seconds: float, dry: bool, first: bool) -> None:
         """`first`: measure first calls, which are not resumed."""
         self.dry, self.is_first = dry, first
-        self.device = torch.device("cpu" if dry else "cuda")
         self.end = time.monotonic() + seconds
         self.running = path.with_suffix(".first" if first else ".running")
         self.done = _done(path)
@@ -265,11 +214,6 @@ class Bench:
         first = {"first": True} if self.is_first else {}
         self.file.write(json.dumps({**line, **values, **first}) + "\n")
 
-    def work(self, case: Case) -> Work:
-        """Return a case's inputs and functions. Timed calls run outside the device context, which slows every call."""
-        with self.device:
-            return case.work()
-
     def contestants(self, case: Case, work: Work) -> list[str]:
         """Return the contestants of a case that are installed and support it."""
         available = {"floor", "eager", *work.peers, *self.served(work)}
@@ -289,7 +233,7 @@ class Bench:
 
     def measure(self, case: Case) -> None:
         """Time every contestant; then compare our results with float64."""
-        work = self.attempt(case, "inputs", partial(self.work, case))
+        work = self.attempt(case, "inputs", case.work)
         if work is None:
             return
         for name in self.contestants(case, work):
@@ -310,15 +254,13 @@ class Bench:
         self.write(case, who=name, **timing._asdict(), **_rate(case, timing), **share, bars=dict(case.bars))
 
     def errors(self, case: Case, work: Work) -> None:
-        names = ["eager", *self.served(work)]
-        with self.device:
-            found = checked_errors(case, names)
-        wrong = excess(case, found)
-        self.write(case, who="errors", error=found, **({"wrong": wrong} if wrong else {}))
+        found = checked_errors(case, ["eager", *self.served(work), *(name for name in work.peers if name in PEERS)])
+        wrong = [f"{name}, {why}" for name, why in excess(case, found).items()]
+        self.write(case, who="errors", error=found, **({"wrong": "; ".join(wrong)} if wrong else {}))
 
     def first(self, case: Case, names: Sequence[str]) -> None:
         """Call these contestants for the first time in this process."""
-        work = self.attempt(case, "inputs", partial(self.work, case))
+        work = self.attempt(case, "inputs", case.work)
         for name in self.contestants(case, work) if work else ():
             if name in names and not self.over():
                 self.attempt(case, name, partial(self.first_call, case, name, work))
@@ -359,7 +301,7 @@ def _done(path: Path) -> dict[tuple[str, str], float | None]:
 
 
 def _tiny(case: Case) -> Case:
-    return replace(case, shape=tuple(max(8, size // DRY) for size in case.shape))
+    return replace(case, shape=tuple(max(8, size // DRY) for size in case.shape), device="cpu")
 
 
 def _rate(case: Case, timing: Timing) -> dict[str, Any]:
@@ -367,7 +309,8 @@ def _rate(case: Case, timing: Timing) -> dict[str, Any]:
     if count := operations(case.loss, case.shape):
         count = count * case.options.get("counted", 1)  # the share of the rows
         return {"rate": count / seconds / 1e12, "unit": "TFLOP/s"}
-    return {"rate": moved(case.loss, case.shape, case.dtype) / seconds / 1e9, "unit": "GB/s"}
+    count = cost.nbytes(case.loss, case.shape, case.options, case.dtype.itemsize)
+    return {"rate": count / seconds / 1e9, "unit": "GB/s"}
 
 
 def main() -> int:

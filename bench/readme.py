@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from bench import report
-from bench.origin import ROOT
-from bench.report import Json, memory_share, name_of, newest, of_group, read, shape_of, verdicts
+from bench.report import newest, read
+from tlkernels.bench.origin import ROOT
+from tlkernels.bench.tables import Json, memory_share, name_of, of_group, shape_of, tables, verdicts
 
 README, TABLES, PICTURE = ROOT / "README.md", ROOT / "bench/RESULTS.md", report.RESULTS / "cpu.svg"
 BEGIN, END = "<!-- figures:begin -->", "<!-- figures:end -->"
@@ -58,7 +59,7 @@ def sentence(result: Json) -> str:
 
 
 def results_page(result: Json, name: str) -> str:
-    return f"# Results\n\n`make readme` writes this page from `bench/results/{name}`.\n\n{report.tables(result)}\n"
+    return f"# Results\n\n`make readme` writes this page from `bench/results/{name}`.\n\n{tables(result)}\n"
 
 
 def drawn(result: Json) -> list[Json]:

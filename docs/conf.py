@@ -54,6 +54,8 @@ docs/choosing
 :caption: Use
 docs/install
 docs/training
+docs/bench
+docs/profile
 docs/environment
 docs/differences
 docs/numerics

@@ -21,6 +21,7 @@ from tlkernels.losses.selective_log_softmax import selective_log_softmax
 from tlkernels.losses.sigmoid_contrastive import SigmoidContrastiveLoss, sigmoid_contrastive
 from tlkernels.losses.sup_con import SupConLoss, sup_con
 from tlkernels.losses.topk_distillation import TopkDistillationLoss, topk_distillation
+from tlkernels.profiling import profile
 
 __version__ = "0.1.0"
 
@@ -50,6 +51,7 @@ __all__ = [
     "linear_topk_distillation",
     "mse",
     "nt_xent",
+    "profile",
     "rmse",
     "selective_log_softmax",
     "sigmoid_contrastive",

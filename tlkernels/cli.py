@@ -10,11 +10,13 @@ prints errors.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+from tlkernels.arguments import Parser
 from tlkernels.train.config import Options
 from tlkernels.train.errors import RunError, UserError, need_extras, one_line
 from tlkernels.train.tasks import CONFIGS
@@ -26,7 +28,9 @@ USAGE = """\
 usage: tlkernels COMMAND [--config FILE] [--data.path FILE] [--model.path FOLDER] ...   (--help lists every option)
        tlkernels COMMAND --resume RUN_FOLDER
        tlkernels check-normalisation COMMAND [options of COMMAND]
-       tlkernels doctor
+       tlkernels bench [--loss LOSS] [--shape 8192x32000] [--peers] ...
+       tlkernels profile [--stop] COMMAND [options of COMMAND]  or  -- python train.py
+       tlkernels doctor [--shape 8192,4096,128256 --dtype bf16 --loss LOSS --device cpu]
 
 Without options each command runs a demonstration that needs no network.
 
@@ -36,7 +40,9 @@ Without options each command runs a demonstration that needs no network.
   distill-classifier    train a small classifier to answer as a larger one does
   contrast              train one or two encoders: which queries and keys belong together
   check-normalisation   whether the gradient of a step depends on micro-batches and processes
-  doctor                what this machine can run
+  bench                 how fast the losses are here, against PyTorch and the limits of the machine
+  profile               where a training step's time goes, and what another loss would gain
+  doctor                what this machine can run; with --shape, how much memory a loss needs
 """
 
 
@@ -44,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     commands: dict[str, Callable[[list[str]], int]] = {name: partial(_train, name) for name in CONFIGS}
-    commands |= {"check-normalisation": _check_normalisation, "doctor": _doctor}
+    commands |= {"check-normalisation": _check_normalisation, "bench": _bench, "profile": _profile, "doctor": _doctor}
     if arguments[:1] in (["-h"], ["--help"]):
         print(USAGE, end="")
         return 0
@@ -55,6 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return commands[arguments[0]](arguments[1:])
     except KeyboardInterrupt:
         return _fail("interrupted; to continue: tlkernels COMMAND --resume RUN_FOLDER", 130)
+    except BrokenPipeError:  # as in `tlkernels doctor | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain when it flushes
+        return 1
     except Exception as error:
         if os.environ.get("TLKERNELS_TRACEBACK"):
             raise
@@ -126,12 +135,49 @@ def _parsed(command: str, arguments: list[str], checking: bool) -> tuple[Options
     return type(default)(**{part: given[part] for part in vars(default)}), given
 
 
-def _doctor(arguments: list[str]) -> int:
-    if arguments:
-        raise UserError(f"doctor takes no options, got {' '.join(arguments)}")
-    from tlkernels.doctor import doctor
+def _profile(arguments: list[str]) -> int:
+    from tlkernels.profiling.command import main
 
-    print(doctor())
+    return main(arguments)
+
+
+def _bench(arguments: list[str]) -> int:
+    from tlkernels.bench.command import main
+
+    return main(arguments)
+
+
+def _doctor(arguments: list[str]) -> int:
+    parser = Parser(
+        prog="tlkernels doctor",
+        description="Report what this machine can run and how fast; with --shape, the memory that a loss needs.",
+    )
+    parser.add_argument("--shape", metavar="SIZES", help="such as 8192,4096,128256: N,H,V; or N,V of cross_entropy")
+    parser.add_argument("--loss", help="default: linear_cross_entropy for three sizes, cross_entropy for two")
+    parser.add_argument("--dtype", help="default: bf16")
+    parser.add_argument("--device", help="cpu or cuda; default: cuda where there is a GPU")
+    given = parser.parse_args(arguments)
+    if given.shape is None:
+        if needless := [f"--{name}" for name in ("loss", "dtype", "device") if getattr(given, name) is not None]:
+            raise UserError(f"{', '.join(needless)}: only with --shape")
+        from tlkernels.doctor import doctor
+
+        print(doctor())
+        return 0
+    sizes = re.split("[,x×]", given.shape)
+    if not all(size.isdecimal() for size in sizes):
+        raise UserError(f"--shape: expected sizes such as 8192,4096,128256, got {given.shape!r}")
+
+    import torch
+
+    from tlkernels.doctor import memory_report
+
+    loss = given.loss or {3: "linear_cross_entropy"}.get(len(sizes), "cross_entropy")
+    device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        print(memory_report(loss, [int(size) for size in sizes], given.dtype or "bf16", device))
+    except ValueError as error:
+        raise UserError(f"--{error}") from error
     return 0
 
 

@@ -1,67 +1,48 @@
 """`tlkernels doctor`: what is installed, which implementation serves each loss, and its speed compared with eager.
 
+With `--shape`: how much memory a loss of these sizes needs, instead.
+
 Environment: TLKERNELS_ISA, which `tlkernels._core.native` reads, is shown if it is set.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+import re
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import torch
-from torch import Tensor
-from torch.nn import functional
 
 import tlkernels as tlk
+from tlkernels import estimate
 from tlkernels._core import native
+from tlkernels.bench import losses
+from tlkernels.bench.clock import Clock
+from tlkernels.bench.cost import COSTS
+from tlkernels.bench.measure import errors, interleave, speedups
+from tlkernels.bench.work import Case, Shape, Work, build, name_of
+from tlkernels.estimate.layers import ARCHITECTURE
 from tlkernels.machine import machine
-from tlkernels.timing import interleaved
 
-
-@dataclass(frozen=True)
-class Case:
-    """One loss at one size: our call, the PyTorch lines that it replaces, and their inputs.
-
-    The gradient is that of the first input.
-    """
-
-    name: str
-    ours: Callable[..., Tensor]
-    eager: Callable[..., Tensor]
-    inputs: tuple[Tensor, ...]
+SIZES: Mapping[tuple[str, ...], Shape] = {
+    ("N", "V"): (1024, 8192),
+    ("N", "H", "V"): (256, 128, 8192),
+    ("N", "H", "T", "V"): (256, 128, 128, 8192),
+    ("N", "D"): (1024, 128),
+}
+"""Sizes at which a call takes milliseconds on two cores, by their names."""
+LEAST_ROUNDS = 5
 
 
 def cases(device: str) -> Iterator[Case]:
-    """Yield each loss, at sizes where a call takes milliseconds on two cores."""
-    for rows, classes, dtype in ((32, 10, torch.float32), (8192, 1000, torch.float32), (8192, 1000, torch.bfloat16)):
-        generator = torch.Generator().manual_seed(0)
-        logits = torch.randn(rows, classes, generator=generator).to(device, dtype)
-        target = torch.randint(classes, (rows,), generator=generator).to(device)
-        name = f"cross_entropy {rows}x{classes} {str(dtype).removeprefix('torch.')}"
-        yield Case(name, tlk.cross_entropy, functional.cross_entropy, (logits, target))
-
-    def normal(*shape: int, seed: int = 0) -> Tensor:
-        return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
-
-    def plain(name: str, loss: Callable[..., Tensor], *inputs: Tensor, **options: Any) -> Case:
-        """Return the case of a loss whose reference implementation is the eager contestant."""
-        eager = partial(loss, impl="reference", **options)
-        return Case(f"{loss.__name__} {name} float32", partial(loss, **options), eager, inputs)
-
-    x, weight, y = normal(256, 128), normal(8192, 128) / 11, torch.arange(256, device=device)
-    a, b = normal(1024, 128), normal(1024, 128, seed=1)
-    yield plain("256x128x8192", tlk.linear_cross_entropy, x, weight, y)
-    yield plain("1024x8192", tlk.distillation, normal(1024, 8192), normal(1024, 8192, seed=1), temperature=2.0)
-    yield plain("256x128x8192", tlk.linear_distillation, x, weight, x.flip(0), weight.flip(0), temperature=2.0)
-    yield plain("1024x128", tlk.info_nce, a, b, temperature=0.1, symmetric=True, normalize=True)
-    yield plain("1024x128", tlk.nt_xent, a, b, temperature=0.1)
-    yield plain("1024x128", tlk.sup_con, a, torch.arange(1024, device=device) % 128, temperature=0.1)
-    yield plain("1024x128", tlk.sigmoid_contrastive, a / 11, b / 11, logit_scale=10.0, logit_bias=-10.0)
-    yield plain("1024x1024", tlk.mse, normal(1024, 1024), normal(1024, 1024, seed=1))
-    yield plain("1024x1024", tlk.rmse, normal(1024, 1024), normal(1024, 1024, seed=1))
+    """Yield each loss, cross entropy also for a few numbers and in bfloat16."""
+    few, half = ((32, 10), torch.float32), ((1024, 8192), torch.bfloat16)
+    for shape, dtype in (few, half):
+        yield Case("cross_entropy", shape, dtype, losses.cross_entropy, device=device)
+    for loss, cost in COSTS.items():
+        yield Case(loss, SIZES[cost.dims], torch.float32, getattr(losses, loss), device=device)
 
 
 def doctor(seconds: float = 1.0) -> str:
@@ -79,37 +60,76 @@ def doctor(seconds: float = 1.0) -> str:
     else:
         lines += [f"  not loaded: {native.why_not()}"]
     for device in ["cpu", *(["cuda"] if info["cuda"] else [])]:
-        title = f"losses on {device}: forward and backward, with the gradient's largest error against float64"
+        title = f"losses on {device}: forward and backward, with the gradients' relative error against float64"
         lines += ["", title, ""]
         for case in cases(device):
-            lines += [f"  {line}" for line in [case.name, *_explained(case), _measured(case, seconds), ""]]
+            work = case.work()
+            name = f"{case.loss} {'x'.join(map(str, case.shape))} {name_of(case.dtype)}"
+            lines += [f"  {line}" for line in [name, *_explained(work), _measured(case, work, seconds), ""]]
     return "\n".join(lines).rstrip()
 
 
-def _explained(case: Case) -> list[str]:
-    answer = tlk.explain(case.ours, *_leaves(case.inputs)).splitlines()
-    return [f"  {line}" for line in answer]
+def memory_report(loss: str, shape: Sequence[int], dtype: str, device: str) -> str:
+    """Return how much memory each contestant needs above the inputs, and whether the device has it.
+
+    Raises:
+        ValueError: an argument is wrong; see `tlkernels.estimate.memory`.
+    """
+    found, given = estimate.memory(loss, shape, dtype, device), estimate.inputs(loss, shape, dtype)
+    free, where = _free(device)
+    sizes = ", ".join(f"{name}={size}" for name, size in zip(estimate.LOSSES[loss], shape, strict=True))
+    lines = [
+        f"memory of {loss} ({sizes}) in {dtype} on {device}: forward and backward, above the inputs of {_size(given)}",
+        "",
+        f"  {'':9}  {'peak':>9}  {'of eager':>8}  {'fits':4}  largest term",
+    ]
+    for name, its in found.items():
+        share, (largest, size) = its.peak / found["eager"].peak, next(iter(its.parts.items()))
+        fits = "" if free is None else "yes" if given + its.peak <= free else "no"
+        lines.append(
+            f"  {name:9}  {_size(its.peak):>9}  {share:>8.1%}  {fits:4}  {largest}, {size / its.peak:.0%} of the peak"
+        )
+    lines += [f"  {name}: not estimated: {why}" for name, why in estimate.without(loss, device).items()]
+    lines += ["", f"  fits: inputs and peak fit into {where}" if free is not None else f"  fits: unknown; {where}"]
+    for name, its in found.items():
+        lines += ["", f"{name}: {_size(its.peak)}, {its.basis}{', not measured' * (device == 'cuda')}"]
+        shown = {label: size for label, size in its.parts.items() if size >= its.peak / 200}
+        lines += [f"  {_size(size):>9}  {label}" for label, size in shown.items()]
+        if rest := its.peak - sum(shown.values()):
+            lines.append(f"  {_size(rest):>9}  others")
+    return "\n".join(lines)
 
 
-def _measured(case: Case, seconds: float) -> str:
-    ways = {"tlkernels": _step(case.ours, case.inputs), "eager": _step(case.eager, case.inputs)}
-    times = interleaved(ways, seconds)
-    exact = _step(case.eager, tuple(t.double() if t.is_floating_point() else t for t in case.inputs))()
-    errors = {name: float((way().double() - exact).abs().max()) for name, way in ways.items()}
-    figures = [f"{name} {times[name] * 1e3:.3f} ms, error {errors[name]:.1e}" for name in ways]
-    return f"  {'; '.join(figures)}: {times['eager'] / times['tlkernels']:.2f} times eager's speed"
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
-def _leaves(inputs: tuple[Tensor, ...]) -> list[Any]:
-    return [inputs[0].detach().requires_grad_(), *inputs[1:]]
+def _free(device: str) -> tuple[int | None, str]:
+    """Return the bytes that a process could still get on the device, None if that is unknown, and what they are."""
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            return None, f"there is no GPU; one of architecture {ARCHITECTURE} is assumed"
+        free, total = torch.cuda.mem_get_info()
+        return free, f"the {_size(free)} that are free of the GPU's {_size(total)}"
+    try:
+        available = re.search(r"^MemAvailable:\s*(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    except OSError:
+        available = None
+    if available is None:
+        return None, "this system does not tell how much memory is available"
+    return 1024 * int(available[1]), f"the {_size(1024 * int(available[1]))} that are available"
 
 
-def _step(loss: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Callable[[], Tensor]:
-    """Return a function that runs forward and backward and returns the gradient of the first input."""
-    leaves = _leaves(inputs)
+def _explained(work: Work) -> list[str]:
+    inputs = [tensor.detach().requires_grad_() for tensor in work.inputs]
+    return [f"  {line}" for line in tlk.explain(work.ours, *inputs).splitlines()]
 
-    def run() -> Tensor:
-        (gradient,) = torch.autograd.grad(loss(*leaves), leaves[:1])
-        return gradient
 
-    return run
+def _measured(case: Case, work: Work, seconds: float) -> str:
+    steps = {name: build(name, work) for name in ("auto", "eager")}
+    samples = interleave(steps, Clock(torch.device(case.device), cold=False), seconds, LEAST_ROUNDS)
+    found = errors(case, tuple(steps), draws=1)
+    figures = [
+        f"{name} {1e3 * statistics.median(samples[name]):.3f} ms, error {found[name]['gradient']:.1e}" for name in steps
+    ]
+    return f"  {'; '.join(figures)}: {speedups(samples, 'auto')['eager'][1]:.2f} times eager's speed"

@@ -1,5 +1,7 @@
 """A case, its tensors and functions, and the steps that are timed: one forward and one backward of a loss."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,11 +31,15 @@ class Work(NamedTuple):
     floor: Callable[[], object]
     """Work that no implementation can avoid."""
     peers: Mapping[str, Loss] = MappingProxyType({})
-    """Losses of other libraries, by name."""
+    """Further contestants, by name: losses of other libraries, and of ours with which it is compared."""
     upstream: Tensor | None = None
     """Gradient of the loss, where the loss is not a scalar."""
     fresh: tuple[str, ...] = ()
     """Contestants that overwrite their inputs: each call gets a copy, which is not timed."""
+    data: Mapping[str, Any] = MappingProxyType({})
+    """The fixed tensors and the options, by name: what a loss of another library needs beside the inputs."""
+    absent: Mapping[str, str] = MappingProxyType({})
+    """Why the losses of other libraries are not in `peers`, by name."""
 
 
 Make = Callable[..., Work]
@@ -57,19 +63,30 @@ class Case:
     group: str = "table"  # or "grid"
     seconds: float = 8.0  # how long the rounds take, once there are enough of them
     quick: bool = False  # part of the short run
+    device: str = "cpu"
+    cold: bool = True  # whether each sample begins with empty caches
+    peers: bool | tuple[str, ...] = False  # whether the losses of other libraries take part, or which
 
     @property
     def id(self) -> str:
+        """Loss, sizes, dtype and options."""
         options = [key if value is True else str(value) for key, value in self.options.items() if value is not False]
         return "-".join([self.loss, "x".join(map(str, self.shape)), name_of(self.dtype), *options])
 
     def work(self, *, wide: bool = False) -> Work:
-        """Draw the tensors; with `wide`, convert the rounded tensors to float64."""
+        """Draw the tensors on the device; with `wide`, convert the rounded tensors to float64."""
         dtype = torch.float64 if wide else self.dtype
-        return self.make(self.shape, lambda tensor: tensor.to(self.dtype).to(dtype), **self.options)
+        with torch.device(self.device):
+            work = self.make(self.shape, lambda tensor: tensor.to(self.dtype).to(dtype), **self.options)
+        if not self.peers or wide:
+            return work
+        from tlkernels.bench.peers import with_peers
+
+        return with_peers(self, work)
 
 
 def name_of(dtype: torch.dtype) -> str:
+    """Return the name of a dtype, such as "float32"."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -88,14 +105,17 @@ def drawn(number: int) -> Iterator[None]:
 
 
 def generator(seed: int) -> torch.Generator:
+    """Return a generator for the draw that is current."""
     return torch.Generator(torch.get_default_device()).manual_seed(seed + 1000 * _draw)
 
 
 def normal(*shape: int, scale: float = 1.0, seed: int = 0) -> Tensor:
+    """Draw normal numbers."""
     return torch.randn(shape, generator=generator(seed)).mul_(scale)
 
 
 def classes_of(classes: int, *shape: int) -> Tensor:
+    """Draw class indices."""
     return torch.randint(classes, shape, generator=generator(0))
 
 
@@ -104,11 +124,14 @@ class Step:
 
     repeatable = True  # many calls may follow one `prepare`
 
-    def prepare(self) -> None: ...
+    def prepare(self) -> None:
+        """Make the inputs of one call."""
 
-    def release(self) -> None: ...
+    def release(self) -> None:
+        """Drop what the call has made."""
 
     def __call__(self) -> None:
+        """Run the call."""
         raise NotImplementedError
 
 
@@ -125,15 +148,18 @@ class LossStep(Step):
         self.inputs = self.leaves
 
     def prepare(self) -> None:
+        """Copy the inputs that the call overwrites."""
         if self.fresh:
             self.inputs = [leaf.clone() for leaf in self.leaves]
 
     def release(self) -> None:
+        """Drop loss, gradients and copies."""
         self.value, self.grads = None, ()
         if self.fresh:
             self.inputs = []
 
     def __call__(self) -> None:
+        """Run forward and backward."""
         self.grads = ()  # so that two calls do not need the memory of two gradients
         self.value = self.loss(*self.inputs)
         self.grads = torch.autograd.grad(self.value, self.inputs, self.upstream)
@@ -149,10 +175,13 @@ class LossStep(Step):
 
 
 class FloorStep(Step):
+    """One call of the floor."""
+
     def __init__(self, floor: Callable[[], object]) -> None:
         self.floor = floor
 
     def __call__(self) -> None:
+        """Run the floor."""
         with torch.no_grad():
             self.floor()
 

@@ -1,5 +1,7 @@
 """How much of the cores other processes use while something is timed."""
 
+from __future__ import annotations
+
 import os
 import resource
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,6 @@
-"""Every loss that is measured: its tensors, the eager lines and the floor. `cases.py` has shapes and bars."""
+"""Every loss that is measured: its tensors, the eager lines and the floor."""
+
+from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
@@ -10,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tlkernels as tlk
-from bench.work import OURS, Cast, Loss, Make, Shape, Work, classes_of, generator, normal
+from tlkernels.bench.work import OURS, Cast, Loss, Shape, Work, classes_of, generator, normal
 
 
 def cross_entropy(
@@ -30,6 +32,7 @@ def cross_entropy(
         upstream=x.new_ones(positions) if options.get("reduction") == "none" else None,
         # In place, eager gets a copy too: in a model the logits come out of another operation.
         fresh=(*OURS, "eager") if inplace_grad else (),
+        data={"target": y, **options},
     )
 
 
@@ -64,6 +67,7 @@ def _pairs(rows: int, features: int) -> tuple[Tensor, Tensor]:
 
 
 def linear_cross_entropy(shape: Shape, cast: Cast) -> Work:
+    """Cross entropy of a linear layer's logits. The floor is the three bare products."""
     rows, features, classes = shape
     x, w = cast(normal(rows, features)), cast(normal(classes, features, scale=features**-0.5))
     y = classes_of(classes, rows)
@@ -78,14 +82,8 @@ def linear_cross_entropy(shape: Shape, cast: Cast) -> Work:
     def eager(x: Tensor, w: Tensor) -> Tensor:
         return F.cross_entropy(F.linear(x, w), y)
 
-    def chunked(x: Tensor, w: Tensor) -> Tensor:
-        loss: Tensor = F.linear_cross_entropy(x, w, y, options=torch.nn.LinearCrossEntropyOptions())
-        return loss
-
-    # On CPU it takes most of a minute a call in bfloat16, and no bar asks for it there.
-    peers = {"chunked": chunked} if x.is_cuda or x.dtype is torch.float32 else {}
     ours = lambda x, w, impl="auto": tlk.linear_cross_entropy(x, w, y, impl=impl)  # noqa: E731
-    return Work((x, w), ours, eager, floor, peers)
+    return Work((x, w), ours, eager, floor, data={"target": y})
 
 
 def masked_linear_cross_entropy(shape: Shape, cast: Cast, *, counted: float) -> Work:
@@ -113,10 +111,11 @@ def masked_linear_cross_entropy(shape: Shape, cast: Cast, *, counted: float) -> 
         "counted": lambda x, w: tlk.linear_cross_entropy(x[:num_valid], w, every[:num_valid]),
         "all": lambda x, w: tlk.linear_cross_entropy(x, w, every),
     }
-    return Work((x, w), ours, eager, floor, peers)
+    return Work((x, w), ours, eager, floor, peers, data={"target": y, "num_valid": num_valid})
 
 
 def distillation(shape: Shape, cast: Cast, *, divergence: str = "forward_kl") -> Work:
+    """Distillation from a teacher's logits at temperature 2. The floor reads two tensors and writes one."""
     student, teacher = cast(normal(*shape, scale=3)), cast(normal(*shape, scale=2, seed=1))
     out = torch.empty_like(student)
     return Work(
@@ -124,6 +123,7 @@ def distillation(shape: Shape, cast: Cast, *, divergence: str = "forward_kl") ->
         lambda s, impl="auto": tlk.distillation(s, teacher, temperature=2.0, divergence=divergence, impl=impl),
         lambda s: 4 * _divergence(divergence, F.log_softmax(s / 2, -1), F.log_softmax(teacher / 2, -1)),
         lambda: torch.add(student, teacher, out=out),
+        data={"teacher": teacher, "temperature": 2.0, "divergence": divergence},
     )
 
 
@@ -141,6 +141,7 @@ def _divergence(name: str, log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def linear_distillation(shape: Shape, cast: Cast) -> Work:
+    """The same of two linear layers. The floor is the four bare products."""
     rows, features, teacher_features, classes = shape
     x, xt = cast(normal(rows, features)), cast(normal(rows, teacher_features, seed=1))
     w = cast(normal(classes, features, scale=features**-0.5))
@@ -161,7 +162,8 @@ def linear_distillation(shape: Shape, cast: Cast) -> Work:
     def ours(x: Tensor, w: Tensor, impl: str = "auto") -> Tensor:
         return tlk.linear_distillation(x, w, xt, wt, temperature=2.0, impl=impl)
 
-    return Work((x, w), ours, eager, floor)
+    data = {"teacher_input": xt, "teacher_weight": wt, "temperature": 2.0}
+    return Work((x, w), ours, eager, floor, data=data)
 
 
 def _policy(log_probs: Tensor, entropy: Tensor) -> Tensor:
@@ -177,13 +179,15 @@ def _policy_lines(logits: Tensor, index: Tensor) -> Tensor:
 
 
 def selective_log_softmax(shape: Shape, cast: Cast, *, selected: int = 1) -> Work:
+    """A policy gradient on logits, with an entropy bonus. The floor is a copy of the logits."""
     x, index = cast(normal(*shape, scale=3)), classes_of(shape[1], shape[0], selected)
     out = torch.empty_like(x)
 
     def ours(x: Tensor, impl: str = "auto") -> Tensor:
         return _policy(*tlk.selective_log_softmax(x, index, return_entropy=True, impl=impl))
 
-    return Work((x,), ours, lambda x: _policy_lines(x, index), lambda: out.copy_(x))
+    data = {"index": index, "policy": _policy}
+    return Work((x,), ours, lambda x: _policy_lines(x, index), lambda: out.copy_(x), data=data)
 
 
 def linear_selective_log_softmax(shape: Shape, cast: Cast) -> Work:
@@ -203,7 +207,8 @@ def linear_selective_log_softmax(shape: Shape, cast: Cast) -> Work:
     def ours(x: Tensor, w: Tensor, impl: str = "auto") -> Tensor:
         return _policy(*tlk.linear_selective_log_softmax(x, w, index, return_entropy=True, impl=impl))
 
-    return Work((x, w), ours, lambda x, w: _policy_lines(F.linear(x, w), index), floor)
+    data = {"index": index, "policy": _policy}
+    return Work((x, w), ours, lambda x, w: _policy_lines(F.linear(x, w), index), floor, data=data)
 
 
 def topk_distillation(shape: Shape, cast: Cast, *, kept: int = 64) -> Work:
@@ -232,7 +237,9 @@ def topk_distillation(shape: Shape, cast: Cast, *, kept: int = 64) -> Work:
     def ours(s: Tensor, impl: str = "auto") -> Tensor:
         return tlk.topk_distillation(s, index, log_probs, temperature=2.0, impl=impl)
 
-    return Work((student,), ours, eager, lambda: out.copy_(student), {"selective": selective, "dense": dense})
+    peers: dict[str, Loss] = {"selective": selective, "dense": dense}
+    data = {"index": index, "log_probs": log_probs, "temperature": 2.0, "tail": "bucket"}
+    return Work((student,), ours, eager, lambda: out.copy_(student), peers, data=data)
 
 
 def _four_products(a: Tensor, b: Tensor) -> Callable[[], object]:
@@ -253,6 +260,7 @@ def _four_products(a: Tensor, b: Tensor) -> Callable[[], object]:
 
 
 def info_nce(shape: Shape, cast: Cast) -> Work:
+    """CLIP's loss: both directions, from unit vectors."""
     rows, features = shape
     q, k = map(cast, _pairs(rows, features))
     y = torch.arange(rows)
@@ -264,10 +272,11 @@ def info_nce(shape: Shape, cast: Cast) -> Work:
     def ours(q: Tensor, k: Tensor, impl: str = "auto") -> Tensor:
         return tlk.info_nce(q, k, logit_scale=14.3, symmetric=True, impl=impl)
 
-    return Work((q, k), ours, eager, _four_products(q, k))
+    return Work((q, k), ours, eager, _four_products(q, k), data={"logit_scale": 14.3, "symmetric": True})
 
 
 def nt_xent(shape: Shape, cast: Cast) -> Work:
+    """SimCLR's loss of two views."""
     rows, features = shape  # of both views together
     z1, z2 = map(cast, _pairs(rows // 2, features))
     positive = torch.arange(rows).roll(rows // 2)
@@ -279,10 +288,11 @@ def nt_xent(shape: Shape, cast: Cast) -> Work:
 
     z = torch.cat([z1, z2])
     ours = lambda z1, z2, impl="auto": tlk.nt_xent(z1, z2, temperature=0.1, impl=impl)  # noqa: E731
-    return Work((z1, z2), ours, eager, _four_products(z, z))
+    return Work((z1, z2), ours, eager, _four_products(z, z), data={"temperature": 0.1})
 
 
 def sup_con(shape: Shape, cast: Cast) -> Work:
+    """Supervised contrastive loss, eight rows of each label."""
     rows, features = shape
     z = cast(normal(rows, features))
     labels = torch.arange(rows) % (rows // 8)
@@ -295,10 +305,11 @@ def sup_con(shape: Shape, cast: Cast) -> Work:
         return -rows.mean()
 
     ours = lambda z, impl="auto": tlk.sup_con(z, labels, temperature=0.1, impl=impl)  # noqa: E731
-    return Work((z,), ours, eager, _four_products(z, z))
+    return Work((z,), ours, eager, _four_products(z, z), data={"labels": labels, "temperature": 0.1})
 
 
 def sigmoid_contrastive(shape: Shape, cast: Cast) -> Work:
+    """SigLIP's loss, from unit vectors."""
     rows, features = shape
     q, k = map(cast, _pairs(rows, features))
 
@@ -309,18 +320,22 @@ def sigmoid_contrastive(shape: Shape, cast: Cast) -> Work:
     def ours(q: Tensor, k: Tensor, impl: str = "auto") -> Tensor:
         return tlk.sigmoid_contrastive(q, k, logit_scale=10.0, logit_bias=-10.0, impl=impl)
 
-    return Work((q, k), ours, eager, _four_products(q, k))
+    data = {"logit_scale": 10.0, "logit_bias": -10.0}
+    return Work((q, k), ours, eager, _four_products(q, k), data=data)
 
 
-def squared(function: Loss, eager: Loss) -> Make:
-    def make(shape: Shape, cast: Cast) -> Work:
-        x, y = cast(normal(*shape)), cast(normal(*shape, seed=1))
-        out = torch.empty_like(x)
-        ours = lambda x, impl="auto": function(x, y, impl=impl)  # noqa: E731
-        return Work((x,), ours, lambda x: eager(x, y), lambda: torch.add(x, y, out=out))
-
-    return make
+def _squared(shape: Shape, cast: Cast, function: Loss, eager: Loss) -> Work:
+    x, y = cast(normal(*shape)), cast(normal(*shape, seed=1))
+    out = torch.empty_like(x)
+    ours = lambda x, impl="auto": function(x, y, impl=impl)  # noqa: E731
+    return Work((x,), ours, lambda x: eager(x, y), lambda: torch.add(x, y, out=out), data={"target": y})
 
 
-mse = squared(tlk.mse, F.mse_loss)
-rmse = squared(tlk.rmse, lambda x, y: F.mse_loss(x, y).sqrt())
+def mse(shape: Shape, cast: Cast) -> Work:
+    """Mean squared error. The floor reads two tensors and writes one."""
+    return _squared(shape, cast, tlk.mse, F.mse_loss)
+
+
+def rmse(shape: Shape, cast: Cast) -> Work:
+    """The root of the mean squared error."""
+    return _squared(shape, cast, tlk.rmse, lambda x, y: F.mse_loss(x, y).sqrt())

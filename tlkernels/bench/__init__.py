@@ -1,0 +1,1 @@
+"""`tlkernels bench`: times the losses here, against PyTorch, other libraries and the limits of the machine."""
