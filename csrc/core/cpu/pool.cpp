@@ -4,7 +4,6 @@
 
 #include <sys/mman.h>
 
-#include <algorithm>
 #include <mutex>
 #include <vector>
 
@@ -60,11 +59,15 @@ at::DataPtr pooled_memory(size_t bytes) {
   auto block = std::make_unique<Block>(Block{nullptr, 0});
   {
     const std::lock_guard<std::mutex> lock(mutex);
-    auto fits = std::find_if(kept().rbegin(), kept().rend(),
-                             [&](const Block& b) { return b.bytes >= bytes && b.bytes - bytes <= bytes / 4; });
-    if (fits != kept().rend()) {
-      *block = *fits;
-      kept().erase(std::next(fits).base());
+    // The smallest that fits: a larger one may be what the next tensor needs. Of several, the newest.
+    auto best = kept().rend();
+    for (auto b = kept().rbegin(); b != kept().rend(); ++b) {
+      const bool fits = b->bytes >= bytes && b->bytes - bytes <= bytes / 4;
+      if (fits && (best == kept().rend() || b->bytes < best->bytes)) best = b;
+    }
+    if (best != kept().rend()) {
+      *block = *best;
+      kept().erase(std::next(best).base());
     }
   }
   if (!block->begin) *block = map(bytes);
