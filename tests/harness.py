@@ -108,6 +108,18 @@ def mend_interpreter() -> None:
 
     interpreter._convert_float = convert  # the original truncates
 
+    # On a GPU a logit has the same bits in every kernel. NumPy's products in float32 depend on the tile's shape on some
+    # processors (OpenBLAS's kernels for AMD EPYC and AVX2), so they are made in float64 and rounded.
+    dot = interpreter.InterpreterBuilder.create_dot
+
+    def rounded_dot(self: Any, a: Any, b: Any, d: Any, *options: Any) -> Any:
+        if not a.data.dtype == b.data.dtype == d.data.dtype == np.float32:
+            return dot(self, a, b, d, *options)
+        product = np.matmul(a.data, b.data, dtype=np.float64).astype(np.float32)
+        return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
+
+    interpreter.InterpreterBuilder.create_dot = rounded_dot
+
     # Every function that a kernel calls would patch all of triton.language again; its kernel has done so already.
     replace, replaced = interpreter._patch_lang, set[str]()
 

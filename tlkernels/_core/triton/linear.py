@@ -231,6 +231,10 @@ class Sweep:
         """
         self.input, self.weight, self.bias = layer
         self.needs, self.plan, self.ignored = needs, plan, ignored
+        if plan.strategy != "lean" and self.input.stride(-1) != 1:
+            # As `masked_fill` gives it to the backward: the library may round logits of another layout otherwise, and
+            # then the normaliser of the forward does not fit them.
+            self.input = self.input.contiguous()
         if ignored is not None and needs.weight:
             self.input = self.input.masked_fill(ignored, 0)
         self.rows, self.features = self.input.shape
