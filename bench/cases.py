@@ -133,6 +133,16 @@ def _of_a_rank() -> Iterator[Case]:
     yield Case("cross_entropy", (8192, 16000), F32, cross_entropy_of_a_rank, bars, options=group)
 
 
+SCALES: tuple[Case, ...] = (
+    Case("cross_entropy", (8192, 32000), F32, cross_entropy),
+    Case("linear_cross_entropy", (2048, 768, 32000), F32, linear_cross_entropy),
+    Case("distillation", (4096, 32000), F32, distillation),
+    Case("topk_distillation", (4096, 32000), F32, topk_distillation),
+    Case("info_nce", (8192, 384), F32, info_nce),
+    Case("sup_con", (8192, 384), F32, sup_con),
+)
+"""The largest sizes of the series that show how a loss grows."""
+
 # The rank's case comes last: after a process's first exchange by Gloo eager's small calls take 270 us instead of 30, in
 # all likelihood because OpenMP counts the threads of Gloo's thread too, more than there are cores, and stops spinning.
 _LARGE = (replace(case, peers=case.cold) for case in (*_cross_entropy(), *_others()))

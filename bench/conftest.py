@@ -31,12 +31,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[result_key] = {**describe(versions()), "whole": False, "cases": []}
+    config.stash[result_key] = {**describe(versions()), "whole": False, "cases": [], "scales": []}
 
 
 @pytest.fixture
 def results(pytestconfig: pytest.Config) -> list[dict[str, Any]]:
     return cast(list[dict[str, Any]], pytestconfig.stash[result_key]["cases"])
+
+
+@pytest.fixture
+def growth(pytestconfig: pytest.Config) -> list[dict[str, Any]]:
+    return cast(list[dict[str, Any]], pytestconfig.stash[result_key]["scales"])
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -58,9 +63,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{result['date'][:10]}-{result['commit']}{'-dirty' * result['dirty']}-cpu.json"
     # One case a line: what changed between two files can be read in a diff.
-    head = json.dumps({**result, "cases": []}, indent=1)
-    lines = ",\n  ".join(json.dumps(case) for case in found)
-    path.write_text(head.replace('"cases": []', f'"cases": [\n  {lines}\n ]') + "\n")
+    text = json.dumps({**result, "cases": [], "scales": []}, indent=1)
+    for part in ("cases", "scales"):
+        lines = ",\n  ".join(json.dumps(one) for one in result[part])
+        text = text.replace(f'"{part}": []', f'"{part}": [\n  {lines}\n ]')
+    path.write_text(text + "\n")
     terminalreporter.write_line(f"\n{tables(result)}\n\nwritten: {path.relative_to(ROOT)}")
     if reason:
         terminalreporter.write_line(f"not for bench/results: {reason}")

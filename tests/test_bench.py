@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import cases, gpu, report
+from bench import compare as compare_command
 from tlkernels.bench import busy, compare, losses, measure, memory, tables, work
 from tlkernels.bench.clock import Clock
 
@@ -331,6 +332,13 @@ def test_the_tables_show_the_roof_what_is_wrong_and_who_did_not_run_once() -> No
     assert "- peer, 2 cases: needs a GPU\n- other, `cross_entropy-2048x32000-float32`: raises" in text
 
 
+def test_the_tables_show_growth_with_its_interval_and_bound() -> None:
+    scale = {"loss": "info_nce", "contestant": "auto", "quantity": "memory", "dim": "N", "expected": 1.0}
+    scale |= {"points": [[64, 1.0], [128, 2.0], [256, 4.0]], "exponent": [0.9, 1.0, 1.104]}
+    text = tables.tables(result(case()) | {"scales": [scale]})
+    assert "| `info_nce` | auto | memory | N from 64 to 256 | 1.00 (0.90 to 1.10) | 1 |" in text
+
+
 def test_the_first_list_is_where_we_lose_the_worst_first() -> None:
     slow = case(id="slow", bars={}, speedup={"eager": [0.7, 0.8, 0.9]})
     slower = case(id="slower", bars={}, speedup={"compile": [0.4, 0.5, 0.6], "eager": [2.0, 2.0, 2.0]})
@@ -366,6 +374,33 @@ def test_compare_flags_only_what_is_beyond_the_spread() -> None:
     assert words == {3.0: "slower", 3.8: "", 5.0: "faster"}
     other = result(case(), busy=0.02) | {"versions": {"torch": "2.14.0"}}
     assert compare.differences(old, other) == ["versions.torch: 2.13.0 -> 2.14.0"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "code", "word"),
+    [
+        ({"speedup": {"eager": [2.9, 3.0, 3.1]}}, 1, "slower"),
+        ({"speedup": {"eager": [3.85, 3.9, 3.95]}}, 0, ""),  # within the quartiles
+        ({"speedup": {"eager": [4.11, 4.15, 4.2]}}, 0, ""),  # beyond the quartiles, by less than 5 %
+        ({"memory": {"auto": 250_000_000, "eager": 800_000_000}}, 1, "more memory"),
+        ({"memory": {"auto": 100_000_000, "eager": 800_000_000}}, 0, "less memory"),
+    ],
+)
+def test_compare_exits_with_1_where_something_became_worse(
+    changed: dict[str, Any],
+    code: int,
+    word: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    files = [tmp_path / "old.json", tmp_path / "new.json"]
+    for file, one in zip(files, (case(speedup={"eager": [3.9, 4.0, 4.1]}), case(**changed)), strict=True):
+        file.write_text(json.dumps(result(one)))
+    monkeypatch.setattr(sys, "argv", ["compare", *map(str, files)])
+    assert compare_command.main() == code
+    words = [line.rpartition("  ")[2] for line in capsys.readouterr().out.splitlines() if line.startswith("cross")]
+    assert [found for found in words if found in ("slower", "more memory", "less memory")] == ([word] if word else [])
 
 
 def test_the_parts_are_told_on_one_screen() -> None:

@@ -48,6 +48,30 @@ def way(seconds: float, speedup: float | None, error: tuple[float, float] | None
     }
 
 
+def unit_way(seconds: float, speedup: float | None, error: float, wrong: str | None = None) -> dict[str, Any]:
+    parts = {"hidden": error, "weight": 2 * error, "bias": 3 * error}
+    found = way(seconds, speedup, (error, 3 * error), wrong)
+    return found | {"error": found["error"] | parts, "expected": None if wrong else STEP / (STEP - 0.05 + seconds)}
+
+
+def head_and_loss() -> dict[str, Any]:
+    """Return a head and its loss, whose reference is wrong."""
+    return {
+        "loss": "F.cross_entropy", "head": "lm_head", "auto": "native", "why_not": None,
+        "swap": "tlkernels.linear_cross_entropy(hidden, model.lm_head.weight, target, linear_bias=model.lm_head.bias)",
+        "unit": {
+            "name": "lm_head and F.cross_entropy", "own": "eager", "baseline": "eager", "calls": 2,
+            "shape": [[8192, 512], [32000, 512], [32000]], "dtype": "bfloat16", "logits": LOGITS,
+            "ways": {
+                "eager": unit_way(0.05, 1.0, 1e-3),
+                "native": unit_way(0.02, 2.5, 2e-4) | {"peak_bytes": 100_000_000},
+                "reference": unit_way(0.06, None, 0.5, "error of the value 5.0e-01, more than 1.0e-02"),
+            },
+            "refused": {"triton": "supports GPU tensors only; got one on cpu"},
+        },
+    }  # fmt: skip
+
+
 def result() -> dict[str, Any]:
     """Return a profile on a GPU: a loss in two calls, an implementation that is wrong, one not compared."""
     return {
@@ -85,6 +109,7 @@ def result() -> dict[str, Any]:
                 "refused": {"reference": "out of memory"},
             }
         ],
+        "head_and_loss": [head_and_loss()],
         "loss_seconds": EAGER,
         "loss_share": EAGER / STEP,
         "bound": STEP / REST,
@@ -104,6 +129,7 @@ def bare() -> dict[str, Any]:
     shown = result()
     shown["machine"] |= {"cuda": None, "isa": None, "commit": None}
     shown |= {"device": "cpu", "flops": None, "flops_by_dtype": {}, "ceiling": {}, "mfu": None, "losses": []}
+    shown["head_and_loss"] = []
     shown |= {"loss_seconds": None, "loss_share": None, "bound": None, "logits": None, "peak_bytes": None}
     shown |= {"step_speedups": {}, "baseline": None, "notes": [], "rate": {"samples": None, "tokens": None}}
     shown["starvation"] |= {"seconds": None, "share": None}
@@ -122,6 +148,16 @@ def half_bare() -> dict[str, Any]:
     shown |= {"loss_seconds": None, "loss_share": None, "bound": None, "step_speedups": {}, "baseline": None}
     shown |= {"ceiling": {}, "mfu": None}  # no memory for the products that measure it
     shown["logits"]["share_of_peak"] = None
+    shown["head_and_loss"] = [
+        {
+            "loss": "F.cross_entropy",
+            "head": None,
+            "auto": None,
+            "swap": None,
+            "unit": None,
+            "why_not": "the head is odd",
+        }
+    ]
     return shown
 
 
@@ -176,6 +212,8 @@ def test_a_real_profile_has_the_format_that_the_page_reads(
     shown = measured(tmp_path, monkeypatch, inside, micro)
     expected = keys(result())
     expected["flops_by_dtype"] = expected["ceiling"] = None
+    if inside:
+        expected["head_and_loss"] = None  # a loss that has its head inside
     assert keys(shown) == expected
     data = page(shown, None).data
     assert {key: data[key] for key in shown} == shown
@@ -382,6 +420,28 @@ def test_the_table_of_a_loss_has_no_speed_up_of_what_is_wrong(chromium: Browser,
 
 
 @pytest.mark.full
+def test_a_head_and_its_loss_are_a_table_after_the_losses(chromium: Browser, tmp_path: Path) -> None:
+    chromium.open(written(tmp_path, result()))
+    theirs = [f"eager: {error}" for error in ("1.0e-3", "1.0e-3", "2.0e-3", "3.0e-3")]
+    ours = [f"{own} | {other}" for own, other in zip(("2.0e-4", "2.0e-4", "4.0e-4", "6.0e-4"), theirs, strict=True)]
+    eager, native, reference = rows(chromium, "loss-1")
+    errors = ["1.0e-3", "1.0e-3", "2.0e-3", "3.0e-3"]
+    assert eager == ["eager | in the loop now", "25.0 ms", "50.0 ms", "1.00×", "1.00×", "300 MB", *errors]
+    assert native == ["native", "10.0 ms", "20.0 ms", "2.50×", "1.43×", "100 MB", *ours]
+    assert reference[3:5] == ["wrong", "unknown"]
+    answers = [text.replace("\u00a0", " ") for text in chromium.texts("#answer li")]
+    assert (
+        "Head and loss together take 50 ms of the step. linear_cross_entropy takes 20 ms and 0.20 GB less: the step "
+        "would be 1.43x as fast (expected from these times, not measured in steps)."
+    ) in answers
+    assert any("loss = tlkernels.linear_cross_entropy(hidden, model.lm_head.weight" in text for text in answers)
+    chromium.open(written(tmp_path, half_bare()))
+    why = "linear_cross_entropy in place of the head and F.cross_entropy was not tried: the head is odd."
+    assert chromium.texts("#losses .note")[-1] == why and why in chromium.texts("#answer li")
+    assert chromium.texts("#loss-1") == []
+
+
+@pytest.mark.full
 def test_measured_steps_are_drawn_beside_amdahls_law_and_bound(chromium: Browser, tmp_path: Path) -> None:
     chromium.open(written(tmp_path, result()))
     law, bound, own, native = traces(chromium, "amdahl")
@@ -448,6 +508,10 @@ def test_what_is_missing_is_said_in_words(chromium: Browser, tmp_path: Path, mak
 def test_text_of_a_profile_never_runs_or_becomes_markup(chromium: Browser, tmp_path: Path) -> None:
     shown, hostile = result(), '<img src=x onerror="hit=1"><b>bold</b></script><script>hit=1</script>'
     (loss,), steps = shown["losses"], shown["step_speedups"]
+    (said,) = shown["head_and_loss"]
+    said |= {"loss": hostile, "swap": hostile, "head": hostile}
+    said["unit"] |= {"name": hostile, "refused": {hostile: hostile}}
+    shown["head_and_loss"].append({**said, "unit": None, "why_not": hostile})
     shown["machine"]["processor"] = shown["phases"][0]["name"] = shown["starvation"]["by"] = hostile
     shown["notes"], loss["name"], loss["dtype"], loss["refused"] = [hostile], hostile, hostile, {hostile: hostile}
     loss["ways"][hostile] = way(0.02, None, (1.0, 1.0), hostile)
@@ -459,7 +523,17 @@ def test_text_of_a_profile_never_runs_or_becomes_markup(chromium: Browser, tmp_p
         "undefined",
         0,
     ]
-    for place in ("#notes", "#reasons-0", "#phase-table", "#loss-0", "#steps-table", "#logits", "#hardware-table"):
+    for place in (
+        "#notes",
+        "#reasons-0",
+        "#phase-table",
+        "#loss-0",
+        "#steps-table",
+        "#logits",
+        "#hardware-table",
+        "#reasons-1",
+        "#answer",
+    ):
         assert hostile in chromium.texts(place)[0], place
     for figure in ("amdahl", "memory-bars"):
         assert any("<b>bold</b>" in text for text in chromium.texts(f"#{figure} text")), figure

@@ -22,6 +22,9 @@ COLUMNS = (
     "error (eager's)",
 )
 GRID_COLUMNS = ("shape", "dtype", "options", "time", "over eager", "error (eager's)")
+GROWTH_COLUMNS = ("loss", "", "of", "with", "power", "at most")
+GROWTH = """\
+Time or memory grows as the size to this power, with its 95 % interval; "at most" is what it should be for ours."""
 NAMES = {"compile": "torch.compile", "floor": "the floor"}
 LEGEND = """\
 Each figure is of one forward and one backward together.
@@ -163,6 +166,20 @@ def _over(case: Json, name: str) -> str:
     return f"{ratio_of(case, name)} over {NAMES.get(name, name)}"
 
 
+def _growth_row(scale: Json) -> tuple[str, ...]:
+    low, power, high = scale["exponent"]
+    sizes = [size for size, _ in scale["points"]]
+    who: str = scale["contestant"]
+    return (
+        f"`{scale['loss']}`",
+        NAMES.get(who, who),
+        scale["quantity"],
+        f"{scale['dim']} from {sizes[0]} to {sizes[-1]}",
+        f"{power:.2f} ({low:.2f} to {high:.2f})",
+        f"{scale['expected']:g}",
+    )
+
+
 def _absent(cases: Sequence[Json]) -> list[str]:
     """Return who did not run, with the reason; cases that share both are one line."""
     found: dict[tuple[str, str], list[str]] = {}
@@ -213,6 +230,8 @@ def tables(result: Json) -> str:
         ordered = sorted(grid, key=lambda case: case["speedup"]["eager"][1])
         parts += ["## Small calls", grid_summary(grid), _markdown(GRID_COLUMNS, [_grid_row(case) for case in ordered])]
     absent = _absent(result["cases"])
+    if scales := result.get("scales"):
+        parts += ["## How it grows", GROWTH, _markdown(GROWTH_COLUMNS, [_growth_row(scale) for scale in scales])]
     wrong = [
         f"- `{case['id']}`, {name}: {why}" for case in result["cases"] for name, why in case.get("wrong", {}).items()
     ]

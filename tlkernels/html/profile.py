@@ -37,7 +37,8 @@ LOSSES = Section(
     "The loss alone",
     "Each loss on the loop's own batch, forward and backward, by each implementation. Errors are relative, in the "
     "2-norm, against float64, of drawn rows where there are many. A result is wrong, and has no speed-up, if its error "
-    "is over twice that of PyTorch and a rounding.",
+    "is over twice that of PyTorch and a rounding. Where the loss takes what a linear layer computes, that layer and "
+    "the loss are also compared with linear_cross_entropy.",
     "profile_losses",
 )
 BETTER = Section(

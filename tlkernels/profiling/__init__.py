@@ -35,8 +35,9 @@ def profile(
 
     The first steps are timed without synchronisation or a profiler. Further ones count operations, measure memory, and
     run under torch.profiler. Then each loss is computed alone on the loop's own batch, by every implementation and by
-    eager PyTorch, and at last the loop's steps use them in turns. `folder` gets `report.html` (which
-    needs plotly), `profile.json`, and `trace.json.gz`, which ui.perfetto.dev opens.
+    eager PyTorch, also together with its head as `linear_cross_entropy` would, and at last the loop's steps use the
+    implementations in turns. `folder` gets `report.html` (which needs plotly), `profile.json`, and `trace.json.gz`,
+    which ui.perfetto.dev opens.
 
     Until those last steps, the training computes the same bits as without a profile. In them its loss comes from
     another implementation, whose result is as accurate as PyTorch's; `compare=False` leaves them out.

@@ -55,16 +55,14 @@ class Unserved(Exception):
     """A call cannot be computed in the way that was asked for."""
 
 
-class Call(Protocol):
-    """A call of a loss."""
+class Compared(Protocol):
+    """What is computed alone, in several ways."""
 
     name: str
     arguments: Any
     """A tree of tensors and options; each of `ways` takes it, or another of its kind."""
     own: str
     """The way that the loop takes."""
-    has_head: bool
-    """Whether the loss takes what a head computes."""
 
     @property
     def ways(self) -> Mapping[str, Way]:
@@ -73,6 +71,13 @@ class Call(Protocol):
     @property
     def refused(self) -> Mapping[str, str]:
         """Why other implementations do not."""
+
+
+class Call(Compared, Protocol):
+    """A call of a loss."""
+
+    has_head: bool
+    """Whether the loss takes what a head computes."""
 
     def run(self, way: str | None) -> Any:
         """Return the loss, computed in the loop's own way for None.
@@ -89,7 +94,7 @@ class OurCall:
     """A call of a loss of tlkernels, for which the dispatcher chose an implementation."""
 
     def __init__(self, loss: str, implementations: Sequence[Implementation], call: Any, chosen: Implementation) -> None:
-        self.name, self.arguments, self.own, self._chosen = loss, call, chosen.name, chosen
+        self.name, self.arguments, self.own, self.chosen = loss, call, chosen.name, chosen
         self._by_name = {each.name: each for each in implementations if not each.by_name_only}
         self.has_head = not loss.startswith(_WITHOUT_HEAD)
 
@@ -109,11 +114,11 @@ class OurCall:
         """The implementations, and the PyTorch lines that the loss replaces where they are simple."""
         eager = lines_of(self.name, self.arguments)
         served = {name: each.run for name, each in self._by_name.items() if name not in self.refused}
-        return ({EAGER: eager} if eager else {}) | served | {self.own: self._chosen.run}
+        return ({EAGER: eager} if eager else {}) | served | {self.own: self.chosen.run}
 
     def run(self, way: str | None) -> Any:
         """Return the loss. A step is timed with it, so it asks only what it has to."""
-        run: Way | None = self._chosen.run
+        run: Way | None = self.chosen.run
         if way == EAGER:
             run = lines_of(self.name, self.arguments)
         elif way is not None and way != self.own:

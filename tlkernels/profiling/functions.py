@@ -110,7 +110,8 @@ def _places() -> list[tuple[Any, str, Any]]:
 def compiled() -> bool:
     """Return whether torch.compile has compiled anything."""
     dynamo = sys.modules.get("torch._dynamo.utils")
-    return dynamo is not None and bool(dynamo.counters.get("frames"))
+    # With fullgraph=True it counts no frames.
+    return dynamo is not None and any(dynamo.counters.get(kind) for kind in ("frames", "stats"))
 
 
 def in_compiled_function() -> bool:

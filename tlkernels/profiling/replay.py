@@ -12,19 +12,20 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from tlkernels._core.dispatch import NAMES
 from tlkernels.bench.measure import ERROR_ROWS, error_bar
 from tlkernels.profiling.calls import EAGER, REFERENCE, Way
-from tlkernels.profiling.discover import Recorded
 from tlkernels.profiling.memory import free_bytes
+from tlkernels.profiling.recorded import Recorded
 from tlkernels.timing import interleaved
 from tlkernels.train.errors import one_line
 from tlkernels.train.memory import out_of_memory, peak_bytes
 
 SECONDS = 0.5  # of a loss, for all ways together, unless three rounds take longer
 _WIDE = 6  # tensors of the size of the logits that the float64 computation needs
+_WIDE_PARAMETERS = 3  # in float64: the parameters, their gradient, and the one that is compared with it
 
 
 Runs = Mapping[str, Callable[[], list[Tensor]]]
 Error = dict[str, float]
-"""Of the "value" and of the "gradient", the worst of its parts."""
+"""Of the "value" and of the "gradient", the worst of its parts; and of the parts that are told apart."""
 
 
 def baseline(ways: Sequence[str]) -> str:
@@ -52,7 +53,7 @@ def replay(recorded: Recorded) -> dict[str, Any]:
             runs[name] = run
     seconds = interleaved(runs, SECONDS, least=3) if runs else {}
     base = baseline(list(call.ways))
-    errors, why_none = _errors(inputs, runs, base, call.ways)
+    errors, why_none = _errors(inputs, runs, base, call.ways, recorded.parts)
     ways = {}
     for name in runs:
         wrong = why_none or _excess(errors, name, base, inputs.dtype)
@@ -95,7 +96,10 @@ class _Inputs:
         self.differentiable = [leaf for leaf in self._leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
         self.dtype, self.device = self.differentiable[0].dtype, self.differentiable[0].device
         share = self._compared_share()
-        self.wide_bytes = int(share * 8 * _WIDE * max(recorded.largest, self._logits.elements if self._logits else 0))
+        rows = self.differentiable[0].shape[:1]
+        parameters = sum(tensor.numel() for tensor in self.differentiable if tensor.shape[:1] != rows)
+        elements = max(recorded.largest, self._logits.elements if self._logits else 0)
+        self.wide_bytes = 8 * int(share * _WIDE * elements + _WIDE_PARAMETERS * parameters)
         self._few = self._leaves if share == 1 else self._rows(share)
 
     def _compared_share(self) -> float:
@@ -144,7 +148,9 @@ def _wide(leaf: Any) -> Any:
     return leaf
 
 
-def _errors(inputs: _Inputs, runs: Runs, base: str, ways: Mapping[str, Way]) -> tuple[dict[str, Error], str | None]:
+def _errors(
+    inputs: _Inputs, runs: Runs, base: str, ways: Mapping[str, Way], parts: Sequence[str]
+) -> tuple[dict[str, Error], str | None]:
     """Return the relative errors of each way, in the 2-norm, or why there are none."""
     if base not in ways:
         return {}, "there is no PyTorch line to compare with"
@@ -164,7 +170,7 @@ def _errors(inputs: _Inputs, runs: Runs, base: str, ways: Mapping[str, Way]) -> 
             float((got.double() - right).norm() / right.norm()) if right.norm() else float(got.double().norm())
             for got, right in zip(inputs.runner(ways[name], compared=True)(), exact, strict=True)
         )
-        found[name] = {"value": value, "gradient": max(grads)}
+        found[name] = {"value": value, "gradient": max(grads)} | (dict(zip(parts, grads, strict=True)) if parts else {})
     return found, None
 
 

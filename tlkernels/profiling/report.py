@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
+
+from tlkernels.profiling import words
+from tlkernels.profiling.unit_report import LINEAR, sentences
 
 WORTH = 1.02  # a step that is faster by less is called no gain
 DOUBT = 1.15  # times what is expected
@@ -11,7 +14,9 @@ DOUBT = 1.15  # times what is expected
 
 def text(result: Mapping[str, Any]) -> str:
     """Return the report of a profile, as profile.json has it."""
-    parts = [_step(result), _phases(result), *(_loss(loss) for loss in result["losses"]), _steps(result)]
+    parts = [_step(result), _phases(result), *(_loss(loss) for loss in result["losses"])]
+    parts += [_unit(each["unit"]) for each in result["head_and_loss"] if each["unit"] is not None]
+    parts.append(_steps(result))
     sentences = [*meaning(result), *result["notes"]]
     return "\n\n".join([part for part in parts if part] + ["\n".join(sentences)])
 
@@ -19,14 +24,14 @@ def text(result: Mapping[str, Any]) -> str:
 def _step(result: Mapping[str, Any]) -> str:
     low, middle, high = result["step"]["seconds"]
     lines = [
-        f"A step takes {_time(middle)} ({_time(low)} to {_time(high)} in half of {result['step']['rounds']} steps), "
-        f"{result['device']}."
+        f"A step takes {words.time(middle)} ({words.time(low)} to {words.time(high)} in half of "
+        f"{result['step']['rounds']} steps), {result['device']}."
     ]
     rate = result["rate"]
-    lines.append(f"tokens/s {_count(rate['tokens'])} (padding counts), samples/s {_count(rate['samples'])}")
+    lines.append(f"tokens/s {words.count(rate['tokens'])} (padding counts), samples/s {words.count(rate['samples'])}")
     wait = result["starvation"]
     if wait["seconds"] is not None:
-        lines.append(f"The host waits {_time(wait['seconds'])} for data, {wait['share']:.1%} of the step.")
+        lines.append(f"The host waits {words.time(wait['seconds'])} for data, {wait['share']:.1%} of the step.")
     if result["mfu"] is not None:
         ceilings = ", ".join(f"{rate / 1e12:.3g} TFLOP/s in {dtype}" for dtype, rate in result["ceiling"].items())
         lines.append(
@@ -39,12 +44,12 @@ def _step(result: Mapping[str, Any]) -> str:
 def _phases(result: Mapping[str, Any]) -> str:
     rows = [["phase", "time", "share", "peak memory"]]
     rows += [
-        [row["name"], _time(row["seconds"]), f"{row['share']:.1%}", _bytes(row["peak_bytes"])]
+        [row["name"], words.time(row["seconds"]), f"{row['share']:.1%}", words.size(row["peak_bytes"])]
         for row in result["phases"]
     ]
     traced = result["traced_step"]
-    rows.append(["sum", _time(traced["seconds"]), "", _bytes(result["peak_bytes"])])
-    return _table(rows) + (
+    rows.append(["sum", words.time(traced["seconds"]), "", words.size(result["peak_bytes"])])
+    return words.table(rows) + (
         f"\n(means of {traced['steps']} steps under the profiler, which take {result['overhead']:.2f} times as long as "
         "without)"
     )
@@ -53,18 +58,27 @@ def _phases(result: Mapping[str, Any]) -> str:
 def _loss(loss: Mapping[str, Any]) -> str:
     shape = " and ".join("×".join(map(str, shape)) for shape in loss["shape"])
     calls = "1 call a step" if loss["calls"] == 1 else f"{loss['calls']} calls a step, the largest"
-    rows = [[f"{loss['name']} ({loss['own']})", "alone", "speed-up", "memory", "error: loss", "gradient"]]
-    for name, way in loss["ways"].items():
-        speedup = "" if way["speedup"] is None else f"{way['speedup']:.2f}×"
+    ways = loss["ways"]
+    known: Mapping[str, float] = next((way["error"] for way in ways.values() if way["error"]), {})
+    told_apart = [part for part in known if part not in ("value", "gradient")] or ["gradient"]
+    expects = any("expected" in way for way in ways.values())
+    heading = [f"{loss['name']} ({loss['own']})", "alone", "speed-up", "memory", "error: loss", *told_apart]
+    rows = [heading + ["step, expected"] * expects]
+    for name, way in ways.items():
         error = way["error"] or {}
-        errors = [f"{error[part]:.1e}" if part in error else "" for part in ("value", "gradient")]
-        rows.append([name, _time(way["seconds"]), speedup, _bytes(way["peak_bytes"]), *errors])
-    lines = [_table(rows), f"({calls}: {shape}, {loss['dtype']}; forward and backward, errors against float64)"]
+        errors = [f"{error[part]:.1e}" if part in error else "" for part in ("value", *told_apart)]
+        row = [name, words.time(way["seconds"]), words.times(way["speedup"]), words.size(way["peak_bytes"]), *errors]
+        rows.append(row + [words.times(way.get("expected"))] * expects)
+    lines = [words.table(rows), f"({calls}: {shape}, {loss['dtype']}; forward and backward, errors against float64)"]
     lines += [f"{name}: {way['wrong']}" for name, way in loss["ways"].items() if way["wrong"]]
     reasons: dict[str, list[str]] = {}
     for name, reason in loss["refused"].items():
         reasons.setdefault(reason, []).append(name)
     return "\n".join([*lines, *(f"no {', '.join(names)}: {reason}" for reason, names in reasons.items())])
+
+
+def _unit(unit: Mapping[str, Any]) -> str:
+    return f"{_loss(unit)}\n(the head and the loss as one; native, triton and reference are those of {LINEAR})"
 
 
 def _steps(result: Mapping[str, Any]) -> str:
@@ -77,9 +91,9 @@ def _steps(result: Mapping[str, Any]) -> str:
         named = f"the loss {name}" if name == "as it is" else name
         spread = "" if same else f"{low:.2f} to {high:.2f}"
         expected = "" if same or way["expected"] is None else f"{way['expected']:.2f}×"
-        rows.append([named, _time(way["seconds"][1]), f"{middle:.2f}×", spread, expected])
+        rows.append([named, words.time(way["seconds"][1]), f"{middle:.2f}×", spread, expected])
     rounds = next(iter(result["step_speedups"].values()))["rounds"]
-    return _table(rows) + (
+    return words.table(rows) + (
         f"\n({rounds} rounds of steps in turns, against {result['baseline']}; expected from the losses alone)"
     )
 
@@ -89,8 +103,8 @@ def meaning(result: Mapping[str, Any]) -> list[str]:
     found = []
     if result["loss_share"] is not None and result["bound"] is not None:
         found.append(
-            f"The loss is {_percent(result['loss_share'])} of the step: a loss that costs nothing would make it at "
-            f"most {result['bound']:.3g}x as fast."
+            f"The loss is {words.percent(result['loss_share'])} of the step: a loss that costs nothing would make it "
+            f"at most {result['bound']:.3g}x as fast."
         )
         if result["bound"] < WORTH:
             found.append("No loss can make this step noticeably faster.")
@@ -100,11 +114,11 @@ def meaning(result: Mapping[str, Any]) -> list[str]:
     if logits is not None:
         share = logits["share_of_peak"]
         kept = "are not stored; they would be" if not logits["stored"] else "are"
-        of_peak = "" if share is None else f", {_percent(share)} of the peak of memory"
+        of_peak = "" if share is None else f", {words.percent(share)} of the peak of memory"
         size = f"{logits['rows']}×{logits['classes']} in {logits['dtype'].removeprefix('torch.')}"
-        found.append(f"The logits ({size}) {kept} {_bytes(logits['bytes'])}{of_peak}.")
+        found.append(f"The logits ({size}) {kept} {words.size(logits['bytes'])}{of_peak}.")
     found += [_gain(name, way) for name, way in result["step_speedups"].items() if name != result["baseline"]]
-    return found
+    return found + [line for unit in result["head_and_loss"] for line in sentences(unit)]
 
 
 def _gain(name: str, way: Mapping[str, Any]) -> str:
@@ -116,32 +130,3 @@ def _gain(name: str, way: Mapping[str, Any]) -> str:
     if way["expected"] is not None and not way["expected"] / DOUBT < middle < way["expected"] * DOUBT:
         sentence += f" Its time alone would explain {way['expected']:.2f}x: the machine may have been busy."
     return sentence
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        f"{first:<{widths[0]}}" + "".join(f"  {cell:>{width}}" for cell, width in zip(rest, widths[1:], strict=True))
-        for first, *rest in rows
-    )
-
-
-def _time(seconds: float) -> str:
-    for size, unit in ((1.0, "s"), (1e-3, "ms")):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds * 1e6:.3g} us"
-
-
-def _bytes(count: int | None) -> str:
-    if count is None:
-        return ""
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
-
-
-def _count(rate: float | None) -> str:
-    return "unknown" if rate is None else f"{rate:.0f}" if rate >= 100 else f"{rate:.3g}"
-
-
-def _percent(share: float) -> str:
-    return f"{share * 100:.2g} %" if share < 0.0995 else f"{share * 100:.0f} %"

@@ -27,6 +27,8 @@ class Measured(NamedTuple):
     timed: Timed
     operations: Operations
     losses: Sequence[Mapping[str, Any]]
+    units: Sequence[Mapping[str, Any]]
+    """Heads with their losses."""
     peaks: Peaks
     steps: Sequence[Sequence[Segment]]
     """The phases of the traced steps."""
@@ -51,6 +53,7 @@ def result_of(found: Measured, device: torch.device, compiled: Collection[str], 
         "overhead": traced / step,
         **utilisation(found.operations.by_dtype, device, step),
         **of_losses(found.losses, step, found.peaks),
+        "head_and_loss": [_with_expected(unit, step) for unit in found.units],
         "step_speedups": {},
         "baseline": None,
         "notes": notes_of(found.losses, compiled, found.timed, device.type, has_head),
@@ -123,6 +126,24 @@ def of_losses(losses: Sequence[Mapping[str, Any]], step: float, peaks: Peaks) ->
         "logits": logits,
         "peak_bytes": most,
     }
+
+
+def _with_expected(said: Mapping[str, Any], step: float) -> dict[str, Any]:
+    """Return a head and its loss with the speed-up of the step that their times alone explain, by each way.
+
+    It is None where a result is wrong, and where the loop's own way did not run alone or takes as long as the step.
+    """
+    if said["unit"] is None:
+        return dict(said)
+    ways: Mapping[str, Any] = said["unit"]["ways"]
+    own = ways.get(said["unit"]["own"])
+    rest = 0.0 if own is None or own["wrong"] else step - own["step_seconds"]
+    expected = {
+        name: step / (rest + way["step_seconds"]) if rest > 0 and not way["wrong"] else None
+        for name, way in ways.items()
+    }
+    ways = {name: {**way, "expected": expected[name]} for name, way in ways.items()}
+    return {**said, "unit": {**said["unit"], "ways": ways}}
 
 
 def notes_of(losses: Sequence[Any], compiled: Collection[str], timed: Timed, device: str, has_head: bool) -> list[str]:

@@ -162,7 +162,11 @@ class Profile:
         with functions.seen(all_calls=True), found.recorded(), _eager():
             yield from self._watched(found, 1)
         losses = [replay(recorded) for recorded in found.losses.values()]
-        found.losses.clear()  # frees their tensors
+        found.losses.clear()  # frees their tensors, before the units need memory for the logits
+        units = [
+            said | {"unit": None if recorded is None else replay(recorded)} for said, recorded in found.units.recorded()
+        ]
+        found.units.clear()
         if found.head_layer is not None:
             watch.hook_head(found.head_layer)
         peaks, trace = Peaks(device), Trace(device)
@@ -175,7 +179,7 @@ class Profile:
         if self._writes:
             self.folder.mkdir(parents=True, exist_ok=True)
             trace.export(self.folder / "trace.json.gz", steps)
-        measured = Measured(timed, found.operations, losses, peaks, steps)
+        measured = Measured(timed, found.operations, losses, units, peaks, steps)
         self.result = result_of(measured, device, watch.compiled, has_head=trace.saw_head or not found.with_head)
         self._plan_comparison(losses, peaks, device)
 

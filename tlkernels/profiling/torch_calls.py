@@ -87,18 +87,24 @@ class TorchCall:
         return self._function(*args, **kwargs)
 
     def _ours(self, arguments: Any, impl: str) -> Tensor:
-        given = self._named(arguments)
-        for name in ("size_average", "reduce"):
-            if given.pop(name, None) is not None:
-                raise TypeError(f"{name} is deprecated; tlkernels takes reduction")
+        given = self.named(arguments)
         given.pop("options", None)  # chooses how PyTorch computes linear_cross_entropy, not what
         if given.get("ignore_index", 0) is None:
             del given["ignore_index"]
         return _OURS[self._loss](**given, impl=impl)
 
-    def _named(self, arguments: Any) -> dict[str, Any]:
+    def named(self, arguments: Any) -> dict[str, Any]:
+        """Return the arguments by name.
+
+        Raises:
+            TypeError: one is deprecated, and tlkernels does not take it.
+        """
         args, kwargs = arguments
-        return dict(inspect.signature(self._function).bind(*args, **kwargs).arguments)
+        given = dict(inspect.signature(self._function).bind(*args, **kwargs).arguments)
+        for name in ("size_average", "reduce"):
+            if given.pop(name, None) is not None:
+                raise TypeError(f"{name} is deprecated; tlkernels takes reduction")
+        return given
 
     def run(self, way: str | None) -> Any:
         """Return the loss."""
@@ -116,7 +122,7 @@ class TorchCall:
         args, kwargs = self.arguments
         input = args[0] if args else kwargs["input"]
         if self._loss == "linear_cross_entropy":
-            return logits_of_layer(input, self._named(self.arguments)["linear_weight"], stored=True)
+            return logits_of_layer(input, self.named(self.arguments)["linear_weight"], stored=True)
         if not self.has_head:
             return None
         return logits_of(input, 1 if self._loss in ("cross_entropy", "nll_loss") and input.dim() > 1 else -1)
