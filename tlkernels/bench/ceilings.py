@@ -14,6 +14,7 @@ from tlkernels.bench.work import name_of
 
 COPIED = 256 << 20  # bytes: several times the caches of a processor
 SIDE = {"cpu": 2048, "cuda": 8192}  # of a product that runs at the full rate
+LONG = 0.1  # seconds of a product that is long enough: PyTorch multiplies some dtypes slowly on some processors
 ROUNDS = 7
 CALLS = 200
 
@@ -52,10 +53,16 @@ def matmul(device: torch.device, dtype: torch.dtype) -> float:
 
     Float32 runs at the precision that `torch.set_float32_matmul_precision` chose.
     """
-    side = SIDE[device.type]
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    out = a.new_empty(side, side)
-    return 2 * side**3 / _seconds(lambda: torch.mm(a, b, out=out), device)
+    side = SIDE[device.type] // 8
+    while True:
+        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+        product = functools.partial(torch.mm, a, b, out=a.new_empty(side, side))
+        start = time.perf_counter()
+        product()
+        _wait(device)
+        if side == SIDE[device.type] or time.perf_counter() - start > LONG:
+            return 2 * side**3 / _seconds(product, device)
+        side *= 2
 
 
 @functools.cache
