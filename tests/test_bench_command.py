@@ -181,6 +181,28 @@ def test_a_series_lets_one_size_grow_at_a_time() -> None:
     assert [one.options["kept"] for _, one in found["K"]] == [8, 16, 32, 64, 128]
 
 
+def test_growth_has_time_and_memory_of_each_contestant() -> None:
+    def bytes_of(case: Case, names: Any) -> dict[str, int]:
+        return {name: (4 << 20) * (case.shape[0] if name == "auto" else case.shape[0] ** 2) for name in names}
+
+    case = replace(small("info_nce"), shape=(64, 8), seconds=0.01, cold=False)
+    found = list(scale.scales(case, ("auto", "eager"), memory=bytes_of))
+    assert {(one["contestant"], one["quantity"]) for one in found if one["dim"] == "N"} == {
+        (name, quantity) for name in ("auto", "eager") for quantity in ("time", "memory")
+    }
+    (ours,) = (one for one in found if (one["contestant"], one["quantity"], one["dim"]) == ("auto", "memory", "N"))
+    (eager,) = (one for one in found if (one["contestant"], one["quantity"], one["dim"]) == ("eager", "memory", "N"))
+    assert ours["exponent"] == [1.0, 1.0, 1.0] and not scale.too_fast(ours)
+    assert eager["exponent"] == [2.0, 2.0, 2.0] and scale.too_fast(eager)
+    assert "info_nce float32 eager      memory in N: 2.00 (2.00 to 2.00)  faster than 1" in scale.in_words([eager])
+
+
+def test_memory_is_measured_where_pairs_are_many() -> None:
+    assert memory._elements(replace(small("info_nce"), shape=(2048, 8))) == 2048**2
+    assert memory._elements(replace(small("mse"), shape=(2048, 8))) == 2048 * 8
+    assert memory._elements(replace(small("cross_entropy"), shape=(2048, 8))) == 2048 * 8
+
+
 def test_faster_than_it_should_is_beyond_the_interval() -> None:
     series = {"expected": 1.0, "exponent": [1.9, 2.0, 2.1]}
     assert scale.too_fast(series)

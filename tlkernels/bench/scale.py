@@ -12,7 +12,7 @@ import torch
 from tlkernels.bench.clock import Clock
 from tlkernels.bench.cost import COSTS
 from tlkernels.bench.measure import interleave, prepared, quartiles
-from tlkernels.bench.memory import peaks
+from tlkernels.bench.memory import SLACK, peaks
 from tlkernels.bench.work import Case, Step, name_of
 
 FACTORS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)
@@ -72,7 +72,7 @@ def scales(
         bytes_of: dict[str, list[tuple[int, float]]] = {name: [] for name in contestants}
         for size, one in cases:
             for name, most in memory(one, contestants).items():
-                bytes_of[name].append((size, float(most)))
+                bytes_of[name].append((size, float(max(most, SLACK))))  # below it is noise
         for quantity, found in (("time", times), ("memory", bytes_of)):
             for name, points in found.items():
                 points = [(size, value) for size, value in points if value > 0]
