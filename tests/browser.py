@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from tlkernels import html
+
 MISSING = "needs chromium and chromedriver (Debian: apt install chromium chromium-driver) and selenium"
 FLAGS = (
     "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
@@ -81,6 +83,25 @@ def browser(folder: Path) -> Iterator[Browser]:
         yield Browser(driver, folder)
     finally:
         driver.quit()
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with browser(tmp_path_factory.mktemp("chromium")) as running:
+        yield running
+
+
+@pytest.fixture
+def chromium(started: Browser) -> Iterator[Browser]:
+    """Every test ends with a look at the console and at the network."""
+    yield started
+    assert started.errors() == []
+    assert started.requests() == []
+
+
+def written(folder: Path, shown: dict[str, Any], before: dict[str, Any] | None = None) -> Path:
+    html.write(folder / "report.html", shown, before)
+    return folder / "report.html"
 
 
 COPY, MATMUL, CALL = 2e10, {"float32": 2e11, "bfloat16": 4e11}, 2e-5

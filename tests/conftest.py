@@ -26,6 +26,7 @@ else:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import harness
+from browser import chromium, started  # noqa: F401 (fixtures)
 from helpers import IMPLEMENTATIONS
 
 from tlkernels._core import native, triton

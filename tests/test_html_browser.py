@@ -6,33 +6,16 @@ import copy
 import json
 import struct
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import Browser, browser, result
-
-from tlkernels import html
+from browser import Browser, result, written
 
 RESULTS = Path(__file__).parents[1] / "bench" / "results"
 TRACES = (
     "return document.getElementById(arguments[0]).data.map(t => ({name: t.name, x: t.x, y: t.y, visible: t.visible}))"
 )
-
-
-@pytest.fixture(scope="module")
-def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with browser(tmp_path_factory.mktemp("chromium")) as running:
-        yield running
-
-
-@pytest.fixture
-def chromium(started: Browser) -> Iterator[Browser]:
-    """Every test ends with a look at the console and at the network."""
-    yield started
-    assert started.errors() == []
-    assert started.requests() == []
 
 
 @pytest.fixture
@@ -42,11 +25,6 @@ def report(tmp_path: Path) -> Path:
     before["cases"][1]["speedup"]["eager"] = [1.0, 1.5, 2.0]
     before["versions"]["torch"] = "2.12.0"
     return written(tmp_path, result(), before)
-
-
-def written(folder: Path, shown: dict[str, Any], before: dict[str, Any] | None = None) -> Path:
-    html.write(folder / "report.html", shown, before)
-    return folder / "report.html"
 
 
 def column(page: Browser, heading: str) -> list[str]:

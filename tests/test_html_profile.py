@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from browser import Browser, browser
+from browser import Browser, written
 from torch import nn
 
 import tlkernels as tlk
@@ -301,25 +300,6 @@ def test_a_profile_is_not_compared_with_a_benchmark(tmp_path: Path) -> None:
 
 
 # ---- the page
-
-
-@pytest.fixture(scope="module")
-def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with browser(tmp_path_factory.mktemp("chromium")) as running:
-        yield running
-
-
-@pytest.fixture
-def chromium(started: Browser) -> Iterator[Browser]:
-    """Every test ends with a look at the console and at the network."""
-    yield started
-    assert started.errors() == []
-    assert started.requests() == []
-
-
-def written(folder: Path, shown: dict[str, Any], before: dict[str, Any] | None = None) -> Path:
-    html.write(folder / "report.html", shown, before)
-    return folder / "report.html"
 
 
 def traces(page: Browser, figure: str) -> list[dict[str, Any]]:

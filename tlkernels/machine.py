@@ -19,7 +19,7 @@ PACKAGES = ("torch", "triton", "numpy", "accelerate", "transformers", "datasets"
 def machine() -> dict[str, Any]:
     """Return a description; a package that is not installed and an unknown commit are None."""
     return {
-        "packages": {"tlkernels": tlk.__version__} | {name: _version(name) for name in PACKAGES},
+        "packages": {"tlkernels": tlk.__version__} | {name: version_of(name) for name in PACKAGES},
         "python": platform.python_version(),
         "processor": _processor(),
         "threads": torch.get_num_threads(),
@@ -31,7 +31,8 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _version(name: str) -> str | None:
+def version_of(name: str) -> str | None:
+    """Return the version of an installed package; None if it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:

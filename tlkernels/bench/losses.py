@@ -66,24 +66,29 @@ def _pairs(rows: int, features: int) -> tuple[Tensor, Tensor]:
     return F.normalize(one, dim=-1), F.normalize(one + normal(rows, features, seed=1), dim=-1)
 
 
-def linear_cross_entropy(shape: Shape, cast: Cast) -> Work:
-    """Cross entropy of a linear layer's logits. The floor is the three bare products."""
-    rows, features, classes = shape
-    x, w = cast(normal(rows, features)), cast(normal(classes, features, scale=features**-0.5))
-    y = classes_of(classes, rows)
-    logits = x.new_empty(rows, classes)
-    grad_x, grad_w = torch.empty_like(x), torch.empty_like(w)
+def _three_products(x: Tensor, w: Tensor) -> Callable[[], object]:
+    """The logits of a linear layer and the gradients of its input and its weight."""
+    logits, grad_x, grad_w = x.new_empty(len(x), len(w)), torch.empty_like(x), torch.empty_like(w)
 
     def floor() -> None:
         torch.mm(x, w.T, out=logits)
         torch.mm(logits, w, out=grad_x)
         torch.mm(logits.T, x, out=grad_w)
 
+    return floor
+
+
+def linear_cross_entropy(shape: Shape, cast: Cast) -> Work:
+    """Cross entropy of a linear layer's logits. The floor is the three bare products."""
+    rows, features, classes = shape
+    x, w = cast(normal(rows, features)), cast(normal(classes, features, scale=features**-0.5))
+    y = classes_of(classes, rows)
+
     def eager(x: Tensor, w: Tensor) -> Tensor:
         return F.cross_entropy(F.linear(x, w), y)
 
     ours = lambda x, w, impl="auto": tlk.linear_cross_entropy(x, w, y, impl=impl)  # noqa: E731
-    return Work((x, w), ours, eager, floor, data={"target": y})
+    return Work((x, w), ours, eager, _three_products(x, w), data={"target": y})
 
 
 def masked_linear_cross_entropy(shape: Shape, cast: Cast, *, counted: float) -> Work:
@@ -93,13 +98,6 @@ def masked_linear_cross_entropy(shape: Shape, cast: Cast, *, counted: float) -> 
     every = classes_of(classes, rows)
     num_valid = round(counted * rows)
     y = every.masked_fill(torch.randperm(rows, generator=generator(1)) >= num_valid, -100)
-    few, logits = x[:num_valid], x.new_empty(num_valid, classes)
-    grad_x, grad_w = torch.empty_like(few), torch.empty_like(w)
-
-    def floor() -> None:
-        torch.mm(few, w.T, out=logits)
-        torch.mm(logits, w, out=grad_x)
-        torch.mm(logits.T, few, out=grad_w)
 
     def eager(x: Tensor, w: Tensor) -> Tensor:
         return F.cross_entropy(F.linear(x, w), y)
@@ -111,6 +109,7 @@ def masked_linear_cross_entropy(shape: Shape, cast: Cast, *, counted: float) -> 
         "counted": lambda x, w: tlk.linear_cross_entropy(x[:num_valid], w, every[:num_valid]),
         "all": lambda x, w: tlk.linear_cross_entropy(x, w, every),
     }
+    floor = _three_products(x[:num_valid], w)
     return Work((x, w), ours, eager, floor, peers, data={"target": y, "num_valid": num_valid})
 
 

@@ -6,14 +6,13 @@ import os
 import subprocess
 from collections.abc import Iterable
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tlkernels._core import native
-from tlkernels.machine import machine
+from tlkernels.machine import machine, version_of
 
 ROOT = Path(__file__).parents[2]
 MEASURED = ("csrc", "tlkernels", "bench", "setup.py", "pyproject.toml", "constraints.txt")
@@ -32,7 +31,7 @@ def describe(packages: Iterable[str] = ()) -> dict[str, Any]:
     Where the tree is no repository, GPU_COMMIT names the commit.
     """
     found = machine()
-    versions = {"python": found["python"], **found["packages"], **{name: _version(name) for name in packages}}
+    versions = {"python": found["python"], **found["packages"], **{name: version_of(name) for name in packages}}
     if native.available():
         versions["compiler"] = native.build_info()["compiler"]
     return {
@@ -49,10 +48,3 @@ def describe(packages: Iterable[str] = ()) -> dict[str, Any]:
         },
         "versions": {name: number for name, number in versions.items() if number is not None},
     }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None

@@ -7,6 +7,7 @@ from typing import Any
 
 from tlkernels.bench.tables import shape_of
 from tlkernels.bench.work import OURS
+from tlkernels.words import table
 
 Json = Mapping[str, Any]
 NOT_INSTALLED = "not installed"  # how the reason begins
@@ -25,13 +26,7 @@ def in_words(case: Json, ceilings: Json) -> str:
         f"  {sizes}; {case['ours']} is served by {case['served']}; roof {duration(case['roof'])} ({limit})",
     ]
     rows = [HEAD, *(_row(case, name) for name in sorted(case["seconds"], key=lambda name: case["seconds"][name][1]))]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = [
-            f"{cell:<{width}}" if number < 1 else f"{cell:>{width}}"
-            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append(f"  {'  '.join(cells)}".rstrip())
+    lines += [f"  {line}".rstrip() for line in table(rows).splitlines()]
     lines += [f"  {line}" for line in _remarks(case)]
     return "\n".join(lines)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tlkernels.profiling import words
+from tlkernels import words
 from tlkernels.profiling.unit_report import LINEAR, sentences
 
 WORTH = 1.02  # a step that is faster by less is called no gain

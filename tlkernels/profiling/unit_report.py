@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tlkernels.profiling import words
+from tlkernels import words
 
 Json = Mapping[str, Any]
 LEAST = 0.995  # what is not shown as 1.00x is called slower

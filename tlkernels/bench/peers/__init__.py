@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
@@ -23,6 +22,7 @@ from tlkernels.bench.peers import (
 from tlkernels.bench.peers.peer import Peer, Refused
 from tlkernels.bench.peers.proof import adapted, prove, small
 from tlkernels.bench.work import Case, Loss, Work
+from tlkernels.machine import version_of
 
 __all__ = ["PEERS", "Peer", "Refused", "contestants", "versions", "with_peer", "with_peers"]
 
@@ -46,7 +46,7 @@ _refusals: dict[tuple[str, ...], str] = {}
 
 def versions() -> dict[str, str]:
     """Return the version of each library that is installed, by its name on PyPI."""
-    return {peer.package: found for peer in PEERS if (found := _version(peer.package))}
+    return {peer.package: found for peer in PEERS if (found := version_of(peer.package))}
 
 
 def contestants(case: Case, work: Work) -> tuple[dict[str, Loss], dict[str, str]]:
@@ -85,7 +85,7 @@ def _joined(case: Case, work: Work, losses: dict[str, Loss]) -> Work:
 
 
 def _proven(peer: Peer, case: Case, work: Work) -> Loss:
-    if _version(peer.package) is None:
+    if version_of(peer.package) is None:
         raise Refused(f"not installed (pip install {peer.package})")
     if case.device not in peer.devices:
         raise Refused("needs a GPU")
@@ -106,10 +106,3 @@ def _refusal(peer: Peer, case: Case) -> str:
         if peer.compiles:
             torch.compiler.reset()  # else the shapes of the proof would make those of the case dynamic
     return ""
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

@@ -1,4 +1,4 @@
-"""Figures of a profile as text, and tables."""
+"""Figures as text, and tables."""
 
 from __future__ import annotations
 
