@@ -103,7 +103,10 @@ wheel: setup  ## a source archive, and a wheel for the torch of the virtual envi
 # The lent GPU machine has this Python and this torch (docs/gpu-run.md). Its build leaves that of the source tree alone.
 PYTHON312 ?= python3.12
 GPU_TORCH := 2.11.0
-GPU_PEERS := liger-kernel==0.8.5 cut-cross-entropy==25.1.1 inf-cl==1.2.1 memeff==0.3.1 siglip-kernel==0.1.2
+# Losses to compare with, and what the commands need that the machine lacks.
+GPU_WHEELS := liger-kernel==0.8.5 cut-cross-entropy==25.1.1 inf-cl==1.2.1 memeff==0.3.1 siglip-kernel==0.1.2 trl==1.16.0 \
+	pytorch-metric-learning==2.9.0 open_clip_torch==3.3.0 ftfy==6.3.1 plotly==7.1.0 jsonargparse==4.53.0 \
+	typeshed_client==2.14.0 docstring_parser==0.18.0 datasets==5.2.0 dill==0.4.1 multiprocess==0.70.19
 KIT := build/gpu-kit
 KIT_PY := $(KIT)/venv/bin/python
 KIT_PIP := $(KIT_PY) -m pip --disable-pip-version-check -q
@@ -123,7 +126,7 @@ $(KIT)/created: Makefile
 	rm -rf .whl
 	$(PYTHON312) -m venv $(KIT)/venv
 	$(KIT_PIP) install torch==$(GPU_TORCH) numpy setuptools
-	$(KIT_PIP) download --no-deps --only-binary=:all: -d .whl $(GPU_PEERS)
+	$(KIT_PIP) download --no-deps --only-binary=:all: -d .whl $(GPU_WHEELS)
 	@touch $@
 
 $(VENV)/created:

@@ -184,12 +184,16 @@ def test_what_the_exceptions_become(monkeypatch, capsys):
         (UserError("wrong\n  option"), 2, "tlkernels: wrong option\n"),
         (RunError("disk full"), 1, "tlkernels: disk full\n"),
         (OSError(28, "No space left on device"), 1, "tlkernels: OSError: [Errno 28] No space left on device\n"),
-        (KeyboardInterrupt(), 130, "tlkernels: interrupted; to continue: tlkernels COMMAND --resume RUN_FOLDER\n"),
+        (KeyboardInterrupt(), 130, "tlkernels: interrupted\n"),
         (ZeroDivisionError("oh"), 1, "tlkernels: ZeroDivisionError: oh (TLKERNELS_TRACEBACK=1 shows where)\n"),
     ):
         monkeypatch.setattr(cli, "_doctor", lambda _, error=error: (_ for _ in ()).throw(error))
         assert cli.main(["doctor"]) == code
         assert capsys.readouterr().err == text
+    monkeypatch.setattr(cli, "_train", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    assert cli.main(["lm"]) == 130
+    message = "tlkernels: interrupted; to continue: tlkernels COMMAND --resume RUN_FOLDER\n"
+    assert capsys.readouterr().err == message
     monkeypatch.setenv("TLKERNELS_TRACEBACK", "1")
     with pytest.raises(ZeroDivisionError):
         cli.main(["doctor"])

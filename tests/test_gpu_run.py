@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import zipfile
 from pathlib import Path
 
 import battery as cases
@@ -17,7 +18,7 @@ from cross_entropy_cases import COLUMN_STRATEGIES, ROW_STRATEGIES
 
 from bench import gpu
 from scripts.gpu import __main__ as run
-from scripts.gpu import battery, kit, summary, units
+from scripts.gpu import battery, commands, kit, summary, units
 from scripts.gpu.session import Session
 from scripts.gpu.units import Pool, Unit
 from tlkernels._core import choice, native, triton
@@ -168,6 +169,27 @@ def test_a_process_that_does_not_start_is_told(session, monkeypatch):
     assert "no torch" in line["error"]
 
 
+def test_phases_share_the_budget():
+    assert run.ends(555, list(run.PHASES)) == {"battery": 215, "commands": 420, "figures": 525, "ncu": 555}
+    assert run.ends(310, ["commands", "figures"]) == {"commands": 205, "figures": 310}
+
+
+def test_a_command_that_fails_fails_the_run(session, monkeypatch):
+    words = {"doctor": [sys.executable, "-c", "raise SystemExit(3)"], "memory": [sys.executable, "-c", "print('fits')"]}
+    monkeypatch.setattr(commands, "_words", lambda session: words)
+    commands.run(session, 50.0)
+    assert session.findings == 1
+    assert [note[9:] for note in session.notes] == ["doctor: status 3; SEE commands.zip", "memory: status 0"]
+    assert "fits" in zipfile.ZipFile(session.out / "commands.zip").read("commands.txt").decode()
+
+
+def test_a_command_without_its_packages_is_not_run(session, monkeypatch):
+    monkeypatch.setattr(commands, "_words", lambda session: {"bench": ["never"]})
+    monkeypatch.setattr(commands.importlib.util, "find_spec", lambda name: None)
+    commands.run(session, 50.0)
+    assert session.notes[0].endswith("bench: NOT RUN, without plotly")
+
+
 def test_nothing_is_begun_when_the_time_is_over(session):
     pool = Pool(session, [Unit("smoke", "mse", "triton")], 2, 1.0)
     pool.wait()
@@ -316,11 +338,15 @@ def test_dry_run(which, tmp_path):
     printed = dry_run(python, checkout, out)
 
     assert {path.name for path in out.iterdir()} == {
-        "summary.txt", "env.txt", "build.log", "battery.jsonl", "failures.txt", "sanitizer.txt",
+        "summary.txt", "env.txt", "commands.zip", "battery.jsonl", "failures.txt", "sanitizer.txt",
         "figures.jsonl", "ncu.txt",
     }  # fmt: skip
     assert printed.endswith((out / "summary.txt").read_text()[-1000:] + "\n")
     assert "extension: the kit's" in printed
+    files = zipfile.ZipFile(out / "commands.zip").namelist()
+    assert {"commands.txt", "bench/result.json", "bench/report.html", "profile/report.html"} <= set(files)
+    for name in ("doctor", "memory", "profile", "bench"):
+        assert f"{name}: status 0" in printed
 
     lines = units.read_lines(out / "battery.jsonl")
     ran = {(line["loss"], line["impl"]) for line in lines}

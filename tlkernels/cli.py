@@ -60,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"{got}; expected one of: {', '.join(commands)}")
         return commands[arguments[0]](arguments[1:])
     except KeyboardInterrupt:
-        return _fail("interrupted; to continue: tlkernels COMMAND --resume RUN_FOLDER", 130)
+        more = "; to continue: tlkernels COMMAND --resume RUN_FOLDER" if arguments[0] in CONFIGS else ""
+        return _fail(f"interrupted{more}", 130)
     except BrokenPipeError:  # as in `tlkernels doctor | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain when it flushes
         return 1

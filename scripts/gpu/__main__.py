@@ -1,9 +1,10 @@
 """Everything that needs a GPU, in one command; the most important parts run first, in case the time runs out.
 
-    GPU_BUDGET=555 python3 -m scripts.gpu FOLDER        in the root of the checkout, with the Python that has torch
+    GPU_BUDGET=555 python3 -m scripts.gpu FOLDER [PHASE ...]
 
-FOLDER gets at most eight files: summary.txt, env.txt, build.log, battery.jsonl, failures.txt, sanitizer.txt,
-figures.jsonl, ncu.txt. Needs torch, triton and numpy; docs/gpu-run.md has the details.
+Run it in the root of the checkout, with the Python that has torch. The phases are battery, commands, figures and ncu;
+default: all. FOLDER gets at most eight files: summary.txt, env.txt, battery.jsonl, failures.txt, sanitizer.txt,
+commands.zip, figures.jsonl, ncu.txt. Needs torch, triton and numpy; docs/gpu-run.md has the details.
 
 Environment: GPU_BUDGET, the seconds for everything (555); GPU_FAKE=1, a dry run on a CPU; GPU_COMMIT, the commit to
 write into figures.jsonl if the checkout has no repository.
@@ -22,14 +23,15 @@ from pathlib import Path
 from typing import Any
 
 from csrc import nvcc
-from scripts.gpu import kit, summary
+from scripts.gpu import commands, kit, summary
 from scripts.gpu.session import TIMED_OUT, Session
 from scripts.gpu.units import MOST_DEATHS, Pool, Unit
 
-USAGE = "usage: GPU_BUDGET=555 python3 -m scripts.gpu FOLDER"
-
-# The shares of the budget at which the phases end; of 555 s: 60, 290 and 510 s.
-SMOKE, BATTERY, FIGURES = 60 / 555, 290 / 555, 510 / 555
+PHASES = {"battery": 215.0, "commands": 205.0, "figures": 105.0, "ncu": 30.0}
+"""The seconds of each phase if the budget is 555 s; with another, or without some of them, the shares are the same."""
+SMOKE = 60 / 215
+"""The part of the battery's time after which its smoke run is cut off."""
+USAGE = f"usage: GPU_BUDGET=555 python3 -m scripts.gpu FOLDER [{' '.join(PHASES)}]"
 MOST_SLOTS = 12
 """Processes of the battery; each has a CUDA context of half a gigabyte on the card."""
 ROWS, PRODUCTS = ("cross_entropy", "distillation", "selective"), ("info_nce", "linear")
@@ -69,11 +71,11 @@ def extension(session: Session) -> dict[str, Any] | None:
         build(session)
     plan = planned(session)
     if plan is not None and not plan["build"]:
-        session.note("extension: it does not load (build.log)")
+        session.note("extension: it does not load (env.txt)")
         build(session)
         plan = planned(session)
     if plan is None:
-        session.note("no plan: the package does not load (build.log)")
+        session.note("no plan: the package does not load (env.txt)")
     elif not plan["build"].get("cuda"):
         session.note("extension: WITHOUT CUDA kernels; only Triton and the reference are run")
     return plan
@@ -91,7 +93,7 @@ def build(session: Session) -> None:
         return
     variables = {**kit.build_variables(card()), "MAX_JOBS": str(os.cpu_count() or 1)}
     command = session.python("setup.py", "build_ext", "--inplace")
-    status = session.call(command, min(240.0, session.left()), session.out / "build.log", variables)
+    status = session.call(command, min(240.0, session.left()), session.out / "env.txt", variables)
     session.note(f"extension: built on this machine, status {status}")
 
 
@@ -99,7 +101,7 @@ def planned(session: Session) -> dict[str, Any] | None:
     """Import the package in a new process; return its build info and the battery's units, or None if that fails."""
     path = session.parts / "plan.json"
     command = session.python("-m", "scripts.gpu.battery", "plan", str(path))
-    status = session.call(command, session.left(), session.out / "build.log")
+    status = session.call(command, session.left(), session.out / "env.txt")
     return json.loads(path.read_text()) if status == 0 else None
 
 
@@ -188,19 +190,19 @@ def profile(session: Session) -> None:
     session.note(f"ncu: status {status}")
 
 
-def phases(session: Session) -> None:
-    """Run all phases."""
-    environment(session)
-    plan = extension(session)
-    if plan is None:
-        return
-    session.note(f"extension: {plan['build']}")
-    until = BATTERY * session.budget
+def ends(budget: float, chosen: Sequence[str]) -> dict[str, float]:
+    """Return the second at which each chosen phase ends."""
+    parts = [PHASES[name] for name in chosen]
+    return {name: budget * sum(parts[: number + 1]) / sum(parts) for number, name in enumerate(chosen)}
+
+
+def try_all(session: Session, plan: dict[str, Any], until: float) -> None:
+    """Run the battery; beside it the sanitizers, and everything that fills the compilers' caches."""
     units = [Unit(**fields) for fields in plan["units"]]
     pool = Pool(session, units, max(2, min(MOST_SLOTS, (os.cpu_count() or 1) - 4)), until)
-    pool.wait_for("smoke", SMOKE * session.budget)
+    pool.wait_for("smoke", SMOKE * until)
     session.note("smoke: over")
-    threads = [warm(session, until)]
+    threads = [warm(session, until), commands.rehearse(session, until)]
     if plan["build"].get("cuda"):
         threads += sanitize(session, until)
     else:
@@ -209,9 +211,26 @@ def phases(session: Session) -> None:
     session.note(f"battery: over, {len(pool.waiting)} units not begun")
     for thread in threads:
         thread.join()
+
+
+def phases(session: Session, chosen: Sequence[str]) -> None:
+    """Run these phases."""
+    environment(session)
+    plan = extension(session)
+    if plan is None:
+        return
+    session.note(f"extension: {plan['build']}")
+    untils = ends(session.budget, chosen)
+    if "battery" in chosen:
+        try_all(session, plan, untils["battery"])
     summary.write(session.out, session.parts, session.notes)
-    measure(session, FIGURES * session.budget)
-    profile(session)
+    if "commands" in chosen:
+        commands.run(session, untils["commands"])
+        summary.write(session.out, session.parts, session.notes)
+    if "figures" in chosen:
+        measure(session, untils["figures"])
+    if "ncu" in chosen:
+        profile(session)
 
 
 def finish(session: Session) -> bool:
@@ -226,12 +245,13 @@ def finish(session: Session) -> bool:
 
 
 def main(arguments: list[str]) -> int:
-    """Run all phases within the budget; write the summary in any case."""
-    if len(arguments) != 1:
+    """Run the phases within the budget; write the summary in any case."""
+    folder, *chosen = arguments or [""]
+    if not folder or not set(chosen) <= set(PHASES):
         print(USAGE, file=sys.stderr)
         return 2
     budget = float(os.environ.get("GPU_BUDGET", "555"))
-    session = Session(Path(arguments[0]), budget, fake=os.environ.get("GPU_FAKE") == "1")
+    session = Session(Path(folder), budget, fake=os.environ.get("GPU_FAKE") == "1")
 
     def stop(*_: Any) -> None:
         finish(session)
@@ -239,7 +259,7 @@ def main(arguments: list[str]) -> int:
 
     signal.signal(signal.SIGTERM, stop)
     try:
-        phases(session)
+        phases(session, [name for name in PHASES if name in chosen] or list(PHASES))
     except Exception as error:
         session.note(f"broke: {error!r}")
         traceback.print_exc()

@@ -29,7 +29,7 @@ class Session:
         self.parts = Path(tempfile.mkdtemp(prefix="gpu-run-"))
         self.notes: list[str] = []
         self.processes: set[subprocess.Popen[bytes]] = set()
-        self.findings = 0  # of the sanitizers
+        self.findings = 0  # of the sanitizers, and commands that failed
         self.out.mkdir(parents=True, exist_ok=True)
         self.environment = self._environment()
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from scripts.gpu import commands
 from scripts.gpu.units import BEGUN, DIED, FAILED, PASSED, REFUSED, TIMEOUT, read_lines
 
 Line = Mapping[str, Any]
@@ -193,6 +194,7 @@ def write(out: Path, parts: Path, notes: Sequence[str]) -> tuple[str, bool]:
         "first calls, ms": first_call_lines(figures),
         "rows for choice.py, a proposal": measured_rows(figures),
         "figures: ms (share of the floor, host)": figure_lines(figures),
+        "commands": commands.tail(parts),
         "figures: wrong or failed": trouble_lines(figures),
         "bars: time of the contestant / time of the faster of ours": bar_lines(figures),
         "notes": notes,
@@ -201,4 +203,5 @@ def write(out: Path, parts: Path, notes: Sequence[str]) -> tuple[str, bool]:
     }
     text = "\n\n".join("\n".join([f"== {title}", *body]) for title, body in sections.items()) + "\n"
     (out / "summary.txt").write_text(text)
-    return text, bool(lines) and not groups and not any("wrong" in line for line in figures)
+    ran = bool(lines or figures or (parts / commands.LOG).exists())
+    return text, ran and not groups and not any("wrong" in line for line in figures)

@@ -54,12 +54,11 @@ def main(arguments: Sequence[str]) -> int:
     folder = Path(given.folder or f"bench-{datetime.now():%Y%m%d-%H%M%S}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--folder: {folder} is not empty")
-    result = _measured(cases, given)
+    result = _measured(cases, given, folder)
     print(f"\n{lost(result['cases'])}")
     if given.scale:
         result["scales"] = [one for case in cases for one in scales(case, (given.impl[0], "eager"))]
         print(f"\n{growth(result['scales'])}")
-    folder.mkdir(parents=True, exist_ok=True)
     write(folder, result, before)
     print(f"\nwritten: {', '.join(str(folder / name) for name in ('result.json', 'report.html', 'report.md'))}")
     worse = _compared(before, result) if before else 0
@@ -130,7 +129,8 @@ def _earlier(file: str | None) -> dict[str, Any] | None:
     return found
 
 
-def _measured(cases: Sequence[Case], given: argparse.Namespace) -> dict[str, Any]:
+def _measured(cases: Sequence[Case], given: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Measure the cases. After each, result.json has what was measured until then, should the run be interrupted."""
     device = torch.device(cases[0].device)
     result: dict[str, Any] = {**describe(versions()), "whole": False, "cases": []}
     print(f"measuring {len(cases)} case{'s' * (len(cases) != 1)} on {result['machine']['device']}", flush=True)
@@ -141,20 +141,27 @@ def _measured(cases: Sequence[Case], given: argparse.Namespace) -> dict[str, Any
             print(f"\n{case.id} could not be measured: {one_line(error)}", flush=True)
             continue
         result["cases"].append(info)
+        result["whole"] = len(result["cases"]) == len(cases)
+        result["machine"]["busy"] = busy.of_run(result["cases"])
         add_roofs(result, device)
+        save(folder, result)
         print(f"\n{in_words(info, result['ceilings'])}", flush=True)
     if not result["cases"]:
         raise RunError("no case could be measured")
-    result["whole"] = len(result["cases"]) == len(cases)
-    result["machine"]["busy"] = busy.of_run(result["cases"])
     return result
+
+
+def save(folder: Path, result: dict[str, Any]) -> None:
+    """Write result.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def write(folder: Path, result: dict[str, Any], before: dict[str, Any] | None) -> None:
     """Write result.json, report.md and report.html."""
     from tlkernels import html
 
-    (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    save(folder, result)
     (folder / "report.md").write_text(tables(result) + "\n", encoding="utf-8")
     html.write(folder / "report.html", result, before)
 
