@@ -306,7 +306,8 @@ def test_the_block_of_a_case_says_who_is_faster_and_who_did_not_run() -> None:
         "options": {"label_smoothing": 0.1}, "ours": "auto", "served": "native", "busy": 0.4, "id": "the case",
         "seconds": {"auto": [1.9e-3, 2e-3, 2.1e-3], "eager": [9e-4, 1e-3, 1.1e-3], "floor": [1e-3, 1e-3, 1e-3]},
         "speedup": {"eager": [0.45, 0.5, 0.55], "floor": [0.5, 0.5, 0.5]}, "first": {"auto": 3.0}, "memory": {},
-        "error": {"auto": {"value": 1e-8, "gradient": 2e-7}}, "wrong": {}, "absent": {"peer": "needs a GPU"},
+        "error": {"auto": {"value": 1e-8, "gradient": 2e-7}}, "wrong": {},
+        "absent": {"peer": "needs a GPU", "gone": "not installed (pip install gone)", "another": "needs a GPU"},
         "roof": 1e-3, "limit": "memory",
     }  # fmt: skip
     lines = terminal.in_words(case, {"copy": 30e9, "matmul": {"float32": 1e11}}).splitlines()
@@ -315,5 +316,6 @@ def test_the_block_of_a_case_says_who_is_faster_and_who_did_not_run() -> None:
     (ours,) = (line for line in lines if line.startswith("  auto"))
     assert ours.split() == ["auto", "2", "ms", "1.9", "ms", "–", "2.1", "ms", "50%", "1e-08", "2e-07", "3", "s"]
     assert any("eager" in line and "0.5× slower" in line for line in lines)
-    assert "  peer did not run: needs a GPU" in lines and "other processes used 40% of the cores" in lines[-1]
+    assert "  peer, another did not run: needs a GPU" in lines and "  not installed: gone" in lines
+    assert "other processes used 40% of the cores" in lines[-1]
     assert terminal.lost([case]) == "Where ours is slower:\n  the case: 0.5× over eager"

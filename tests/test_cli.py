@@ -276,7 +276,7 @@ def test_doctor_needs_torch_alone(first):
         f"import sys; sys.modules.update(dict.fromkeys({hidden!r}))\n"
         "from tlkernels import doctor\n"
         f"every = doctor.cases; doctor.cases = lambda device: list(every(device))[:{first}]\n"
-        "print(doctor.doctor(seconds=0.0))"
+        "print(*doctor.doctor(seconds=0.0), sep=chr(10))"
     )
     done = python("-c", code)
     assert done.returncode == 0, done.stderr

@@ -163,7 +163,8 @@ def _doctor(arguments: list[str]) -> int:
             raise UserError(f"{', '.join(needless)}: only with --shape")
         from tlkernels.doctor import doctor
 
-        print(doctor())
+        for line in doctor():
+            print(line, flush=True)
         return 0
     sizes = re.split("[,x×]", given.shape)
     if not all(size.isdecimal() for size in sizes):

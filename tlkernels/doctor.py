@@ -45,8 +45,8 @@ def cases(device: str) -> Iterator[Case]:
         yield Case(loss, SIZES[cost.dims], torch.float32, getattr(losses, loss), device=device)
 
 
-def doctor(seconds: float = 1.0) -> str:
-    """Return the report. Each case is measured for about `seconds`."""
+def doctor(seconds: float = 0.5) -> Iterator[str]:
+    """Yield the lines of the report, as they are known. Each case is measured for about `seconds`."""
     info = machine()
     forced = os.environ.get("TLKERNELS_ISA")
     how = f"forced by TLKERNELS_ISA={forced}" if forced else "TLKERNELS_ISA forces another"
@@ -59,14 +59,14 @@ def doctor(seconds: float = 1.0) -> str:
         lines += [f"  {key}: {value}" for key, value in info["extension"].items() if value]
     else:
         lines += [f"  not loaded: {native.why_not()}"]
+    yield from lines
     for device in ["cpu", *(["cuda"] if info["cuda"] else [])]:
         title = f"losses on {device}: forward and backward, with the gradients' relative error against float64"
-        lines += ["", title, ""]
+        yield from ("", title)
         for case in cases(device):
             work = case.work()
             name = f"{case.loss} {'x'.join(map(str, case.shape))} {name_of(case.dtype)}"
-            lines += [f"  {line}" for line in [name, *_explained(work), _measured(case, work, seconds), ""]]
-    return "\n".join(lines).rstrip()
+            yield from ("", *(f"  {line}" for line in [name, *_explained(work), _measured(case, work, seconds)]))
 
 
 def memory_report(loss: str, shape: Sequence[int], dtype: str, device: str) -> str:

@@ -10,8 +10,10 @@ from scripts.gpu.session import Session
 LOG = "commands.txt"
 NEEDED = {"lm": ("jsonargparse", "datasets", "transformers", "accelerate"), "bench": ("plotly",)}
 """Packages without which a command is not run."""
-SECONDS = {"doctor": 40.0, "memory": 20.0, "profile": 45.0, "model": 20.0, "lm": 60.0}
-"""The most that each gets; `bench` gets what is left, since it writes each case as it is measured."""
+SECONDS = {"model": 30.0, "lm": 60.0, "profile": 45.0, "bench": 200.0, "memory": 30.0, "doctor": 60.0, "float32": 150.0}
+"""The most that each gets."""
+FLOAT32 = ("cross_entropy", "distillation", "selective_log_softmax", "info_nce", "nt_xent", "sup_con", "mse")
+"""The losses for float32, in which the linear losses' products take a quarter of a second each."""
 
 
 def _words(session: Session) -> dict[str, list[str]]:
@@ -26,13 +28,15 @@ def _words(session: Session) -> dict[str, list[str]]:
     lm = ["lm", "--model.path", model, "--data.path", "docs", "--data.length", "256"]
     lm += ["--run.steps", "64", "--run.folder", str(parts / "run"), "--run.batch_size", "4" if session.fake else "64"]
     lm += ["--run.precision", "fp32" if session.fake else "bf16"]
+    bench = [*tlkernels, "bench", "--device", device, *_cases(session)]
     return {
-        "doctor": [*tlkernels, "doctor"],
-        "memory": [*tlkernels, "doctor", "--shape", "4096,4096,128256", "--dtype", "bf16", "--device", device],
-        "profile": [*profile, "--folder", str(parts / "profile"), "--", *session.python(*script)],
         "model": [*training, "model", model, *tiny],
         "lm": [*profile, "--folder", str(parts / "profile-lm"), *lm],
-        "bench": [*tlkernels, "bench", "--device", device, *_cases(session), "--folder", str(parts / "bench")],
+        "profile": [*profile, "--folder", str(parts / "profile"), "--", *session.python(*script)],
+        "bench": [*bench, "--folder", str(parts / "bench")],
+        "memory": [*tlkernels, "doctor", "--shape", "4096,4096,128256", "--dtype", "bf16", "--device", device],
+        "doctor": [*tlkernels, "doctor"],
+        "float32": [*bench, "--dtype", "float32", "--loss", *FLOAT32, "--folder", str(parts / "float32")],
     }
 
 
@@ -73,10 +77,10 @@ def run(session: Session, until: float) -> None:
     """Run every command, note its status, and put what they wrote into commands.zip."""
     log = session.parts / LOG
     for name, words in _words(session).items():
-        if missing := _missing(session, "lm" if name == "model" else name):
+        if missing := _missing(session, {"model": "lm", "float32": "bench"}.get(name, name)):
             session.note(f"{name}: NOT RUN, without {', '.join(missing)}")
             continue
-        seconds = min(session.left(until), SECONDS.get(name, session.budget))
+        seconds = min(session.left(until), SECONDS[name])
         if seconds < 5:
             session.note(f"{name}: NOT RUN, no time left")
             continue
@@ -92,7 +96,7 @@ def pack(session: Session) -> None:
     """Write commands.zip: the commands' output, and the files that they wrote."""
     folder = session.parts / "commands"
     folder.mkdir(exist_ok=True)
-    for name in ("bench", "profile", "profile-lm"):
+    for name in ("bench", "float32", "profile", "profile-lm"):
         if (session.parts / name).exists():
             shutil.copytree(session.parts / name, folder / name, dirs_exist_ok=True)
     for name in (LOG, "rehearsal.txt"):

@@ -25,7 +25,7 @@ def outcomes(parts: Path) -> list[Line]:
     last: dict[tuple[Any, ...], Line] = {}
     for path in sorted(parts.glob("*.jsonl")):
         for line in read_lines(path):
-            if "kind" in line:  # ncu's run leaves a file of figures
+            if "job" in line:  # ncu's run leaves a file of figures
                 last[tuple(line[key] for key in ("kind", "loss", "impl", "shard", "job"))] = line
     return list(last.values())
 

@@ -56,7 +56,9 @@ def save(folder: Path, tiny: bool) -> None:
     tokenizer = tokenizers.ByteLevelBPETokenizer()
     texts = [path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))]
     tokenizer.train_from_iterator(texts, vocab_size=8000, special_tokens=["<s>", "</s>"])
-    wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    wrapped = transformers.PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>"
+    )
     features = 64 if tiny else 512
     config = transformers.LlamaConfig(
         vocab_size=8000 if tiny else 32000, hidden_size=features, intermediate_size=3 * features, num_hidden_layers=4,

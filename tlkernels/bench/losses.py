@@ -190,7 +190,7 @@ def selective_log_softmax(shape: Shape, cast: Cast, *, selected: int = 1) -> Wor
 
 
 def linear_selective_log_softmax(shape: Shape, cast: Cast) -> Work:
-    """The floor is four products: the backward computes the logits again."""
+    """The floor is three products. We multiply a fourth time: the backward computes the logits again."""
     rows, features, classes = shape
     x, w = cast(normal(rows, features)), cast(normal(classes, features, scale=features**-0.5))
     index = classes_of(classes, rows, 1)
@@ -198,7 +198,6 @@ def linear_selective_log_softmax(shape: Shape, cast: Cast) -> Work:
     grad_x, grad_w = torch.empty_like(x), torch.empty_like(w)
 
     def floor() -> None:
-        torch.mm(x, w.T, out=logits)
         torch.mm(x, w.T, out=logits)
         torch.mm(logits, w, out=grad_x)
         torch.mm(logits.T, x, out=grad_w)

@@ -51,10 +51,13 @@ def _row(case: Json, name: str) -> tuple[str, ...]:
 def _remarks(case: Json) -> Iterator[str]:
     for name, why in case["wrong"].items():
         yield f"WRONG {name}: {why}; no speed-up counts"
+    reasons: dict[str, list[str]] = {}
     for name, why in case["absent"].items():
-        if not why.startswith(NOT_INSTALLED):
-            yield f"{name} did not run: {why}"
-    if missing := [name for name, why in case["absent"].items() if why.startswith(NOT_INSTALLED)]:
+        reasons.setdefault(NOT_INSTALLED if why.startswith(NOT_INSTALLED) else why, []).append(name)
+    missing = reasons.pop(NOT_INSTALLED, [])
+    for why, names in reasons.items():
+        yield f"{', '.join(names)} did not run: {why}"
+    if missing:
         yield f"not installed: {', '.join(missing)}"
     if (case["busy"] or 0) > 0.1:
         yield f"other processes used {case['busy']:.0%} of the cores: measure again on an idle machine"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,8 +39,14 @@ class Trace(Listener):
     @contextmanager
     def recorded(self) -> Iterator[None]:
         """Run the profiler."""
-        with self._profiler:
+        with warnings.catch_warnings():
+            # Until PyTorch 2.11 it says that it clears the events of earlier cycles, of which there are none.
+            warnings.filterwarnings("ignore", "Profiler clears events", UserWarning)
+            self._profiler.start()
+        try:
             yield
+        finally:
+            self._profiler.stop()
 
     def begin(self) -> None:
         """A step begins, on an idle device."""

@@ -70,9 +70,9 @@ class Watch:
 
     @property
     def device(self) -> torch.device:
-        """The device of the model's parameters."""
-        parameters = (parameter for root in self.roots for parameter in root.parameters())
-        return next((parameter.device for parameter in parameters), torch.device("cpu"))
+        """The device of the model's parameters; that of a GPU, if only some are on it or the loop began on a CPU."""
+        devices = {parameter.device: None for root in self.roots for parameter in root.parameters()}
+        return min(devices, key=lambda device: device.type == "cpu", default=torch.device("cpu"))
 
     def elsewhere(self) -> bool:
         """Return whether this is not the loop's own code: another thread, or a trace of the compiler's."""

@@ -30,6 +30,8 @@ def chunked(**options: Any) -> Adapter:
         ignore_index: int = -100,
     ) -> Loss:
         class_indices(target)
+        if not hasattr(F, "linear_cross_entropy"):
+            raise Refused(f"PyTorch {torch.__version__} has no F.linear_cross_entropy")
 
         def loss(x: Tensor, w: Tensor) -> Tensor:
             chosen = {**options, "acc_dtype": torch.float32} if options and x.element_size() == 2 else options

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from importlib import import_module
 
@@ -54,6 +55,7 @@ def linear_cross_entropy(*, target: Tensor, ignore_index: int = -100) -> Loss:
 
 def distillation(*, teacher: Tensor, temperature: float, divergence: str) -> Loss:
     """`GKDTrainer.generalized_jsd_loss`."""
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # that the interface may change is known
     function = import_module("trl.experimental.gkd.gkd_trainer").GKDTrainer.generalized_jsd_loss
     beta = beta_of(divergence)
 
