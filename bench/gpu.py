@@ -5,9 +5,9 @@
     python -m bench.gpu FILE --once              one native and one Triton call of each of the first cases, for ncu
     --dry                                        tiny sizes on a CPU, to try this script
 
-The floors are measured in the same run: a copy of as many bytes for a loss on logits, the bare products for a linear
-loss, and for losses on pairs products of 8192 x 8192 x 8192 with as many operations as the loss needs. `native` and
-`triton` are contestants of one run, from which the rows of tlkernels/_core/choice.py come.
+The floors are measured in the same run: a copy of as many bytes for a loss on logits, and the bare products for linear
+losses and losses on pairs. `native` and `triton` are contestants of one run, from which the rows of
+tlkernels/_core/choice.py come.
 """
 
 import argparse
@@ -35,12 +35,11 @@ from tlkernels.bench.clock import AHEAD, Clock
 from tlkernels.bench.measure import checked_errors, excess
 from tlkernels.bench.memory import peak_on_gpu
 from tlkernels.bench.origin import ROOT, describe
-from tlkernels.bench.work import Case, Cast, Make, Shape, Step, Work, build, name_of, normal
+from tlkernels.bench.work import Case, Make, Shape, Step, Work, build, name_of
 
 sys.path.append(str(ROOT / "tests"))
 import harness
 
-FAR = 8192  # rows, columns and depth of a product that runs at the card's rate
 LEAST_ROUNDS, MOST_ROUNDS = 5, 60
 SECONDS_OF_ONE = 0.25
 DRY = 512  # sizes are divided by it
@@ -53,24 +52,6 @@ FIRST_CASES = 4  # for --once
 PRODUCTS = {"info_nce": 4, "nt_xent": 3, "sup_con": 3, "sigmoid_contrastive": 3}
 """Products of N x N x D that each loss needs: similarities and gradients. InfoNCE, NT-Xent and SupCon compute the
 similarities twice, the sigmoid loss once. NT-Xent and SupCon need one product for their gradient, the others two."""
-
-
-def pairs(make: Make) -> Make:
-    """Replace the floor by large products, which run at the card's rate."""
-
-    def made(shape: Shape, cast: Cast) -> Work:
-        work = make(shape, cast)
-        side = FAR if shape[0] >= FAR else shape[0]
-        a, b, out = (cast(normal(side, side, seed=seed)) for seed in range(3))
-        times = max(1, round(operations(make.__name__, shape) / (2 * side**3)))
-
-        def floor() -> None:
-            for _ in range(times):
-                torch.mm(a, b, out=out)
-
-        return work._replace(floor=floor)
-
-    return made
 
 
 def operations(loss: str, shape: Shape) -> int:
@@ -109,7 +90,7 @@ def _cases() -> Iterator[Case]:
         "linear_cross_entropy", (4096, 4096, 128256), losses.linear_cross_entropy, linear, "eager", *LINEAR_PEERS
     )
     yield _case("distillation", (16384, 32000), losses.distillation, both, "eager", "compile")
-    yield _case("info_nce", (65536, 1024), pairs(losses.info_nce), {"floor": 0.65})
+    yield _case("info_nce", (65536, 1024), losses.info_nce, {"floor": 0.65})
     yield _case("cross_entropy", (16384, 131072), losses.cross_entropy, logits, *many, *peers)
     yield _case(
         "cross_entropy",
@@ -126,7 +107,7 @@ def _cases() -> Iterator[Case]:
     yield _case("distillation", (8192, 128256), losses.distillation, both, "eager", "compile")
     shape = (4096, 4096, 4096, 128256)
     yield _case("linear_distillation", shape, losses.linear_distillation, {"floor": 1 / 1.1}, "eager")
-    yield _case("info_nce", (16384, 1024), pairs(losses.info_nce), {}, "eager", *PAIRS_PEERS)
+    yield _case("info_nce", (16384, 1024), losses.info_nce, {}, "eager", *PAIRS_PEERS)
     # The bar is 0.85 of the bandwidth, for two reads and a write; the floor has a read and a write.
     rows = (8192, 151936)
     yield _case("selective_log_softmax", rows, losses.selective_log_softmax, {"floor": 0.85 / 1.5}, "eager")
@@ -139,8 +120,8 @@ def _cases() -> Iterator[Case]:
     bars, layer = {"floor": 0.75 / 1.1}, (4096, 4096, 128256)  # four products, and a tenth
     yield _case("linear_selective_log_softmax", layer, losses.linear_selective_log_softmax, bars, "eager")
     for make in (losses.nt_xent, losses.sup_con, losses.sigmoid_contrastive):
-        yield _case(make.__name__, (32768, 768), pairs(make), {}, *PAIRS_PEERS)
-    yield _case("info_nce", (65536, 512), pairs(losses.info_nce), {"floor": 0.6})
+        yield _case(make.__name__, (32768, 768), make, {}, *PAIRS_PEERS)
+    yield _case("info_nce", (65536, 512), losses.info_nce, {"floor": 0.6})
     yield _case("cross_entropy", (8192, 262144), losses.cross_entropy, logits, *many, *peers)
     yield _case("cross_entropy", (65536, 45), losses.cross_entropy, {}, *_ways("lanes", "warp"), "eager")
     yield _case("distillation", (65536, 45), losses.distillation, {}, "eager")

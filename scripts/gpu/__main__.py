@@ -6,8 +6,8 @@ Run it in the root of the checkout, with the Python that has torch. The phases a
 default: all. FOLDER gets at most eight files: summary.txt, env.txt, battery.jsonl, failures.txt, sanitizer.txt,
 commands.zip, figures.jsonl, ncu.txt. Needs torch, triton and numpy; docs/gpu-run.md has the details.
 
-Environment: GPU_BUDGET, the seconds for everything (555); GPU_FAKE=1, a dry run on a CPU; GPU_COMMIT, the commit to
-write into figures.jsonl if the checkout has no repository.
+Environment: GPU_BUDGET, the seconds for everything (555); GPU_FAKE=1, a dry run on a CPU; GPU_COMMIT, the commit that
+the checkout is a copy of, for the results.
 """
 
 import json

@@ -89,7 +89,7 @@ def run(session: Session, until: float) -> None:
         status = session.call(words, seconds, log)
         session.findings += status != 0
         session.note(f"{name}: status {status}{'; SEE commands.zip' if status else ''}")
-    pack(session)
+        pack(session)
 
 
 def pack(session: Session) -> None:

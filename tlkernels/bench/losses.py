@@ -81,7 +81,7 @@ def _three_products(x: Tensor, w: Tensor) -> Callable[[], object]:
 def linear_cross_entropy(shape: Shape, cast: Cast) -> Work:
     """Cross entropy of a linear layer's logits. The floor is the three bare products."""
     rows, features, classes = shape
-    x, w = cast(normal(rows, features)), cast(normal(classes, features, scale=features**-0.5))
+    x, w = cast(normal(rows, features)), cast(normal(classes, features, scale=features**-0.5, seed=1))
     y = classes_of(classes, rows)
 
     def eager(x: Tensor, w: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ def linear_cross_entropy(shape: Shape, cast: Cast) -> Work:
 def masked_linear_cross_entropy(shape: Shape, cast: Cast, *, counted: float) -> Work:
     """Only a share of the rows count. Peers: the same call on as many rows, and with all rows counted."""
     rows, features, classes = shape
-    x, w = cast(normal(rows, features)), cast(normal(classes, features, scale=features**-0.5))
+    x, w = cast(normal(rows, features)), cast(normal(classes, features, scale=features**-0.5, seed=1))
     every = classes_of(classes, rows)
     num_valid = round(counted * rows)
     y = every.masked_fill(torch.randperm(rows, generator=generator(1)) >= num_valid, -100)
@@ -143,8 +143,8 @@ def linear_distillation(shape: Shape, cast: Cast) -> Work:
     """The same of two linear layers. The floor is the four bare products."""
     rows, features, teacher_features, classes = shape
     x, xt = cast(normal(rows, features)), cast(normal(rows, teacher_features, seed=1))
-    w = cast(normal(classes, features, scale=features**-0.5))
-    wt = cast(normal(classes, teacher_features, scale=teacher_features**-0.5, seed=1))
+    w = cast(normal(classes, features, scale=features**-0.5, seed=2))
+    wt = cast(normal(classes, teacher_features, scale=teacher_features**-0.5, seed=3))
     logits, teacher = x.new_empty(rows, classes), x.new_empty(rows, classes)
     grad_x, grad_w = torch.empty_like(x), torch.empty_like(w)
 
@@ -192,7 +192,7 @@ def selective_log_softmax(shape: Shape, cast: Cast, *, selected: int = 1) -> Wor
 def linear_selective_log_softmax(shape: Shape, cast: Cast) -> Work:
     """The floor is three products. We multiply a fourth time: the backward computes the logits again."""
     rows, features, classes = shape
-    x, w = cast(normal(rows, features)), cast(normal(classes, features, scale=features**-0.5))
+    x, w = cast(normal(rows, features)), cast(normal(classes, features, scale=features**-0.5, seed=1))
     index = classes_of(classes, rows, 1)
     logits = x.new_empty(rows, classes)
     grad_x, grad_w = torch.empty_like(x), torch.empty_like(w)
@@ -240,19 +240,25 @@ def topk_distillation(shape: Shape, cast: Cast, *, kept: int = 64) -> Work:
     return Work((student,), ours, eager, lambda: out.copy_(student), peers, data=data)
 
 
-def _four_products(a: Tensor, b: Tensor) -> Callable[[], object]:
-    """Similarities twice and both gradients in tiles of 512 x 512: what a loss without an N x N tensor needs."""
-    tile = a.new_empty(512, 512)
+TILE = {"cpu": 512, "cuda": 8192}
+"""Rows and columns of the similarities in a floor: they stay in a processor's caches, or fill a GPU."""
+
+
+def _products(a: Tensor, b: Tensor, similarities: int = 2) -> Callable[[], object]:
+    """The products of a loss without an N x N tensor: similarities, twice for a softmax, and each gradient."""
+    size = min(TILE[a.device.type], len(a))
+    tile = a.new_empty(size, size)
     grad_a, grad_b = torch.zeros_like(a), torch.zeros_like(b)
 
     def floor() -> None:
-        for i, j in itertools.product(range(0, len(a), 512), range(0, len(b), 512)):
-            rows, columns = a[i : i + 512], b[j : j + 512]
+        for i, j in itertools.product(range(0, len(a), size), range(0, len(b), size)):
+            rows, columns = a[i : i + size], b[j : j + size]
             out = tile[: len(rows), : len(columns)]
-            torch.mm(rows, columns.T, out=out)
-            torch.mm(rows, columns.T, out=out)
-            grad_a[i : i + 512].addmm_(out, columns)
-            grad_b[j : j + 512].addmm_(out.T, rows)
+            for _ in range(similarities):
+                torch.mm(rows, columns.T, out=out)
+            grad_a[i : i + size].addmm_(out, columns)
+            if b is not a:
+                grad_b[j : j + size].addmm_(out.T, rows)
 
     return floor
 
@@ -270,7 +276,7 @@ def info_nce(shape: Shape, cast: Cast) -> Work:
     def ours(q: Tensor, k: Tensor, impl: str = "auto") -> Tensor:
         return tlk.info_nce(q, k, logit_scale=14.3, symmetric=True, impl=impl)
 
-    return Work((q, k), ours, eager, _four_products(q, k), data={"logit_scale": 14.3, "symmetric": True})
+    return Work((q, k), ours, eager, _products(q, k), data={"logit_scale": 14.3, "symmetric": True})
 
 
 def nt_xent(shape: Shape, cast: Cast) -> Work:
@@ -286,7 +292,7 @@ def nt_xent(shape: Shape, cast: Cast) -> Work:
 
     z = torch.cat([z1, z2])
     ours = lambda z1, z2, impl="auto": tlk.nt_xent(z1, z2, temperature=0.1, impl=impl)  # noqa: E731
-    return Work((z1, z2), ours, eager, _four_products(z, z), data={"temperature": 0.1})
+    return Work((z1, z2), ours, eager, _products(z, z), data={"temperature": 0.1})
 
 
 def sup_con(shape: Shape, cast: Cast) -> Work:
@@ -303,7 +309,7 @@ def sup_con(shape: Shape, cast: Cast) -> Work:
         return -rows.mean()
 
     ours = lambda z, impl="auto": tlk.sup_con(z, labels, temperature=0.1, impl=impl)  # noqa: E731
-    return Work((z,), ours, eager, _four_products(z, z), data={"labels": labels, "temperature": 0.1})
+    return Work((z,), ours, eager, _products(z, z), data={"labels": labels, "temperature": 0.1})
 
 
 def sigmoid_contrastive(shape: Shape, cast: Cast) -> Work:
@@ -319,7 +325,7 @@ def sigmoid_contrastive(shape: Shape, cast: Cast) -> Work:
         return tlk.sigmoid_contrastive(q, k, logit_scale=10.0, logit_bias=-10.0, impl=impl)
 
     data = {"logit_scale": 10.0, "logit_bias": -10.0}
-    return Work((q, k), ours, eager, _four_products(q, k), data=data)
+    return Work((q, k), ours, eager, _products(q, k, similarities=1), data=data)
 
 
 def _squared(shape: Shape, cast: Cast, function: Loss, eager: Loss) -> Work:

@@ -28,17 +28,18 @@ def _git(*arguments: str) -> str:
 def describe(packages: Iterable[str] = ()) -> dict[str, Any]:
     """Return date, commit, machine and versions, of these packages too.
 
-    Where the tree is no repository, GPU_COMMIT names the commit.
+    GPU_COMMIT names the commit of a copy, which has no repository or that of another commit.
     """
     found = machine()
     versions = {"python": found["python"], **found["packages"], **{name: version_of(name) for name in packages}}
     if native.available():
         versions["compiler"] = native.build_info()["compiler"]
+    copied = os.environ.get("GPU_COMMIT")
     return {
         "kind": "bench",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": _git("rev-parse", "--short=10", "HEAD") or os.environ.get("GPU_COMMIT", "none"),
-        "dirty": bool(_git("status", "--porcelain", "--", *MEASURED, *NOT_MEASURED)),
+        "commit": copied or _git("rev-parse", "--short=10", "HEAD") or "none",
+        "dirty": not copied and bool(_git("status", "--porcelain", "--", *MEASURED, *NOT_MEASURED)),
         "machine": {
             "device": found["cuda"] or "cpu",
             "cpu": found["processor"],

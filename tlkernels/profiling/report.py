@@ -50,8 +50,8 @@ def _phases(result: Mapping[str, Any]) -> str:
     traced = result["traced_step"]
     rows.append(["sum", words.time(traced["seconds"]), "", words.size(result["peak_bytes"])])
     return words.table(rows) + (
-        f"\n(means of {traced['steps']} steps under the profiler, which take {result['overhead']:.2f} times as long as "
-        "without)"
+        f"\n(the middle one of {traced['steps']} steps under the profiler; it takes {result['overhead']:.2f} times as "
+        "long as without)"
     )
 
 

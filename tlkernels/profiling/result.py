@@ -84,17 +84,17 @@ def _rate(counts: Sequence[int | None], times: Sequence[float]) -> float | None:
 def of_phases(
     steps: Sequence[Sequence[Segment]], peaks: Mapping[str, int], has_loss: bool, has_head: bool
 ) -> tuple[list[dict[str, Any]], float]:
-    """Return the phases and the mean seconds of a traced step, which they add up to.
+    """Return the phases of the traced step of middle length, and its seconds, which they add up to.
 
+    A step that also evaluates the model or writes a checkpoint is so left out.
     What the trace cannot tell apart has phases of its own: `has_loss` is whether a loss was seen, and `has_head`
     whether its head was, if it has one.
     """
     rename = _LOSS_UNKNOWN if not has_loss else {} if has_head else _HEAD_UNKNOWN
     total: dict[str, float] = {}
-    for step in steps:
-        for phase, spent in seconds(step).items():
-            name = rename.get(phase, phase)
-            total[name] = total.get(name, 0.0) + spent / len(steps)
+    for phase, spent in _middle([seconds(step) for step in steps]).items():
+        name = rename.get(phase, phase)
+        total[name] = total.get(name, 0.0) + spent
     most: dict[str, int] = {}
     for phase, peak in peaks.items():
         name = rename.get(phase, phase)
@@ -106,6 +106,10 @@ def of_phases(
         if name in total
     ]
     return rows, whole
+
+
+def _middle(steps: Sequence[Mapping[str, float]]) -> Mapping[str, float]:
+    return sorted(steps, key=lambda step: sum(step.values()))[len(steps) // 2]
 
 
 def of_losses(losses: Sequence[Mapping[str, Any]], step: float, peaks: Peaks) -> dict[str, Any]:
