@@ -134,6 +134,22 @@ def test_under_autocast_the_unit_multiplies_in_its_dtype(inside):
     assert found["ways"]["native"]["wrong"] is None and found["ways"]["native"]["speedup"] is not None
 
 
+@pytest.mark.parametrize(
+    ("frozen", "parts"),
+    [(("weight", "bias"), ("hidden",)), (("bias",), ("hidden", "weight")), (("weight",), ("hidden", "bias"))],
+)
+def test_a_frozen_head_needs_no_gradient(frozen, parts):
+    """As of a model that is trained with LoRA."""
+    net = Net()
+    for name in frozen:
+        getattr(net.head, name).requires_grad_(False)
+    ((said, recorded),) = discovered(net, theirs)
+    assert said["why_not"] is None and recorded.parts == parts
+    found = replay.replay(recorded)
+    assert {"value", "gradient", *parts} == set(found["ways"]["native"]["error"])
+    assert found["ways"]["native"]["wrong"] is None and found["ways"]["native"]["speedup"] is not None
+
+
 # ---- what is not tried
 
 
@@ -246,8 +262,6 @@ HEADS_THAT_ARE_NOT_TRIED = {
         "has hooks",
     ),
     "forward": (lambda: head_with(doubled_forward), "a Linear whose forward is replaced"),
-    "frozen": (lambda: head_with(lambda head: head.requires_grad_(False)), "the head's weight is frozen"),
-    "frozen bias": (lambda: head_with(lambda head: head.bias.requires_grad_(False) is None), "bias is frozen"),
     "weight norm": (lambda: parametrizations.weight_norm(nn.Linear(WIDTH, CLASSES)), "the head is a Parametrized"),
 }
 

@@ -11,18 +11,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
-from pathlib import Path
 
 import torch
 
 from tlkernels.bench.cost import COSTS
 from tlkernels.bench.work import Case, Step, build, name_of
-from tlkernels.train.memory import resident
+from tlkernels.train.memory import RESET, resident
 
 SLACK = 4 << 20  # thread stacks and huge-page rounding move the resident size too
 GRAIN = 32 << 20  # where eager's peak is lower, SLACK is too much of it
 ELEMENTS = 2 << 20  # smaller cases are not tried: a process takes seconds, and the grid has hundreds of cases
-RESET = Path("/proc/self/clear_refs")
 
 
 def peak(step: Step, calls: int = 2) -> int:
@@ -33,7 +31,7 @@ def peak(step: Step, calls: int = 2) -> int:
     step.prepare()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # free pages that the allocator holds would be used again without being counted
-    RESET.write_text("5")  # sets the high-water mark to the present size
+    RESET.write_text("5", encoding="ascii")
     before = resident("VmRSS")
     _run(step, calls)
     return resident("VmHWM") - before

@@ -7,7 +7,7 @@ from typing import Any
 
 from tlkernels.bench.tables import shape_of
 from tlkernels.bench.work import OURS
-from tlkernels.words import table
+from tlkernels.words import table, time
 
 Json = Mapping[str, Any]
 NOT_INSTALLED = "not installed"  # how the reason begins
@@ -23,7 +23,7 @@ def in_words(case: Json, ceilings: Json) -> str:
     limit = f"{limits[case['limit']]:.4g} {unit[case['limit']]}" if case["limit"] in limits else "an empty call"
     lines = [
         f"{case['loss']} {shape_of(case)} {case['dtype']} on {case['device']}{options}",
-        f"  {sizes}; {case['ours']} is served by {case['served']}; roof {duration(case['roof'])} ({limit})",
+        f"  {sizes}; {case['ours']} is served by {case['served']}; roof {time(case['roof'])} ({limit})",
     ]
     rows = [HEAD, *(_row(case, name) for name in sorted(case["seconds"], key=lambda name: case["seconds"][name][1]))]
     lines += [f"  {line}".rstrip() for line in table(rows).splitlines()]
@@ -37,14 +37,14 @@ def _row(case: Json, name: str) -> tuple[str, ...]:
     error, memory = case["error"].get(name), case["memory"].get(name)
     return (
         name,
-        duration(middle),
-        f"{duration(low)} – {duration(high)}",
+        time(middle),
+        f"{time(low)} – {time(high)}",
         "" if speedup is None else f"{speedup[1]:.3g}×" + (" slower" if speedup[1] < 1 and name not in OURS else ""),
         f"{case['roof'] / middle:.0%}",
         "" if memory is None else f"{memory / 1e6:.0f} MB",
         "" if error is None else f"{error['value']:.0e}",
         "" if error is None else f"{error['gradient']:.0e}",
-        "" if name not in case["first"] else duration(case["first"][name]),
+        "" if name not in case["first"] else time(case["first"][name]),
     )
 
 
@@ -61,14 +61,6 @@ def _remarks(case: Json) -> Iterator[str]:
         yield f"not installed: {', '.join(missing)}"
     if (case["busy"] or 0) > 0.1:
         yield f"other processes used {case['busy']:.0%} of the cores: measure again on an idle machine"
-
-
-def duration(seconds: float) -> str:
-    """Return a time in the unit that fits it."""
-    for unit, factor in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
-        if seconds * factor >= 1 or unit == "µs":
-            return f"{seconds * factor:.3g} {unit}"
-    raise AssertionError
 
 
 def lost(cases: Sequence[Json]) -> str:

@@ -21,9 +21,10 @@ from tlkernels.bench.work import Case, Shape
 from tlkernels.estimate import compiled, inside
 from tlkernels.estimate.live import Inside, Parts, input_bytes, traced
 
-LOSSES = {loss: cost.dims for loss, cost in COSTS.items() if loss not in ("mse", "rmse")}
+LOSSES = {loss: cost.dims for loss, cost in COSTS.items()}
 """The losses with the names of their sizes; N: rows, H: features, T: the teacher's, V: classes, D: of an embedding."""
 DEVICES = ("cpu", "cuda")
+_WITHOUT_CUDA = ("sigmoid_contrastive", "mse", "rmse")
 CONTESTANTS = ("eager", "compile", "native", "triton", "reference")
 BASIS = {"eager": "traced", "reference": "traced", "compile": "by rule", "native": "by formula", "triton": "by formula"}
 
@@ -89,7 +90,7 @@ def without(loss: str, device: str) -> dict[str, str]:
         return dict.fromkeys(("native", "triton"), native.why_not())
     if device == "cpu":
         return {"triton": "supports GPU tensors only"}
-    return {"native": "has no CUDA kernels for sigmoid_contrastive"} if loss == "sigmoid_contrastive" else {}
+    return {"native": f"has no CUDA kernels for {loss}"} if loss in _WITHOUT_CUDA else {}
 
 
 def _nothing(*_: object) -> Parts:
@@ -108,7 +109,7 @@ def _case(loss: str, shape: Sequence[int], dtype: torch.dtype | str, device: str
     names, got = LOSSES[loss], "x".join(map(str, shape))
     if len(shape) != len(names) or any(size < 1 for size in shape):
         raise ValueError(f"shape: expected {','.join(names)} for {loss}, each at least 1, got {got!r}")
-    if names == ("N", "D") and (shape[0] < 16 or shape[0] % 2):
+    if names == ("N", "D") and COSTS[loss].products(shape) and (shape[0] < 16 or shape[0] % 2):
         raise ValueError(f"shape: expected an even N of at least 16 for {loss}, got {got!r}")
     kind = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if kind is None or kind not in DTYPES.values():

@@ -147,7 +147,7 @@ class Heads:
         return "the head's output is not known to be the logits"
 
     def _not_plain(self, ran: Ran) -> str | None:
-        """Return why the head is more than a product with parameters that learn."""
+        """Return why the head is more than a product with its parameters."""
         head = ran.module
         if type(head) is not nn.Linear or "forward" in vars(head):
             return _kind(head)
@@ -163,8 +163,6 @@ class Heads:
         for name, parameter in (("weight", head.weight), ("bias", head.bias)):
             if parameter is not None and type(parameter) not in PLAIN:
                 return f"the head's {name} is a {type(parameter).__name__}, not a plain tensor"
-            if parameter is not None and not parameter.requires_grad:
-                return f"the head's {name} is frozen"
         return "the model's parameters are sharded by FSDP" if _sharded(self._watch.roots) else None
 
 

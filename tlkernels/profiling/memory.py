@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,7 @@ from torch.utils._pytree import tree_leaves
 from tlkernels.profiling import phases
 from tlkernels.profiling.calls import Call
 from tlkernels.profiling.watch import Listener
-from tlkernels.train.memory import resident
-
-_RESET = Path("/proc/self/clear_refs")
-_MMAP_THRESHOLD = -3  # mallopt's number in glibc
+from tlkernels.train.memory import RESET, own_mappings, resident
 
 
 class Peaks(Listener):
@@ -36,7 +32,7 @@ class Peaks(Listener):
     @property
     def measurable(self) -> bool:
         """Whether this machine tells."""
-        return self.device.type == "cuda" or _RESET.exists()
+        return self.device.type == "cuda" or RESET.exists()
 
     @contextmanager
     def measured(self) -> Iterator[None]:
@@ -44,18 +40,10 @@ class Peaks(Listener):
         if not self.measurable:
             yield
             return
-        # Each tensor from 1 MiB gets a mapping of its own, so that the process gives it back when it is freed.
-        self._map_from(1 << 20)
-        self._reset()
-        try:
+        with nullcontext() if self.device.type == "cuda" else own_mappings():
+            self._reset()
             yield
             self._border(phases.OTHER)
-        finally:
-            self._map_from(32 << 20)  # where glibc puts it after the first large tensor is freed
-
-    def _map_from(self, size: int) -> None:
-        if self.device.type != "cuda":
-            ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, size)
 
     def enter(self, phase: str) -> None:
         """A phase begins."""
@@ -109,7 +97,7 @@ class Peaks(Listener):
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
-            _RESET.write_text("5", encoding="ascii")  # sets the high-water mark to the present size
+            RESET.write_text("5", encoding="ascii")
 
     def now(self) -> int:
         """Return the bytes in use."""

@@ -97,7 +97,8 @@ class _Inputs:
         self.dtype, self.device = self.differentiable[0].dtype, self.differentiable[0].device
         share = self._compared_share()
         rows = self.differentiable[0].shape[:1]
-        parameters = sum(tensor.numel() for tensor in self.differentiable if tensor.shape[:1] != rows)
+        floating = [leaf for leaf in self._leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        parameters = sum(tensor.numel() for tensor in floating if tensor.shape[:1] != rows)  # a frozen head's too
         elements = max(recorded.largest, self._logits.elements if self._logits else 0)
         self.wide_bytes = 8 * int(share * _WIDE * elements + _WIDE_PARAMETERS * parameters)
         self._few = self._leaves if share == 1 else self._rows(share)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import ctypes
 import gc
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from tlkernels.train.errors import RunError, one_line
 
-_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_STATUS = Path("/proc/self/status")
+RESET = Path("/proc/self/clear_refs")
+"""Writing 5 to it sets the process's high-water mark to its present size."""
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt's numbers in glibc
 
 
@@ -41,30 +44,37 @@ def peak_bytes(step: Callable[[], object]) -> int | None:
         before = torch.cuda.memory_allocated()
         step()
         return torch.cuda.max_memory_allocated() - before
-    if not _RESET.exists():
+    if not RESET.exists():
         step()
         return None
+    with own_mappings():
+        reset_peak()
+        before = resident("VmRSS")
+        step()
+        return resident("VmHWM") - before
+
+
+@contextmanager
+def own_mappings() -> Iterator[None]:
+    """Give each tensor from 1 MiB a mapping of its own (Linux): its gaps in the heap would count as well."""
     libc = ctypes.CDLL(None)
-    # Each tensor from 1 MiB gets a mapping of its own: gaps that it would leave in the heap would count as well.
     libc.mallopt(_MMAP_THRESHOLD, 1 << 20)
-    reset_peak()
-    before = resident("VmRSS")
-    step()
-    most = resident("VmHWM") - before
-    libc.mallopt(_MMAP_THRESHOLD, 32 << 20)  # where glibc itself puts it after the first large tensor is freed
-    libc.mallopt(_TRIM_THRESHOLD, 64 << 20)
-    return most
+    try:
+        yield
+    finally:
+        libc.mallopt(_MMAP_THRESHOLD, 32 << 20)  # where glibc itself puts it after the first large tensor is freed
+        libc.mallopt(_TRIM_THRESHOLD, 64 << 20)
 
 
 def reset_peak() -> None:
     """Begin a measurement that ends with `peak`."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    elif _RESET.exists():
+    elif RESET.exists():
         gc.collect()
         # Free pages that the allocator keeps would be used again without being counted.
         ctypes.CDLL(None).malloc_trim(0)
-        _RESET.write_text("5", encoding="ascii")  # sets the high-water mark to the present size
+        RESET.write_text("5", encoding="ascii")
 
 
 def peak() -> int | None:
@@ -74,7 +84,7 @@ def peak() -> int | None:
     """
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return resident("VmHWM") if _RESET.exists() else None
+    return resident("VmHWM") if RESET.exists() else None
 
 
 def resident(field: str) -> int:
