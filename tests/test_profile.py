@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
-from profile_cases import (
+from profile_loops import (
     CEILING,
     CLASSES,
     LENGTH,

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
-from profile_cases import CLASSES, ROWS, WIDTH, Net, Rows, eager, ours, phases_of, quickly, train
+from profile_loops import CLASSES, ROWS, WIDTH, Net, Rows, eager, ours, phases_of, quickly, train
 from torch import nn
 
 import tlkernels as tlk
