@@ -1,7 +1,9 @@
 """What `tlkernels profile` is given on a GPU: a loop of plain PyTorch, and a random model for `tlkernels lm`.
 
-python -m scripts.gpu.training loop [--tiny]             train a small language model on random tokens, in bfloat16
-python -m scripts.gpu.training model FOLDER [--tiny]     save a random Llama, with its tokenizer
+    python -m scripts.gpu.training loop [--tiny]             train a small language model on random tokens, in bfloat16
+    python -m scripts.gpu.training model FOLDER [--tiny]     save a random Llama, with its tokenizer
+
+With --tiny for a dry run on a CPU.
 """
 
 import argparse
