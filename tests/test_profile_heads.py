@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from profile_loops import quickly
 from torch import nn
 from torch.nn.utils import parametrizations
 
 import tlkernels as tlk
 from tlkernels._core.dispatch import Implementation
-from tlkernels.bench import ceilings
 from tlkernels.losses.cross_entropy.call import Arguments as CrossEntropyArguments
 from tlkernels.profiling import profile, replay, units
 from tlkernels.profiling.calls import OurCall
@@ -32,10 +32,8 @@ PROBABILITIES = torch.randn(ROWS * LENGTH, CLASSES, generator=torch.Generator().
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """A replay of three rounds; the ceiling is a number, since measuring it takes seconds."""
-    monkeypatch.setattr(replay, "SECONDS", 0.0)
-    monkeypatch.setattr(replay, "peak_bytes", lambda run: (run(), 1000)[1])
-    monkeypatch.setattr(ceilings, "matmul", lambda device, dtype: 5e9)
+    with quickly(monkeypatch):
+        yield
 
 
 class Net(nn.Module):

@@ -197,7 +197,7 @@ def ends(budget: float, chosen: Sequence[str]) -> dict[str, float]:
 
 
 def try_all(session: Session, plan: dict[str, Any], until: float) -> None:
-    """Run the battery; beside it the sanitizers, and everything that fills the compilers' caches."""
+    """Run the battery, and at the same time the sanitizers and what fills the compilers' caches."""
     units = [Unit(**fields) for fields in plan["units"]]
     pool = Pool(session, units, max(2, min(MOST_SLOTS, (os.cpu_count() or 1) - 4)), until)
     pool.wait_for("smoke", SMOKE * until)

@@ -8,7 +8,8 @@ from pathlib import Path
 from scripts.gpu.session import Session
 
 LOG = "commands.txt"
-NEEDED = {"lm": ("jsonargparse", "datasets", "transformers", "accelerate"), "bench": ("plotly",)}
+_TRAINER, _REPORT = ("jsonargparse", "datasets", "transformers", "accelerate"), ("plotly",)
+NEEDED = {"model": _TRAINER, "lm": _TRAINER, "bench": _REPORT, "float32": _REPORT}
 """Packages without which a command is not run."""
 SECONDS = {"model": 30.0, "lm": 60.0, "profile": 45.0, "bench": 200.0, "memory": 30.0, "doctor": 60.0, "float32": 150.0}
 """The most that each gets."""
@@ -77,7 +78,7 @@ def run(session: Session, until: float) -> None:
     """Run every command, note its status, and put what they wrote into commands.zip."""
     log = session.parts / LOG
     for name, words in _words(session).items():
-        if missing := _missing(session, {"model": "lm", "float32": "bench"}.get(name, name)):
+        if missing := _missing(session, name):
             session.note(f"{name}: NOT RUN, without {', '.join(missing)}")
             continue
         seconds = min(session.left(until), SECONDS[name])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import json
 import os
 import subprocess
@@ -16,7 +14,7 @@ import torch
 
 from tlkernels.bench.cost import COSTS
 from tlkernels.bench.work import Case, Step, build, name_of
-from tlkernels.train.memory import RESET, resident
+from tlkernels.train.memory import RESET, reset_resident, resident
 
 SLACK = 4 << 20  # thread stacks and huge-page rounding move the resident size too
 GRAIN = 32 << 20  # where eager's peak is lower, SLACK is too much of it
@@ -29,9 +27,7 @@ def peak(step: Step, calls: int = 2) -> int:
     A buffer that stays allocated between the calls counts.
     """
     step.prepare()
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # free pages that the allocator holds would be used again without being counted
-    RESET.write_text("5", encoding="ascii")
+    reset_resident()
     before = resident("VmRSS")
     _run(step, calls)
     return resident("VmHWM") - before

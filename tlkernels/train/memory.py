@@ -71,10 +71,15 @@ def reset_peak() -> None:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     elif RESET.exists():
-        gc.collect()
-        # Free pages that the allocator keeps would be used again without being counted.
-        ctypes.CDLL(None).malloc_trim(0)
-        RESET.write_text("5", encoding="ascii")
+        reset_resident()
+
+
+def reset_resident() -> None:
+    """Give back what is free, and set the process's high-water mark to its present size (Linux)."""
+    gc.collect()
+    # Free pages that the allocator keeps would be used again without being counted.
+    ctypes.CDLL(None).malloc_trim(0)
+    RESET.write_text("5", encoding="ascii")
 
 
 def peak() -> int | None:
