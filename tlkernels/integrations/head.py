@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import cycle, islice
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils.generic import ModelOutput
 
-# Options of transformers' configs that multiply or divide the logits, and those that are then a softcap.
-_SCALES = ("logits_scaling", "logit_scale", "lm_head_multiplier", "output_multiplier")
-_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+from tlkernels.integrations.dry_run import no_cache, replaced_forward
+from tlkernels.integrations.head_probe import arguments, probe
+from tlkernels.integrations.hf_errors import UnreadableHead, kind
+
+__all__ = ["UnreadableHead", "VocabularyHead", "head_layer", "hidden_states", "read_head", "without_logits"]
+
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-class UnreadableHead(ValueError):
-    """The logits of a model are not known to be those of `linear_cross_entropy`. Train it with its own loss."""
 
 
 @dataclass(frozen=True)
@@ -52,15 +46,25 @@ def read_head(model: PreTrainedModel) -> VocabularyHead:
         raise UnreadableHead(f"model: expected a transformers.PreTrainedModel, got {name}; pass the model inside it")
     if model.config.is_encoder_decoder:
         raise UnreadableHead(f"{name} is an encoder-decoder; expected only a decoder, or only an encoder")
-    linear: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    linear = head_layer(model)
+    temperature, softcap = arguments(model, *probe(model, linear))
+    tied = getattr(model.get_input_embeddings(), "weight", None) is linear.weight
+    return VocabularyHead(linear, temperature, softcap, tied=tied)
+
+
+def head_layer(model: PreTrainedModel) -> nn.Linear:
+    """Return the layer that makes the logits. Its forward pass is not checked, as `read_head` does.
+
+    Raises:
+        UnreadableHead: it is not a plain `nn.Linear` with whole tensors of a dtype that the kernels have.
+    """
+    name, linear = type(model).__name__, model.get_output_embeddings()  # type: ignore[no-untyped-call]
     if linear is None:
         raise UnreadableHead(f"{name}.get_output_embeddings() is None; expected a model with a vocabulary head")
     if type(linear) is not nn.Linear:
-        raise UnreadableHead(f"{name}'s head is {_kind(linear)}; expected torch.nn.Linear, not adapted or quantised")
+        raise UnreadableHead(f"{name}'s head is {kind(linear)}; expected torch.nn.Linear, not adapted or quantised")
     _check_tensors(name, linear)
-    temperature, softcap = _arguments(model, *_probe(model, linear))
-    tied = getattr(model.get_input_embeddings(), "weight", None) is linear.weight
-    return VocabularyHead(linear, temperature, softcap, tied=tied)
+    return linear
 
 
 def hidden_states(model: PreTrainedModel, head: VocabularyHead, **inputs: Any) -> Tensor:
@@ -79,22 +83,32 @@ def hidden_states(model: PreTrainedModel, head: VocabularyHead, **inputs: Any) -
         raise ValueError("labels: expected none, since no logits are made; give them to linear_cross_entropy")
     if model.get_output_embeddings() is not head.linear:  # type: ignore[no-untyped-call]
         raise UnreadableHead(f"{name}'s head is not the layer that was read; call read_head again")
-    captured: list[Tensor] = []
+    return without_logits(model, head.linear, lambda: model(**(no_cache(model) | inputs)))[0]
+
+
+def without_logits(model: PreTrainedModel, linear: nn.Linear, run: Callable[[], Any]) -> tuple[Tensor, Any]:
+    """Return what the head's layer receives in `run()`, which is a forward pass of the model, and what `run` returns.
+
+    The layer multiplies nothing: its output, and so the model's logits, have no columns.
+
+    Raises:
+        UnreadableHead: the layer was not called exactly once, or is sharded afterwards.
+    """
+    name, captured = type(model).__name__, []
 
     def capture(hidden: Tensor) -> Tensor:
         captured.append(hidden)
-        return hidden.new_empty(*hidden.shape[:-1], 0)
+        kind, dtype = hidden.device.type, hidden.dtype
+        if torch.is_autocast_enabled(kind) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(kind)
+        return hidden.new_empty(*hidden.shape[:-1], 0, dtype=dtype)
 
-    with _replaced_forward(head.linear, capture):
-        model(**(_no_cache(model) | inputs))
+    with replaced_forward(linear, capture):
+        output = run()
     if len(captured) != 1:
         raise UnreadableHead(f"{name} called its head {len(captured)} times; expected once")
-    _check_tensors(name, head.linear)
-    return captured[0]
-
-
-def _kind(thing: object) -> str:
-    return f"{type(thing).__module__}.{type(thing).__qualname__}"
+    _check_tensors(name, linear)
+    return captured[0], output
 
 
 def _check_tensors(name: str, linear: nn.Linear) -> None:
@@ -104,134 +118,8 @@ def _check_tensors(name: str, linear: nn.Linear) -> None:
         tensor = getattr(linear, key)
         if tensor is None:
             continue  # no bias
-        found = f"{_kind(tensor)} {tuple(tensor.shape)} of {tensor.dtype} on {tensor.device}"
+        found = f"{kind(tensor)} {tuple(tensor.shape)} of {tensor.dtype} on {tensor.device}"
         if type(tensor) not in (Tensor, nn.Parameter):
             raise UnreadableHead(f"{name}'s head.{key} is {found}; expected a plain tensor, not sharded or quantised")
         if tensor.is_meta or tensor.dtype not in _DTYPES or tensor.shape != shape:
             raise UnreadableHead(f"{name}'s head.{key} is {found}; expected a whole floating tensor {shape}")
-
-
-@contextmanager
-def _replaced_forward(linear: nn.Linear, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    attributes = vars(linear)
-    previous = {"forward": attributes["forward"]} if "forward" in attributes else {}  # accelerate sets one
-    attributes["forward"] = forward
-    try:
-        yield
-    finally:
-        del attributes["forward"]
-        attributes.update(previous)
-
-
-@contextmanager
-def _unchanged(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode; afterwards the training flags and the random number generators are as they were."""
-    modes = [(module, module.training) for module in model.modules()]
-    devices = {tensor.device for tensor in model.parameters() if tensor.is_cuda}
-    with torch.random.fork_rng(devices):
-        try:
-            for module, _ in modes:
-                module.training = False
-            yield
-        finally:
-            for module, mode in modes:
-                module.training = mode
-
-
-def _no_cache(model: PreTrainedModel) -> dict[str, bool]:
-    """Return `use_cache=False` if the model accepts it, itself or for the network that it passes its options to."""
-    own = inspect.signature(model.forward).parameters
-    passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in own.values())
-    inner = inspect.signature(model.base_model.forward).parameters if passes_on else {}
-    return {"use_cache": False} if "use_cache" in own or "use_cache" in inner else {}
-
-
-def _tokens(model: PreTrainedModel, linear: nn.Linear) -> Tensor:
-    """Return two rows of eight tokens, none of them one of the config's, such as padding or an image's place."""
-    options = {**model.config.to_dict(), **model.config.get_text_config().to_dict()}
-    special = {str(value) for key, value in options.items() if key.endswith(("token_id", "token_index"))}
-    plain = (token for token in range(linear.out_features) if str(token) not in special)
-    return torch.tensor(list(islice(cycle(plain), 16)), device=linear.weight.device).view(2, 8)
-
-
-def _probe(model: PreTrainedModel, linear: nn.Linear) -> tuple[Tensor, Tensor]:
-    """Run the model with known values in place of the layer's output; return them and the logits they become.
-
-    The values are float32, from 0.01 to 1000 with either sign: they show a scale or a softcap whatever the weights are,
-    and in a bfloat16 model too.
-    """
-    name, tokens, calls = type(model).__name__, _tokens(model, linear), []
-    draws = torch.rand(2, *tokens.shape, linear.out_features, generator=torch.Generator().manual_seed(0), device="cpu")
-    known = (10 ** (5 * draws[0] - 2) * (draws[1] - 0.5).sign()).to(tokens.device).requires_grad_()
-    forward = linear.forward
-
-    def replace(hidden: Tensor) -> Tensor:
-        calls.append((hidden, forward(hidden), F.linear(hidden, linear.weight, linear.bias)))
-        return known.clone()
-
-    with _unchanged(model), _replaced_forward(linear, replace), torch.enable_grad():
-        try:
-            output = model(input_ids=tokens, **_no_cache(model))
-        except Exception as error:
-            what = f"{type(error).__name__}: {error}"
-            raise UnreadableHead(f"{name} does not run on input_ids {tuple(tokens.shape)} alone: {what}") from error
-    if len(calls) != 1 or calls[0][0].shape != (*tokens.shape, linear.in_features):
-        found = [tuple(hidden.shape) for hidden, _, _ in calls]
-        expected = [(*tokens.shape, linear.in_features)]
-        raise UnreadableHead(f"{name} called its head on tensors of shapes {found}; expected one call: {expected}")
-    if not torch.allclose(calls[0][1], calls[0][2], rtol=0, atol=0, equal_nan=True):
-        raise UnreadableHead(f"{name}'s head does not return F.linear(hidden, weight, bias): its forward was changed")
-    logits = output.get("logits") if isinstance(output, ModelOutput) else None
-    if logits is None:
-        raise UnreadableHead(f"{name} returned {_kind(output)} without logits; expected a ModelOutput with logits")
-    if logits.shape != known.shape:
-        shapes = f"{tuple(logits.shape)}; expected its head's, {tuple(known.shape)}"
-        raise UnreadableHead(f"{name}'s logits are of shape {shapes}")
-    others = [key for key in output if key.endswith("_logits") and key != "router_logits"]
-    if others:
-        raise UnreadableHead(f"{name} has several heads: its output has {', '.join(others)}; expected logits alone")
-    _check_graph(model, known, logits)
-    return known.detach(), logits.detach()
-
-
-def _check_graph(model: PreTrainedModel, known: Tensor, logits: Tensor) -> None:
-    """Raise `UnreadableHead` if the logits depend on a parameter. A bias that is still zero shows only here."""
-    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    grads: tuple[Tensor | None, ...] = (None,)
-    if logits.requires_grad:
-        grads = torch.autograd.grad(logits.sum(), (known, *named.values()), allow_unused=True)
-    others = [name for name, grad in zip(named, grads[1:], strict=False) if grad is not None]
-    if others or grads[0] is None:
-        found = f"also depend on {', '.join(others[:3])}" if others else "have no gradient"
-        raise UnreadableHead(
-            f"{type(model).__name__}'s logits {found}; expected them to depend on its head's output only"
-        )
-
-
-def _arguments(model: PreTrainedModel, known: Tensor, logits: Tensor) -> tuple[float, float | None]:
-    """Return the temperature and the softcap, from the values in the config, that turn `known` into the logits."""
-    options = {
-        name: float(value)
-        for config in (model.config, model.config.get_text_config())
-        for name in _SCALES + _SOFTCAPS
-        if isinstance(value := getattr(config, name, None), int | float) and value > 0
-    }
-    scales = [options[name] for name in _SCALES if name in options]
-    temperatures = {1.0, *scales, *(1 / scale for scale in scales)}
-    softcaps = {None, *(options[name] for name in _SOFTCAPS if name in options)}
-    known, logits, eps = known.cpu().double(), logits.cpu().double(), torch.finfo(logits.dtype).eps
-    matches = []
-    for temperature in temperatures:
-        for softcap in softcaps:
-            expected = known / temperature
-            if softcap is not None:
-                expected = softcap * (expected / softcap).tanh()
-            if torch.allclose(logits, expected, rtol=1e-5 + 4 * eps, atol=0):
-                matches.append((temperature, softcap and softcap * temperature))
-    if len(matches) != 1:
-        tried = ", ".join(f"{name}={value}" for name, value in options.items()) or "no options for it"
-        raise UnreadableHead(
-            f"{type(model).__name__}'s forward does something else to the logits: {len(matches)} combinations of a "
-            f"scale and a softcap from its config ({tried}) reproduce them; expected exactly one"
-        )
-    return matches[0]
