@@ -106,7 +106,7 @@ def _labels(model: PreTrainedModel, task: str, rows: int) -> dict[str, Tensor]:
     if task == "ForQuestionAnswering":
         return {name: torch.tensor([2 + k, 11], device=model.device) for k, name in enumerate(LABELS[task])}
     several = task in (*VOCABULARY, "ForTokenClassification")
-    classes = int(config.get_text_config().vocab_size if task in VOCABULARY else config.num_labels)
+    classes: Any = config.get_text_config().vocab_size if task in VOCABULARY else config.num_labels
     what = "single_label_classification" if classes > 1 or several else "regression"
     if several or (getattr(config, "problem_type", None) or what) == "single_label_classification":
         labels = torch.randint(classes, (rows, 8) if several else (rows,), generator=generator, device="cpu")
