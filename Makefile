@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PY := $(BIN)/python
 PIP := $(PY) -m pip --disable-pip-version-check -q
-EXTRAS := train,hf,vision,bench,peers,dev
+EXTRAS := train,hf,vision,bench,peers,lightning,dev
 CSRC := $(shell find csrc -type f 2>/dev/null)
 
 DEMO_LM_ARGS ?=

@@ -30,7 +30,7 @@ usage: tlkernels COMMAND [--config FILE] [--data.path FILE] [--model.path FOLDER
        tlkernels check-normalisation COMMAND [options of COMMAND]
        tlkernels bench [--loss LOSS] [--shape 8192x32000] [--peers] ...
        tlkernels profile [--stop] COMMAND [options of COMMAND]  or  -- python train.py
-       tlkernels doctor [--shape 8192,4096,128256 --dtype bf16 --loss LOSS --device cpu]
+       tlkernels doctor [--shape 8192,4096,128256 --dtype bf16 --loss LOSS --device cpu]  or  --host hf --model FOLDER
 
 Without options each command runs a demonstration that needs no network.
 
@@ -42,7 +42,8 @@ Without options each command runs a demonstration that needs no network.
   check-normalisation   whether the gradient of a step depends on micro-batches and processes
   bench                 how fast the losses are here, against PyTorch and the limits of the machine
   profile               where a training step's time goes, and what another loss would gain
-  doctor                what this machine can run; with --shape, how much memory a loss needs
+  doctor                what this machine can run; with --shape, how much memory a loss needs; with --host, what a
+                        model's loss would become in that library
 """
 
 
@@ -157,7 +158,20 @@ def _doctor(arguments: list[str]) -> int:
     parser.add_argument("--loss", help="default: linear_cross_entropy for three sizes, cross_entropy for two")
     parser.add_argument("--dtype", help="default: bf16")
     parser.add_argument("--device", help="cpu or cuda; default: cuda where there is a GPU")
+    parser.add_argument(
+        "--host", choices=["hf"], help="with --model: what tlkernels.integrations.hf.patch would do to it"
+    )
+    parser.add_argument("--model", metavar="FOLDER", help="a folder, a .gguf file, a hub name or smollm2")
     given = parser.parse_args(arguments)
+    if given.host or given.model:
+        if not (given.host and given.model) or any((given.shape, given.loss, given.dtype, given.device)):
+            raise UserError("--host and --model: expected both, and no other option")
+        need_extras("tlkernels doctor --host hf")
+        from tlkernels.integrations.hf_report import load, report
+
+        for line in report(load(given.model)):
+            print(line, flush=True)
+        return 0
     if given.shape is None:
         if needless := [f"--{name}" for name in ("loss", "dtype", "device") if getattr(given, name) is not None]:
             raise UserError(f"{', '.join(needless)}: only with --shape")

@@ -1,0 +1,1 @@
+"""What losses in the training loops of other libraries cost, ours and theirs."""
