@@ -17,6 +17,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
+import torch.distributed as dist
 from covering import covering
 
 # triton and tlkernels read these once, when they are imported.
@@ -28,6 +29,7 @@ else:
 import harness
 from browser import chromium, started  # noqa: F401 (fixtures)
 from helpers import IMPLEMENTATIONS
+from torch.distributed.device_mesh import init_device_mesh
 
 from tlkernels._core import native, triton
 
@@ -149,6 +151,14 @@ def poisoned_memory():
 def impatient(monkeypatch):
     """Do not wait between attempts to reach a model hub; without a network they take 23 s."""
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    """A process group of this process alone; give its mesh."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)

@@ -70,3 +70,8 @@ class Shapes(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         self.seen |= {tuple(leaf.shape) for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)}
         return result
+
+
+def whole(gradient):
+    """The whole tensor of a shard."""
+    return gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient

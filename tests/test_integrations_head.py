@@ -5,12 +5,10 @@ import re
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
-from hf_models import CACHED, CLASSES, GPT2, MODELS, SIZES, Shapes, batch, build, gradients, llama
+from hf_models import CACHED, CLASSES, GPT2, MODELS, SIZES, Shapes, batch, build, gradients, llama, whole
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, distribute_tensor
 
 import tlkernels as tlk
@@ -171,17 +169,6 @@ class Training(nn.Module):
 
     def forward(self, inputs, target):
         return loss_of(self.model, self.head, inputs, target)
-
-
-@pytest.fixture
-def one_process(tmp_path):
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
-
-
-def whole(gradient):
-    return gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
 
 
 @pytest.mark.parametrize("wrapped", ["DDP", "FSDP2", "FSDP2 around the model too"])

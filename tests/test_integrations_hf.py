@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from hf_models import CACHED, CLASSES, GPT2, MODELS, SIZES, Shapes, batch, build, gradients, llama
+from hf_models import CACHED, CLASSES, GPT2, MODELS, SIZES, Shapes, batch, build, gradients, llama, whole
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 import tlkernels as tlk
 from tlkernels.integrations import hf
@@ -324,6 +325,36 @@ def test_autocast_and_checkpointing():
     torch.testing.assert_close(output.loss, expected, rtol=1e-2, atol=0)
     torch.testing.assert_close(gradients(model, output.loss), wanted, rtol=5e-2, atol=2e-3)
     assert output.logits.tensor().dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("wrapped", ["DDP", "FSDP2"])
+@pytest.mark.parametrize("name", ["Llama-tied", "BERT"])
+def test_in_data_parallelism(name, wrapped, one_process):
+    model = trained(build(*MODELS[name][:2]))
+    inputs, labels = labelled(model)
+    wanted = gradients(model, expected_loss(model, inputs, labels))
+    model.zero_grad()
+    parallel = hf.patch(model)
+    if wrapped == "DDP":
+        parallel = nn.parallel.DistributedDataParallel(model)
+    else:
+        for layer in model.model.layers if name.startswith("Llama") else model.bert.encoder.layer:
+            fully_shard(layer, mesh=one_process)
+        fully_shard(model, mesh=one_process)
+        with pytest.raises(ValueError, match=r"FSDP.* was patched and then sharded; unpatch it before that"):
+            hf.unpatch(model)
+    loss = parallel(**inputs, **labels).loss
+    found = {key: whole(gradient) for key, gradient in gradients(model, loss).items()}
+    torch.testing.assert_close(found, wanted, rtol=1e-7, atol=1e-12)
+
+
+def test_a_head_that_is_sharded_by_itself_is_refused(one_process):
+    model = hf.patch(trained(llama()))
+    fully_shard(model.lm_head, mesh=one_process)
+    fully_shard(model, mesh=one_process)
+    inputs, labels = labelled(model)
+    with pytest.raises(hf.UnreadableHead, match=r"head is .*FSDPLinear; expected torch.nn.Linear"):
+        model(**inputs, **labels)
 
 
 def lora(modules, **options):
