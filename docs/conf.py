@@ -51,6 +51,14 @@ docs/choosing
 
 ```{toctree}
 :hidden:
+:caption: In your trainer
+:glob:
+docs/hosts/hf
+docs/hosts/*
+```
+
+```{toctree}
+:hidden:
 :caption: Use
 docs/install
 docs/training
