@@ -23,6 +23,7 @@ myst_heading_anchors = 4
 
 smartquotes_action = "De"  # dashes and ellipses; quotation marks stay, since "none" is a value
 default_role = "code"  # docstrings put code between single backticks
+autodoc_mock_imports = ["open_clip", "spmd_types", "timm", "torchtitan"]  # they need torchvision and another torch
 autodoc_typehints = "none"  # the signature would be longer than the page is wide; Args: names what is accepted
 autodoc_member_order = "bysource"
 napoleon_custom_sections = ["Shape"]
