@@ -54,6 +54,15 @@ def info_nce(batch, *, negatives=None, mask=None, target=False, **options):
     return tlk.info_nce(encode(batch, "x"), encode(batch, "y"), target, logit_scale=batch["scale"], **options)
 
 
+def info_nce_more_keys(batch, **options):
+    """Each rank has more keys than queries; by default a query's positive is its rank's own key of its number."""
+    ranks = len(batch["y"]) // ROWS
+    shares = zip(encode(batch, "y").chunk(ranks), encode(batch, "shared").chunk(ranks), strict=True)
+    keys = [torch.cat(share) for share in shares]
+    target = None if "group" in options else torch.cat([torch.arange(ROWS) + r * len(keys[0]) for r in range(ranks)])
+    return tlk.info_nce(encode(batch, "x"), torch.cat(keys), target, logit_scale=batch["scale"], **options)
+
+
 def nt_xent(batch, **options):
     return tlk.nt_xent(encode(batch, "x"), encode(batch, "y"), logit_scale=batch["scale"], **options)
 
@@ -84,6 +93,7 @@ CASES = {
     "info_nce-symmetric-wide": partial(info_nce, symmetric=True, mask="shared_mask", negatives="shared"),
     "info_nce-target-wide": partial(info_nce, target=True, mask="each_mask", negatives="each"),
     "info_nce-none": partial(info_nce, symmetric=True, reduction="none"),
+    "info_nce-more_keys": info_nce_more_keys,
     "nt_xent": nt_xent,
     "nt_xent-sum": partial(nt_xent, reduction="sum", normalize=False),
     "sup_con": sup_con,

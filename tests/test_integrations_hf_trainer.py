@@ -12,6 +12,7 @@ from hf_models import CACHED, CLASSES, MODELS, SIZES, build
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
+from bench.hosts import hf as real
 from tlkernels.integrations import hf
 
 ROWS, LENGTH = 16, 9
@@ -181,3 +182,14 @@ def test_two_processes_train_on_the_mean_of_the_whole_batch(kind, tmp_path):
     found = torch.load(tmp_path / "weights.pt")
     torch.testing.assert_close(found, {k: v for k, v in expected.items() if k in found}, rtol=1e-6, atol=1e-9)
     assert json.loads((tmp_path / "losses.json").read_text()) == pytest.approx(losses, rel=1e-4)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("name", list(real.MODELS))
+def test_real_models_have_their_own_curve_of_losses(name, accumulation):
+    """Against a training in float64: no further from it than twice the model's own loss in float32 is."""
+    curves = {way: real.train(name, way, accumulation, 20, 4, 32)["losses"] for way in real.WAYS}
+    own, patched = (real.distance(curves[way], curves["float64"]) for way in ("own", "patched"))
+    assert curves["float64"][0] > 1.2 * curves["float64"][-1]  # it learns
+    assert patched <= 2 * own + torch.finfo(torch.float32).eps

@@ -69,9 +69,10 @@ def info_nce(
         reduction: "none", "mean" or "sum", over the queries.
         group: a torch.distributed process group over which the batch is split; every rank must pass tensors of equal
             shapes. `key` and `negatives` of shape (M, D) of all ranks take part, in the order of ranks; `target` and
-            the columns of a bool `mask` count all keys first and then all negatives. Averaged over the ranks, the loss
-            and the gradients of the parameters (as data-parallel training averages them) are those of the whole batch
-            on one process. For this, `reduction="sum"` multiplies by the number of ranks.
+            the columns of a bool `mask` count all keys first and then all negatives. By default the positive of query i
+            is key i of its own rank. Averaged over the ranks, the loss and the gradients of the parameters (as
+            data-parallel training averages them) are those of the whole batch on one process. For this,
+            `reduction="sum"` multiplies by the number of ranks.
         impl: "auto" (default), "native", "triton" or "reference".
 
     Returns:
@@ -111,7 +112,7 @@ def _over_ranks(implementation: Implementation, call: Arguments, group: Any) -> 
     assert key is not None
     check_equal_shares(group, query=query, key=key, negatives=negatives)
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-    own = torch.arange(query.shape[0], device=query.device) + rank * query.shape[0]
+    own = torch.arange(query.shape[0], device=query.device) + rank * key.shape[0]
     there = call._replace(
         key=gather(key, group),
         negatives=gather(negatives, group) if negatives is not None and negatives.dim() == 2 else negatives,
