@@ -15,7 +15,7 @@ BENCH_ARGS ?=
 COMPILE_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full test-part kernels-part lint docs bench readme sanitize sanitize-cpu sanitize-cuda-host cuda-compile wheel gpu-kit gpu-run clean FORCE
+.PHONY: help setup demo test test-full test-part kernels-part lint docs bench readme sanitize sanitize-cpu sanitize-cuda-host cuda-compile test-hosts wheel gpu-kit gpu-run clean FORCE
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*##/\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -94,6 +94,15 @@ sanitize-cuda-host: setup
 cuda-compile: setup  ## the CUDA kernels for every architecture, no GPU needed (COMPILE_ARGS=--quick for two of them)
 	$(PY) -m bench.cuda_resources $(COMPILE_ARGS)
 
+# An environment and a build of their own: timm, open_clip and torchtitan need torchvision, which needs its own torch.
+HOSTS := .venv-hosts
+HOSTS_LIB := $(CURDIR)/build/hosts/lib
+HOSTS_PACKAGES := torch torchvision timm open_clip_torch torchtitan numpy pillow pytest setuptools
+test-hosts: $(HOSTS)/created  ## the integrations with timm, open_clip and torchtitan, in an environment of 6 GB
+	TLKERNELS_CUDA=0 $(HOSTS)/bin/python setup.py -q build -b build/hosts --build-lib build/hosts/lib
+	PYTHONPATH=$(HOSTS_LIB) $(HOSTS)/bin/python -P -c 'from tlkernels import _C; assert "/hosts/" in _C.__file__, _C'
+	PYTHONPATH=$(HOSTS_LIB) $(HOSTS)/bin/pytest -m '' tests/hosts $(TEST_ARGS)
+
 # The wheel is built from the source archive, which shows whether a file is missing there.
 wheel: setup  ## a source archive, and a wheel for the torch of the virtual environment, in dist
 	rm -rf dist
@@ -127,6 +136,11 @@ $(KIT)/created: Makefile
 	$(PYTHON312) -m venv $(KIT)/venv
 	$(KIT_PIP) install torch==$(GPU_TORCH) numpy setuptools
 	$(KIT_PIP) download --no-deps --only-binary=:all: -d .whl $(GPU_WHEELS)
+	@touch $@
+
+$(HOSTS)/created: constraints-hosts.txt
+	$(PYTHON) -m venv $(HOSTS)
+	$(HOSTS)/bin/python -m pip --disable-pip-version-check -q install -c constraints-hosts.txt $(HOSTS_PACKAGES)
 	@touch $@
 
 $(VENV)/created:
