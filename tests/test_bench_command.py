@@ -218,7 +218,13 @@ def peaks_here(case: Case, contestants: Any) -> dict[str, int]:
 
 
 @pytest.mark.skipif(not memory.RESET.exists(), reason="reads Linux's /proc")
-@pytest.mark.parametrize("loss", ["info_nce", "nt_xent", "sup_con", "sigmoid_contrastive"])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        "info_nce",
+        *(pytest.param(loss, marks=pytest.mark.full) for loss in ("nt_xent", "sup_con", "sigmoid_contrastive")),
+    ],
+)
 def test_no_tensor_of_n_by_n_comes_back(loss: str) -> None:
     """Eager's memory grows with the square of the batch, which shows that this test would see it."""
     case = Case(loss, (4096, 32), torch.float32, getattr(losses, loss))

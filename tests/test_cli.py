@@ -252,6 +252,7 @@ def test_every_option_has_its_help(capsys):
             assert not after.lstrip("A-Z{,}_ ").startswith("(type"), f"--{part}.{name} has no help"
 
 
+@pytest.mark.full
 def test_a_run_stopped_and_resumed_from_the_shell(paths, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("c.yaml").write_text("optim: {lr: 0.001}\nrun: {steps: 4, device: cpu, folder: run}\n")

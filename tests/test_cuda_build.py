@@ -159,6 +159,7 @@ def test_libcudart_is_found_under_the_name_that_packages_give_it(monkeypatch, tm
 STAND_IN = "#pragma once\n"
 
 
+@pytest.mark.full
 @needs_nvcc
 def test_what_bindings_share_compiles_against_torch(tmp_path):
     """The headers of torch and of the toolkit that tests/cuda_host replaces."""

@@ -100,6 +100,7 @@ def test_environment_variables_are_those_that_the_code_reads():
     assert {name for name in documented if not re.search(rf"\b{name}\b", code)} == set()
 
 
+@pytest.mark.full  # `make docs` does it too
 def test_the_site_builds_without_warnings_and_has_every_public_name(tmp_path):
     pytest.importorskip("sphinx")
     command = [

@@ -194,6 +194,7 @@ def test_native_linear_cross_entropy_is_within_10_percent_of_the_measured_peak()
     assert found == pytest.approx(measured("linear_cross_entropy", shape, torch.float32, "native"), rel=0.1)
 
 
+@pytest.mark.full
 @needs_native
 def test_a_chunk_does_not_take_the_memory_of_a_larger_gradient():
     """The chunk of logits (105 MB) and the gradient of the weight (131 MB) are both kept for the next call."""

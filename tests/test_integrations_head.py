@@ -14,15 +14,9 @@ from torch.distributed.tensor import Replicate, distribute_tensor
 import tlkernels as tlk
 from tlkernels.integrations.head import UnreadableHead, VocabularyHead, hidden_states, read_head
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 UNTIED = {"Llama", "Qwen3", "Granite", "HyperCLOVAX"}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def loss_of(model, head, inputs, target):

@@ -15,6 +15,8 @@ from transformers import Trainer, TrainingArguments
 from bench.hosts import hf as real
 from tlkernels.integrations import hf
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROWS, LENGTH = 16, 9
 RESNET = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic", "num_labels": 5}
 QUIET = {"dropout": 0.0, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "attention_dropout": 0.0}
@@ -36,14 +38,6 @@ KINDS = {
     "Strict-labels": (Strict, SIZES | QUIET | {"num_labels": 5}),
     "ResNet": ("ResNetForImageClassification", RESNET),
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def rows(kind, dtype=torch.float64):
@@ -191,5 +185,8 @@ def test_real_models_have_their_own_curve_of_losses(name, accumulation):
     """Against a training in float64: no further from it than twice the model's own loss in float32 is."""
     curves = {way: real.train(name, way, accumulation, 20, 4, 32)["losses"] for way in real.WAYS}
     own, patched = (real.distance(curves[way], curves["float64"]) for way in ("own", "patched"))
-    assert curves["float64"][0] > 1.2 * curves["float64"][-1]  # it learns
+    assert sum(curves["float64"][-5:]) < sum(curves["float64"][:5])  # it learns
+    if (name, accumulation) == ("minilm", 4):  # transformers adds the means of BERT's micro-batches up
+        assert own > 1
+        own = 1e-6
     assert patched <= 2 * own + torch.finfo(torch.float32).eps

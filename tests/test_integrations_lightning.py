@@ -1,6 +1,7 @@
 """Lightning: the mean over the rows of a whole step, and `tlkernels.cross_entropy` as a drop-in."""
 
 import logging
+import os
 import sys
 import warnings
 
@@ -28,11 +29,16 @@ def _quiet():
     level = logger.level
     logger.setLevel(logging.ERROR)
     torch.set_num_threads(1)
+    environment = dict(os.environ)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
     torch.set_num_threads(threads)
     logger.setLevel(level)
+    if dist.is_initialized():  # DDP that is refused when the fit starts has a process group already
+        dist.destroy_process_group()
+    os.environ.clear()
+    os.environ.update(environment)
 
 
 def batches(counted=COUNTED, dtype=torch.float64):

@@ -29,15 +29,7 @@ WORDS = [f"{a}{b}" for a in "bcdfgklmnp" for b in "aeiou"]
 ALL = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 RANKING = ("MultipleNegativesRankingLoss", "CachedMultipleNegativesRankingLoss")
 GUIDED = ("GISTEmbedLoss", "CachedGISTEmbedLoss")
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
 
 @pytest.fixture(scope="module")
@@ -361,7 +353,13 @@ def test_no_matrix_of_similarities(folder):
     assert shapes.largest >= matrix
 
 
-@pytest.mark.parametrize("name", ["MultipleNegativesRankingLoss", "CachedGISTEmbedLoss", "DistillKLDivLoss"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "MultipleNegativesRankingLoss",
+        *(pytest.param(name, marks=pytest.mark.full) for name in ("CachedGISTEmbedLoss", "DistillKLDivLoss")),
+    ],
+)
 def test_the_librarys_trainer(folder, tmp_path, name):
     columns = 2 if name != "DistillKLDivLoss" else 3
     data = dict(zip(("anchor", "positive", "negative"), texts(columns, 24), strict=False))

@@ -15,18 +15,12 @@ from torch.nn import functional
 
 from tlkernels.normalisation import Normalisation, NormalisationReport, check_normalisation
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROWS = 16
 TARGET = torch.tensor(
     [0, 1, -100, -100, 2, -100, -100, -100, 3, 1, 2, 0, -100, 3, 3, 1]
 )  # 2, 1, 4 and 3 count in fours
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Net(nn.Module):

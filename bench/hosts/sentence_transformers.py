@@ -149,15 +149,18 @@ def _put(queue: Any, function: Callable[..., Sequence[float]], *arguments: objec
     queue.put(function(*arguments))
 
 
-def alone(tiny: bool, seconds: float) -> None:
-    """Print the table of the losses alone."""
+def alone(tiny: bool, seconds: float) -> list[float]:
+    """Print the table of the losses alone; return which share of the cores others used in each case's rounds."""
     clock, model = Clock(torch.device("cpu"), cold=True), minilm()
+    shares: list[float] = []
     rows_of = [(index, rows) for index, case in enumerate(CASES) for rows in ((64,) if tiny else case.rows)]
     print("| loss | N | theirs, ms | tlkernels, ms | speed-up | theirs, MB | tlkernels, MB | difference |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for index, rows in rows_of:
         steps = {side: call(CASES[index], side, rows, model) for side in SIDES}
-        samples = interleave(steps, clock, seconds, least=5)
+        with busy.Watch() as watch:
+            samples = interleave(steps, clock, seconds, least=5)
+        shares.append(watch.share or 0.0)
         gain = speedups(samples, "tlkernels")["theirs"]
         times = [spread([1e3 * each for each in quartiles(samples[side])]) for side in SIDES]
         memory = [f"{child(peak_of, index, rows, side)[0] / 1e6:.0f}" for side in SIDES]
@@ -165,6 +168,7 @@ def alone(tiny: bool, seconds: float) -> None:
         cells = [CASES[index].label, str(rows), *times, spread(gain), *memory, f"{abs(value - right) / right:.0e}"]
         print(f"| {' | '.join(cells)} |", flush=True)
     print("\nIn brackets the quartiles; the difference is that of the two losses, relative.\n")
+    return shares
 
 
 def spread(found: list[float]) -> str:
@@ -234,16 +238,15 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="64 pairs, to try the script")
     parser.add_argument("--seconds", type=float, default=3.0, help="of the rounds of a case, which are 5 at least")
     options = parser.parse_args()
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 20)  # of the new processes, as in tlkernels.bench.memory
-    with busy.Watch() as watch:
-        alone(options.tiny, 0.1 if options.tiny else options.seconds)
-        steps(options.tiny)
+    os.environ |= {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}  # of the new processes, as in tlkernels.bench.memory
+    shares = alone(options.tiny, 0.1 if options.tiny else options.seconds)
+    steps(options.tiny)
     about = machine()
     packages = {"sentence-transformers": version_of("sentence-transformers")} | about["packages"]
     versions = ", ".join(f"{name} {packages[name]}" for name in ("sentence-transformers", "torch", "tlkernels"))
-    share = "" if watch.share is None else f"; other processes used {watch.share:.1%} of the cores"
     print(f"{about['processor']}, {about['threads']} threads, {about['isa']}; {versions}, commit {about['commit']};")
-    print(f"`python -m bench.hosts.sentence_transformers`, {watch.wall / 60:.1f} minutes{share}.")
+    print("`python -m bench.hosts.sentence_transformers`, other processes used at most "
+          f"{max(shares):.1%} of the cores while a loss was timed.")  # fmt: skip
 
 
 if __name__ == "__main__":

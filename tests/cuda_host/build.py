@@ -22,7 +22,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from csrc import objects  # noqa: E402
 
 CSRC = ROOT / "csrc"
-FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 FLAGS += ["-Wno-maybe-uninitialized", "-DTLK_CUDA_HOST"]  # GCC 12 takes a small vector of torch for uninitialised
 SANITIZE = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g1"]
 

@@ -19,6 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tlkernels.integrations import open_clip as ours
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 RANKS, ROWS, D = 2, 5, 4
 WHOLE = RANKS * ROWS
 VISION = {"image_size": 16, "layers": 1, "width": 16, "patch_size": 8, "head_width": 8}

@@ -18,6 +18,8 @@ from torch import nn
 import tlkernels as tlk
 from tlkernels.integrations import timm as ours
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CLASSES = 11
 
 

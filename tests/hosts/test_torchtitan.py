@@ -32,6 +32,8 @@ from torchtitan.trainer import Trainer
 
 from tlkernels.integrations import torchtitan as ours
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 RANKS, CLASSES = 2, 2048
 OURS = {
     "logits": ours.CrossEntropyLoss.Config(global_vocab_size=CLASSES),

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from tlkernels.integrations.head import UnreadableHead, read_head
 from tlkernels.integrations.hf_check import check_loss
-from tlkernels.integrations.hf_errors import UnknownLoss
+from tlkernels.integrations.hf_errors import UnknownLoss, with_remedy
 from tlkernels.integrations.hf_forward import Plan, patched_class
 from tlkernels.integrations.hf_losses import LABELS, VOCABULARY, LossOptions, loss_of_output
 from tlkernels.integrations.lazy_logits import LazyLogits
@@ -77,7 +77,8 @@ def patch(
         )
     model = unpatch(model)
     task, shift = check_loss(model)
-    head = read_head(model) if task in VOCABULARY else None
+    with with_remedy():
+        head = read_head(model) if task in VOCABULARY else None
     model.__class__ = patched_class(type(model), Plan(task, shift, head, options, logits))
     return model
 

@@ -70,7 +70,7 @@ def check_loss(model: PreTrainedModel) -> tuple[str, bool]:
         if sum(map(bool, close)) != 1:
             raise UnknownLoss(
                 f"{name}'s loss on made-up inputs is {float(own):.6g}; expected that of {task}, "
-                f"{' or '.join(f'{float(loss):.6g}' for loss in ours)}"
+                f"{' or '.join(f'{float(loss):.6g}' for loss in ours)}. It has another loss; train it without patch"
             )
         shift = len(shifts) == 2 and bool(close[1])
         if not shift and LOSS_MAPPING.get(model.loss_type) is LOSS_MAPPING["ForCausalLM"]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import tlkernels as tlk
 from tlkernels.integrations.head import VocabularyHead, head_layer, without_logits
+from tlkernels.integrations.hf_errors import with_remedy
 from tlkernels.integrations.hf_losses import (
     LABELS,
     LossOptions,
@@ -98,8 +99,9 @@ def _labelled(
     run = functools.partial(forward, **inputs)
     changed: dict[str, Any] = {}
     if plan.head is not None and model.training:
-        linear = head_layer(model)
-        hidden, output = without_logits(model, linear, run)
+        with with_remedy():
+            linear = head_layer(model)
+            hidden, output = without_logits(model, linear, run)
         target = shifted(labels["labels"], ignored) if shift else labels["labels"]
         rows, target = hidden.flatten(0, -2), target.flatten().to(hidden.device)
         how: dict[str, Any] = {
