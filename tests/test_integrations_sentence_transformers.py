@@ -435,6 +435,7 @@ def check_gathered(rank, folder):
         torch.testing.assert_close(found / RANKS, run(ours, name, whole, options), rtol=1e-8, atol=1e-12)
 
 
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore:torch.distributed.nn.functional.all_gather is deprecated")
 @pytest.mark.skipif(
     sys.platform != "linux" or not dist.is_gloo_available(), reason="torch.distributed has no gloo here"

@@ -68,6 +68,7 @@ class TestIsa:
             native.force_isa("sse9")
         assert native.isa() == before
 
+    @pytest.mark.full
     def test_environment(self):
         code = "import tlkernels; from tlkernels._core import native; print(native.isa())"
         for name in native.isas():

@@ -191,6 +191,7 @@ RUNS = {
 IN_FULL = ("two encoders", "images", "nt_xent", "info_nce", "sigmoid")
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("no_picture")
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.full] * (k in IN_FULL)) for k in RUNS])
 def test_a_stopped_and_resumed_run_is_the_unbroken_one(kind, made, tmp_path):

@@ -328,6 +328,7 @@ def test_sigterm_ends_the_command_with_a_checkpoint(command, places, wholes, tmp
 
 
 # Step 5 has no evaluation, and therefore would have no checkpoint; step 8 has both.
+@pytest.mark.full
 @pytest.mark.parametrize(("command", "step"), [
     ("lm", 5),
     pytest.param("finetune", 8, marks=pytest.mark.full),

@@ -103,6 +103,7 @@ def test_scores_are_those_of_transformers_logits(kind, models, data, tmp_path):
     assert scores.values["entropy"] == pytest.approx(float(-(log_probs.exp() * log_probs).sum(-1).mean()), rel=1e-5)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "kind", ["causal", *(pytest.param(kind, marks=pytest.mark.full) for kind in ("masked", "headless"))]
 )
@@ -150,6 +151,7 @@ def test_dropout_is_off_unless_asked_for(kind, models, data, tmp_path):
     assert saved[0] == saved[1]
 
 
+@pytest.mark.full
 def test_frozen_blocks_stay_as_they_are(models, data, tmp_path):
     config = tiny_lm_config(tmp_path / "run", models["causal"], data)
     config.model.freeze = 1

@@ -127,6 +127,7 @@ def test_a_stopped_and_resumed_run_is_the_unbroken_one(model, data, tmp_path, op
     assert all(torch.equal(left, right) for left, right in zip(*flat, strict=True))
 
 
+@pytest.mark.full
 def test_dropout_is_on_while_training(model, plain_model, data, tmp_path):
     """Otherwise the test above would not see whether a resumed run draws the same numbers."""
     for name, path in (("dropout", model), ("plain", plain_model)):
@@ -143,6 +144,7 @@ def test_resuming_with_other_rows_is_refused(model, data, tmp_path):
         pipeline.resume(tmp_path / "run")
 
 
+@pytest.mark.full
 def test_lines_that_a_kill_left_behind_are_dropped(model, data, tmp_path):
     pipeline.run(tiny_config(tmp_path / "whole", model, data))
     pipeline.run(tiny_config(tmp_path / "killed", model, data), until=4)

@@ -328,6 +328,7 @@ def test_a_resumed_run_keeps_the_smaller_micro_batches(model, data, tmp_path, me
     assert same_bits(weights(tmp_path / "run/finetuned/last"), weights(tmp_path / "right/finetuned/last"))
 
 
+@pytest.mark.full
 def test_memory_can_run_out_in_a_later_step(model, data, tmp_path, memory_for, capsys):
     sizes = memory_for(8)
     config = tiny_config(tmp_path / "run", model, data, micro_batch=None)
