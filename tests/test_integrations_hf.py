@@ -1,8 +1,10 @@
 """Patched models of transformers: the numbers of the unpatched model, no logits, and what is refused."""
 
 import copy
+import gc
 import pickle
 import re
+import weakref
 
 import peft
 import pytest
@@ -276,6 +278,17 @@ def test_unpatch_gives_the_model_back():
     inputs, labels = labelled(trained(model))
     assert torch.equal(captured(**inputs, **labels).loss, model(**inputs, **labels).loss)
     assert captured(**inputs, **labels).loss.dtype == torch.float32  # transformers' own
+
+
+def test_a_head_that_was_replaced_is_served_and_the_old_one_is_let_go():
+    model = hf.patch(trained(llama()))
+    old = weakref.ref(model.lm_head.weight)
+    model.resize_token_embeddings(CLASSES + 3, mean_resizing=False)
+    inputs, labels = labelled(model)
+    expected = expected_loss(model, inputs, labels)
+    torch.testing.assert_close(model(**inputs, **labels).loss, expected, rtol=1e-9, atol=0)
+    gc.collect()
+    assert old() is None
 
 
 @pytest.mark.parametrize("way", ["copied", "pickled", "saved"])

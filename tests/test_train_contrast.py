@@ -188,12 +188,11 @@ RUNS = {
     "sup_con": {"loss": "sup_con", "data": "labelled.jsonl"},
     "sigmoid": {"loss": "sigmoid", "dropout": True},
 }
-IN_FULL = ("two encoders", "images", "nt_xent", "info_nce", "sigmoid")
 
 
 @pytest.mark.full
 @pytest.mark.usefixtures("no_picture")
-@pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.full] * (k in IN_FULL)) for k in RUNS])
+@pytest.mark.parametrize("kind", RUNS)
 def test_a_stopped_and_resumed_run_is_the_unbroken_one(kind, made, tmp_path):
     for name, stop in (("whole", None), ("stopped", 3)):
         pipeline.run(config_of(made, tmp_path / name, **RUNS[kind]), until=stop)

@@ -329,14 +329,9 @@ def test_sigterm_ends_the_command_with_a_checkpoint(command, places, wholes, tmp
 
 # Step 5 has no evaluation, and therefore would have no checkpoint; step 8 has both.
 @pytest.mark.full
-@pytest.mark.parametrize(("command", "step"), [
-    ("lm", 5),
-    pytest.param("finetune", 8, marks=pytest.mark.full),
-    pytest.param("lm", 8, marks=pytest.mark.full),
-    pytest.param("finetune", 5, marks=pytest.mark.full),
-    pytest.param("distill", 5, marks=pytest.mark.full),
-    pytest.param("contrast", 5, marks=pytest.mark.full),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("command", "step"), [("lm", 5), ("finetune", 8), ("lm", 8), ("finetune", 5), ("distill", 5), ("contrast", 5)]
+)
 def test_sigterm_ends_the_run_after_the_step_that_it_reached(command, step, places, wholes, tmp_path, monkeypatch):
     real, run = loop.whole_batch, tmp_path / "run"
 

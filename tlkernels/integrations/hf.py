@@ -77,9 +77,12 @@ def patch(
         )
     model = unpatch(model)
     task, shift = check_loss(model)
-    with with_remedy():
-        head = read_head(model) if task in VOCABULARY else None
-    model.__class__ = patched_class(type(model), Plan(task, shift, head, options, logits))
+    temperature, softcap = 1.0, None
+    if task in VOCABULARY:
+        with with_remedy():
+            head = read_head(model)
+        temperature, softcap = head.temperature, head.softcap
+    model.__class__ = patched_class(type(model), Plan(task, shift, temperature, softcap, options, logits))
     return model
 
 

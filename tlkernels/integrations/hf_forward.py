@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tlkernels as tlk
-from tlkernels.integrations.head import VocabularyHead, head_layer, without_logits
+from tlkernels.integrations.head import head_layer, without_logits
 from tlkernels.integrations.hf_errors import with_remedy
 from tlkernels.integrations.hf_losses import (
     LABELS,
+    VOCABULARY,
     LossOptions,
     float32_loss,
     loss_of_output,
@@ -29,21 +30,22 @@ from tlkernels.integrations.lazy_logits import LazyLogits
 
 @dataclass(frozen=True)
 class Plan:
-    """What was read from a model, and the options.
+    """What was read from a model, and the options. It keeps no tensor of the model.
 
     Attributes:
         task: one of `LABELS`.
         shift: whether labels are shifted to the next token.
-        head: None without a vocabulary.
+        temperature: of a vocabulary head, as its softcap.
         options: of the loss.
         logits: of `patch`.
     """
 
     task: str
     shift: bool
-    head: VocabularyHead | None
+    temperature: float
+    softcap: float | None
     options: LossOptions
-    logits: str | None = "lazy"
+    logits: str | None
 
 
 def patched_class(base: Any, plan: Plan) -> Any:
@@ -98,17 +100,13 @@ def _labelled(
         labels, shift = {"labels": given}, False
     run = functools.partial(forward, **inputs)
     changed: dict[str, Any] = {}
-    if plan.head is not None and model.training:
+    if plan.task in VOCABULARY and model.training:
         with with_remedy():
             linear = head_layer(model)
             hidden, output = without_logits(model, linear, run)
         target = shifted(labels["labels"], ignored) if shift else labels["labels"]
         rows, target = hidden.flatten(0, -2), target.flatten().to(hidden.device)
-        how: dict[str, Any] = {
-            "linear_bias": linear.bias,
-            "temperature": plan.head.temperature,
-            "softcap": plan.head.softcap,
-        }
+        how: dict[str, Any] = {"linear_bias": linear.bias, "temperature": plan.temperature, "softcap": plan.softcap}
         how |= {"ignore_index": ignored} | plan.options.arguments()
         with float32_loss(hidden):
             loss = normalised(
@@ -116,7 +114,7 @@ def _labelled(
                 num_items_in_batch,
             )
         lazy = plan.logits == "lazy" and not torch.compiler.is_compiling() and not getattr(model, "_is_replica", False)
-        changed["logits"] = _lazy(hidden, linear, plan.head, output["logits"].dtype) if lazy else None
+        changed["logits"] = _lazy(hidden, linear, plan, output["logits"].dtype) if lazy else None
     else:
         output = run()
         loss = loss_of_output(model.config, plan.task, output, labels, num_items_in_batch, plan.options, shift, ignored)
@@ -124,7 +122,7 @@ def _labelled(
     return output if as_dict else output.to_tuple()
 
 
-def _lazy(hidden: Tensor, linear: nn.Linear, head: VocabularyHead, dtype: torch.dtype) -> LazyLogits:
+def _lazy(hidden: Tensor, linear: nn.Linear, plan: Plan, dtype: torch.dtype) -> LazyLogits:
     kind = hidden.device.type
     autocast: dict[str, Any] = {"dtype": torch.get_autocast_dtype(kind), "enabled": torch.is_autocast_enabled(kind)}
     versions = [parameter._version for parameter in linear.parameters()]
@@ -134,8 +132,8 @@ def _lazy(hidden: Tensor, linear: nn.Linear, head: VocabularyHead, dtype: torch.
             raise RuntimeError("logits: the head has changed since the forward pass; read them before it does")
         with torch.autocast(kind, **autocast):
             logits = F.linear(hidden, linear.weight, linear.bias)
-        if head.softcap is not None:
-            logits = head.softcap * (logits / head.softcap).tanh()
-        return logits / head.temperature if head.temperature != 1 else logits
+        if plan.softcap is not None:
+            logits = plan.softcap * (logits / plan.softcap).tanh()
+        return logits / plan.temperature if plan.temperature != 1 else logits
 
     return LazyLogits(make, torch.Size((*hidden.shape[:-1], linear.out_features)), dtype, hidden.device)
