@@ -7,6 +7,7 @@ spinning take the cores from the other processes, and the tests of the kernels t
 """
 
 import argparse
+import gc
 import os
 import time
 from collections import defaultdict
@@ -126,6 +127,17 @@ def pytest_collection_modifyitems(config, items):
         config.hook.pytest_deselected(items=list(set(items) - set(chosen)))
         items[:] = chosen
     return result
+
+
+def pytest_collection_finish(session):
+    """Let garbage collections pass over what the imports have made; the hosts' libraries make each take a second."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish(session):
+    """Else extension modules report at exit that their objects are still there."""
+    gc.unfreeze()
 
 
 def pytest_collectstart(collector):

@@ -10,12 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from battery import LOSSES
 
 pytestmark = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="the package triton is not installed")
 ROOT = Path(__file__).parents[1]
-LOSSES = sorted(
-    path.name.removesuffix("_cases.py") for path in ROOT.glob("tests/*_cases.py") if "train" not in path.name
-)
 OTHER = "3.6.0"
 """The Triton of torch 2.11, the oldest that is supported."""
 
