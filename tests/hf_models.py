@@ -10,6 +10,7 @@ WIDE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "in
 SIZES = WIDE | {"vocab_size": CLASSES, "max_position_embeddings": 64, "pad_token_id": 0}
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": CLASSES}
 DISTILBERT = {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "vocab_size": CLASSES}
+RESNET = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic", "num_labels": 5}
 CACHED = SIZES | {"num_key_value_heads": 2, "head_dim": 8}
 
 # The model, options of its config, and the temperature and the softcap that its forward has in transformers.

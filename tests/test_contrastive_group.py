@@ -3,8 +3,6 @@
 import copy
 import pickle
 import sys
-import traceback
-from datetime import timedelta
 from functools import partial
 
 import harness
@@ -12,7 +10,7 @@ import helpers
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import failures_of
 from torch.optim.swa_utils import AveragedModel
 
 import tlkernels as tlk
@@ -235,33 +233,16 @@ def all_checks():
             yield f"{check.__name__.removeprefix('check_')}-{impl}", partial(check, impl=impl)
 
 
-def process(rank, path, failures):
-    """Run every check on one rank, and report the failures to the test."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{path}", rank=rank, world_size=RANKS, timeout=timedelta(seconds=60)
-    )
-    for name, check in all_checks():
-        try:
-            check(rank, dist.group.WORLD)
-        except BaseException:
-            failures.put((name, rank, traceback.format_exc()[-1500:]))  # the pipe's buffer is small
-        dist.barrier()
-    dist.destroy_process_group()
+def in_the_world(rank, check):
+    check(rank, dist.group.WORLD)
 
 
 @pytest.fixture(scope="module")
 def failures(tmp_path_factory):
     if sys.platform != "linux" or not (dist.is_available() and dist.is_gloo_available()):
         pytest.skip("torch.distributed has no gloo here")
-    context = mp.get_context("spawn")
-    queue = context.SimpleQueue()
-    mp.spawn(process, (str(tmp_path_factory.mktemp("group") / "store"), queue), nprocs=RANKS)
-    failed = {}
-    while not queue.empty():
-        name, rank, text = queue.get()
-        failed.setdefault(name, []).append(f"rank {rank}: {text}")
-    return failed
+    checks = {name: (in_the_world, check) for name, check in all_checks()}
+    return failures_of(checks, RANKS, tmp_path_factory.mktemp("group"))
 
 
 @pytest.mark.parametrize("name", [name for name, _ in all_checks()])

@@ -23,16 +23,14 @@ ROWS = 16
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch):
-    threads, logger = torch.get_num_threads(), logging.getLogger("lightning.pytorch")
+def _quick(monkeypatch, one_thread):
+    logger = logging.getLogger("lightning.pytorch")
     level = logger.level
-    torch.set_num_threads(1)
     logger.setLevel(logging.ERROR)
     monkeypatch.setattr(gc, "collect", lambda *generation: 0)  # accelerate's, before each training
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-    torch.set_num_threads(threads)
     logger.setLevel(level)
 
 

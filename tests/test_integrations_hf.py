@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from hf_models import CACHED, CLASSES, GPT2, MODELS, SIZES, Shapes, batch, build, gradients, llama, whole
+from hf_models import CACHED, CLASSES, GPT2, MODELS, RESNET, SIZES, Shapes, batch, build, gradients, llama, whole
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
@@ -23,7 +23,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 LABELLED = SIZES | {"num_labels": 5}
 VIT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 VIT |= {"image_size": 32, "patch_size": 8, "num_labels": 5}
-RESNET = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic", "num_labels": 5}
 MODERN = {"cls_token_id": 1, "sep_token_id": 2}
 MIXTRAL = CACHED | {"num_local_experts": 4, "num_experts_per_tok": 2}
 CLASSIFIERS = {

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from hf_models import CACHED, CLASSES, MODELS, SIZES, build
+from hf_models import CACHED, CLASSES, MODELS, RESNET, SIZES, build
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
@@ -18,7 +18,6 @@ from tlkernels.integrations import hf
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROWS, LENGTH = 16, 9
-RESNET = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic", "num_labels": 5}
 QUIET = {"dropout": 0.0, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "attention_dropout": 0.0}
 
 

@@ -24,16 +24,14 @@ COUNTED = [6, 1, 0, 3, 2, 5, 4, 1, 6, 2]  # of the ten micro-batches
 
 
 @pytest.fixture(autouse=True)
-def _quiet():
-    logger, threads = logging.getLogger("lightning.pytorch"), torch.get_num_threads()
+def _quiet(one_thread):
+    logger = logging.getLogger("lightning.pytorch")
     level = logger.level
     logger.setLevel(logging.ERROR)
-    torch.set_num_threads(1)
     environment = dict(os.environ)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-    torch.set_num_threads(threads)
     logger.setLevel(level)
     if dist.is_initialized():  # DDP that is refused when the fit starts has a process group already
         dist.destroy_process_group()

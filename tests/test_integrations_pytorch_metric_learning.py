@@ -43,13 +43,10 @@ MINERS = {
 
 
 @pytest.fixture(autouse=True)
-def _quiet(monkeypatch):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _quiet(one_thread):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-    torch.set_num_threads(threads)
 
 
 def embeddings(rows=N, seed=0, dtype=torch.float64):

@@ -38,12 +38,9 @@ LOSSES = (
 
 
 @pytest.fixture(autouse=True)
-def _restored():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _restored(one_thread):
     yield
     trl.unpatch()
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -2,19 +2,17 @@
 
 import copy
 import math
-import traceback
-from datetime import timedelta
 from types import SimpleNamespace
 
 import open_clip
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from open_clip.coca_model import CoCa
 from open_clip_train.params import parse_args
 from open_clip_train.train import train_one_epoch
+from ranks import failures_of
 from torch.nn.parallel import DistributedDataParallel
 
 from tlkernels.integrations import open_clip as ours
@@ -359,28 +357,9 @@ CHECKS = {
 }
 
 
-def process(rank, path, queue):
-    torch.set_num_threads(1)
-    store = f"file://{path}"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS, timeout=timedelta(seconds=60))
-    for name, (check, *given) in CHECKS.items():
-        try:
-            check(rank, *given)
-        except BaseException:
-            queue.put((name, rank, traceback.format_exc()[-1500:]))
-        dist.barrier()
-    dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def failures(tmp_path_factory):
-    queue = mp.get_context("spawn").SimpleQueue()
-    mp.spawn(process, (str(tmp_path_factory.mktemp("group") / "store"), queue), nprocs=RANKS)
-    failed = {}
-    while not queue.empty():
-        name, rank, text = queue.get()
-        failed.setdefault(name, []).append(f"rank {rank}: {text}")
-    return failed
+    return failures_of(CHECKS, RANKS, tmp_path_factory.mktemp("group"))
 
 
 @pytest.mark.parametrize("name", CHECKS)

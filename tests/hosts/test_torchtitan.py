@@ -1,17 +1,15 @@
 """torchtitan's losses and ours, on its own Llama: one process, FSDP and tensor parallelism on two."""
 
 import functools
-import traceback
-from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
 import spmd_types
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 import torchtitan.tools.utils as titan_tools
+from ranks import failures_of
 from spmd_types.checker import typecheck
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -380,28 +378,9 @@ CHECKS = {
 }
 
 
-def process(rank, path, queue):
-    torch.set_num_threads(1)
-    store = f"file://{path}"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS, timeout=timedelta(seconds=60))
-    for name, (check, *given) in CHECKS.items():
-        try:
-            check(rank, *given)
-        except BaseException:
-            queue.put((name, rank, traceback.format_exc()[-1500:]))
-        dist.barrier()
-    dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def failures(tmp_path_factory):
-    queue = mp.get_context("spawn").SimpleQueue()
-    mp.spawn(process, (str(tmp_path_factory.mktemp("group") / "store"), queue), nprocs=RANKS)
-    failed = {}
-    while not queue.empty():
-        name, rank, text = queue.get()
-        failed.setdefault(name, []).append(f"rank {rank}: {text}")
-    return failed
+    return failures_of(CHECKS, RANKS, tmp_path_factory.mktemp("group"))
 
 
 @pytest.mark.parametrize("name", CHECKS)

@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tlkernels as tlk
+from tlkernels.integrations.float32_loss import float32_loss
 from tlkernels.integrations.head import head_layer, without_logits
 from tlkernels.integrations.hf_errors import with_remedy
 from tlkernels.integrations.hf_losses import (
     LABELS,
     VOCABULARY,
     LossOptions,
-    float32_loss,
     loss_of_output,
     normalised,
     router_loss,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tlkernels as tlk
+from tlkernels._core.dispatch import NAMES
+from tlkernels.integrations.float32_loss import float32_loss
 
 # What transformers calls a task (`model.loss_type`), and the arguments of the forward pass that make a loss.
 VOCABULARY = ("ForCausalLM", "ForMaskedLM")
@@ -35,21 +36,12 @@ class LossOptions:
     def __post_init__(self) -> None:
         # refused when they are given, not in the first training step
         tlk.cross_entropy(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long), **self.arguments() | {"impl": "auto"})
-        if self.impl not in (names := ("auto", "native", "triton", "reference")):
+        if self.impl not in (names := ("auto", *NAMES)):
             raise ValueError(f"impl: expected one of {names}, got {self.impl!r}")
 
     def arguments(self) -> dict[str, Any]:
         """Return the keyword arguments."""
         return dict(vars(self))
-
-
-@contextlib.contextmanager
-def float32_loss(tensor: Tensor) -> Iterator[None]:
-    """Give losses of 16-bit tensors in float32, as transformers does; gradients stay in 16 bits."""
-    kind = tensor.device.type
-    half = tensor.dtype in (torch.bfloat16, torch.float16) and not torch.is_autocast_enabled(kind)
-    with torch.autocast(kind, tensor.dtype) if half else contextlib.nullcontext():
-        yield
 
 
 def normalised(loss: Callable[[str], Tensor], num_items: Tensor | int | None) -> Tensor:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import spmd_types as spmd
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -20,6 +18,7 @@ from torchtitan.distributed.utils import get_spmd_backend
 from torchtitan.protocols.module import Module
 
 import tlkernels as tlk
+from tlkernels.integrations.float32_loss import float32_loss
 
 _REDISTRIBUTED = f"{Module.parallelize.__qualname__}.<locals>."  # of the forward that parallelize() installs
 
@@ -164,20 +163,14 @@ def _of_dtensors(pred: DTensor, labels: Tensor) -> Tensor:
 
 def _sum(pred: Tensor, labels: Tensor, group: Any) -> Tensor:
     rows = pred.flatten(0, 1), labels.flatten(0, 1)
-    with _float32_loss(pred):
+    with float32_loss(pred):
         return tlk.cross_entropy(*rows, ignore_index=theirs.IGNORE_INDEX, reduction="sum", vocab_group=group)
 
 
 def _linear_sum(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
     how: Any = {"linear_bias": bias, "ignore_index": theirs.IGNORE_INDEX, "reduction": "sum"}
-    with _float32_loss(hidden):
+    with float32_loss(hidden):
         return tlk.linear_cross_entropy(hidden, weight, labels, **how)
-
-
-def _float32_loss(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Autocast to the dtype that the tensor has: it changes no tensor, and the loss is float32."""
-    narrow = tensor.dtype in (torch.bfloat16, torch.float16)
-    return torch.autocast(tensor.device.type, tensor.dtype) if narrow else nullcontext()
 
 
 def _check_head(head: Any, vocab_size: int | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 import tlkernels as tlk
+from tlkernels.integrations.float32_loss import float32_loss
 
 Loss = Callable[[Any, dict[str, Any]], Any]
 
@@ -35,7 +36,7 @@ def fused_head(theirs: Any, call: dict[str, Any]) -> tuple[Tensor | None, ...]:
     if unknown := set(outputs).difference(_OUTPUTS):
         raise NotImplementedError(f"outputs: expected a part of {_OUTPUTS}, got {unknown} too; call unpatch()")
     layer = _layer(hidden, weight, bias, scale)
-    with _wide(hidden):
+    with float32_loss(hidden):
         loss, lse, entropy, top = _stats(layer, targets, temperature, softcap)
         found: dict[str, Any] = {"log_probs": -loss, "entropy": entropy, "is_top1": top}
         if "log_sum_sq_probs" in outputs:
@@ -56,7 +57,7 @@ def of_logits(theirs: Any, call: dict[str, Any]) -> Tensor | tuple[Tensor, Tenso
     logits, mask, temperature = call["logits"], call.get("row_mask"), call.get("temperature", 1.0)
     index = call["index"] if "index" in call else logits.new_zeros(logits.shape[:-1], dtype=torch.long)
     one = index.dim() < logits.dim()
-    with _wide(logits) if logits.is_cuda and one else nullcontext():  # TRL's kernel for GPUs returns float32
+    with float32_loss(logits) if logits.is_cuda and one else nullcontext():  # TRL's kernel for GPUs returns float32
         if mask is not None and one:  # an ignored row is not read
             rows, target = logits.reshape(-1, logits.shape[-1]), index.masked_fill(mask == 0, -100).flatten()
             loss, _, entropy, _ = tlk.cross_entropy_stats(rows, target, reduction="none", temperature=temperature)
@@ -77,7 +78,7 @@ def generalized_jsd(theirs: Any, call: dict[str, Any]) -> Any:
         tell(f"generalized_jsd_loss with reduction={reduction!r}, which keeps a value for each class")
         return theirs(**call)
     target = None if labels is None else torch.where(labels == -100, -100, 0)
-    with _wide(student, teacher):
+    with float32_loss(student, teacher):
         loss = tlk.distillation(student, teacher, target, **_divergence(beta, temperature)) / temperature**2
     rows = student[..., 0].numel() if target is None else (target == 0).sum()
     if items is None and reduction == "mean":
@@ -100,20 +101,13 @@ def chunked_divergence(theirs: Any, call: dict[str, Any]) -> tuple[Tensor, Tenso
     teacher: list[Any] = [None if tensor is None else tensor.detach() for tensor in layers[1]]
     options: dict[str, Any] = {"student_bias": bias, "teacher_bias": teacher[2], "softcap": tuple(softcaps)}
     options |= _divergence(call["beta"], temperature)
-    with _wide(hidden, layers[1][0]):
+    with float32_loss(hidden, layers[1][0]):
         loss = tlk.linear_distillation(hidden, weight, *teacher[:2], **options) / temperature**2
-    with torch.no_grad(), _wide(hidden):  # a metric, the same for any targets
+    with torch.no_grad(), float32_loss(hidden):  # a metric, the same for any targets
         targets = torch.zeros(len(hidden), dtype=torch.long, device=hidden.device)
         entropy = _stats(layers[0], targets, temperature, softcaps[0]).entropy.sum()
     items = valid.sum().clamp(min=1) if items is None else items
     return loss / torch.as_tensor(items, device=loss.device), entropy, valid.sum()
-
-
-def _wide(*tensors: Tensor) -> AbstractContextManager[Any]:
-    """Return a context in which losses of 16-bit tensors are float32, as TRL's are."""
-    device, dtypes = tensors[0].device.type, {tensor.dtype for tensor in tensors}
-    narrow = dtypes in ({torch.bfloat16}, {torch.float16}) and not torch.is_autocast_enabled(device)
-    return torch.autocast(device, dtypes.pop()) if narrow else nullcontext()
 
 
 def _layer(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor, Tensor | None]:
