@@ -5,7 +5,7 @@
 
 SmolLM2-135M-Instruct is trained as a causal, all-MiniLM-L6-v2 as a masked language model (its head's transform is new),
 with AdamW in float32, on Python source files. Each training has a process of its own. The errors are the largest
-relative differences from the losses of the same training in float64, whose loss is PyTorch's.
+relative differences from the losses of the same training in float64 with PyTorch's loss.
 """
 
 from __future__ import annotations
